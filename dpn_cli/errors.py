@@ -1,0 +1,38 @@
+"""The errors that a user is meant to read, each with the exit code the command line gives it."""
+
+
+class DpnError(Exception):
+    """Something went wrong that one sentence can explain: what was found, what was expected, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(DpnError):
+    """The request itself cannot be carried out (an existing output, an impossible option)."""
+
+    exit_code = 2
+
+
+class RecipeError(DpnError):
+    """A recipe does not parse or does not fit the model."""
+
+    exit_code = 2
+
+
+class CheckpointError(DpnError):
+    """A checkpoint is missing, damaged, or of a kind that cannot be used here."""
+
+    exit_code = 3
+
+
+class DataError(DpnError):
+    """The calibration or evaluation data cannot be used."""
+
+    exit_code = 4
+
+
+class MissingExtraError(DpnError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'")

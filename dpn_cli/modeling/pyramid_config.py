@@ -1,0 +1,201 @@
+"""What a pyramid is, without torch: sites, rates, and what a route does to a sample's visual grids.
+
+A *site* sits after a decoder layer and offers *rates*; a *route* is one rate (an expert index) per site; a
+sample's visual tokens are one or several *grids* (H, W). All of it is plain data, stored as `pyramid` in config.json.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
+Grid = tuple[int, int]  # (H, W) visual tokens
+Route = tuple[int, ...]  # one expert index per site
+
+PYRAMID_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where visual tokens are pooled: after decoder layer `after_layer` (0-based)."""
+
+    after_layer: int
+    rates: tuple[Rate, ...]
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The router's shape.
+
+    Attributes:
+        hidden_ratio: the hidden width is hidden_size // hidden_ratio.
+        input: `last_instruction_token` (paper, section 3.3), or `with_visual_summary`: beside it the mean and the
+            maximum of the sample's visual tokens (ours).
+        output: `distortion`, logit_k = -softplus(z_k) and logit_0 = 0 (ours), or `logits`, logit_k = z_k (paper).
+    """
+
+    hidden_ratio: int = 4
+    input: Literal["last_instruction_token", "with_visual_summary"] = "with_visual_summary"
+    output: Literal["distortion", "logits"] = "distortion"
+
+    @property
+    def num_inputs(self) -> int:
+        """Vectors of hidden_size that the router reads."""
+        return 3 if self.input == "with_visual_summary" else 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One row of the budget table that calibration measures.
+
+    Attributes:
+        fraction: mean fraction of the unpooled LLM's prefill FLOPs, over the held-out calibration samples.
+        trade_off: the λ that reaches it.
+        distortion: mean KL divergence from the teacher, in nats, at that λ.
+    """
+
+    fraction: float
+    trade_off: float
+    distortion: float
+
+
+@dataclass(frozen=True)
+class PyramidConfig:
+    """Everything that turns a decoder into a pyramid.
+
+    Attributes:
+        sites: in the order of their layers.
+        pooling: `avg`, `max`, or `conv` (depthwise, initialised as avg).
+        gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).
+        positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or
+            `contiguous` (re-indexed in every segment, as the paper's authors do).
+        rounding: `ceil` keeps the incomplete cells at a grid's edge, `floor` drops them.
+        min_visual_tokens: a rate that would leave a grid with fewer tokens is not offered.
+        trade_off: λ of the decision rule argmax_k(logit_k - λ·cost_k); stored under the key `lambda`.
+        static_route: one expert index per site for every sample, or None to ask the routers.
+        budgets: measured by calibration, by falling fraction; empty before it.
+        calibration: what calibration was run with, for the record.
+    """
+
+    sites: tuple[Site, ...]
+    pooling: Literal["avg", "max", "conv"] = "avg"
+    gate: Literal["none", "probability"] = "none"
+    positions: Literal["persistent", "contiguous"] = "persistent"
+    rounding: Literal["ceil", "floor"] = "ceil"
+    router: RouterConfig = field(default_factory=RouterConfig)
+    min_visual_tokens: int = 16
+    trade_off: float = 0.0
+    static_route: Route | None = None
+    budgets: tuple[Budget, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "PyramidConfig":
+        """Read the `pyramid` section of a config.json.
+
+        Raises:
+            ValueError: for another version, unknown keys, or a site whose first rate is not 1×1.
+        """
+        data = dict(data)
+        version = data.pop("version", None)
+        if version != PYRAMID_VERSION:
+            raise ValueError(f"pyramid config has version {version!r}, this dpn reads version {PYRAMID_VERSION}")
+        known = {"lambda", *cls.__dataclass_fields__} - {"trade_off"}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"pyramid config has unknown keys: {', '.join(unknown)}")
+        sites = tuple(
+            Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"])) for site in data.pop("sites")
+        )
+        if any(site.rates[0] != (1, 1) for site in sites):
+            raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
+        route = data.pop("static_route", None)
+        return cls(
+            sites=sites,
+            router=RouterConfig(**data.pop("router", {})),
+            trade_off=float(data.pop("lambda", 0.0)),
+            static_route=None if route is None else tuple(route),
+            budgets=tuple(Budget(*row) for row in data.pop("budgets", [])),
+            **data,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; the inverse of `from_dict`."""
+        data = asdict(self)
+        data["lambda"] = data.pop("trade_off")
+        data["sites"] = [{"after_layer": s.after_layer, "rates": [list(r) for r in s.rates]} for s in self.sites]
+        data["static_route"] = None if self.static_route is None else list(self.static_route)
+        data["budgets"] = [[b.fraction, b.trade_off, b.distortion] for b in self.budgets]
+        return {"version": PYRAMID_VERSION, **data}
+
+    @property
+    def full_route(self) -> Route:
+        """The route that pools nothing (the teacher's)."""
+        return (0,) * len(self.sites)
+
+    def segments(self, num_layers: int) -> list[range]:
+        """Return the decoder layers between sites: num_sites + 1 ranges that cover all layers."""
+        edges = [0, *(site.after_layer + 1 for site in self.sites), num_layers]
+        return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+
+    def pooled(self, grid: Grid, rate: Rate) -> Grid:
+        """Return the size of `grid` after pooling at `rate`."""
+        up = self.rounding == "ceil"
+        height, width = (-(-n // k) if up else n // k for n, k in zip(grid, rate, strict=True))
+        return height, width
+
+    def offered(self, site: int, grids: Sequence[Grid]) -> list[int]:
+        """Return the expert indices that `site` offers to a sample with these grids; 1×1 always is."""
+        experts = []
+        for k, rate in enumerate(self.sites[site].rates):
+            sizes = [h * w for h, w in (self.pooled(grid, rate) for grid in grids)]
+            if rate == (1, 1) or (sizes and min(sizes) >= self.min_visual_tokens):
+                experts.append(k)
+        return experts
+
+    def walk(self, route: Route, grids: Sequence[Grid]) -> list[list[Grid]]:
+        """Return the grids in every segment along `route`: num_sites + 1 lists.
+
+        Raises:
+            ValueError: if the route has the wrong length or takes an expert that is not offered.
+        """
+        if len(route) != len(self.sites):
+            raise ValueError(f"route {route} has {len(route)} entries, the pyramid has {len(self.sites)} sites")
+        stages = [list(grids)]
+        for site, expert in enumerate(route):
+            rates = self.sites[site].rates
+            if not 0 <= expert < len(rates):
+                raise ValueError(f"route {route}: site {site} has experts 0 to {len(rates) - 1}, not {expert}")
+            if grids and expert not in self.offered(site, stages[-1]):
+                raise ValueError(
+                    f"route {route}: {rates[expert][0]}×{rates[expert][1]} at site {site} would leave an image of "
+                    f"{stages[-1]} tokens with fewer than min_visual_tokens ({self.min_visual_tokens})"
+                )
+            stages.append([self.pooled(grid, rates[expert]) for grid in stages[-1]])
+        return stages
+
+    def routes(self, grids: Sequence[Grid]) -> Iterator[Route]:
+        """Yield every route that is offered to a sample with these grids, the full route first."""
+        for route in product(*(range(len(site.rates)) for site in self.sites)):
+            try:
+                self.walk(route, grids)
+            except ValueError:
+                continue
+            yield route
+
+    def dpe_tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
+        width = hidden_size // self.router.hidden_ratio
+        inputs = hidden_size * self.router.num_inputs
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, site in enumerate(self.sites):
+            shapes[f"routers.{i}.norm.weight"] = (inputs,)
+            shapes[f"routers.{i}.norm.bias"] = (inputs,)
+            shapes[f"routers.{i}.hidden.weight"] = (width, inputs)
+            shapes[f"routers.{i}.hidden.bias"] = (width,)
+            shapes[f"routers.{i}.head.weight"] = (len(site.rates), width)
+            shapes[f"routers.{i}.head.bias"] = (len(site.rates),)
+            if self.pooling == "conv":
+                for k, (kernel_h, kernel_w) in enumerate(site.rates):
+                    shapes[f"poolers.{i}.{k}"] = (hidden_size, kernel_h, kernel_w)
+        return shapes
