@@ -1,5 +1,8 @@
 """The errors that a user is meant to read, each with the exit code the command line gives it."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class DpnError(Exception):
     """Something went wrong that one sentence can explain: what was found, what was expected, what to do."""
@@ -35,4 +38,12 @@ class MissingExtraError(DpnError):
     """A feature needs a package that is not installed."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'")
+        super().__init__(
+            f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'"
+        )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest known word, or the empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,133 @@
+"""The command line: a lazy group of verbs, and the one place where errors become exit codes."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from dpn_cli import __version__
+from dpn_cli.errors import DpnError, did_you_mean
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "convert": "Make a LLaVA's language model a pyramid; lossless until calibrated.",
+    "calibrate": "Fit the routers to the model itself, on your data, for any budget.",
+    "export": "Write one compact folder that stock transformers loads.",
+    "inspect": "Show sites, rates, budgets, and tokens and FLOPs per layer.",
+    "run": "Answer a question about an image and show the route taken.",
+    "recipes": "List and show the recipes.",
+    "demo": "Convert, calibrate, export and evaluate a small embedded LLaVA.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands, `dpn_cli.commands.NAME.command`, are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs, in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one verb."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"dpn_cli.commands.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, or say which one may have been meant."""
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs' one-line helps without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@dataclass
+class Settings:
+    """The global options, kept outside click's context so that they outlive a failed command."""
+
+    debug: bool = False
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("-q", "--quiet", is_flag=True, help="Show results and errors only.")
+@click.version_option(__version__, prog_name="dpn")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
+    r"""Give a finished LLaVA a dynamic pyramid: the same answers for about half the compute.
+
+    \b
+        dpn convert llava-1.5-7b
+        dpn calibrate --data mydata --budget 0.5
+        dpn export
+    """
+    from dpn_cli import console
+
+    ctx.ensure_object(Settings).debug = debug
+    console.set_quiet(quiet)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 ok, 1 failure, 2 usage or recipe, 3 bad checkpoint, 4 bad data, 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    settings = Settings()
+    try:
+        result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _closed_stdout()
+    except Exception as error:
+        if settings.debug:
+            raise
+        click.echo(f"Error: {_sentence(error)}", err=True)
+        return error.exit_code if isinstance(error, DpnError) else 1
+    return result if isinstance(result, int) else 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, DpnError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}: free some space and run the same line again"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where} (--debug shows where)"
+    first_line = next(iter(str(error).strip().splitlines()), "no message")
+    return f"unexpected {type(error).__name__}: {first_line} (dpn --debug COMMAND shows the traceback)"
+
+
+def _closed_stdout() -> int:
+    """Let the interpreter's last flush go nowhere: the reader (`| head -1`) has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

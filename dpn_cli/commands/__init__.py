@@ -1,0 +1,1 @@
+"""One verb per file: options, validation, one library call."""

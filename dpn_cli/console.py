@@ -1,0 +1,95 @@
+"""What the commands show: messages and progress on stderr, tables on stdout."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 10.0
+PLAIN_WIDTH = 200
+
+_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence messages and progress; results and errors stay."""
+    _stderr.quiet = quiet
+
+
+def note(message: str) -> None:
+    """Say something about the work on stderr."""
+    _stderr.print(message)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on stdout; the columns after the first are aligned to the right."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(*(Text(str(cell)) for cell in row))
+    Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH).print(result)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far the work is: a bar on a terminal, a line every few seconds elsewhere.
+
+    Yields:
+        `advance(n)`, to be called after every n steps.
+    """
+    if not _stderr.is_terminal:
+        yield _PlainProgress(description, total).advance
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g}/s")
+
+
+class _PlainProgress:
+    """Prints `description: done/total, rate, time left`, seldom."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description = description
+        self.total = total
+        self.done = 0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if self.done >= self.total or now - self.last >= PLAIN_INTERVAL_S:
+            self.last = now
+            note(self._line(now - self.start))
+
+    def _line(self, elapsed_s: float) -> str:
+        rate = self.done / max(elapsed_s, 1e-9)
+        left = "done" if self.done >= self.total else f"{(self.total - self.done) / rate:.0f} s left"
+        return f"{self.description}: {self.done}/{self.total}, {rate:.3g}/s, {left}"
