@@ -1,0 +1,41 @@
+"""`dpn recipes`: list and show the recipes."""
+
+import json
+
+import click
+
+from dpn_cli.recipe import available_recipes, load_recipe
+
+
+@click.group("recipes", invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """List the recipes, or show one."""
+    if ctx.invoked_subcommand:
+        return
+    recipes = [load_recipe(name) for name in available_recipes()]
+    if as_json:
+        click.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
+        return
+    for recipe in recipes:
+        click.echo(f"{recipe.name:16}{recipe.description}")
+
+
+@command.command("show")
+@click.argument("recipe")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value first; repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print RECIPE, a name or a YAML file, with everything it inherits and every default."""
+    import yaml
+
+    resolved = load_recipe(recipe, overrides).to_dict()
+    if as_json:
+        click.echo(json.dumps(resolved, indent=2))
+    else:
+        click.echo(
+            yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False
+        )
