@@ -167,9 +167,10 @@ class PyramidConfig:
             if not 0 <= expert < len(rates):
                 raise ValueError(f"route {route}: site {site} has experts 0 to {len(rates) - 1}, not {expert}")
             if grids and expert not in self.offered(site, stages[-1]):
+                kernel, small = "×".join(map(str, rates[expert])), min(stages[-1], key=lambda grid: grid[0] * grid[1])
                 raise ValueError(
-                    f"route {route}: {rates[expert][0]}×{rates[expert][1]} at site {site} would leave an image of "
-                    f"{stages[-1]} tokens with fewer than min_visual_tokens ({self.min_visual_tokens})"
+                    f"route {route}: {kernel} at site {site} would leave an image of {small[0]}×{small[1]} tokens "
+                    f"with fewer than min_visual_tokens ({self.min_visual_tokens})"
                 )
             stages.append([self.pooled(grid, rates[expert]) for grid in stages[-1]])
         return stages
@@ -182,6 +183,24 @@ class PyramidConfig:
             except ValueError:
                 continue
             yield route
+
+    def trade_off_for(self, budget: float) -> float:
+        """Return the λ that spends `budget` on average, interpolated in the budget table.
+
+        Raises:
+            ValueError: if there is no table yet, or the budget is below its cheapest row or above 1.
+        """
+        if not 0 < budget <= 1:
+            raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
+        if not self.budgets:
+            raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
+        above = Budget(1.0, 0.0, 0.0)
+        for row in self.budgets:
+            if row.fraction <= budget:
+                share = (above.fraction - budget) / max(above.fraction - row.fraction, 1e-12)
+                return above.trade_off + min(share, 1.0) * (row.trade_off - above.trade_off)
+            above = row
+        raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
     def dpe_tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""

@@ -1,0 +1,74 @@
+"""A KV cache whose layers hold different numbers of tokens."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+
+class PyramidCache(DynamicCache):
+    """A `DynamicCache` that also knows, per segment of the pyramid, which of its keys are padding.
+
+    The layers of one segment (between two sites) hold the same tokens, so one mask serves them all. A mask is
+    [B, K] bool, or None while no key of the segment is padding.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_segments: int, offloading: bool = False) -> None:
+        super().__init__(config=config, offloading=offloading)
+        self.masks: list[torch.Tensor | None] = [None] * num_segments
+        self.lengths = [0] * num_segments
+
+    def extend(self, segment: int, valid: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+        """Append a chunk's padding mask to a segment's and return the mask over all its keys.
+
+        Args:
+            segment: its index.
+            valid: [B, S] bool of the chunk, or None when none of it is padding.
+            batch: B.
+            length: S.
+        """
+        old, past = self.masks[segment], self.lengths[segment]
+        self.lengths[segment] = past + length
+        if old is None and valid is None:
+            return None
+        device = valid.device if valid is not None else old.device  # type: ignore[union-attr]
+        old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old
+        new = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid
+        self.masks[segment] = torch.cat([old, new], dim=1)
+        return self.masks[segment]
+
+    def num_valid(self, segment: int) -> int | torch.Tensor:
+        """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""
+        mask = self.masks[segment]
+        return self.lengths[segment] if mask is None else mask.sum(1, keepdim=True)
+
+    def _map_masks(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.masks = [None if mask is None else change(mask) for mask in self.masks]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the samples for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        self._map_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these samples."""
+        super().batch_select_indices(indices)
+        self._map_masks(lambda mask: mask[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of every layer: -n removes n of them."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.lengths = [length + tokens_to_remove for length in self.lengths]
+            self._map_masks(lambda mask: mask[:, :tokens_to_remove])
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.masks = [None] * len(self.masks)
+        self.lengths = [0] * len(self.lengths)

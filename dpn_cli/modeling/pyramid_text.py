@@ -1,0 +1,390 @@
+"""The pyramid: a mixin that runs a Llama-type decoder segment by segment and pools visual tokens between them.
+
+The forward is a loop, `run_segment` → `choose` → `pool`, over a `PyramidState`. Calibration walks the same three
+steps as a tree, so that routes with a common prefix share its work.
+
+Shapes: B batch, L original sequence, S current sequence, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaModel, MistralModel, PreTrainedConfig, Qwen2Model
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from dpn_cli.cost import DecoderShape, flops_fraction
+from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.pooling import merge_cells, pool_tokens
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
+from dpn_cli.modeling.routers import GATE_TEMPERATURE, Router, decide, router_features
+
+
+@dataclass(frozen=True)
+class PyramidState:
+    """A batch between two segments.
+
+    Attributes:
+        hidden_states: [B, S, D].
+        positions: [B, S] (or [1, S]) rotary positions; those of merged tokens may be fractions.
+        valid: [B, S] bool, or None when no row of this chunk is padded.
+        coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere; None in a chunk without images.
+        columns: [B, L] where every original token is now; None while nothing has moved.
+        instruction: [B] the original column of the token that the routers read.
+        grids: per sample, the current sizes of its visual grids.
+        text_tokens: per sample, the tokens of the prompt that are not visual.
+        image_grids: per sample, the sizes of its grids before any pooling.
+        routes: per sample, the experts taken so far.
+    """
+
+    hidden_states: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+    coords: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    instruction: torch.Tensor | None = None
+    grids: tuple[tuple[Grid, ...], ...] = ()
+    text_tokens: tuple[int, ...] = ()
+    image_grids: tuple[tuple[Grid, ...], ...] = ()
+    routes: tuple[Route, ...] = ()
+
+    def now_at(self, original: torch.Tensor) -> torch.Tensor:
+        """Return the current columns, [B], of one original column per sample."""
+        return original if self.columns is None else self.columns.gather(1, original[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a site takes: one expert index per sample and, for the probability gate, its probability [B]."""
+
+    experts: list[int]
+    probability: torch.Tensor | None = None
+
+
+def visual_grids(coords: torch.Tensor) -> tuple[tuple[Grid, ...], ...]:
+    """Read every sample's grid sizes from its visual coordinates [B, S, 3]."""
+    sizes = []
+    for sample in coords.cpu():
+        count = int(sample[:, 0].max()) + 1
+        corners = [sample[sample[:, 0] == g][:, 1:].amax(0) + 1 for g in range(count)]
+        sizes.append(tuple((int(h), int(w)) for h, w in corners))
+    return tuple(sizes)
+
+
+class PyramidTextMixin:
+    """Makes a text model of the Llama family a pyramid; with `pyramid.sites` empty it is the original."""
+
+    def __init__(self, config: PreTrainedConfig, pyramid: PyramidConfig) -> None:
+        _refuse_sliding_window(config)
+        super().__init__(config)  # type: ignore[call-arg]
+        self.pyramid = pyramid
+        self.segments = pyramid.segments(config.num_hidden_layers)
+        self.shape = DecoderShape.from_config(config.to_dict())
+        self.forced_routes: list[Route] | None = None if pyramid.static_route is None else [pyramid.static_route]
+        self.trade_off = pyramid.trade_off
+        self.pooling_enabled = True
+        self.last_routes: list[Route] = []
+        experts = [len(site.rates) for site in pyramid.sites]
+        if pyramid.static_route is None:
+            self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
+        if pyramid.pooling == "conv":
+            self.poolers = nn.ModuleList(
+                nn.ParameterList(nn.Parameter(torch.full((config.hidden_size, h, w), 1 / (h * w))) for h, w in site.rates)
+                for site in pyramid.sites
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise new parameters; a new pyramid changes nothing (its routers take 1×1) until calibrated."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Router):
+            init.zeros_(module.head.weight)
+            init.zeros_(module.head.bias)
+        elif isinstance(module, nn.ParameterList):
+            for kernel in module:
+                init.constant_(kernel, 1 / (kernel.shape[1] * kernel.shape[2]))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        visual_coords: torch.LongTensor | None = None,
+        instruction: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the pyramid; the arguments that are not listed are those of the original text model.
+
+        Args:
+            visual_coords: [B, L, 3] (grid, row, col) of the visual tokens, -1 elsewhere; None without images.
+            instruction: [B] or [1], the column of the last instruction token; by default the last valid one.
+
+        Returns:
+            `last_hidden_state` [B, L, D]: a token that was merged away has the state of what it was merged into.
+
+        Raises:
+            ValueError: for a cache or a mask that a pyramid cannot use.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+
+        state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction)
+        if state.coords is not None:
+            _refuse_unfit(past_key_values, attention_mask)
+        for segment in range(len(self.segments)):
+            if segment > 0 and state.coords is not None:
+                state = self.pool(state, segment - 1, self.choose(state, segment - 1))
+            state = self.run_segment(state, segment, past_key_values, attention_mask, use_cache=use_cache, **kwargs)
+
+        if state.coords is not None or past == 0:
+            self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
+        return BaseModelOutputWithPast(last_hidden_state=self.finish(state), past_key_values=past_key_values)
+
+    def new_cache(self, offloading: bool = False) -> DynamicCache:
+        """Return an empty cache that fits this pyramid."""
+        return PyramidCache(self.config, len(self.segments), offloading)
+
+    def start(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        visual_coords: torch.Tensor | None = None,
+        instruction: torch.Tensor | None = None,
+    ) -> PyramidState:
+        """Describe a batch before the first layer; the arguments are `forward`'s."""
+        batch, length = inputs_embeds.shape[:2]
+        valid = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            valid = attention_mask[:, -length:].to(inputs_embeds.device, torch.bool)
+            valid = None if valid.all() else valid
+        if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None or (visual_coords < 0).all():
+            return PyramidState(inputs_embeds, positions, valid)
+
+        grids = visual_grids(visual_coords)
+        index = torch.arange(length, device=inputs_embeds.device).expand(batch, -1)
+        if instruction is None:
+            instruction = index[:, -1] if valid is None else torch.where(valid, index, 0).amax(1)
+        instruction = instruction.expand(batch)
+        prompt = index <= instruction[:, None]
+        is_text = prompt & (visual_coords[..., 0] < 0)
+        text_tokens = (is_text if valid is None else is_text & valid).sum(1).tolist()
+        return PyramidState(
+            hidden_states=inputs_embeds,
+            positions=positions.expand(batch, -1).float(),
+            valid=valid,
+            coords=visual_coords,
+            instruction=instruction,
+            grids=grids,
+            text_tokens=tuple(text_tokens),
+            image_grids=grids,
+            routes=((),) * batch,
+        )
+
+    def run_segment(
+        self,
+        state: PyramidState,
+        segment: int,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PyramidState:
+        """Run the decoder layers between two sites.
+
+        `attention_mask` is only looked at where the chunk has no pyramid of its own: with a cache that is not a
+        `PyramidCache`, or when it is a ready 4-D mask.
+        """
+        hidden_states = state.hidden_states
+        batch, length = hidden_states.shape[:2]
+        layers = self.segments[segment]
+        positions = self._positions(state, segment, cache)
+        if isinstance(cache, PyramidCache):
+            mask = cache.extend(segment, state.valid, batch, length)
+        else:
+            mask = state.valid if cache is None else attention_mask
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = attention_mask
+        # No position_ids here or below: gaps in them would read as packed sequences and cut the mask into blocks.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=mask,
+            past_key_values=cache,
+            layer_idx=layers.start,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
+        for decoder_layer in self.layers[layers.start : layers.stop]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=cache,
+                **kwargs,
+            )
+        return replace(state, hidden_states=hidden_states)
+
+    def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
+        """Return the rotary positions [B, S] of a segment."""
+        if self.pyramid.positions == "persistent" or segment == 0 or not self.pooling_enabled:
+            return state.positions
+        past = cache.num_valid(segment) if isinstance(cache, PyramidCache) else 0
+        if state.valid is not None:
+            return (state.valid.cumsum(1) - 1).clamp(min=0) + past
+        return torch.arange(state.hidden_states.shape[1], device=state.hidden_states.device)[None] + past
+
+    def router_features(self, state: PyramidState) -> torch.Tensor:
+        """Return what a router reads in this state, [B, num_inputs, D]."""
+        assert state.instruction is not None and state.coords is not None
+        return router_features(
+            state.hidden_states, state.now_at(state.instruction), state.coords[..., 0] >= 0, self.pyramid.router
+        )
+
+    def choose(self, state: PyramidState, site: int) -> Choice:
+        """Let the forced route or the router pick every sample's rate at a site."""
+        if self.forced_routes is not None:
+            routes = _spread(self.forced_routes, len(state.grids))
+            for route, grids in zip(routes, state.image_grids, strict=True):
+                self.pyramid.walk(route, grids)
+            return Choice([route[site] if grids else 0 for route, grids in zip(routes, state.grids, strict=True)])
+        logits = self.routers[site](self.router_features(state))
+        experts = [
+            decide(scores, costs, offered, self.trade_off) if grids else 0
+            for scores, grids, (offered, costs) in zip(
+                logits.tolist(), state.grids, self.prices(state, site), strict=True
+            )
+        ]
+        if self.pyramid.gate == "none":
+            return Choice(experts)
+        index = torch.tensor(experts, device=logits.device)[:, None]
+        return Choice(experts, (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0])
+
+    def prices(self, state: PyramidState, site: int) -> list[tuple[list[int], list[float]]]:
+        """Return, per sample, the offered experts and the FLOPs fraction of each with 1×1 ever after."""
+        rest = (0,) * (len(self.pyramid.sites) - site - 1)
+        prices = []
+        for grids, image, text, route in zip(
+            state.grids, state.image_grids, state.text_tokens, state.routes, strict=True
+        ):
+            offered = self.pyramid.offered(site, grids)
+            routes = [(*route, k, *rest) for k in offered]
+            prices.append((offered, [flops_fraction(self.shape, self.pyramid, r, image, text) for r in routes]))
+        return prices
+
+    def pool(self, state: PyramidState, site: int, choice: Choice) -> PyramidState:
+        """Pool every sample's visual tokens at its own rate."""
+        assert state.coords is not None
+        pyramid = self.pyramid
+        rates = [pyramid.sites[site].rates[k] for k in choice.experts]
+        routes = tuple((*route, k) for route, k in zip(state.routes, choice.experts, strict=True))
+        untouched = all(rate == (1, 1) for rate in rates) and pyramid.pooling != "conv"
+        if untouched and choice.probability is None:
+            return replace(state, routes=routes)
+
+        grids = tuple(
+            tuple(pyramid.pooled(grid, rate) for grid in sample)
+            for sample, rate in zip(state.grids, rates, strict=True)
+        )
+        before = [state.hidden_states.shape[1]] * len(rates) if state.valid is None else state.valid.sum(1).tolist()
+        lengths = [
+            length - _num_tokens(old) + _num_tokens(new)
+            for length, old, new in zip(before, state.grids, grids, strict=True)
+        ]
+        cells = merge_cells(state.coords, state.valid, state.grids, rates, lengths, pyramid.rounding)
+        if pyramid.pooling == "conv":
+            hidden_states = pool_tokens(state.hidden_states, cells, weights=self._conv_weights(state, site, choice))
+        else:
+            hidden_states = pool_tokens(state.hidden_states, cells, pyramid.pooling)
+        if choice.probability is not None:
+            gate = torch.where(cells.coords[..., 0] >= 0, choice.probability[:, None], 1)
+            hidden_states = hidden_states * gate[..., None].to(hidden_states.dtype)
+        columns = cells.column if state.columns is None else cells.column.gather(1, state.columns)
+        return replace(
+            state,
+            hidden_states=hidden_states,
+            positions=pool_tokens(state.positions[..., None], cells)[..., 0],
+            valid=cells.valid,
+            coords=cells.coords,
+            columns=columns,
+            grids=grids,
+            routes=routes,
+        )
+
+    def _conv_weights(self, state: PyramidState, site: int, choice: Choice) -> torch.Tensor:
+        """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert."""
+        assert state.coords is not None
+        rows = []
+        for coords, k in zip(state.coords, choice.experts, strict=True):
+            kernel = self.poolers[site][k]  # [D, kernel_h, kernel_w]
+            factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
+            rows.append(torch.where(coords[:, :1] >= 0, factors, 1))
+        return torch.stack(rows)
+
+    def finish(self, state: PyramidState) -> torch.Tensor:
+        """Apply the final norm and lay the states out as the original tokens were: [B, L, D]."""
+        hidden_states = self.norm(state.hidden_states)
+        if state.columns is None:
+            return hidden_states
+        return hidden_states.gather(1, state.columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+class PyramidLlamaModel(PyramidTextMixin, LlamaModel):
+    """Llama with a pyramid."""
+
+
+class PyramidMistralModel(PyramidTextMixin, MistralModel):
+    """Mistral with a pyramid."""
+
+
+class PyramidQwen2Model(PyramidTextMixin, Qwen2Model):
+    """Qwen2 with a pyramid."""
+
+
+PYRAMID_TEXT_MODELS = {"llama": PyramidLlamaModel, "mistral": PyramidMistralModel, "qwen2": PyramidQwen2Model}
+
+
+def _num_tokens(grids: Sequence[Grid]) -> int:
+    return sum(height * width for height, width in grids)
+
+
+def _spread(routes: Sequence[Route], batch: int) -> list[Route]:
+    """Give every sample its route; several rows per route where generation has expanded the batch."""
+    if batch % len(routes):
+        raise ValueError(f"{len(routes)} routes were set, the batch has {batch} samples: give one, or one per sample")
+    return [route for route in routes for _ in range(batch // len(routes))]
+
+
+def _refuse_sliding_window(config: PreTrainedConfig) -> None:
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window is not None):
+        raise ValueError(
+            f"this {config.model_type} model uses sliding-window attention, whose window would count pooled tokens; "
+            "a pyramid needs full attention in every layer (set sliding_window to null if the context allows it)"
+        )
+
+
+def _refuse_unfit(cache: Cache | None, attention_mask: torch.Tensor | None) -> None:
+    if cache is not None and not isinstance(cache, PyramidCache):
+        raise ValueError(
+            f"a pyramid holds a different number of tokens in every segment, which {type(cache).__name__} cannot; "
+            "pass past_key_values=model.new_cache(), or none and let the model make it"
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError("a pyramid needs the 2-D attention mask [batch, tokens], not a ready-made 4-D one")

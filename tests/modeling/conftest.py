@@ -1,0 +1,81 @@
+"""A tiny LLaVA and its pyramid, with routers that disagree from sample to sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, LlavaForConditionalGeneration
+
+from dpn_cli.modeling.configuration import DpnLlavaConfig
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import PyramidConfig, RouterConfig, Site
+
+RATES = ((1, 1), (1, 2), (2, 2))
+IMAGE, VISUAL = 4, 144
+
+
+def pyramid(**changes: Any) -> PyramidConfig:
+    """Return the default pyramid for eight layers, with routers that need no calibration to differ."""
+    defaults: dict[str, Any] = {"router": RouterConfig(output="logits")}
+    return PyramidConfig(sites=tuple(Site(layer, RATES) for layer in (1, 3, 5)), **{**defaults, **changes})
+
+
+@pytest.fixture
+def make_pair(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+    """Return `make(text, attn, **pyramid changes) -> (stock model, pyramid model)` with the same weights."""
+
+    def make(text: str = "llama", attn: str = "sdpa", layout: str = "hub", **changes: Any) -> tuple[Any, Any]:
+        folder = tiny_llava_factory(text=text, layout=layout)
+        stock = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=attn).eval()
+        settings = AutoConfig.from_pretrained(folder).to_dict()
+        settings.pop("model_type")
+        config = DpnLlavaConfig(**settings)
+        config.pyramid = pyramid(**changes).to_dict()
+        torch.manual_seed(1)
+        model, info = DpnLlavaForConditionalGeneration.from_pretrained(
+            folder, config=config, attn_implementation=attn, output_loading_info=True
+        )
+        assert not info["unexpected_keys"]
+        assert all("routers" in key or "poolers" in key for key in info["missing_keys"])
+        for name, parameter in model.named_parameters():
+            if "routers" in name:
+                torch.nn.init.normal_(parameter, std=1.0)
+        return stock, model.eval()
+
+    return make
+
+
+def prompt(num_images: int, before: int, after: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return one sample: `before` words, the images, `after` words."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(5, 300, (before + after,), generator=generator).tolist()
+    ids = [1, *words[:before], *[IMAGE] * (VISUAL * num_images), *words[before:]]
+    sample = {"input_ids": torch.tensor([ids])}
+    if num_images:
+        sample["pixel_values"] = torch.randn(num_images, 3, 48, 48, generator=generator)
+    return sample
+
+
+def ragged_batch() -> list[dict[str, torch.Tensor]]:
+    """Return six samples of different lengths, one without an image and one with two."""
+    shapes = [(1, 3, 5), (1, 9, 2), (0, 4, 9), (2, 2, 6), (1, 1, 17), (1, 5, 5)]
+    return [prompt(images, before, after, seed) for seed, (images, before, after) in enumerate(shapes)]
+
+
+def collate(samples: list[dict[str, torch.Tensor]], side: str = "left") -> dict[str, torch.Tensor]:
+    """Pad samples into one batch."""
+    longest = max(s["input_ids"].shape[1] for s in samples)
+    ids, mask = [], []
+    for sample in samples:
+        row = sample["input_ids"]
+        gap = longest - row.shape[1]
+        pad = (gap, 0) if side == "left" else (0, gap)
+        ids.append(torch.nn.functional.pad(row, pad, value=3))
+        mask.append(torch.nn.functional.pad(torch.ones_like(row), pad))
+    batch = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+    pixels = [s["pixel_values"] for s in samples if "pixel_values" in s]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+    return batch
