@@ -36,13 +36,14 @@ def note(message: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on stdout; the columns after the first are aligned to the right."""
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    """Print a titled table on stdout; the columns after the first are aligned to the right."""
+    result = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         result.add_column(column, justify="right" if i else "left")
     for row in rows:
         result.add_row(*(Text(str(cell)) for cell in row))
-    Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH).print(result)
+    stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH)
+    stdout.print(Text(title, style="bold"), result)
 
 
 @contextmanager

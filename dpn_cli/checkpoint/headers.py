@@ -1,0 +1,225 @@
+"""What a checkpoint folder holds, read from config.json and the safetensors headers alone. No torch."""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+LFS_SIGNATURE = b"version https://git-lfs.github.com"
+
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor, as its file's header describes it.
+
+    Attributes:
+        name: as stored; never use it as a path.
+        file: the name of the shard inside the checkpoint folder.
+        dtype: in safetensors' words (`F32`, `BF16`).
+        shape: of the tensor.
+        nbytes: its size in the file.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint folder.
+
+    Attributes:
+        path: the folder.
+        config: config.json.
+        tensors: what a loader takes, by name.
+        files: the shards, in order.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read and check a folder: config, index and every shard's header.
+
+        Raises:
+            CheckpointError: naming the file at fault and what to do.
+        """
+        config = read_config(folder)
+        if (folder / SINGLE_FILE).is_file():  # it wins over an index, as in transformers
+            tensors = read_header(folder / SINGLE_FILE)
+            return cls(folder, config, tensors, (SINGLE_FILE,))
+        if (folder / INDEX_FILE).is_file():
+            weight_map = _read_index(folder)
+            files = tuple(sorted(set(weight_map.values())))
+            shards = {file: read_header(folder / file) for file in files}
+            for name, file in weight_map.items():
+                if name not in shards[file]:
+                    raise CheckpointError(
+                        f"{folder / INDEX_FILE} places the tensor {name!r} in {file}, which does not hold "
+                        "it: download the checkpoint again"
+                    )
+            return cls(folder, config, {name: shards[file][name] for name, file in weight_map.items()}, files)
+        raise CheckpointError(_why_no_weights(folder))
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if the folder is none, or has no readable config.json.
+    """
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {kind}: expected a checkpoint folder with config.json")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder} holds only a LoRA adapter: merge it into its base model first")
+        raise CheckpointError(
+            f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout"
+        )
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, a Git LFS pointer, or otherwise not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(len(LFS_SIGNATURE))
+            if prefix == LFS_SIGNATURE:
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder"
+                )
+            if size < 8:
+                raise CheckpointError(f"{path} is truncated ({size} bytes): download it again")
+            (length,) = struct.unpack("<Q", prefix[:8])
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
+                    f"the file has {size}: download it again"
+                )
+            file.seek(8)
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
+    return _parse_header(path, raw, body_bytes=size - 8 - length)
+
+
+def _parse_header(path: Path, raw: bytes, body_bytes: int) -> dict[str, TensorInfo]:
+    try:
+        entries = json.loads(raw, object_pairs_hook=_unique_keys)
+        entries.pop("__metadata__", None)
+        spans = sorted(
+            (_tensor(path.name, name, entry) for name, entry in entries.items()), key=lambda span: span[0]
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}): download it again") from None
+    expected = 0
+    for start, tensor in spans:
+        if start != expected:
+            raise CheckpointError(
+                f"{path}: the tensor {tensor.name!r} starts at byte {start}, expected {expected}: "
+                "download it again"
+            )
+        expected = start + tensor.nbytes
+    if expected != body_bytes:
+        raise CheckpointError(
+            f"{path} holds {body_bytes} bytes of tensors, its header describes {expected}: it is truncated "
+            "or damaged, download it again"
+        )
+    return {tensor.name: tensor for _, tensor in spans}
+
+
+def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[int, TensorInfo]:
+    """Return a header entry's first byte and its tensor."""
+    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"tensor {name!r} has an impossible shape or place")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise ValueError(
+            f"tensor {name!r} of {dtype} {list(shape)} takes {bits // 8} bytes, not {stop - start}"
+        )
+    return start, TensorInfo(name, file, dtype, shape, stop - start)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map: download the checkpoint again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} names the shard {file!r}: expected a .safetensors file in the same folder"
+            )
+    return weight_map
+
+
+def _why_no_weights(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds only a LoRA adapter: merge it into its base model first"
+    if list(folder.glob("*.bin")):
+        return f"{folder} holds its weights as .bin only: save it as safetensors first (save_pretrained does)"
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
+
+
+def _lfs_hint(path: Path) -> str:
+    return " but a Git LFS pointer" if path.read_bytes().startswith(LFS_SIGNATURE) else ""

@@ -1,0 +1,199 @@
+"""Is this checkpoint a LLaVA that can become a pyramid, and how are its tensors named? No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import Checkpoint, read_config
+from dpn_cli.cost import DecoderShape
+from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import Grid
+
+DPN_MODEL_TYPE = "dpn_llava"
+DPN_ARCHITECTURE = "DpnLlavaForConditionalGeneration"
+
+# What transformers' config classes assume for keys that a text_config leaves out (tests compare).
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "mistral": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "qwen2": {
+        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 151936, "use_sliding_window": False,
+    },
+}  # fmt: skip
+
+# The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
+VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+VISION_DEFAULTS = {"image_size": 224, "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16}}
+
+# Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
+TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+
+
+@dataclass(frozen=True)
+class LlavaLayout:
+    """A LLaVA's decoder as convert and inspect need it.
+
+    Attributes:
+        text_prefix: what stands before `layers.0…` in tensor names.
+        text_config: with transformers' defaults filled in.
+        shape: sizes of the decoder.
+        grid: visual tokens of one image.
+    """
+
+    text_prefix: str
+    text_config: dict[str, Any]
+    shape: DecoderShape
+    grid: Grid
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "LlavaLayout":
+        """Read the layout of a LLaVA whose config `validate_llava` has accepted.
+
+        Raises:
+            CheckpointError: if config and tensors do not belong together.
+        """
+        config, where = checkpoint.config, checkpoint.path
+        text_config = TEXT_DEFAULTS[config["text_config"].get("model_type", "llama")] | config["text_config"]
+        layout = cls(
+            text_prefix=_text_prefix(checkpoint),
+            text_config=text_config,
+            shape=_shape(text_config, where),
+            grid=_grid(config["vision_config"], where),
+        )
+        layout._check_shapes(checkpoint)
+        return layout
+
+    def _check_shapes(self, checkpoint: Checkpoint) -> None:
+        """Compare the decoder's sizes with its tensors: transformers loads a bad config silently."""
+        shape, prefix = self.shape, self.text_prefix
+        expected = {
+            "layers.0.self_attn.q_proj.weight": (shape.num_heads * shape.head_dim, shape.hidden_size),
+            "layers.0.self_attn.k_proj.weight": (shape.num_kv_heads * shape.head_dim, shape.hidden_size),
+            "layers.0.mlp.gate_proj.weight": (shape.intermediate_size, shape.hidden_size),
+            "embed_tokens.weight": (shape.vocab_size, shape.hidden_size),
+        }
+        for name, size in expected.items():
+            tensor = checkpoint.tensors.get(prefix + name)
+            found = "no such tensor" if tensor is None else str(list(tensor.shape))
+            if tensor is None or tensor.shape != size:
+                raise CheckpointError(
+                    f"{checkpoint.path}: config.json asks for {prefix}{name} of {list(size)}, found {found}: "
+                    "text_config and weights do not belong together"
+                )
+        stored = _num_layers(checkpoint, prefix)
+        if stored != shape.num_layers:
+            raise CheckpointError(
+                f"{checkpoint.path}: config.json says {shape.num_layers} decoder layers, the weights have "
+                f"{stored}"
+            )
+
+
+def open_llava(folder: Path) -> tuple[Checkpoint, LlavaLayout]:
+    """Open a LLaVA, converted or not, from its headers alone.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or not a LLaVA that can have a pyramid.
+    """
+    validate_llava(read_config(folder), folder)  # first: what it is says more than which file it lacks
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds a LoRA adapter: merge it into its base model first")
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, LlavaLayout.of(checkpoint)
+
+
+def validate_llava(config: dict[str, Any], where: Path) -> None:
+    """Check that a config describes a LLaVA whose decoder can become a pyramid.
+
+    Raises:
+        CheckpointError: with the first reason why not.
+    """
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or []
+    if "mm_vision_tower" in config or any("LlavaLlama" in str(name) for name in architectures):
+        raise CheckpointError(
+            f"{where} is in the original LLaVA layout, which this version does not read: use its conversion "
+            "to Hugging Face's layout (such as llava-hf/llava-1.5-7b-hf)"
+        )
+    if model_type not in {"llava", DPN_MODEL_TYPE}:
+        kind = "another kind of vision model" if "vision_config" in config else "no vision tower"
+        raise CheckpointError(
+            f"{where} has model type {model_type!r} ({kind}): expected a LLaVA (model type 'llava')"
+        )
+    for key in ("text_config", "vision_config"):
+        if not isinstance(config.get(key), dict):
+            raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
+    if not isinstance(config.get("image_token_index", config.get("image_token_id")), int):
+        raise CheckpointError(
+            f"{where}: config.json has no image_token_index, so the image's place is unknown"
+        )
+    if "quantization_config" in config:
+        raise CheckpointError(f"{where} is quantised: start from the unquantised model")
+    _validate_text(config["text_config"], where)
+    _validate_vision(config, where)
+
+
+def _validate_text(text_config: dict[str, Any], where: Path) -> None:
+    model_type = text_config.get("model_type", "llama")
+    if model_type not in TEXT_DEFAULTS:
+        raise CheckpointError(
+            f"{where} has a language model of type {model_type!r}: expected one of {', '.join(TEXT_DEFAULTS)}"
+        )
+    window = (TEXT_DEFAULTS[model_type] | text_config).get("sliding_window")
+    layer_types = text_config.get("layer_types") or []
+    used = text_config.get("use_sliding_window", False) if model_type == "qwen2" else window is not None
+    if model_type != "llama" and (used or "sliding_attention" in layer_types):
+        raise CheckpointError(
+            f"{where} uses sliding-window attention ({window} tokens), which a pyramid cannot have"
+        )
+
+
+def _validate_vision(config: dict[str, Any], where: Path) -> None:
+    model_type = config["vision_config"].get("model_type")
+    if model_type not in VISION_STRATEGY:
+        raise CheckpointError(
+            f"{where} has a vision tower of type {model_type!r}: expected one of {', '.join(VISION_STRATEGY)}"
+        )
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy != VISION_STRATEGY[model_type]:
+        raise CheckpointError(
+            f"{where} selects the {strategy!r} features of its {model_type}, which are not a square grid: "
+            f"expected {VISION_STRATEGY[model_type]!r}"
+        )
+
+
+def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
+    for key in TEXT_DEFAULTS["llama"]:
+        if type(text_config[key]) is not int or text_config[key] < 1:
+            raise CheckpointError(f"{where}: text_config has an impossible {key}: {text_config[key]!r}")
+    return DecoderShape.from_config(text_config)
+
+
+def _grid(vision_config: dict[str, Any], where: Path) -> Grid:
+    kind = vision_config["model_type"]
+    image_size = vision_config.get("image_size", VISION_DEFAULTS["image_size"])
+    patch_size = vision_config.get("patch_size", VISION_DEFAULTS["patch_size"][kind])
+    if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
+        raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
+    return image_size // patch_size, image_size // patch_size
+
+
+def _text_prefix(checkpoint: Checkpoint) -> str:
+    for prefix in TEXT_PREFIXES:
+        if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
+            return prefix
+    raise CheckpointError(
+        f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}embed_tokens.weight (nor {TEXT_PREFIXES[1]}…): "
+        "its weights are not a LLaVA's in Hugging Face's layout"
+    )
+
+
+def _num_layers(checkpoint: Checkpoint, prefix: str) -> int:
+    start = f"{prefix}layers."
+    return len({name[len(start) :].split(".")[0] for name in checkpoint.tensors if name.startswith(start)})

@@ -1,0 +1,109 @@
+"""From what the user typed (a folder, an alias, a hub id) to a folder on disk. No torch."""
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpn_cli.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
+from dpn_cli.errors import CheckpointError, did_you_mean
+
+ALIASES = {
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+}
+DEMO = "demo"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+_NEEDED = ["*.safetensors", INDEX_FILE, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        path: its folder.
+        name: short, for the output's name.
+        origin: what to record as the base model: the hub id, `demo`, or the folder's name.
+        revision: the commit, for a model of the hub.
+    """
+
+    path: Path
+    name: str
+    origin: str
+    revision: str | None = None
+
+
+def resolve_source(model: str) -> Source:
+    """Find a model: a local folder first, then an alias, then a hub id (its cache before the network).
+
+    Raises:
+        CheckpointError: if there is none, or the hub cannot be reached; says what to do.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        name = path.resolve().name if path.name in {"", ".."} else path.name
+        return Source(path, name, origin=name)
+    if model == DEMO:
+        from dpn_cli.demo import teacher_path
+
+        return Source(teacher_path(), DEMO, origin=DEMO)
+    if model in ALIASES:
+        return _from_hub(ALIASES[model], name=model)
+    if not _HUB_ID.fullmatch(model):
+        hint = did_you_mean(model, [*ALIASES, DEMO])
+        raise CheckpointError(
+            f"{model} does not exist: expected a checkpoint folder, a hub id (owner/name), or one of "
+            f"{', '.join([*ALIASES, DEMO])}.{hint}"
+        )
+    return _from_hub(model, name=model.split("/")[1])
+
+
+def _from_hub(repo_id: str, name: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=_NEEDED))
+        if not _is_complete(folder):
+            raise LocalEntryNotFoundError(f"the copy of {repo_id} in the cache is incomplete")
+    except LocalEntryNotFoundError:
+        folder = _download(repo_id)
+    return Source(folder, name, origin=repo_id, revision=folder.name)
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_NEEDED))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} is no local folder and no public model on the hub (private: run `hf auth login`)"
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            raise
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        raise CheckpointError(
+            f"{repo_id} is no local folder, is not in the hub's local cache, and {reason}: download it where you "
+            f"are online (`hf download {repo_id} --local-dir DIR`) and pass that folder"
+        ) from error
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Say whether a cached snapshot has its weights: other uses and interrupted downloads leave a part."""
+    if (snapshot / SINGLE_FILE).exists():
+        return True
+    if not (snapshot / INDEX_FILE).exists():
+        return False
+    shards = read_json(snapshot / INDEX_FILE).get("weight_map", {}).values()
+    return all((snapshot / str(shard)).exists() for shard in set(shards))

@@ -1,0 +1,60 @@
+"""`dpn convert`: insert a pyramid into a LLaVA."""
+
+from pathlib import Path
+
+import click
+
+from dpn_cli import console, workspace
+
+
+@click.command("convert")
+@click.argument("model")
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn."
+)
+@click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
+@click.option(
+    "-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing."
+)
+def command(
+    model: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Make MODEL's language model a pyramid, lossless until calibrated.
+
+    MODEL is a checkpoint folder in Hugging Face's layout, a hub id, or one of llava-1.5-7b,
+    llava-1.5-13b, demo.
+    """
+    from dpn_cli.checkpoint.source import resolve_source
+    from dpn_cli.convert import convert, default_recipe
+    from dpn_cli.recipe import load_recipe
+
+    if recipe is None and overrides:
+        recipe = default_recipe(resolve_source(model))
+    chosen = load_recipe(recipe, overrides) if recipe else None
+    done = convert(model, chosen, output, force=force, dry_run=dry_run)
+
+    rows = [
+        (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates))
+        for site in done.pyramid.sites
+    ]
+    console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
+    console.note(
+        f"{done.copied_bytes / 1e6:,.1f} MB of tensors copied unchanged, {len(done.added)} tensors "
+        f"({done.added_parameters:,} parameters) added."
+    )
+    if dry_run:
+        console.note("Dry run: nothing was written.")
+        return
+    workspace.remember(done.output)
+    console.note(f"Wrote {done.output}. Next: dpn calibrate --data DATA")

@@ -1,0 +1,226 @@
+"""Insert a pyramid into a LLaVA checkpoint, byte for byte and without loading the model. No torch."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpn_cli.checkpoint.headers import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    TensorInfo,
+    read_config,
+    read_header,
+)
+from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_llava
+from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
+from dpn_cli.checkpoint.staging import check_target, staged_folder
+from dpn_cli.checkpoint.writer import copy_file, write_index, write_json
+from dpn_cli.errors import CheckpointError, DpnError, RecipeError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DPE_FILE = "dpe.safetensors"
+RECIPE_FILE = "dpn_recipe.json"
+INIT_STD = 0.02
+
+_LEFT_OUT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".py", ".md",
+}  # fmt: skip
+_REWRITTEN = {"config.json", INDEX_FILE, RECIPE_FILE}
+_MAX_SIDE_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, or would do.
+
+    Attributes:
+        source: the model.
+        output: the folder.
+        recipe: the recipe's name.
+        pyramid: as stored in config.json.
+        layout: of the source's decoder.
+        added: shapes of the new tensors, by their full name.
+        copied_bytes: bytes of original tensors, unchanged.
+    """
+
+    source: Source
+    output: Path
+    recipe: str
+    pyramid: PyramidConfig
+    layout: LlavaLayout
+    added: dict[str, tuple[int, ...]]
+    copied_bytes: int
+
+    @property
+    def added_parameters(self) -> int:
+        """Return the number of new parameters."""
+        return sum(math.prod(shape) for shape in self.added.values())
+
+
+def convert(
+    model: str,
+    recipe: Recipe | None = None,
+    output: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Conversion:
+    """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
+
+    The original shards are copied byte for byte; the new tensors get a shard of their own.
+
+    Args:
+        model: a folder, an alias, or a hub id.
+        recipe: the pyramid; by default the one that fits the model.
+        output: the folder to write; by default `./NAME-dpn`.
+        force: replace an output that dpn wrote before.
+        dry_run: check everything and write nothing.
+
+    Raises:
+        CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
+        RecipeError: if the recipe does not fit the model's depth.
+        UsageError: if the output exists or overlaps the source.
+    """
+    source = resolve_source(model)
+    recipe = recipe or load_recipe(default_recipe(source))
+    _refuse_converted(source.path)
+    checkpoint, layout = open_llava(source.path)
+    pyramid = recipe.pyramid_config(layout.shape.num_layers)
+    if pyramid.router.hidden_ratio > layout.shape.hidden_size:
+        raise RecipeError(
+            f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width"
+        )
+    conversion = Conversion(
+        source=source,
+        output=Path(f"{source.name}-dpn") if output is None else output,
+        recipe=recipe.name,
+        pyramid=pyramid,
+        layout=layout,
+        added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
+        copied_bytes=checkpoint.nbytes,
+    )
+    check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
+    if not dry_run:
+        _check_space(conversion)
+        with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
+            _write(stage, checkpoint, conversion, recipe)
+    return conversion
+
+
+def default_recipe(source: Source) -> str:
+    """Return the name of the recipe made for a model, or of the general one."""
+    by_origin = {repo_id: alias for alias, repo_id in ALIASES.items()}
+    name = by_origin.get(source.origin, source.name)
+    return name if name in available_recipes() else DEFAULT_RECIPE
+
+
+def _refuse_converted(folder: Path) -> None:
+    if read_config(folder).get("model_type") == DPN_MODEL_TYPE:
+        raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
+
+
+def _check_space(conversion: Conversion) -> None:
+    folder = conversion.output.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = conversion.copied_bytes + 4 * conversion.added_parameters + _MAX_SIDE_FILE_BYTES
+    if free < needed:
+        raise DpnError(
+            f"{folder} has {free / 1e9:.1f} GB free, the conversion needs {needed / 1e9:.1f} GB: free some "
+            "space or choose another --output"
+        )
+
+
+def _write(stage: Path, checkpoint: Checkpoint, conversion: Conversion, recipe: Recipe) -> None:
+    for file in _side_files(checkpoint.path):
+        copy_file(checkpoint.path / file, stage / file)
+    tensors: list[TensorInfo] = []
+    for file in checkpoint.files:
+        name = _shard_name(file)
+        copy_file(checkpoint.path / file, stage / name)
+        copied = read_header(stage / name).values()
+        tensors += [tensor for tensor in copied if _is_from(checkpoint, tensor.name, file)]
+    _write_dpe(stage / DPE_FILE, conversion)
+    tensors += read_header(stage / DPE_FILE).values()
+    write_json(stage / RECIPE_FILE, recipe.to_dict())
+    write_json(stage / "config.json", _config(checkpoint.config, conversion))
+    write_index(stage, tensors)
+    _verify(stage, checkpoint, conversion)
+
+
+def _is_from(checkpoint: Checkpoint, name: str, file: str) -> bool:
+    """Say whether a loader takes this tensor from this shard: an index decides between duplicates."""
+    return name in checkpoint.tensors and checkpoint.tensors[name].file == file
+
+
+def _side_files(folder: Path) -> Iterator[str]:
+    """Yield the small files that belong to the model: tokenizer, processor, template, licence."""
+    for path in sorted(folder.iterdir()):
+        left_out = path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".") or path.name in _REWRITTEN
+        if path.is_file() and not left_out and path.stat().st_size <= _MAX_SIDE_FILE_BYTES:
+            yield path.name
+
+
+def _shard_name(file: str) -> str:
+    """Return a shard's new name: a file named model.safetensors would shadow the index."""
+    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else file
+
+
+def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}}
+    base = conversion.source.origin
+    if conversion.source.revision:
+        base += f"@{conversion.source.revision}"
+    return kept | {
+        "model_type": DPN_MODEL_TYPE,
+        "architectures": [DPN_ARCHITECTURE],
+        "base_model": base,
+        "pyramid": conversion.pyramid.to_dict(),
+    }
+
+
+def _write_dpe(path: Path, conversion: Conversion) -> None:
+    from safetensors.numpy import save
+
+    path.write_bytes(save(dict(initial_tensors(conversion.added)), metadata={"format": "pt"}))
+
+
+def initial_tensors(shapes: dict[str, tuple[int, ...]]) -> "Iterator[tuple[str, np.ndarray]]":
+    """Yield the DPE tensors before calibration, in float32.
+
+    The head is zero, so that all rates tie and 1×1 wins (lossless); poolers average; hidden layers are
+    drawn from N(0, 0.02²) with a fixed seed, so that a conversion is reproducible.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name.endswith("hidden.weight"):
+            values = random.normal(0.0, INIT_STD, shape)
+        elif name.endswith("norm.weight"):
+            values = np.ones(shape)
+        elif ".poolers." in name:
+            values = np.full(shape, 1 / math.prod(shape[1:]))
+        else:
+            values = np.zeros(shape)
+        yield name, values.astype(np.float32)
+
+
+def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None:
+    """Reopen what was written: every tensor must be there, in its shape and dtype."""
+    written = Checkpoint.open(stage)
+    expected = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    expected |= {name: ("F32", shape) for name, shape in conversion.added.items()}
+    if {name: (t.dtype, t.shape) for name, t in written.tensors.items()} != expected:
+        raise DpnError(
+            f"{conversion.output}: the written tensors are not the expected ones; please report this"
+        )
+    LlavaLayout.of(written)
