@@ -3,9 +3,8 @@
 A multiplication and an addition are two operations, as in `torch.utils.flop_counter`, which counts the same on a
 real forward (tests/test_cost.py). Counted: the projections, the attention products and the MLP of every decoder
 layer, plus the routers. Attention is counted as the full S×S product, which is what eager and SDPA kernels without
-causal skipping compute. Left out, as the counter leaves it out: norms, softmax, activations, the rotation itself and
-pooling. Also left out, though the counter sees it: the product that makes the rotary table (S·head_dim per table).
-The vision tower, the projector and `lm_head` belong to the original and the pyramid alike, and are reported apart.
+causal skipping compute. Left out, as the counter leaves it out: norms, softmax, activations, rotary embeddings and
+pooling. The vision tower, the projector and `lm_head` belong to the original and the pyramid alike, and are reported apart.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+pytest_plugins = ["tests.pyramids"]
+
 TextType = Literal["llama", "mistral", "qwen2"]
 Layout = Literal["hub", "new"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.modeling.conftest import collate, prompt, pyramid, ragged_batch
+from tests.pyramids import collate, prompt, pyramid, ragged_batch
 
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
