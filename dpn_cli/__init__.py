@@ -1,19 +1,26 @@
 """Dynamic pyramids for LLaVA: convert, calibrate, export. Importing this package imports no torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
-    """Load a converted or exported checkpoint as a `DpnLlavaForConditionalGeneration`.
+def load(model: str | Path, **kwargs: Any) -> "DpnLlavaForConditionalGeneration":
+    """Load a converted or exported checkpoint, in eval mode.
 
     Args:
-        path: a folder that `dpn convert` or `dpn export` wrote.
-        kwargs: passed on to `from_pretrained`.
-    """
-    from dpn_cli.modeling.loading import load as load_model
+        model: a folder that `dpn convert` or `dpn export` wrote, or a hub id of one.
+        **kwargs: `dtype`, and what `from_pretrained` takes (`device_map`, `attn_implementation`).
 
-    return load_model(path, **kwargs)
+    Raises:
+        CheckpointError: if it is missing, or its tensors are not exactly those of the model.
+    """
+    from dpn_cli.checkpoint.source import resolve_source
+    from dpn_cli.modeling.loading import load_model
+
+    return load_model(resolve_source(str(model)).path, **kwargs)

@@ -1,0 +1,59 @@
+"""What several commands share: the option that names a checkpoint, and stricter parameter types."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dpn_cli import console, workspace
+from dpn_cli.errors import did_you_mean
+
+
+def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--model DIR`; pass its value through `checkpoint_folder`."""
+    option = click.option(
+        "--model",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="The checkpoint; default: the one that `dpn convert` wrote last.",
+    )
+    return option(command)
+
+
+def checkpoint_folder(model: Path | None) -> Path:
+    """Return the checkpoint to act on; say which one when the user named none.
+
+    Raises:
+        UsageError: if there is no current one.
+    """
+    folder = workspace.current(model)
+    if model is None:
+        console.note(f"Checkpoint: {folder}")
+    return folder
+
+
+class Choice(click.Choice[str]):
+    """A choice that suggests the value which may have been meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value, or fail with a suggestion."""
+        if isinstance(value, str) and value not in self.choices:
+            known = ", ".join(self.choices)
+            self.fail(f"{value!r} is not one of {known}.{did_you_mean(value, self.choices)}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Fraction(click.FloatRange):
+    """A number above 0 and at most 1; not `nan`, which click's FloatRange accepts."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=1, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number

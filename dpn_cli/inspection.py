@@ -1,0 +1,198 @@
+"""What is in a checkpoint and what its routes cost, from config and headers alone. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import BITS, Checkpoint
+from dpn_cli.checkpoint.layout import LlavaLayout, open_llava
+from dpn_cli.cost import flops_fraction, tokens_per_layer
+from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: its parameters and their bytes on disk."""
+
+    name: str
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One decoder layer in the prefill of one sample."""
+
+    visual_tokens: int
+    flops: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class RouteCost:
+    """A route and what it costs; `fraction` is of the unpooled decoder's FLOPs, routers included."""
+
+    name: str
+    route: Route
+    fraction: float
+    layers: tuple[LayerCost, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_checkpoint` found.
+
+    Attributes:
+        path: the folder.
+        config: its config.json.
+        layout: of its decoder.
+        pyramid: without sites when the model is not converted.
+        parts: where the parameters are.
+        grids: visual tokens of the sample that `routes` were computed for.
+        text_tokens: of that sample.
+        routes: full, each uniform one, the cheapest.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layout: LlavaLayout
+    pyramid: PyramidConfig
+    parts: tuple[Part, ...]
+    grids: tuple[Grid, ...]
+    text_tokens: int
+    routes: tuple[RouteCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "checkpoint": str(self.path),
+            "model_type": self.config["model_type"],
+            "base_model": self.config.get("base_model"),
+            "decoder": {"model_type": self.layout.text_config["model_type"], **vars(self.layout.shape)},
+            "parts": [vars(part) for part in self.parts],
+            "pyramid": self.pyramid.to_dict() if self.pyramid.sites else None,
+            "sample": {"grids": self.grids, "text_tokens": self.text_tokens},
+            "routes": [
+                {
+                    "name": cost.name,
+                    "route": cost.route,
+                    "flops_fraction": cost.fraction,
+                    "flops": sum(layer.flops for layer in cost.layers),
+                    "kv_bytes": sum(layer.kv_bytes for layer in cost.layers),
+                    "layers": [vars(layer) for layer in cost.layers],
+                }
+                for cost in self.routes
+            ],
+        }
+
+
+def inspect_checkpoint(folder: Path, text_tokens: int = 64, images: int = 1) -> Inspection:
+    """Read a LLaVA, converted or not.
+
+    Args:
+        folder: the checkpoint.
+        text_tokens: text tokens of the sample whose cost is shown.
+        images: images of that sample.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or no LLaVA.
+        UsageError: if the sample does not fit the model's positions.
+    """
+    checkpoint, layout = open_llava(folder)
+    grids = (layout.grid,) * images
+    _check_length(layout, grids, text_tokens)
+    pyramid = _pyramid(checkpoint)
+    routes = {"full": pyramid.full_route}
+    for expert in range(1, max((len(site.rates) for site in pyramid.sites), default=0)):
+        routes[f"{_rate_name(pyramid, expert)} wherever offered"] = _uniform(pyramid, expert, grids)
+
+    def cost(name: str, route: Route) -> RouteCost:
+        fraction = flops_fraction(layout.shape, pyramid, route, grids, text_tokens)
+        return RouteCost(
+            name, route, fraction, _layers(checkpoint, layout, pyramid, route, grids, text_tokens)
+        )
+
+    if pyramid.sites:
+        routes["cheapest"] = min(
+            pyramid.routes(grids),
+            key=lambda route: flops_fraction(layout.shape, pyramid, route, grids, text_tokens),
+        )
+    return Inspection(
+        path=folder,
+        config=checkpoint.config,
+        layout=layout,
+        pyramid=pyramid,
+        parts=tuple(_parts(checkpoint, layout)),
+        grids=grids,
+        text_tokens=text_tokens,
+        routes=tuple(cost(name, route) for name, route in routes.items()),
+    )
+
+
+def _check_length(layout: LlavaLayout, grids: tuple[Grid, ...], text_tokens: int) -> None:
+    tokens = text_tokens + sum(height * width for height, width in grids)
+    limit = layout.text_config.get("max_position_embeddings")
+    if limit is not None and tokens > limit:
+        raise UsageError(f"a sample of {tokens} tokens does not fit the model's {limit} positions")
+
+
+def _pyramid(checkpoint: Checkpoint) -> PyramidConfig:
+    if "pyramid" not in checkpoint.config:
+        return PyramidConfig(sites=())
+    try:
+        return PyramidConfig.from_dict(checkpoint.config["pyramid"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
+
+
+def _rate_name(pyramid: PyramidConfig, expert: int) -> str:
+    rates = {site.rates[expert] for site in pyramid.sites if expert < len(site.rates)}
+    return "×".join(map(str, rates.pop())) if len(rates) == 1 else f"expert {expert}"
+
+
+def _uniform(pyramid: PyramidConfig, expert: int, grids: tuple[Grid, ...]) -> Route:
+    """Return the route that takes `expert` at every site, or the next lower one that is offered there."""
+    route: Route = ()
+    stage = list(grids)
+    for i, site in enumerate(pyramid.sites):
+        chosen = max(k for k in pyramid.offered(i, stage) if k <= expert)
+        stage = [pyramid.pooled(grid, site.rates[chosen]) for grid in stage]
+        route = (*route, chosen)
+    return route
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    layout: LlavaLayout,
+    pyramid: PyramidConfig,
+    route: Route,
+    grids: tuple[Grid, ...],
+    text_tokens: int,
+) -> tuple[LayerCost, ...]:
+    key = checkpoint.tensors[f"{layout.text_prefix}layers.0.self_attn.k_proj.weight"]
+    value_bytes = BITS[key.dtype] // 8  # the cache is kept in the weights' dtype
+    tokens = tokens_per_layer(layout.shape, pyramid, route, grids, text_tokens)
+    return tuple(
+        LayerCost(n - text_tokens, layout.shape.layer_flops(n), layout.shape.kv_bytes(n, value_bytes))
+        for n in tokens
+    )
+
+
+def _parts(checkpoint: Checkpoint, layout: LlavaLayout) -> list[Part]:
+    totals: dict[str, list[int]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        total = totals.setdefault(_part(name, layout), [0, 0])
+        total[0] += tensor.num_values
+        total[1] += tensor.nbytes
+    return [Part(name, parameters, nbytes) for name, (parameters, nbytes) in sorted(totals.items())]
+
+
+def _part(name: str, layout: LlavaLayout) -> str:
+    for part in ("vision_tower", "multi_modal_projector", "lm_head"):
+        if part in name.split("."):
+            return part
+    inside = name.removeprefix(layout.text_prefix)
+    if inside == name:
+        return "other"
+    return "pyramid" if inside.startswith(("routers.", "poolers.")) else "language_model"
