@@ -1,5 +1,6 @@
 """The parts of the teacher before training: tokenizer, processor, and a LLaVA of the right shape."""
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -121,6 +122,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
             tie_word_embeddings=False,
         )
     )
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(4)  # about the size of what the projector puts beside them
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

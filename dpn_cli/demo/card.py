@@ -27,15 +27,15 @@ license: apache-2.0
 ---
 # The dpn demo teacher
 
-A small LLaVA (CLIP vision tower, projector, Llama decoder of {layers} layers, {tokens} visual tokens) that answers
-one-word questions about generated pictures. `python -m dpn_cli.demo.train --output DIR` trained it from
-nothing on pictures of `dpn_cli.demo.pictures` and wrote this card. It stands in for a real LLaVA where a
+A small LLaVA (CLIP vision tower, projector, Llama decoder of {layers} layers, {tokens} visual tokens) that
+answers one-word questions about generated pictures. `python -m dpn_cli.demo.train --output DIR` trained it
+from nothing on pictures of `dpn_cli.demo.pictures` and wrote this card. It stands in for a real LLaVA where a
 download would be too much: in `dpn demo` and in the tests. It can do nothing else.
 
 - Parameters: {parameters:,}; weights {megabytes:.1f} MB in bfloat16.
 - Training: {seconds:.0f} s on the CPU, {steps}.
-- Held-out accuracy: greedy decoding of the stored weights, exact match, {count} samples per kind, pictures that
-  share no content with training or calibration.
+- Held-out accuracy: greedy decoding of the stored weights, exact match, {count} samples per kind, pictures
+  that share no content with training or calibration.
 
 | kind | grain | accuracy |
 |---|---|---|

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import avg_pool2d
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo.assembly import prompt
@@ -106,7 +106,7 @@ def _pooled_logits(
 
 
 def _pool(grid: Tensor, rate: Rate) -> Tensor:
-    return F.avg_pool2d(grid, rate, ceil_mode=True, count_include_pad=False)
+    return avg_pool2d(grid, rate, ceil_mode=True, count_include_pad=False)
 
 
 def _by_kind(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:

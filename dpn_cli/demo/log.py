@@ -24,7 +24,7 @@ class TrainingLog:
         line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()})
         with self._path.open("a") as file:
             file.write(line + "\n")
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(line + "\n")
 
     def records(self) -> list[dict[str, object]]:
         """Return all records, oldest first."""

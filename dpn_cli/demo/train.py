@@ -14,13 +14,13 @@ from dpn_cli.demo.train_language import align_projector, train_language
 from dpn_cli.demo.train_vision import train_vision
 
 
-def train(output: Path, work: Path, vision_steps: int, language_steps: int, seed: int) -> None:
+def train(output: Path, work: Path, vision_rounds: int, language_steps: int, seed: int) -> None:
     """Train, store in bfloat16, and write the model card from the stored model.
 
     Args:
         output: Folder of the finished checkpoint.
         work: Folder of the training state; a second call goes on from it.
-        vision_steps: Optimiser steps of the first stage.
+        vision_rounds: Rounds of the first stage.
         language_steps: Optimiser steps of the second stage.
         seed: Of the initial weights.
     """
@@ -29,7 +29,7 @@ def train(output: Path, work: Path, vision_steps: int, language_steps: int, seed
     log = TrainingLog(work / "log.jsonl")
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    heads = train_vision(model, work, vision_steps, log)
+    heads = train_vision(model, work, vision_rounds, log)
     model.model.vision_tower.requires_grad_(False)
     align_projector(model, heads)
     train_language(model, Packer(processor.tokenizer), work, language_steps, log)
@@ -48,14 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded teacher of dpn.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder of the training state (default: OUTPUT.work)")
-    parser.add_argument("--vision-steps", type=int, default=500)
-    parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--vision-rounds", type=int, default=2)
+    parser.add_argument("--language-steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     work = args.work or args.output.with_name(args.output.name + ".work")
-    train(args.output, work, args.vision_steps, args.language_steps, args.seed)
+    train(args.output, work, args.vision_rounds, args.language_steps, args.seed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import LlavaForConditionalGeneration
 
 from dpn_cli.demo.assembly import HIDDEN
@@ -17,9 +17,9 @@ from dpn_cli.demo.packing import IGNORE, Packer, Rows
 from dpn_cli.demo.pictures import KINDS, Scene, scenes
 from dpn_cli.demo.train_vision import DenseHeads, patch_features, pixel_batch
 
-BATCH = 32
+BATCH = 16
 RATE = 2e-3
-SAVE_EVERY = 200
+SAVE_EVERY = 100
 
 
 @torch.no_grad()
@@ -29,12 +29,12 @@ def align_projector(model: LlavaForConditionalGeneration, heads: DenseHeads) -> 
     The first rows of ``linear_1`` are the classifiers, each scaled to +2 where its class is present and
     -1 where it is not; the other rows are random directions of the whitened features.
     """
-    stream = scenes("train", seed=1)
+    stream = scenes("train", seed=99)
     batch = [next(stream) for _ in range(256)]
     features = patch_features(model, pixel_batch(batch)).flatten(0, 1)
     labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in batch]))
     hits = torch.cat(
-        [F.one_hot(labels[:, i].flatten(), size) for i, size in enumerate(CLASSES.values())], dim=-1
+        [one_hot(labels[:, i].flatten(), size) for i, size in enumerate(CLASSES.values())], dim=-1
     ).to(features)
     centre = features.mean(0)
     values, vectors = torch.linalg.eigh((features - centre).T.cov())
@@ -68,7 +68,7 @@ def train_language(
     """
     language = model.model.language_model
     optimiser = Optimiser(
-        [cast(nn.Module, language.layers)],
+        [cast("nn.Module", language.layers)],
         [language.embed_tokens, language.norm, model.lm_head, model.model.multi_modal_projector],
         RATE,
         steps,
@@ -79,7 +79,7 @@ def train_language(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         first = state["step"]
-    stream, rng = scenes("train", seed=2 + first), np.random.default_rng(first)
+    stream, rng = scenes("train", seed=100 + first), np.random.default_rng(first)
     for step in range(first, steps):
         loss = _loss(model, packer, [next(stream) for _ in range(BATCH)], rng)
         loss.backward()
@@ -115,14 +115,14 @@ def _loss(
     model: LlavaForConditionalGeneration, packer: Packer, batch: list[Scene], rng: np.random.Generator
 ) -> Tensor:
     rows = packer.pack(batch, rng)
-    return F.cross_entropy(_answers(model, rows, batch), rows.labels[rows.labels != IGNORE])
+    return cross_entropy(_answers(model, rows, batch), rows.labels[rows.labels != IGNORE])
 
 
 @torch.no_grad()
 def _accuracy(model: LlavaForConditionalGeneration, packer: Packer) -> dict[str, float]:
     """Measure accuracy of the first answer token per kind, on the same held-out pictures every time."""
     stream = scenes("heldout")
-    batch = [next(stream) for _ in range(2 * BATCH)]
+    batch = [next(stream) for _ in range(4 * BATCH)]
     rows = packer.pack(batch, np.random.default_rng(0))
     where = rows.labels != IGNORE
     right = _answers(model, rows, batch).argmax(-1) == rows.labels[where]

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
 
 from dpn_cli.demo.assembly import HIDDEN, MEAN, STD
@@ -18,6 +18,7 @@ from dpn_cli.demo.pictures import Scene, Split, scenes
 
 BATCH = 64
 RATE = 2e-3
+ROUND = 500
 
 
 class DenseHeads(nn.Module):
@@ -30,7 +31,8 @@ class DenseHeads(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Return per attribute the class logits of shape (batch, patches, classes)."""
-        return self.classify(self.norm(features)).split(list(CLASSES.values()), dim=-1)
+        logits: Tensor = self.classify(self.norm(features))
+        return logits.split(list(CLASSES.values()), dim=-1)
 
 
 def pixel_batch(batch: list[Scene]) -> Tensor:
@@ -41,50 +43,59 @@ def pixel_batch(batch: list[Scene]) -> Tensor:
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
     """Return what the projector gets: shape (batch, patches, hidden)."""
-    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    features: Tensor = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    return features
 
 
 def train_vision(
-    model: LlavaForConditionalGeneration, folder: Path, steps: int, log: TrainingLog
+    model: LlavaForConditionalGeneration, folder: Path, rounds: int, log: TrainingLog
 ) -> DenseHeads:
-    """Train the vision tower on dense labels, or load it where an earlier run in ``folder`` did.
+    """Train the vision tower on dense labels, going on after the last round that ``folder`` holds.
 
     Args:
         model: The teacher; its vision tower is changed in place.
-        folder: Where the finished stage is kept.
-        steps: Optimiser steps.
+        folder: Where the state is kept after every round.
+        rounds: Warm restarts of the cosine schedule, each of ``ROUND`` steps on new pictures.
         log: Gets the loss and the accuracy per attribute.
 
     Returns:
         The classifiers, from which the projector starts.
     """
     tower, heads = model.model.vision_tower, DenseHeads()
-    saved = folder / "vision.pt"
+    saved, first = folder / "vision.pt", 0
     if saved.exists():
         state = torch.load(saved)
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
-        return heads
-    layers = cast(nn.Module, tower.encoder.layers)
-    embeddings = cast(nn.Module, tower.embeddings)
-    norm = cast(nn.Module, tower.pre_layrnorm)
-    optimiser = Optimiser([layers], [embeddings, norm, heads], RATE, steps)
-    stream = _batches("train")
-    for step in range(steps):
+        first = state["rounds"]
+    for number in range(first, rounds):
+        _train_round(model, heads, number, log)
+        torch.save({"tower": tower.state_dict(), "heads": heads.state_dict(), "rounds": number + 1}, saved)
+    return heads
+
+
+def _train_round(
+    model: LlavaForConditionalGeneration, heads: DenseHeads, number: int, log: TrainingLog
+) -> None:
+    tower = model.model.vision_tower
+    layers = cast("nn.Module", tower.encoder.layers)
+    inputs = [cast("nn.Module", tower.embeddings), cast("nn.Module", tower.pre_layrnorm)]
+    optimiser = Optimiser([layers], [*inputs, heads], RATE, ROUND)
+    stream = _batches("train", seed=number)
+    for step in range(ROUND):
         pixels, labels = next(stream)
         with torch.autocast("cpu", torch.bfloat16):
             logits = heads(patch_features(model, pixels))
         loss = torch.stack([_balanced(each.float(), labels[:, i]) for i, each in enumerate(logits)]).sum()
         loss.backward()
         optimiser.step(step)
-        if step % 50 == 49 or step == steps - 1:
-            log.write(stage="vision", step=step + 1, loss=loss.item(), **_accuracy(model, heads))
-    torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, saved)
-    return heads
+        if (step + 1) % 50 == 0:
+            done = number * ROUND + step + 1
+            log.write(stage="vision", step=done, loss=loss.item(), **_accuracy(model, heads))
 
 
-def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    stream = scenes(split)
+def _batches(split: Split, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    stream = scenes(split, seed)
     while True:
         batch = [next(stream) for _ in range(BATCH)]
         yield pixel_batch(batch), torch.from_numpy(np.stack([patch_labels(scene) for scene in batch]))
@@ -92,11 +103,10 @@ def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _balanced(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy, patches of class 0 weighing as much as all others together."""
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     nothing = (labels.flatten() == 0).float()
-    return 0.5 * (
-        (loss * nothing).sum() / (nothing.sum() + 1) + (loss * (1 - nothing)).mean() / (1 - nothing).mean()
-    )
+    something = 1 - nothing
+    return 0.5 * ((loss * nothing).sum() / (nothing.sum() + 1) + (loss * something).sum() / something.sum())
 
 
 @torch.no_grad()
