@@ -94,8 +94,8 @@ def _download(repo_id: str) -> Path:
             raise
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
         raise CheckpointError(
-            f"{repo_id} is no local folder, is not in the hub's local cache, and {reason}: download it where you "
-            f"are online (`hf download {repo_id} --local-dir DIR`) and pass that folder"
+            f"{repo_id} is no local folder, is not in the hub's local cache, and {reason}: download it where "
+            f"you are online (`hf download {repo_id} --local-dir DIR`) and pass that folder"
         ) from error
 
 

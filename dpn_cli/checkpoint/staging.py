@@ -26,9 +26,9 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     Raises:
         UsageError: if the target exists (without force), is not ours to replace, or overlaps the source.
     """
+    _recover(target)
     check_target(target, force, may_replace, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
     stage = _sibling(target, STAGE)
     stage.mkdir()
     try:
@@ -91,6 +91,8 @@ def _sibling(target: Path, role: str) -> Path:
 
 def _recover(target: Path) -> None:
     """Sweep what dead processes left beside `target`; bring back a target caught between two names."""
+    if not target.parent.is_dir():
+        return
     host = socket.gethostname()
     for role in (OLD, STAGE):
         prefix = f".{target.name}.{role}.{host}."

@@ -1,0 +1,159 @@
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpn_cli.checkpoint.headers import Checkpoint, read_header
+from dpn_cli.errors import CheckpointError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
+
+
+@pytest.fixture
+def sharded(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llava_factory(shards=2), tmp_path / "copy"))
+
+
+def write_file(path: Path, header: dict[str, Any] | bytes, body: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + body)
+    return path
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_headers_say_what_safetensors_says(tiny_llava_factory: Callable[..., Path], shards: int) -> None:
+    from safetensors.numpy import load_file
+
+    folder = tiny_llava_factory(shards=shards)
+    checkpoint = Checkpoint.open(folder)
+    arrays = {name: array for file in checkpoint.files for name, array in load_file(folder / file).items()}
+    assert {n: (t.shape, t.nbytes) for n, t in checkpoint.tensors.items()} == {
+        n: (a.shape, a.nbytes) for n, a in arrays.items()
+    }
+    assert checkpoint.nbytes == sum(array.nbytes for array in arrays.values())
+    assert len(checkpoint.files) == shards
+
+
+def test_empty_and_scalar_tensors_are_fine(tmp_path: Path) -> None:
+    header = {
+        "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
+        "scalar": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
+        "small": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [8, 10]},
+        "__metadata__": {"format": "pt"},
+    }
+    tensors = read_header(write_file(tmp_path / "x.safetensors", header, b"\0" * 10))
+    assert [tensors[name].num_values for name in ("empty", "scalar", "small")] == [0, 1, 2]
+
+
+SHARD = "model-00001-of-00002.safetensors"
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing shard": (lambda f: (f / SHARD).unlink(), "is missing"),
+    "empty shard": (lambda f: (f / SHARD).write_bytes(b""), "is truncated"),
+    "truncated shard": (
+        lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]),
+        "download it again",
+    ),
+    "truncated header": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:100]), "is truncated"),
+    "overlong shard": (lambda f: (f / SHARD).open("ab").write(b"x"), "truncated or damaged"),
+    "lfs pointer": (lambda f: (f / SHARD).write_bytes(LFS_POINTER), "git lfs pull"),
+    "huge header": (lambda f: (f / SHARD).write_bytes(struct.pack("<Q", 1 << 40) + b"{}"), "truncated or no"),
+    "no json": (lambda f: write_file(f / SHARD, b"{{{{"), "damaged header"),
+    "index is a list": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        "expected an object",
+    ),
+    "index is no json": (
+        lambda f: (f / "model.safetensors.index.json").write_bytes(LFS_POINTER),
+        "Git LFS pointer",
+    ),
+    "index without map": (lambda f: edit_index(f, lambda i: i.pop("weight_map")), "no weight_map"),
+    "index leaves": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(x=f"../{SHARD}")),
+        "same folder",
+    ),
+    "index absolute": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(x="/x.safetensors")),
+        "same folder",
+    ),
+    "index of numbers": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x=3)), "same folder"),
+    "tensor not in shard": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(x=SHARD)),
+        "does not hold",
+    ),
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "has neither"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "config is no json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(sharded: Path, fault: str) -> None:
+    damage, message = FAULTS[fault]
+    damage(sharded)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(sharded)
+    assert str(sharded) in str(caught.value)
+
+
+def test_folders_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Checkpoint.open(tmp_path / "none")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="LoRA adapter"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="LoRA adapter"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"\.bin only"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"shape": [1], "data_offsets": [0, 4]},
+        [],
+    ],
+)
+def test_an_impossible_entry_is_refused(tmp_path: Path, entry: Any) -> None:
+    with pytest.raises(CheckpointError):
+        read_header(write_file(tmp_path / "x.safetensors", {"x": entry}, b"\0" * 4))
+
+
+def test_a_name_may_appear_once(tmp_path: Path) -> None:
+    entry = '"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    with pytest.raises(CheckpointError, match="twice"):
+        read_header(write_file(tmp_path / "x.safetensors", f"{{{entry},{entry}}}".encode()))
+
+
+@given(content=st.binary(max_size=64) | st.binary(max_size=48).map(lambda b: struct.pack("<Q", len(b)) + b))
+def test_noise_is_refused_with_one_kind_of_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "noise.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_header(path)

@@ -1,0 +1,94 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.source import ALIASES, resolve_source
+from dpn_cli.errors import CheckpointError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache on a machine that is offline."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub cache"
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return cache
+
+
+def put_in_cache(cache: Path, repo_id: str, folder: Path, leave_out: str = "") -> Path:
+    """Store a checkpoint as the hub's client does: blobs, and a snapshot of links to them."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / COMMIT
+    for part in (repo / "blobs", repo / "refs", snapshot):
+        part.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    for i, file in enumerate(path for path in sorted(folder.iterdir()) if path.name != leave_out):
+        blob = repo / "blobs" / f"{i:064x}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    return snapshot
+
+
+def test_a_folder_wins_over_an_alias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llava-1.5-7b").mkdir()
+    source = resolve_source("llava-1.5-7b")
+    assert source.path.samefile(tmp_path / "llava-1.5-7b")
+    assert (source.name, source.revision) == ("llava-1.5-7b", None)
+
+
+def test_a_folder_is_named_as_the_user_named_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    assert resolve_source(f"{tmp_path}/link/").name == "link"
+    monkeypatch.chdir(folder)
+    assert resolve_source(".").name == "model"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_alias_is_found_in_the_hub_cache(
+    tiny_llava_factory: Callable[..., Path], hub_cache: Path, shards: int
+) -> None:
+    repo_id = ALIASES["llava-1.5-7b"]
+    snapshot = put_in_cache(hub_cache, repo_id, tiny_llava_factory(shards=shards))
+    source = resolve_source("llava-1.5-7b")
+    assert source.path.samefile(snapshot)
+    assert (source.name, source.origin, source.revision) == ("llava-1.5-7b", repo_id, COMMIT)
+    assert resolve_source(repo_id).name == "llava-1.5-7b-hf"
+
+
+@pytest.mark.parametrize("leave_out", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_part_of_a_model_in_the_cache_asks_for_the_rest(
+    tiny_llava_factory: Callable[..., Path], hub_cache: Path, leave_out: str
+) -> None:
+    put_in_cache(hub_cache, "owner/model", tiny_llava_factory(shards=2), leave_out)
+    with pytest.raises(CheckpointError, match="download the checkpoint again"):
+        Checkpoint.open(resolve_source("owner/model").path)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_offline_the_error_says_how_to_go_on() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"HF_HUB_OFFLINE is set.*hf download llava-hf/llava-1\.5-13b-hf"
+    ):
+        resolve_source("llava-1.5-13b")
+
+
+@pytest.mark.parametrize("model", ["nowhere", "/no/such/folder", "../nowhere", "llava-1.5-7"])
+def test_a_missing_path_is_one_sentence(model: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve_source(model)
+
+
+def test_an_alias_is_suggested() -> None:
+    with pytest.raises(CheckpointError, match=r"Did you mean 'llava-1\.5-13b'"):
+        resolve_source("llava-1.5-13")

@@ -1,0 +1,53 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_result_is_current_and_described(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_llava, "model")
+    assert main(["convert", "model", "--set", "pyramid.sites.0.rates=[[1, 1], [4, 4]]"]) == 0
+    captured = capsys.readouterr()
+    assert "model-dpn" in captured.out
+    assert "1×1, 4×4" in captured.out
+    assert "Next: dpn calibrate" in captured.err
+    assert json.loads(Path(".dpn/current.json").read_text()) == {
+        "checkpoint": str(Path("model-dpn").resolve())
+    }
+
+
+def test_a_dry_run_leaves_no_trace(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tiny_llava), "--dry-run"]) == 0
+    assert "nothing was written" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_exit_codes(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tiny_llava), "-o", "out"]) == 0
+    Path("empty").mkdir()
+    Path("llama").mkdir()
+    Path("llama/config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    for args, code, message in [
+        (["missing"], 3, "missing does not exist"),
+        (["empty"], 3, "no config.json"),
+        (["llama"], 3, "expected a LLaVA"),
+        (["out", "-o", "again"], 3, "already a pyramid"),
+        ([str(tiny_llava), "-o", "out"], 2, "out exists"),
+        ([str(tiny_llava), "--recipe", "nothing"], 2, "no recipe named 'nothing'"),
+    ]:
+        assert main(["convert", *args]) == code
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert main(["convert", str(tiny_llava), "-o", "out", "--force"]) == 0

@@ -1,0 +1,27 @@
+import click
+import pytest
+from click.testing import CliRunner
+
+from dpn_cli.commands.options import Choice, Fraction
+
+
+@click.command()
+@click.option("--budget", type=Fraction())
+@click.option("--dtype", type=Choice(["float32", "bfloat16"]))
+def command(budget: float | None, dtype: str | None) -> None:
+    click.echo(f"{budget} {dtype}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-0.5", "1.01", "half"])
+def test_a_fraction_is_above_zero_and_at_most_one(value: str) -> None:
+    assert CliRunner().invoke(command, ["--budget", value]).exit_code == 2
+
+
+def test_good_values_pass() -> None:
+    assert CliRunner().invoke(command, ["--budget", "1", "--dtype", "float32"]).output == "1.0 float32\n"
+
+
+def test_a_wrong_choice_suggests_a_right_one() -> None:
+    done = CliRunner().invoke(command, ["--dtype", "bfloat1"])
+    assert done.exit_code == 2
+    assert "Did you mean 'bfloat16'?" in done.output

@@ -1,0 +1,30 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.cli import main
+from dpn_cli.recipe import available_recipes, load_recipe
+
+
+def test_the_list_has_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(available_recipes())
+    assert main(["recipes", "--json"]) == 0
+    assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} == set(available_recipes())
+
+
+@pytest.mark.parametrize("name", available_recipes())
+def test_what_show_prints_is_the_same_recipe(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", "show", name, "--set", "calibration.learning_rate=1e-5"]) == 0
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(capsys.readouterr().out)
+    assert load_recipe(str(copy)) == load_recipe(name, ["calibration.learning_rate=1e-5"])
+
+
+def test_an_unknown_recipe_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "show", "dem"]) == 2
+    assert "Did you mean 'demo'?" in capsys.readouterr().err

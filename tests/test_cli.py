@@ -1,0 +1,151 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import click
+import pytest
+
+from dpn_cli import __version__, cli
+from dpn_cli.errors import CheckpointError, DataError, DpnError, MissingExtraError, RecipeError, UsageError
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "PIL",
+    "datasets",
+    "safetensors",
+}
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `dpn demo` raise."""
+
+    @click.command()
+    def command() -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_imports_nothing_heavy(command: str | None) -> None:
+    args = [command, "--help"] if command else ["--help"]
+    script = (
+        "import sys; from dpn_cli.cli import main\n"
+        f"code = main({args!r})\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+    assert done.stdout.startswith("Usage: dpn")
+
+
+def test_the_group_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in cli.COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DpnError("it went wrong"), 1, "Error: it went wrong"),
+        (UsageError("no"), 2, "Error: no"),
+        (RecipeError("no"), 2, "Error: no"),
+        (CheckpointError("no"), 3, "Error: no"),
+        (DataError("no"), 4, "Error: no"),
+        (MissingExtraError("Healing", "peft", "heal"), 1, "pip install 'dpn-cli[heal]'"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full (/x)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Error: Permission denied: /x"),
+        (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (dpn --debug"),
+        (ValueError(), 1, "Error: unexpected ValueError: no message"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (click.BadParameter("bad"), 2, "bad"),
+    ],
+)
+def test_errors_become_a_sentence_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    fail_with(error, monkeypatch)
+    assert cli.main(["demo"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(CheckpointError("no"), monkeypatch)
+    with pytest.raises(CheckpointError):
+        cli.main(["--debug", "demo"])
+
+
+def test_an_unknown_command_suggests_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convrt"]) == 2
+    assert "Did you mean 'convert'?" in capsys.readouterr().err
+
+
+def test_sigterm_ends_like_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
+    try:
+        assert cli.main(["demo"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_closed_stdout_is_quiet(tiny_llava: Path, option: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*args, "inspect", str(tiny_llava), *option], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_silences_messages_but_not_results(
+    tiny_llava: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quiet: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flag = ["--quiet"] if quiet else []
+    assert cli.main([*flag, "convert", str(tiny_llava), "--output", "out"]) == 0
+    capsys.readouterr()
+    assert cli.main([*flag, "inspect", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model_type"] == "dpn_llava"
+    assert ("Checkpoint: " in captured.err) is not quiet

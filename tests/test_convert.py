@@ -1,0 +1,156 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from dpn_cli import convert as conversion_module
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.source import ALIASES, Source
+from dpn_cli.convert import convert, default_recipe
+from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.recipe import load_recipe
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    checkpoint = Checkpoint.open(folder)
+    loaded = {file: load_file(folder / file) for file in checkpoint.files}
+    return {name: loaded[tensor.file][name] for name, tensor in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "shards"),
+    [("llama", "hub", 1), ("mistral", "hub", 2), ("qwen2", "new", 1), ("llama", "new", 2)],
+)
+def test_the_original_is_there_byte_for_byte(
+    tiny_llava_factory: Callable[..., Path], tmp_path: Path, text: str, layout: str, shards: int
+) -> None:
+    source = tiny_llava_factory(text=text, layout=layout, shards=shards)
+    done = convert(str(source), output=tmp_path / "out")
+    originals = {path.read_bytes() for path in source.glob("*.safetensors")}
+    copies = {path.read_bytes() for path in done.output.glob("model*.safetensors")}
+    assert copies == originals
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        assert (done.output / name).read_bytes() == (source / name).read_bytes()
+    assert not (done.output / "model.safetensors").exists()  # it would shadow the index
+
+
+def test_the_index_and_config_are_complete(tiny_llava: Path, tmp_path: Path) -> None:
+    done = convert(str(tiny_llava), output=tmp_path / "out")
+    before, after = Checkpoint.open(tiny_llava), Checkpoint.open(done.output)
+    assert set(after.tensors) == set(before.tensors) | set(done.added)
+    assert after.config["model_type"] == "dpn_llava"
+    assert after.config["architectures"] == ["DpnLlavaForConditionalGeneration"]
+    changed = {"model_type", "architectures", "pyramid", "base_model"}
+    assert {k: v for k, v in after.config.items() if k not in changed} == {
+        k: v for k, v in before.config.items() if k not in changed
+    }
+    assert PyramidConfig.from_dict(after.config["pyramid"]) == done.pyramid
+    index = json.loads((done.output / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == after.nbytes
+    assert json.loads((done.output / "dpn_recipe.json").read_text())["name"] == done.recipe
+
+
+def test_new_tensors_start_lossless(tiny_llava: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("demo", ["pyramid.pooling=conv"])
+    done = convert(str(tiny_llava), recipe, tmp_path / "out")
+    added = {
+        n.removeprefix("language_model.model."): a for n, a in arrays(done.output).items() if n in done.added
+    }
+    assert {name: a.shape for name, a in added.items()} == done.pyramid.dpe_tensors(64)
+    assert all(a.dtype == np.float32 for a in added.values())
+    for site in range(3):
+        assert (added[f"routers.{site}.norm.weight"] == 1).all()
+        for name in ("norm.bias", "hidden.bias", "head.weight", "head.bias"):
+            assert (added[f"routers.{site}.{name}"] == 0).all()
+        assert 0.015 < added[f"routers.{site}.hidden.weight"].std() < 0.025
+        for expert, (height, width) in enumerate(done.pyramid.sites[site].rates):
+            np.testing.assert_allclose(added[f"poolers.{site}.{expert}"].sum((1, 2)), 1, rtol=1e-6)
+            assert added[f"poolers.{site}.{expert}"].shape == (64, height, width)
+
+
+def test_two_conversions_are_the_same_bytes(tiny_llava: Path, tmp_path: Path) -> None:
+    folders = [convert(str(tiny_llava), output=tmp_path / name).output for name in ("a", "b")]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert contents[0] == contents[1]
+
+
+def test_code_weights_of_other_kinds_and_the_readme_stay_behind(tiny_llava: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    for name in ("pytorch_model.bin", "modeling_x.py", "README.md", ".gitattributes", "old.safetensors"):
+        (source / name).write_text("x")
+    (source / "LICENSE").write_text("licence")
+    output = convert(str(source), output=tmp_path / "out").output
+    expected = {path.name for path in tiny_llava.iterdir()} - {"model.safetensors"} | {
+        "LICENSE", "dpe.safetensors", "dpn_recipe.json", "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }  # fmt: skip
+    assert {path.name for path in output.iterdir()} == expected
+
+
+def test_a_dry_run_checks_and_writes_nothing(tiny_llava: Path, tmp_path: Path) -> None:
+    done = convert(str(tiny_llava), output=tmp_path / "out", dry_run=True)
+    assert done.added_parameters > 0
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError):
+        convert(str(tiny_llava), output=tmp_path / "out", dry_run=True)
+
+
+def test_the_default_output_is_named_after_the_model(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tiny_llava, tmp_path / "elsewhere" / "my llava")
+    assert convert("elsewhere/my llava").output == Path("my llava-dpn")
+    assert (tmp_path / "my llava-dpn" / "config.json").is_file()
+
+
+def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    converted = convert(str(tiny_llava), output=tmp_path / "out").output
+    with pytest.raises(CheckpointError, match="already a pyramid"):
+        convert(str(converted), output=tmp_path / "twice")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        convert(str(tmp_path), output=tmp_path / "x")
+    with pytest.raises(RecipeError, match="do not fit"):
+        convert(str(tiny_llava), load_recipe("demo", ["pyramid.sites=[{after_layer: 20}]"]), tmp_path / "x")
+    with pytest.raises(RecipeError, match="no router width"):
+        convert(str(tiny_llava), load_recipe("demo", ["pyramid.router.hidden_ratio=100"]), tmp_path / "x")
+    with pytest.raises(UsageError, match="overlaps"):
+        convert(str(tiny_llava), output=tiny_llava / "inside")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion_module.shutil, "disk_usage", lambda _: Usage(100, 99, 1))
+    with pytest.raises(DpnError, match="free"):
+        convert(str(tiny_llava), output=tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "recipe"),
+    [
+        ("llava-1.5-13b", ALIASES["llava-1.5-13b"], "llava-1.5-13b"),
+        ("llava-1.5-13b-hf", ALIASES["llava-1.5-13b"], "llava-1.5-13b"),
+        ("demo", "demo", "demo"),
+        ("my-model", "my-model", "llava-1.5-7b"),
+    ],
+)
+def test_the_recipe_follows_the_model(name: str, origin: str, recipe: str) -> None:
+    assert default_recipe(Source(Path(), name, origin)) == recipe

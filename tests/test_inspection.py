@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.convert import convert
+from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.inspection import Inspection, inspect_checkpoint
+from dpn_cli.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(str(tiny_llava), load_recipe("demo"), tmp_path_factory.mktemp("inspect") / "out").output
+
+
+def visual_tokens(found: Inspection, name: str) -> list[int]:
+    (route,) = (cost for cost in found.routes if cost.name == name)
+    return [layer.visual_tokens for layer in route.layers]
+
+
+def test_tokens_follow_the_rates_layer_by_layer(converted: Path) -> None:
+    found = inspect_checkpoint(converted)
+    assert visual_tokens(found, "full") == [144] * 8
+    assert visual_tokens(found, "1×2 wherever offered") == [144, 144, 72, 72, 36, 36, 24, 24]
+    # 12×12 → 6×6; 2×2 again would leave 9 of at least 16 tokens, so 1×2 → 6×3, and then nothing
+    assert visual_tokens(found, "2×2 wherever offered") == [144, 144, 36, 36, 18, 18, 18, 18]
+
+
+def test_fractions_and_bytes_fit_the_layers(converted: Path) -> None:
+    found = inspect_checkpoint(converted, text_tokens=10)
+    full, *others, cheapest = found.routes
+    assert full.fraction == pytest.approx(1, abs=2e-3)
+    for cost in (full, *others, cheapest):
+        ratio = sum(layer.flops for layer in cost.layers) / sum(layer.flops for layer in full.layers)
+        assert ratio <= cost.fraction == pytest.approx(ratio, abs=2e-3)  # routers cost a little
+        assert cheapest.fraction <= cost.fraction
+    # keys and values, 2 heads of 16, 4 bytes each
+    assert [layer.kv_bytes for layer in full.layers] == [2 * 154 * 2 * 16 * 4] * 8
+
+
+def test_parts_add_up(converted: Path, tiny_llava: Path) -> None:
+    parts = {part.name: part for part in inspect_checkpoint(converted).parts}
+    assert sum(part.nbytes for part in parts.values()) == Checkpoint.open(converted).nbytes
+    assert set(parts) == {"language_model", "lm_head", "multi_modal_projector", "vision_tower", "pyramid"}
+    before = {part.name: part for part in inspect_checkpoint(tiny_llava).parts}
+    assert parts["language_model"] == before["language_model"]
+    assert parts["lm_head"].parameters == 304 * 64
+
+
+def test_an_unconverted_model_has_the_full_route_alone(tiny_llava: Path) -> None:
+    found = inspect_checkpoint(tiny_llava)
+    assert [cost.name for cost in found.routes] == ["full"]
+    assert found.routes[0].fraction == 1
+    assert found.to_dict()["pyramid"] is None
+
+
+def test_samples_without_and_with_several_images(converted: Path) -> None:
+    assert visual_tokens(inspect_checkpoint(converted, images=0), "cheapest") == [0] * 8
+    assert visual_tokens(inspect_checkpoint(converted, images=2), "full") == [288] * 8
+    with pytest.raises(UsageError, match="2048 positions"):
+        inspect_checkpoint(converted, text_tokens=2000)
+
+
+def test_the_json_form_is_plain(converted: Path) -> None:
+    data = json.loads(json.dumps(inspect_checkpoint(converted).to_dict()))
+    assert data["decoder"]["num_layers"] == 8
+    assert len(data["routes"][0]["layers"]) == 8
+    assert data["pyramid"]["sites"][0]["after_layer"] == 1
+
+
+@pytest.mark.parametrize("pyramid", [{}, {"version": 2}, {"version": 1}, [], {"version": 1, "sites": [3]}])
+def test_a_damaged_pyramid_section_is_named(converted: Path, tmp_path: Path, pyramid: object) -> None:
+    for path in converted.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((converted / "config.json").read_text()) | {"pyramid": pyramid}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        inspect_checkpoint(tmp_path)
