@@ -168,7 +168,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(name_or_path, beside=Path())
     data = _read(path, chain=())
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return Recipe.from_dict(data, where=f"recipe {name_or_path}")
 
 
@@ -217,7 +217,16 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Change one value of a recipe's plain data, in place.
+
+    Args:
+        data: the recipe.
+        override: `key.path=value`; the value is YAML.
+
+    Raises:
+        RecipeError: if the override is no such pair or leads nowhere.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

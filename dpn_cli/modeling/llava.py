@@ -68,6 +68,15 @@ class DpnLlavaModel(LlavaModel):
         side = vision.image_size // vision.patch_size
         return side, side
 
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the language model reads: embeddings [B, L, D] with the images in place, coordinates [B, L, 3]."""
+        embeds = self.get_input_embeddings()(input_ids)
+        features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+        is_image = self.get_placeholder_mask(input_ids, embeds, features)
+        embeds = embeds.masked_scatter(is_image, features.to(embeds.device, embeds.dtype))
+        has_class_token = self.config.vision_feature_select_strategy == "full"
+        return embeds, visual_coordinates(is_image[..., 0], self.image_grid(), has_class_token)
+
     @can_return_tuple
     def forward(
         self,

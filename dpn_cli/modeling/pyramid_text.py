@@ -271,10 +271,20 @@ class PyramidTextMixin:
                 logits.tolist(), state.grids, self.prices(state, site), strict=True
             )
         ]
+        return Choice(experts, self._gate(logits, experts))
+
+    def take(self, state: PyramidState, site: int, experts: list[int]) -> Choice:
+        """Take given experts, gated as if the router had picked them."""
         if self.pyramid.gate == "none":
             return Choice(experts)
+        return Choice(experts, self._gate(self.routers[site](self.router_features(state)), experts))
+
+    def _gate(self, logits: torch.Tensor, experts: list[int]) -> torch.Tensor | None:
+        """Return the probability gate [B] of the chosen experts (paper, eq. 4), or None without a gate."""
+        if self.pyramid.gate == "none":
+            return None
         index = torch.tensor(experts, device=logits.device)[:, None]
-        return Choice(experts, (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0])
+        return (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
 
     def prices(self, state: PyramidState, site: int) -> list[tuple[list[int], list[float]]]:
         """Return, per sample, the offered experts and the FLOPs fraction of each with 1×1 ever after."""

@@ -1,0 +1,48 @@
+"""From routers to the budget table: which λ spends how much, and what it costs in fidelity."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dpn_cli.calibration.policy import Policy, outcome
+from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.modeling.pyramid_config import Budget
+
+STEP = 0.02  # between the rows of the table, in fractions of the full prefill
+BISECTIONS = 40
+
+
+def budget_table(routers: Sequence[nn.Module], table: RouteTable, high: float) -> tuple[Budget, ...]:
+    """Solve λ for budgets from 1.0 to the cheapest, so that each is met in the mean over a table.
+
+    Args:
+        routers: fitted.
+        table: samples that the routers were not fitted to.
+        high: a λ that is large for these samples; the search doubles it until nothing gets cheaper.
+
+    Returns:
+        Rows of falling fraction and rising λ, the cheapest reachable one last.
+    """
+    with torch.no_grad():
+        policy = Policy.of(routers, table)
+
+    def spend(trade_off: float) -> Budget:
+        taken = outcome(table, policy.choose(trade_off))
+        return Budget(taken.fraction, trade_off, taken.distortion)
+
+    def solve(wanted: float, low: float) -> Budget:
+        """Return the row of the smallest λ between `low` and `high` that spends no more than wanted."""
+        up = high
+        for _ in range(BISECTIONS):
+            middle = (low + up) / 2
+            low, up = (middle, up) if spend(middle).fraction > wanted else (low, middle)
+        return spend(up)
+
+    while spend(2 * high).fraction < spend(high).fraction:
+        high *= 2
+    cheapest = spend(high).fraction
+    rows = [spend(0.0)]
+    while rows[-1].fraction > cheapest:
+        rows.append(solve(max(rows[-1].fraction - STEP, cheapest), rows[-1].trade_off))
+    return tuple(rows)

@@ -1,0 +1,150 @@
+"""Fitting routers to a route table: rate–distortion, no forward pass through the language model.
+
+Two steps (ours). First the routers learn what each rate costs in fidelity, so that the sum along a route meets its
+measured distortion in the mean (Poisson deviance: unlike a fit to logarithms it does not underestimate the tails).
+Then they are tuned for their decisions: as a soft policy over the whole tree they minimise the exact expectation of
+D + λ·FLOPs, for budgets of every size at once.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dpn_cli.calibration.policy import Policy, outcome
+from dpn_cli.calibration.rollout import RouteTable
+
+BATCH = 64  # samples per step
+EVALUATE_EVERY = 5  # epochs
+NUM_TRADE_OFFS = 12  # values of λ that early stopping looks at
+SOFTNESS = (0.3, 0.03)  # temperature of the soft policy in units of λ, from the first epoch to the last
+START_SHARE = 0.3  # of the epochs, spent on the mean-consistent start
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the routers do on the held-out samples.
+
+    Attributes:
+        objective: D + λ·FLOPs of the routed model over that of the best fixed route, the mean over λ of every size;
+            1 is no better than the best fixed route.
+        epoch: where it was best, and where the routers are taken from.
+        history: (epoch, objective) pairs.
+    """
+
+    objective: float
+    epoch: int
+    history: list[tuple[int, float]]
+
+
+def trade_off_range(table: RouteTable) -> tuple[float, float]:
+    """Return the λ (nats per whole prefill) between which the choices lie: the spread of D / FLOPs saved."""
+    saved = 1 - table.fraction[:, 1:]
+    slopes = (table.distortion[:, 1:] / saved.clamp(min=1e-6))[table.distortion[:, 1:].isfinite()]
+    low, high = slopes.quantile(torch.tensor([0.02, 0.98])).tolist()
+    return max(low, 1e-5), max(high, 1e-4)
+
+
+def fit_routers(
+    routers: Sequence[nn.Module],
+    table: RouteTable,
+    holdout: RouteTable,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    advance: Callable[[int], None] = lambda epochs: None,
+) -> Fit:
+    """Fit routers in place, and leave them as they were where they did best on the held-out samples.
+
+    Args:
+        routers: one per site, with `output: distortion`.
+        table: the samples to fit.
+        holdout: other samples, for early stopping.
+        epochs: passes over the samples.
+        learning_rate: of AdamW, falling to zero as a cosine.
+        seed: of the order of samples and of λ.
+        advance: called after every epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = nn.ModuleList(routers)
+    _start_at_the_mean(routers, table)
+    optimizer = torch.optim.AdamW(weights.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    low, high = trade_off_range(table)
+    best, history = (math.inf, 0, deepcopy(weights.state_dict())), []
+    for epoch in range(1, epochs + 1):
+        start = epoch <= START_SHARE * epochs
+        softness = SOFTNESS[0] * (SOFTNESS[1] / SOFTNESS[0]) ** (epoch / epochs)
+        for rows in _minibatches(len(table.distortion), generator):
+            part = table.select(rows)
+            policy = Policy.of(routers, part)
+            if start:
+                loss = _poisson_deviance(policy)
+            else:
+                trade_off = low * (high / low) ** torch.rand(len(rows), generator=generator)
+                loss = _expected_cost(policy, trade_off, softness, table)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        advance(1)
+        if epoch % EVALUATE_EVERY == 0 or epoch == epochs:
+            objective = held_out_objective(routers, holdout, low, high)
+            history.append((epoch, objective))
+            if objective < best[0]:
+                best = (objective, epoch, deepcopy(weights.state_dict()))
+    weights.load_state_dict(best[2])
+    return Fit(best[0], best[1], history)
+
+
+def held_out_objective(routers: Sequence[nn.Module], table: RouteTable, low: float, high: float) -> float:
+    """Return D + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ; see `Fit`."""
+    with torch.no_grad():
+        policy = Policy.of(routers, table)
+        ratios = []
+        for i in range(NUM_TRADE_OFFS):
+            trade_off = low * (high / low) ** (i / (NUM_TRADE_OFFS - 1))
+            taken = outcome(table, policy.choose(trade_off))
+            fixed = _best_fixed(table, torch.tensor([trade_off])).item()
+            ratios.append((taken.distortion + trade_off * taken.fraction) / fixed)
+    return sum(ratios) / len(ratios)
+
+
+def _start_at_the_mean(routers: Sequence[nn.Module], table: RouteTable) -> None:
+    """Let every untrained router predict the mean distortion of a rate, so that the fit starts near it."""
+    finite = table.distortion.masked_fill(table.distortion.isinf(), 0)
+    share = (finite.sum() / table.distortion.isfinite().sum() / len(routers)).clamp(min=1e-4)
+    for router in routers:
+        nn.init.constant_(router.head.bias, math.log(math.expm1(share.item())))
+
+
+def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    yield from torch.randperm(count, generator=generator).split(BATCH)
+
+
+def _poisson_deviance(policy: Policy) -> torch.Tensor:
+    """Return the mean of pred - D·log pred over the measured routes that pool."""
+    distortion = policy.table.distortion[:, 1:]
+    predicted = policy.added_distortion()[:, 1:].clamp(min=1e-8)
+    measured = distortion.isfinite()
+    return (predicted - distortion * predicted.log())[measured].mean()
+
+
+def _expected_cost(
+    policy: Policy, trade_off: torch.Tensor, softness: float, everything: RouteTable
+) -> torch.Tensor:
+    """Return the mean expectation of D + λ·FLOPs over the routes, relative to the best fixed route at each λ."""
+    probability = policy.log_probability(trade_off, softness).exp()
+    distortion = policy.table.distortion.masked_fill(policy.table.distortion.isinf(), 0)
+    cost = (probability * (distortion + trade_off[:, None] * policy.table.fraction)).sum(-1)
+    return (cost / _best_fixed(everything, trade_off)).mean()
+
+
+def _best_fixed(table: RouteTable, trade_off: torch.Tensor) -> torch.Tensor:
+    """Return D + λ·FLOPs of the best fixed route at each λ, [len(trade_off)]."""
+    distortion, fraction = table.distortion.mean(0), table.fraction.mean(0)
+    return (distortion + trade_off[:, None] * fraction).min(-1).values

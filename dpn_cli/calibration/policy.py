@@ -1,0 +1,129 @@
+"""What routers decide over a measured route tree, and what that costs: exact sums, no sampling.
+
+Shapes: N samples, R routes, P prefixes, S sites, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.modeling.pyramid_config import Route
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Routers' scores over a table.
+
+    Attributes:
+        table: the measurements.
+        logits: [N, P, E] of every site's router at every prefix; -inf where there is no such expert.
+    """
+
+    table: RouteTable
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, routers: Sequence[nn.Module], table: RouteTable) -> "Policy":
+        """Ask the routers at every prefix of every sample."""
+        columns = []
+        widest = max(1 + max(route) for route in table.tree.routes)
+        for node, prefix in enumerate(table.tree.prefixes):
+            logits = routers[len(prefix)](table.features[:, node])
+            columns.append(nn.functional.pad(logits, (0, widest - logits.shape[1]), value=-torch.inf)[:, :widest])
+        return cls(table, torch.stack(columns, dim=1))
+
+    @cached_property
+    def _child(self) -> torch.Tensor:
+        """The route that takes expert k at a prefix and 1×1 ever after, [P, E]; -1 where there is none."""
+        routes = {route: i for i, route in enumerate(self.table.tree.routes)}
+        num_sites = len(self.table.tree.routes[0])
+        rows = []
+        for prefix in self.table.tree.prefixes:
+            rest = (0,) * (num_sites - len(prefix) - 1)
+            rows.append([routes.get((*prefix, k, *rest), -1) for k in range(self.logits.shape[-1])])
+        return torch.tensor(rows)
+
+    @cached_property
+    def _next(self) -> torch.Tensor:
+        """The prefix that expert k leads to, [P, E]; at the last site the route instead."""
+        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
+        routes = {route: i for i, route in enumerate(self.table.tree.routes)}
+        experts = range(self.logits.shape[-1])
+        return torch.tensor(
+            [[prefixes.get((*p, k), routes.get((*p, k), 0)) for k in experts] for p in self.table.tree.prefixes]
+        )
+
+    def scores(self, trade_off: torch.Tensor) -> torch.Tensor:
+        """Return logit - λ·cost, [N, P, E], with one λ per sample [N]; -inf where a rate is not offered."""
+        child = self._child.clamp(min=0)
+        offered = (self._child >= 0) & self.table.distortion[:, child].isfinite()
+        scores = self.logits - trade_off[:, None, None] * self.table.fraction[:, child]
+        return scores.masked_fill(~offered, -torch.inf)
+
+    def choose(self, trade_off: float) -> torch.Tensor:
+        """Return the index of the route that every sample takes at λ, [N]."""
+        rows = torch.arange(len(self.logits))
+        best = self.scores(torch.full((len(rows),), trade_off)).argmax(-1)  # [N, P]; ties go to the first
+        node = torch.zeros_like(rows)
+        for _ in self.table.tree.routes[0]:
+            node = self._next[node, best[rows, node]]
+        return node
+
+    def log_probability(self, trade_off: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Return log softmax((logit - λ·cost) / (temperature · λ)) summed along every route, [N, R].
+
+        A route that is not offered gets -inf.
+        """
+        steps = (self.scores(trade_off) / (temperature * trade_off[:, None, None])).log_softmax(-1)
+        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
+        paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
+        return steps[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+
+    def added_distortion(self) -> torch.Tensor:
+        """Return the distortion that the routers predict for every route, [N, R]: minus its logits' sum."""
+        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
+        paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
+        return -self.logits[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy, or a fixed route, does on average.
+
+    Attributes:
+        fraction: FLOPs of the prefill, as a fraction of the unpooled one's.
+        distortion: KL from the teacher, nats per answer token.
+        agreement: fraction of answer tokens on which the most likely token is the teacher's.
+        shares: how often each route is taken.
+    """
+
+    fraction: float
+    distortion: float
+    agreement: float
+    shares: dict[Route, float]
+
+
+def outcome(table: RouteTable, taken: torch.Tensor) -> Outcome:
+    """Average a table over the routes that its samples take, [N] indices."""
+    rows = torch.arange(len(taken))
+    counts = taken.bincount(minlength=len(table.tree.routes)).tolist()
+    shares = {r: n / len(taken) for r, n in zip(table.tree.routes, counts, strict=True) if n}
+    return Outcome(
+        fraction=table.fraction[rows, taken].double().mean().item(),
+        distortion=table.distortion[rows, taken].double().mean().item(),
+        agreement=table.agreement[rows, taken].double().mean().item(),
+        shares=dict(sorted(shares.items(), key=lambda item: -item[1])),
+    )
+
+
+def fixed_routes(table: RouteTable) -> dict[Route, Outcome]:
+    """Return the outcome of every route that all samples are offered, were it taken by all."""
+    return {
+        route: outcome(table, torch.full((len(table.distortion),), i))
+        for i, route in enumerate(table.tree.routes)
+        if table.distortion[:, i].isfinite().all()
+    }

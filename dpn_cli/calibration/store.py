@@ -1,0 +1,53 @@
+"""Writing a calibration into its checkpoint's folder: each file whole or not at all, the base weights untouched."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+DPE_FILE = "dpe.safetensors"
+REPORT_FILE = Path("calibration", "report.json")
+
+
+def save_calibration(folder: Path, routers: nn.ModuleList, pyramid: PyramidConfig, report: dict[str, Any]) -> None:
+    """Store fitted routers, the pyramid's new settings and the report.
+
+    A reader finds the old routers with the old settings, or the new routers: the settings follow last.
+
+    Raises:
+        CheckpointError: if the folder's DPE tensors are not those of these routers.
+    """
+    tensors = load_file(folder / DPE_FILE)
+    for name, parameter in routers.state_dict(prefix="routers.").items():
+        [stored] = [key for key in tensors if key.endswith(f".{name}")] or [None]
+        if stored is None or tensors[stored].shape != parameter.shape:
+            raise CheckpointError(f"{folder / DPE_FILE} does not hold {name} of these routers: convert the model again")
+        tensors[stored] = parameter.detach().to("cpu", tensors[stored].dtype).contiguous()
+    config = {**read_json(folder / "config.json"), "pyramid": pyramid.to_dict()}
+    (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
+    _replace(folder / DPE_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(folder / REPORT_FILE, lambda path: write_json(path, report))
+    _replace(folder / "config.json", lambda path: write_json(path, config))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, sync it, and put it in its place."""
+    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(stage)
+        descriptor = os.open(stage, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        stage.replace(path)
+    finally:
+        stage.unlink(missing_ok=True)

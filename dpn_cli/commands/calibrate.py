@@ -1,0 +1,58 @@
+"""`dpn calibrate`: fit the routers of a converted checkpoint."""
+
+import json
+from pathlib import Path
+
+import click
+
+from dpn_cli import console
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+
+
+@click.command("calibrate")
+@model_option
+@click.option(
+    "--data", required=True, metavar="DATA",
+    help="A LLaVA .json or .jsonl file, a folder of images (the model answers stock prompts), or demo.",
+)  # fmt: skip
+@click.option(
+    "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where the image paths of a LLaVA file start; default: its own folder.",
+)  # fmt: skip
+@click.option(
+    "--budget", type=Fraction(), help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's."
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: Path | None,
+    data: str,
+    image_root: Path | None,
+    budget: float | None,
+    samples: int | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Fit the routers to the model itself, with forward passes only.
+
+    One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
+    """
+    folder = checkpoint_folder(model)
+    from dpn_cli.calibration.settings import calibration_recipe
+
+    options = {"budget": budget, "samples": samples, "seed": seed}
+    recipe = calibration_recipe(folder, overrides, {k: v for k, v in options.items() if v is not None})
+
+    from dpn_cli.calibration.calibrate import calibrate
+
+    report = calibrate(folder, data, recipe, image_root, console.progress, console.note)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return
+    from dpn_cli.commands.tables import print_calibration
+
+    print_calibration(report)
+    console.note(f"Wrote the routers and calibration/report.json to {folder}. Next: dpn export")

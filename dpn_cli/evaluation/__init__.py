@@ -1,0 +1,1 @@
+"""Evaluation: how a pyramid's answers compare with its teacher's."""

@@ -1,0 +1,137 @@
+"""Greedy answers of the pyramid beside its teacher's, on samples whose answers are known."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpn_cli.calibration.data import Sample
+from dpn_cli.calibration.encoding import prompts
+from dpn_cli.cost import flops_fraction
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import Route
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One sample, answered twice.
+
+    Attributes:
+        kind: the sample's group.
+        expected: the label, or None.
+        teacher: what the model answers with its pyramid off.
+        student: what it answers with its pyramid on.
+        route: that the student took.
+        fraction: FLOPs of the student's prefill, as a fraction of the teacher's.
+        visual_tokens: mean over the decoder's layers.
+    """
+
+    kind: str
+    expected: str | None
+    teacher: str
+    student: str
+    route: Route
+    fraction: float
+    visual_tokens: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over a group of samples; the accuracies count exact matches, spelling aside.
+
+    Attributes:
+        count: samples.
+        teacher_accuracy: of the unpooled model.
+        student_accuracy: of the pyramid.
+        agreement: share of samples on which both give the same answer.
+        fraction: FLOPs of the prefill.
+        visual_tokens: per layer.
+    """
+
+    count: int
+    teacher_accuracy: float
+    student_accuracy: float
+    agreement: float
+    fraction: float
+    visual_tokens: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Answered]) -> "Fidelity":
+        """Average over a group of at least one sample."""
+        count = len(answers)
+        return cls(
+            count=count,
+            teacher_accuracy=sum(_matches(a.teacher, a.expected) for a in answers) / count,
+            student_accuracy=sum(_matches(a.student, a.expected) for a in answers) / count,
+            agreement=sum(_matches(a.student, a.teacher) for a in answers) / count,
+            fraction=sum(a.fraction for a in answers) / count,
+            visual_tokens=sum(a.visual_tokens for a in answers) / count,
+        )
+
+
+def by_kind(answers: Sequence[Answered]) -> dict[str, Fidelity]:
+    """Return the means of every kind, in order of appearance."""
+    kinds = dict.fromkeys(a.kind for a in answers)
+    return {kind: Fidelity.of([a for a in answers if a.kind == kind]) for kind in kinds}
+
+
+def compare_answers(
+    model: DpnLlavaForConditionalGeneration,
+    processor: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answered]:
+    """Let the teacher and the pyramid answer the first question of every sample.
+
+    Args:
+        model: at the budget or route to be judged.
+        processor: of its checkpoint.
+        samples: each with at least one image.
+        batch_size: samples per forward pass.
+        max_new_tokens: per answer.
+        advance: called with the number of samples done after every batch.
+    """
+    answers: list[Answered] = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        inputs = prompts(batch, processor, model.device)
+
+        def generate(inputs: Any = inputs) -> list[str]:
+            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+        student, routes = generate(), model.last_routes
+        with model.teacher():
+            teacher = generate()
+        is_text = (inputs["input_ids"] != model.config.image_token_id) & inputs["attention_mask"].bool()
+        for sample, mine, original, route, text in zip(
+            batch, student, teacher, routes, is_text.sum(1).tolist(), strict=True
+        ):
+            answers.append(_answered(model, sample, mine, original, route, text))
+        advance(len(batch))
+    return answers
+
+
+def _answered(
+    model: DpnLlavaForConditionalGeneration, sample: Sample, student: str, teacher: str, route: Route, text_tokens: int
+) -> Answered:
+    pyramid, shape = model.pyramid, model.model.language_model.shape
+    grids = [model.model.image_grid()] * len(sample.images)
+    stages = pyramid.walk(route, grids)
+    segments = pyramid.segments(shape.num_layers)
+    visual = sum(len(layers) * sum(h * w for h, w in stage) for layers, stage in zip(segments, stages, strict=True))
+    return Answered(
+        kind=sample.kind or "all",
+        expected=sample.turns[0].answer,
+        teacher=teacher,
+        student=student,
+        route=route,
+        fraction=flops_fraction(shape, pyramid, route, grids, text_tokens),
+        visual_tokens=visual / shape.num_layers,
+    )
+
+
+def _matches(answer: str, expected: str | None) -> bool:
+    return expected is not None and answer.strip().strip(".").lower() == expected.strip().strip(".").lower()
