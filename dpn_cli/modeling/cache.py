@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
 
 
 class PyramidCache(DynamicCache):
