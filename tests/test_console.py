@@ -1,5 +1,4 @@
 import pytest
-
 from rich.console import Console
 
 from dpn_cli import console
