@@ -10,16 +10,16 @@ from dpn_cli.calibration.rollout import RouteTable
 from dpn_cli.modeling.pyramid_config import Budget
 
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
-BISECTIONS = 40
+HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
+BISECTIONS = 60
 
 
-def budget_table(routers: Sequence[nn.Module], table: RouteTable, high: float) -> tuple[Budget, ...]:
+def budget_table(routers: Sequence[nn.Module], table: RouteTable) -> tuple[Budget, ...]:
     """Solve λ for budgets from 1.0 to the cheapest, so that each is met in the mean over a table.
 
     Args:
         routers: fitted.
         table: samples that the routers were not fitted to.
-        high: a λ that is large for these samples; the search doubles it until nothing gets cheaper.
 
     Returns:
         Rows of falling fraction and rising λ, the cheapest reachable one last.
@@ -32,16 +32,14 @@ def budget_table(routers: Sequence[nn.Module], table: RouteTable, high: float) -
         return Budget(taken.fraction, trade_off, taken.distortion)
 
     def solve(wanted: float, low: float) -> Budget:
-        """Return the row of the smallest λ between `low` and `high` that spends no more than wanted."""
-        up = high
+        """Return the row of the smallest λ from `low` on that spends no more than wanted."""
+        up = HIGHEST
         for _ in range(BISECTIONS):
             middle = (low + up) / 2
             low, up = (middle, up) if spend(middle).fraction > wanted else (low, middle)
         return spend(up)
 
-    while spend(2 * high).fraction < spend(high).fraction:
-        high *= 2
-    cheapest = spend(high).fraction
+    cheapest = spend(HIGHEST).fraction
     rows = [spend(0.0)]
     while rows[-1].fraction > cheapest:
         rows.append(solve(max(rows[-1].fraction - STEP, cheapest), rows[-1].trade_off))

@@ -12,7 +12,7 @@ import torch
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.data import Sample, load_data
 from dpn_cli.calibration.encoding import encode, prompts
-from dpn_cli.calibration.fitting import fit_routers, trade_off_range
+from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure
 from dpn_cli.calibration.statistics import wilson_interval
@@ -114,7 +114,7 @@ def calibrate(
     with progress("fitting routers", recipe.epochs) as advance:
         fit = fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
 
-    pyramid = replace(model.pyramid, budgets=budget_table(routers, held, trade_off_range(fitted)[1]))
+    pyramid = replace(model.pyramid, budgets=budget_table(routers, held))
     pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
     settings = {"data": data, **recipe.model_dump(mode="json", exclude={"prompts"}), "objective": fit.objective}
     with torch.no_grad():

@@ -61,6 +61,7 @@ class Policy:
         """Return logit - λ·cost, [N, P, E], with one λ per sample [N]; -inf where a rate is not offered."""
         child = self._child.clamp(min=0)
         offered = (self._child >= 0) & self.table.distortion[:, child].isfinite()
+        offered[..., 0] = True  # 1×1, also at a prefix that this sample cannot reach
         scores = self.logits - trade_off[:, None, None] * self.table.fraction[:, child]
         return scores.masked_fill(~offered, -torch.inf)
 
@@ -79,15 +80,18 @@ class Policy:
         A route that is not offered gets -inf.
         """
         steps = (self.scores(trade_off) / (temperature * trade_off[:, None, None])).log_softmax(-1)
-        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
-        paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
-        return steps[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+        along = self._along_routes(steps)
+        return along.masked_fill(self.table.distortion.isinf(), -torch.inf)
 
     def added_distortion(self) -> torch.Tensor:
         """Return the distortion that the routers predict for every route, [N, R]: minus its logits' sum."""
+        return -self._along_routes(self.logits)
+
+    def _along_routes(self, steps: torch.Tensor) -> torch.Tensor:
+        """Sum [N, P, E] over the sites of every route, [N, R]."""
         prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
         paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
-        return -self.logits[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+        return steps[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
 
 
 @dataclass(frozen=True)

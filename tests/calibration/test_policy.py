@@ -1,0 +1,128 @@
+"""Routers on a made-up table: exact sums, and a fit that finds what there is to find."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpn_cli.calibration.budgets import budget_table
+from dpn_cli.calibration.fitting import fit_routers
+from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
+from dpn_cli.calibration.rollout import RouteTable, RouteTree
+from dpn_cli.calibration.statistics import wilson_interval
+from dpn_cli.modeling.pyramid_config import PyramidConfig, RouterConfig, Site
+from dpn_cli.modeling.routers import Router, decide
+
+RATES = ((1, 1), (1, 2), (2, 2))
+PYRAMID = PyramidConfig(sites=tuple(Site(layer, RATES) for layer in (1, 3, 5)))
+SIZE = 32
+
+
+def make_table(count: int, seed: int = 0) -> RouteTable:
+    """Return a table of easy and hard samples; the features say which, pooling hurts the hard ones only."""
+    generator = torch.Generator().manual_seed(seed)
+    tree = RouteTree.of(PYRAMID, [[(12, 12)]])
+    hard = torch.rand(count, generator=generator) < 0.5
+    features = torch.randn(count, len(tree.prefixes), 1, SIZE, generator=generator)
+    features[..., 0] = torch.where(hard, 6.0, -6.0)[:, None, None]
+    depth = torch.tensor([sum(route) for route in tree.routes]).float()
+    distortion = depth * torch.where(hard, 0.5, 0.001)[:, None]
+    keep = {0: 1.0, 1: 0.5, 2: 0.25}
+    fraction = torch.tensor(
+        [0.25 * (1 + keep[a] + keep[a] * keep[b] + keep[a] * keep[b] * keep[c]) for a, b, c in tree.routes]
+    ).expand(count, -1)
+    return RouteTable(tree, features.half(), distortion, (distortion < 0.1).float(), fraction)
+
+
+def make_routers(seed: int = 0) -> torch.nn.ModuleList:
+    torch.manual_seed(seed)
+    config = RouterConfig(input="last_instruction_token")
+    return torch.nn.ModuleList(Router(SIZE, len(RATES), config) for _ in PYRAMID.sites)
+
+
+def test_probabilities_sum_to_one_and_harden_into_the_choice() -> None:
+    table, routers = make_table(20), make_routers()
+    with torch.no_grad():
+        policy = Policy.of(routers, table)
+        trade_off = torch.full((20,), 0.7)
+        assert torch.allclose(policy.log_probability(trade_off, 0.5).exp().sum(-1), torch.ones(20), atol=1e-5)
+        assert torch.equal(policy.log_probability(trade_off, 1e-5).argmax(-1), policy.choose(0.7))
+
+
+def test_routes_that_are_not_offered_are_never_taken() -> None:
+    table = make_table(20)
+    blocked = [i for i, route in enumerate(table.tree.routes) if route[0] == 2]
+    table.distortion[:, blocked] = torch.inf
+    with torch.no_grad():
+        policy = Policy.of(make_routers(), table)
+        assert not set(policy.choose(1e3).tolist()) & set(blocked)
+        assert (policy.log_probability(torch.ones(20), 0.5).exp()[:, blocked] == 0).all()
+
+
+def test_the_policy_follows_the_decision_rule_of_the_model() -> None:
+    table, routers = make_table(8), make_routers()
+    costs = {route: table.fraction[0, i].item() for i, route in enumerate(table.tree.routes)}
+    with torch.no_grad():
+        policy = Policy.of(routers, table)
+        for trade_off, sample in product((0.0, 0.5, 2.0, 8.0), range(8)):
+            route: tuple[int, ...] = ()
+            for site in range(3):
+                logits = routers[site](table.features[sample, table.tree.prefixes.index(route)][None])[0].tolist()
+                children = {k: (*route, k, *(0,) * (2 - site)) for k in range(3)}
+                offered = [k for k, child in children.items() if child in costs]
+                route = (*route, decide(logits, [costs[children[k]] for k in offered], offered, trade_off))
+            assert table.tree.routes[int(policy.choose(trade_off)[sample])] == route
+
+
+def test_fitting_beats_every_fixed_route_and_is_deterministic() -> None:
+    table, held = make_table(160), make_table(80, seed=1)
+    routers = make_routers()
+    fit = fit_routers(routers, table, held, epochs=60, learning_rate=1e-2, seed=0)
+    assert fit.objective < 0.95
+    budgets = budget_table(routers, held)
+    half = min(budgets, key=lambda row: abs(row.fraction - 0.75))
+    fixed = [o.distortion for o in fixed_routes(held).values() if o.fraction <= half.fraction + 0.02]
+    assert half.distortion < 0.5 * min(fixed)
+
+    again = make_routers()
+    fit_routers(again, table, held, epochs=60, learning_rate=1e-2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(routers.parameters(), again.parameters(), strict=True))
+
+
+def test_budget_table_falls_from_one_to_the_cheapest() -> None:
+    table, routers = make_table(60), make_routers()
+    rows = budget_table(routers, table)
+    assert rows[0].fraction == 1.0 and rows[0].trade_off == 0.0 and rows[0].distortion == 0.0
+    assert all(a.fraction > b.fraction and a.trade_off < b.trade_off for a, b in zip(rows, rows[1:], strict=False))
+    policy = Policy.of(routers, table)
+    assert rows[-1].fraction == pytest.approx(outcome(table, policy.choose(1e6)).fraction)
+
+
+def test_budgets_interpolate_and_refuse_what_is_out_of_reach() -> None:
+    from dataclasses import replace
+
+    table, routers = make_table(60), make_routers()
+    pyramid = replace(PYRAMID, budgets=budget_table(routers, table))
+    assert pyramid.trade_off_for(1.0) == 0.0
+    for row in pyramid.budgets:
+        assert pyramid.trade_off_for(row.fraction) == pytest.approx(row.trade_off)
+    with pytest.raises(ValueError, match="out of reach"):
+        pyramid.trade_off_for(pyramid.budgets[-1].fraction - 0.01)
+    for nonsense in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            pyramid.trade_off_for(nonsense)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_the_proportion(case: tuple[int, int]) -> None:
+    successes, count = case
+    low, high = wilson_interval(successes, count)
+    assert 0 <= low <= successes / count + 1e-12 and successes / count - 1e-12 <= high <= 1
+
+
+def test_wilson_interval_known_values() -> None:
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
