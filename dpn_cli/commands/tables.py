@@ -1,5 +1,6 @@
 """The tables that more than one command prints."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,11 @@ from dpn_cli import console
 if TYPE_CHECKING:
     from dpn_cli.calibration.calibrate import Report
     from dpn_cli.calibration.policy import Outcome
-    from dpn_cli.evaluation.fidelity import Fidelity
+    from dpn_cli.evaluation.fidelity import Answered, Fidelity
     from dpn_cli.modeling.pyramid_config import Route
 
 ROUTES_SHOWN = 6
+ROUTES_PER_KIND = 3
 
 
 def print_calibration(report: "Report") -> None:
@@ -49,6 +51,16 @@ def print_fidelity(title: str, groups: dict[str, "Fidelity"]) -> None:
     ]  # fmt: skip
     columns = ["kind of question", "samples", "teacher", "pyramid", "same answer", "FLOPs", "visual tokens/layer"]
     console.table(title, columns, rows)
+
+
+def print_routes(answers: "Sequence[Answered]") -> None:
+    """Print which routes every kind of question takes, the most frequent ones first."""
+    rows = []
+    for kind in dict.fromkeys(a.kind for a in answers):
+        routes = Counter(a.route for a in answers if a.kind == kind)
+        shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
+        rows.append((kind, "   ".join(shares)))
+    console.table("Routes by kind of question", ["kind of question", "experts per site, most frequent first"], rows)
 
 
 def route_name(route: "Route | Sequence[int]") -> str:

@@ -1,0 +1,74 @@
+"""`dpn demo`: the whole job on the embedded teacher, ending in a table."""
+
+import json
+import time
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import click
+
+from dpn_cli import console
+from dpn_cli.commands.options import Fraction
+
+BATCH_SIZE = 32
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("dpn-demo"), show_default=True,
+    help="The folder to work in.",
+)  # fmt: skip
+@click.option("--budget", type=Fraction(), default=0.5, show_default=True, help="Mean fraction of prefill FLOPs.")
+@click.option("--samples", type=click.IntRange(min=16), help="Calibration samples; default: the recipe's.")
+@click.option(
+    "--questions", type=click.IntRange(min=1), default=700, show_default=True, help="Held-out questions to ask."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(output: Path, budget: float, samples: int | None, questions: int, as_json: bool) -> None:
+    """Convert, calibrate, export and evaluate a small embedded LLaVA on pictures that it has never seen."""
+    from dpn_cli.convert import convert
+
+    started = time.monotonic()
+    converted, exported = output / "demo-dpn", output / "demo-dpn-export"
+    console.note(f"1/4 dpn convert demo --output {converted}")
+    convert("demo", output=converted, force=True)
+
+    from transformers import AutoProcessor
+
+    from dpn_cli.calibration.calibrate import calibrate
+    from dpn_cli.calibration.data import load_data
+    from dpn_cli.calibration.settings import calibration_recipe
+    from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+    from dpn_cli.evaluation.fidelity import Fidelity, by_kind, compare_answers
+    from dpn_cli.export import export
+    from dpn_cli.modeling.loading import load_model
+
+    console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
+    options = {"budget": budget} | ({} if samples is None else {"samples": samples})
+    recipe = calibration_recipe(converted, (), options)
+    report = calibrate(converted, "demo", recipe, None, console.progress, console.note)
+    if not as_json:
+        print_calibration(report)
+
+    console.note(f"3/4 dpn export --model {converted} --output {exported}")
+    export(converted, exported, force=True)
+
+    console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
+    model = load_model(exported)
+    processor = AutoProcessor.from_pretrained(exported, local_files_only=True)
+    held_out = list(islice(load_data("demo", split="heldout"), questions))
+    with console.progress("answering", questions) as advance:
+        answers = compare_answers(model, processor, held_out, BATCH_SIZE, max_new_tokens=4, advance=advance)
+    groups = {**by_kind(answers), "all": Fidelity.of(answers)}
+    if as_json:
+        result = {"calibration": report.to_dict(), "kinds": {kind: asdict(f) for kind, f in groups.items()}}
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
+        print_routes(answers)
+    everything = groups["all"]
+    console.note(
+        f"The pyramid keeps {everything.student_accuracy / everything.teacher_accuracy:.1%} of the teacher's accuracy "
+        f"at {everything.fraction:.1%} of its prefill FLOPs ({time.monotonic() - started:.0f} s in all)."
+    )
