@@ -1,0 +1,138 @@
+"""Calibration of a converted checkpoint as one call: what it writes, what it leaves alone."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.convert import convert
+from dpn_cli.errors import DataError, UsageError
+from dpn_cli.modeling.loading import load_model
+from dpn_cli.recipe import CalibrationRecipe
+
+RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(str(tiny_llava), output=tmp_path_factory.mktemp("out") / "tiny-dpn").output
+
+
+@pytest.fixture(scope="module")
+def calibrated(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    run(folder, data)
+    return folder
+
+
+def run(folder: Path, data: Path, recipe: CalibrationRecipe = RECIPE) -> Any:
+    @contextmanager
+    def silent(description: str, total: int) -> Iterator[Any]:
+        done = []
+        yield done.append
+        assert sum(done) == total, f"{description} must report all of its steps"
+
+    return calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_only_routers_settings_and_report_change(converted: Path, calibrated: Path) -> None:
+    before, after = digests(converted), digests(calibrated)
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed == {"dpe.safetensors", "config.json", "calibration/report.json"}
+
+
+def test_the_report_and_the_config_agree_with_the_model(calibrated: Path) -> None:
+    report = json.loads((calibrated / "calibration" / "report.json").read_text())
+    model = load_model(calibrated)
+    assert model.pyramid.trade_off == report["trade_off"]
+    assert [list(vars(b).values()) for b in model.pyramid.budgets] == [list(b.values()) for b in report["budgets"]]
+    assert report["routed"]["fraction"] == pytest.approx(0.6, abs=0.1)  # six held-out samples are coarse
+    assert report["settings"]["held_out"] == 6
+    assert len(report["worst"]) == 6
+
+
+def test_calibrated_with_budget_one_equals_stock(calibrated: Path, tiny_llava: Path, data: Path) -> None:
+    stock, model = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval(), load_model(calibrated)
+    processor = AutoProcessor.from_pretrained(calibrated)
+    image = Image.open(data / "00.png")
+    inputs = processor(text="USER: <image>\nwhat is this ? ASSISTANT:", images=image, return_tensors="pt")
+    with torch.no_grad():
+        expected = stock(**inputs).logits
+        assert not torch.equal(model(**inputs).logits, expected)
+        model.set_budget(1.0)
+        assert torch.equal(model(**inputs).logits, expected)
+        model.set_budget(None)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_budget_set_later_is_saved_with_the_model(calibrated: Path, tmp_path: Path) -> None:
+    model = load_model(calibrated)
+    cheapest = model.pyramid.budgets[-1].fraction
+    model.set_budget(cheapest)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).pyramid.trade_off == model.pyramid.budgets[-1].trade_off
+
+
+def test_the_same_seed_gives_the_same_routers(converted: Path, calibrated: Path, data: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(converted, again)
+    run(again, data)
+    assert digests(again) == digests(calibrated)
+
+
+def test_a_budget_out_of_reach_changes_nothing(converted: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    before = digests(folder)
+    with pytest.raises(UsageError, match="out of reach: this pyramid's cheapest is"):
+        run(folder, data, RECIPE.model_copy(update={"budget": 0.1}))
+    assert digests(folder) == before
+
+
+def test_too_few_samples(converted: Path, data: Path) -> None:
+    with pytest.raises(DataError, match="calibration needs 16"):
+        run(converted, data, RECIPE.model_copy(update={"samples": 8}))
+
+
+def test_interrupted_writing_leaves_the_old_files(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpn_cli.calibration import store
+
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    before = digests(folder)
+
+    def full_disk(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(folder, data)
+    assert digests(folder) == before
