@@ -1,4 +1,5 @@
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,36 @@ def test_the_json_form_is_plain(converted: Path) -> None:
     assert data["decoder"]["num_layers"] == 8
     assert len(data["routes"][0]["layers"]) == 8
     assert data["pyramid"]["sites"][0]["after_layer"] == 1
+
+
+def test_the_7b_model_of_the_hub_is_read_from_its_sparse_config(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 32000,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {"embed_tokens.weight": (32064, 4096)}
+    for i in range(32):
+        shapes[f"layers.{i}.self_attn.q_proj.weight"] = (4096, 4096)
+        shapes[f"layers.{i}.self_attn.k_proj.weight"] = (4096, 4096)
+        shapes[f"layers.{i}.mlp.gate_proj.weight"] = (11008, 4096)
+    header, stop = {}, 0
+    for name, (rows, columns) in shapes.items():
+        start, stop = stop, stop + 2 * rows * columns
+        entry = {"dtype": "F16", "shape": [rows, columns], "data_offsets": [start, stop]}
+        header[f"language_model.model.{name}"] = entry
+    raw = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + stop)  # a hole: it takes no disk
+
+    found = inspect_checkpoint(tmp_path)
+    assert visual_tokens(found, "full") == [576] * 32
+    assert {layer.kv_bytes for layer in found.routes[0].layers} == {640 * 2 * 4096 * 2}
+    plan = convert(str(tmp_path), output=tmp_path.parent / "never-written", dry_run=True)
+    assert [site.after_layer for site in plan.pyramid.sites] == [7, 15, 23]
 
 
 @pytest.mark.parametrize("pyramid", [{}, {"version": 2}, {"version": 1}, [], {"version": 1, "sites": [3]}])

@@ -5,6 +5,7 @@ import pytest
 
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, resolve_source
+from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,6 +65,18 @@ def test_an_alias_is_found_in_the_hub_cache(
     assert source.path.samefile(snapshot)
     assert (source.name, source.origin, source.revision) == ("llava-1.5-7b", repo_id, COMMIT)
     assert resolve_source(repo_id).name == "llava-1.5-7b-hf"
+
+
+def test_a_model_of_the_hub_is_converted_under_its_short_name(
+    tiny_llava: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo_id = ALIASES["llava-1.5-13b"]
+    put_in_cache(hub_cache, repo_id, tiny_llava)
+    monkeypatch.chdir(tmp_path)
+    done = convert("llava-1.5-13b")
+    assert (done.output, done.recipe) == (Path("llava-1.5-13b-dpn"), "llava-1.5-13b")
+    assert Checkpoint.open(done.output).config["base_model"] == f"{repo_id}@{COMMIT}"
+    assert not any(path.is_symlink() for path in done.output.iterdir())
 
 
 @pytest.mark.parametrize("leave_out", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
