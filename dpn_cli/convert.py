@@ -1,14 +1,12 @@
 """Insert a pyramid into a LLaVA checkpoint, byte for byte and without loading the model. No torch."""
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import (
-    INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
     TensorInfo,
@@ -17,8 +15,8 @@ from dpn_cli.checkpoint.headers import (
 )
 from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_llava
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
-from dpn_cli.checkpoint.staging import check_target, staged_folder
-from dpn_cli.checkpoint.writer import copy_file, write_index, write_json
+from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
+from dpn_cli.checkpoint.writer import RECIPE_FILE, copy_file, side_files, write_index, write_json
 from dpn_cli.errors import CheckpointError, DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
@@ -27,14 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DPE_FILE = "dpe.safetensors"
-RECIPE_FILE = "dpn_recipe.json"
 INIT_STD = 0.02
-
-_LEFT_OUT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".py", ".md",
-}  # fmt: skip
-_REWRITTEN = {"config.json", INDEX_FILE, RECIPE_FILE}
-_MAX_SIDE_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ def convert(
     )
     check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
     if not dry_run:
-        _check_space(conversion)
+        check_space(conversion.output, conversion.copied_bytes + 4 * conversion.added_parameters)
         with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
             _write(stage, checkpoint, conversion, recipe)
     return conversion
@@ -126,21 +117,8 @@ def _refuse_converted(folder: Path) -> None:
         raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
 
 
-def _check_space(conversion: Conversion) -> None:
-    folder = conversion.output.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    needed = conversion.copied_bytes + 4 * conversion.added_parameters + _MAX_SIDE_FILE_BYTES
-    if free < needed:
-        raise DpnError(
-            f"{folder} has {free / 1e9:.1f} GB free, the conversion needs {needed / 1e9:.1f} GB: free some "
-            "space or choose another --output"
-        )
-
-
 def _write(stage: Path, checkpoint: Checkpoint, conversion: Conversion, recipe: Recipe) -> None:
-    for file in _side_files(checkpoint.path):
+    for file in side_files(checkpoint.path):
         copy_file(checkpoint.path / file, stage / file)
     tensors: list[TensorInfo] = []
     for file in checkpoint.files:
@@ -159,14 +137,6 @@ def _write(stage: Path, checkpoint: Checkpoint, conversion: Conversion, recipe: 
 def _is_from(checkpoint: Checkpoint, name: str, file: str) -> bool:
     """Say whether a loader takes this tensor from this shard: an index decides between duplicates."""
     return name in checkpoint.tensors and checkpoint.tensors[name].file == file
-
-
-def _side_files(folder: Path) -> Iterator[str]:
-    """Yield the small files that belong to the model: tokenizer, processor, template, licence."""
-    for path in sorted(folder.iterdir()):
-        left_out = path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".") or path.name in _REWRITTEN
-        if path.is_file() and not left_out and path.stat().st_size <= _MAX_SIDE_FILE_BYTES:
-            yield path.name
 
 
 def _shard_name(file: str) -> str:

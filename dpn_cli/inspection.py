@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
-from dpn_cli.checkpoint.layout import LlavaLayout, open_llava
+from dpn_cli.checkpoint.layout import LlavaLayout, open_llava, read_pyramid
 from dpn_cli.cost import flops_fraction, tokens_per_layer
-from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.errors import UsageError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 
 
@@ -102,7 +102,7 @@ def inspect_checkpoint(folder: Path, text_tokens: int = 64, images: int = 1) -> 
     checkpoint, layout = open_llava(folder)
     grids = (layout.grid,) * images
     _check_length(layout, grids, text_tokens)
-    pyramid = _pyramid(checkpoint)
+    pyramid = read_pyramid(checkpoint)
     routes = {"full": pyramid.full_route}
     for expert in range(1, max((len(site.rates) for site in pyramid.sites), default=0)):
         routes[f"{_rate_name(pyramid, expert)} wherever offered"] = _uniform(pyramid, expert, grids)
@@ -135,15 +135,6 @@ def _check_length(layout: LlavaLayout, grids: tuple[Grid, ...], text_tokens: int
     limit = layout.text_config.get("max_position_embeddings")
     if limit is not None and tokens > limit:
         raise UsageError(f"a sample of {tokens} tokens does not fit the model's {limit} positions")
-
-
-def _pyramid(checkpoint: Checkpoint) -> PyramidConfig:
-    if "pyramid" not in checkpoint.config:
-        return PyramidConfig(sites=())
-    try:
-        return PyramidConfig.from_dict(checkpoint.config["pyramid"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
 
 
 def _rate_name(pyramid: PyramidConfig, expert: int) -> str:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dpn_cli import convert as conversion_module
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, Source
 from dpn_cli.convert import convert, default_recipe
@@ -137,7 +136,7 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
 def test_a_full_disk_is_seen_before_the_first_byte(
     tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion_module.shutil, "disk_usage", lambda _: Usage(100, 99, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 99, 1))
     with pytest.raises(DpnError, match="free"):
         convert(str(tiny_llava), output=tmp_path / "deep" / "out")
     assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ class TensorInfo:
         file: the name of the shard inside the checkpoint folder.
         dtype: in safetensors' words (`F32`, `BF16`).
         shape: of the tensor.
+        start: its first byte in the file.
         nbytes: its size in the file.
     """
 
@@ -39,6 +40,7 @@ class TensorInfo:
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
     nbytes: int
 
     @property
@@ -152,36 +154,35 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raw = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
-    return _parse_header(path, raw, body_bytes=size - 8 - length)
+    return _parse_header(path, raw, size)
 
 
-def _parse_header(path: Path, raw: bytes, body_bytes: int) -> dict[str, TensorInfo]:
+def _parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(raw, object_pairs_hook=_unique_keys)
         entries.pop("__metadata__", None)
-        spans = sorted(
-            (_tensor(path.name, name, entry) for name, entry in entries.items()), key=lambda span: span[0]
-        )
+        tensors = [_tensor(path.name, name, entry, body=8 + len(raw)) for name, entry in entries.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error}): download it again") from None
-    expected = 0
-    for start, tensor in spans:
-        if start != expected:
+    tensors.sort(key=lambda tensor: tensor.start)
+    expected = 8 + len(raw)
+    for tensor in tensors:
+        if tensor.start != expected:
             raise CheckpointError(
-                f"{path}: the tensor {tensor.name!r} starts at byte {start}, expected {expected}: "
+                f"{path}: the tensor {tensor.name!r} starts at byte {tensor.start}, expected {expected}: "
                 "download it again"
             )
-        expected = start + tensor.nbytes
-    if expected != body_bytes:
+        expected += tensor.nbytes
+    if expected != size:
         raise CheckpointError(
-            f"{path} holds {body_bytes} bytes of tensors, its header describes {expected}: it is truncated "
-            "or damaged, download it again"
+            f"{path} has {size} bytes, its header describes {expected}: it is truncated or damaged, "
+            "download it again"
         )
-    return {tensor.name: tensor for _, tensor in spans}
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[int, TensorInfo]:
-    """Return a header entry's first byte and its tensor."""
+def _tensor(file: str, name: str, entry: dict[str, Any], body: int) -> TensorInfo:
+    """Read a header entry; `body` is the file's first byte after the header."""
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name!r} has an impossible shape or place")
@@ -190,7 +191,7 @@ def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[int, TensorInf
         raise ValueError(
             f"tensor {name!r} of {dtype} {list(shape)} takes {bits // 8} bytes, not {stop - start}"
         )
-    return start, TensorInfo(name, file, dtype, shape, stop - start)
+    return TensorInfo(name, file, dtype, shape, body + start, stop - start)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from dpn_cli.checkpoint.headers import Checkpoint, read_config
 from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 
 DPN_MODEL_TYPE = "dpn_llava"
 DPN_ARCHITECTURE = "DpnLlavaForConditionalGeneration"
@@ -106,6 +106,34 @@ def open_llava(folder: Path) -> tuple[Checkpoint, LlavaLayout]:
         raise CheckpointError(f"{folder} holds a LoRA adapter: merge it into its base model first")
     checkpoint = Checkpoint.open(folder)
     return checkpoint, LlavaLayout.of(checkpoint)
+
+
+def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig]:
+    """Open a LLaVA with a pyramid, from its headers alone.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or not converted.
+    """
+    config = read_config(folder)
+    if config.get("model_type") != DPN_MODEL_TYPE:
+        validate_llava(config, folder)
+        raise CheckpointError(f"{folder} has no pyramid yet: run `dpn convert {folder}` first")
+    checkpoint, layout = open_llava(folder)
+    return checkpoint, layout, read_pyramid(checkpoint)
+
+
+def read_pyramid(checkpoint: Checkpoint) -> PyramidConfig:
+    """Return a checkpoint's pyramid; without sites when it is not converted.
+
+    Raises:
+        CheckpointError: if config.json holds one that this version does not read.
+    """
+    if "pyramid" not in checkpoint.config:
+        return PyramidConfig(sites=())
+    try:
+        return PyramidConfig.from_dict(checkpoint.config["pyramid"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
 
 
 def validate_llava(config: dict[str, Any], where: Path) -> None:

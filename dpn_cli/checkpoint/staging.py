@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.errors import CheckpointError, DpnError, UsageError
 
 STAGE, OLD = "stage", "old"
+MARGIN_BYTES = 64 << 20  # for the small files beside the weights
 
 
 @contextmanager
@@ -57,6 +58,23 @@ def check_target(target: Path, force: bool, may_replace: str, source: Path | Non
     if target.is_symlink() or not target.is_dir() or not _is_ours(target, may_replace):
         raise UsageError(
             f"{target} was not written by dpn, so --force does not replace it: choose another --output"
+        )
+
+
+def check_space(target: Path, needed_bytes: int) -> None:
+    """Check that the disk of `target` has room for a new folder.
+
+    Raises:
+        DpnError: if it has not.
+    """
+    folder = target.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, needed_bytes + MARGIN_BYTES
+    if free < needed:
+        raise DpnError(
+            f"{folder} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB: free some "
+            "space or choose another --output"
         )
 
 

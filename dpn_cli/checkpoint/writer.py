@@ -2,15 +2,33 @@
 
 import errno
 import json
+import math
 import os
 import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import INDEX_FILE, TensorInfo
+from dpn_cli.checkpoint.headers import BITS, INDEX_FILE, TensorInfo
 
+RECIPE_FILE = "dpn_recipe.json"
+
+_LEFT_OUT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".py", ".md",
+}  # fmt: skip
+_REWRITTEN = {"config.json", INDEX_FILE, RECIPE_FILE}
+_MAX_SIDE_FILE_BYTES = 64 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CHUNK_BYTES = 1 << 30
+
+
+def side_files(folder: Path) -> Iterator[str]:
+    """Yield the small files that belong to the model: tokenizer, processor, template, licence."""
+    for path in sorted(folder.iterdir()):
+        left_out = path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".") or path.name in _REWRITTEN
+        if path.is_file() and not left_out and path.stat().st_size <= _MAX_SIDE_FILE_BYTES:
+            yield path.name
 
 
 def copy_file(source: Path, target: Path) -> int:
@@ -50,3 +68,29 @@ def write_index(folder: Path, tensors: list[TensorInfo]) -> None:
         },
     }
     write_json(folder / INDEX_FILE, index)
+
+
+def write_shard(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    content: Iterable[bytes],
+    metadata: dict[str, str],
+) -> None:
+    """Write a safetensors file from a stream, so that no more than a piece of it is ever in memory.
+
+    Args:
+        path: of the file.
+        tensors: dtype (in safetensors' words) and shape of every tensor, in the order of their bytes.
+        content: the bytes of all tensors, in pieces of any size.
+        metadata: for the header; `format` tells transformers the framework.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name, (dtype, shape) in tensors.items():
+        start, stop = stop, stop + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.writelines(content)
