@@ -30,7 +30,7 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
 VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-VISION_DEFAULTS = {"image_size": 224, "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16}}
+VISION_DEFAULTS: dict[str, Any] = {"image_size": 224, "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16}}
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
