@@ -85,9 +85,7 @@ def convert(
     checkpoint, layout = open_llava(source.path)
     pyramid = recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
-        raise RecipeError(
-            f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width"
-        )
+        raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
     conversion = Conversion(
         source=source,
         output=Path(f"{source.name}-dpn") if output is None else output,
@@ -190,7 +188,5 @@ def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None
     expected = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     expected |= {name: ("F32", shape) for name, shape in conversion.added.items()}
     if {name: (t.dtype, t.shape) for name, t in written.tensors.items()} != expected:
-        raise DpnError(
-            f"{conversion.output}: the written tensors are not the expected ones; please report this"
-        )
+        raise DpnError(f"{conversion.output}: the written tensors are not the expected ones; please report this")
     LlavaLayout.of(written)

@@ -38,9 +38,7 @@ class MissingExtraError(DpnError):
     """A feature needs a package that is not installed."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(
-            f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'"
-        )
+        super().__init__(f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

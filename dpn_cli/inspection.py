@@ -109,9 +109,7 @@ def inspect_checkpoint(folder: Path, text_tokens: int = 64, images: int = 1) -> 
 
     def cost(name: str, route: Route) -> RouteCost:
         fraction = flops_fraction(layout.shape, pyramid, route, grids, text_tokens)
-        return RouteCost(
-            name, route, fraction, _layers(checkpoint, layout, pyramid, route, grids, text_tokens)
-        )
+        return RouteCost(name, route, fraction, _layers(checkpoint, layout, pyramid, route, grids, text_tokens))
 
     if pyramid.sites:
         routes["cheapest"] = min(
@@ -165,8 +163,7 @@ def _layers(
     value_bytes = BITS[key.dtype] // 8  # the cache is kept in the weights' dtype
     tokens = tokens_per_layer(layout.shape, pyramid, route, grids, text_tokens)
     return tuple(
-        LayerCost(n - text_tokens, layout.shape.layer_flops(n), layout.shape.kv_bytes(n, value_bytes))
-        for n in tokens
+        LayerCost(n - text_tokens, layout.shape.layer_flops(n), layout.shape.kv_bytes(n, value_bytes)) for n in tokens
     )
 
 

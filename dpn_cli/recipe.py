@@ -121,14 +121,10 @@ class Recipe(_Section):
                 f"layers (0 to {num_layers - 2} are possible)"
             )
         if any(a >= b for a, b in pairwise(layers)):
-            raise RecipeError(
-                f"recipe {self.name}: sites after layers {layers} of {num_layers} must differ and ascend"
-            )
+            raise RecipeError(f"recipe {self.name}: sites after layers {layers} of {num_layers} must differ and ascend")
         options = self.pyramid.model_dump(exclude={"sites", "router"})
         return PyramidConfig(
-            sites=tuple(
-                Site(layer, site.rates) for layer, site in zip(layers, self.pyramid.sites, strict=True)
-            ),
+            sites=tuple(Site(layer, site.rates) for layer, site in zip(layers, self.pyramid.sites, strict=True)),
             router=RouterConfig(**self.pyramid.router.model_dump()),
             **options,
         )
@@ -187,9 +183,7 @@ def _find(name_or_path: str, beside: Path) -> Path:
         return path
     names = available_recipes()
     if name_or_path not in names:
-        hint = (
-            did_you_mean(name_or_path, names) or f" Known: {', '.join(names)}; or a path that ends in .yaml."
-        )
+        hint = did_you_mean(name_or_path, names) or f" Known: {', '.join(names)}; or a path that ends in .yaml."
         raise RecipeError(f"no recipe named {name_or_path!r}.{hint}")
     return _folder() / f"{name_or_path}.yaml"
 
@@ -255,9 +249,7 @@ def _faults(error: ValidationError) -> str:
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             known = section.model_fields
-            message = "unknown key." + (
-                did_you_mean(str(detail["loc"][-1]), known) or f" Known: {', '.join(known)}"
-            )
+            message = "unknown key." + (did_you_mean(str(detail["loc"][-1]), known) or f" Known: {', '.join(known)}")
         faults.setdefault(path, []).append(message)
     return "; ".join(f"{path}: {' or '.join(messages)}" for path, messages in faults.items())
 

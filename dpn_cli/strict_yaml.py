@@ -18,9 +18,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a word", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a word", node.start_mark)
             if key in keys[:i]:
                 mark = node.value[i][0].start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", mark)
@@ -35,13 +33,9 @@ for _tag, _pattern, _first in (
      "-+.0123456789"),
 ):  # fmt: skip
     _firsts = [*_first, ""] if _tag == "null" else list(_first)
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _firsts
-    )
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _firsts)
 
-_StrictLoader.add_constructor(
-    "tag:yaml.org,2002:int", lambda _, node: int(node.value)
-)  # 010 is ten, not eight
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten, not eight
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

@@ -13,9 +13,7 @@ def remember(path: Path) -> None:
     """Make `path` the current checkpoint of this directory."""
     STATE_FILE.parent.mkdir(exist_ok=True)
     stage = STATE_FILE.with_suffix(f".{os.getpid()}.tmp")
-    stage.write_text(
-        json.dumps({"checkpoint": str(path.resolve())}, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    stage.write_text(json.dumps({"checkpoint": str(path.resolve())}, ensure_ascii=False) + "\n", encoding="utf-8")
     stage.replace(STATE_FILE)
 
 
@@ -36,7 +34,5 @@ def current(model: Path | None) -> Path:
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{STATE_FILE} is damaged: delete it and pass --model DIR") from None
     if not path.is_dir():
-        raise UsageError(
-            f"the current checkpoint {path} is gone: run `dpn convert MODEL` again, or pass --model DIR"
-        )
+        raise UsageError(f"the current checkpoint {path} is gone: run `dpn convert MODEL` again, or pass --model DIR")
     return path

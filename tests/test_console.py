@@ -41,9 +41,7 @@ def test_plain_progress_says_rate_and_time_left(
     assert capsys.readouterr().err == "counting: 40/100, 2/s, 30 s left\n"
 
 
-def test_on_a_terminal_progress_is_a_bar(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_stderr", Console(stderr=True, force_terminal=True, width=100))
     with console.progress("counting", total=30) as advance:
         advance(30)

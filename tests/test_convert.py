@@ -65,9 +65,7 @@ def test_the_index_and_config_are_complete(tiny_llava: Path, tmp_path: Path) -> 
 def test_new_tensors_start_lossless(tiny_llava: Path, tmp_path: Path) -> None:
     recipe = load_recipe("demo", ["pyramid.pooling=conv"])
     done = convert(str(tiny_llava), recipe, tmp_path / "out")
-    added = {
-        n.removeprefix("language_model.model."): a for n, a in arrays(done.output).items() if n in done.added
-    }
+    added = {n.removeprefix("language_model.model."): a for n, a in arrays(done.output).items() if n in done.added}
     assert {name: a.shape for name, a in added.items()} == done.pyramid.dpe_tensors(64)
     assert all(a.dtype == np.float32 for a in added.values())
     for site in range(3):

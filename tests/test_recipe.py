@@ -92,9 +92,7 @@ def test_overrides_are_yaml_values() -> None:
 def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: demo\nname: base\ncalibration: {samples: 10, seed: 3}\n")
     child = tmp_path / "child.yaml"
-    child.write_text(
-        "extends: base.yaml\nname: child\ncalibration: {samples: 20}\npyramid: {sites: [{after: 0.5}]}\n"
-    )
+    child.write_text("extends: base.yaml\nname: child\ncalibration: {samples: 20}\npyramid: {sites: [{after: 0.5}]}\n")
     recipe = load_recipe(str(child))
     assert (recipe.name, recipe.calibration.samples, recipe.calibration.seed) == ("child", 20, 3)
     assert len(recipe.pyramid.sites) == 1

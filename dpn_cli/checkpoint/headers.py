@@ -107,9 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} holds only a LoRA adapter: merge it into its base model first")
-        raise CheckpointError(
-            f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout"
-        )
+        raise CheckpointError(f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout")
     return read_json(folder / "config.json")
 
 
@@ -175,8 +173,7 @@ def _parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
         expected += tensor.nbytes
     if expected != size:
         raise CheckpointError(
-            f"{path} has {size} bytes, its header describes {expected}: it is truncated or damaged, "
-            "download it again"
+            f"{path} has {size} bytes, its header describes {expected}: it is truncated or damaged, download it again"
         )
     return {tensor.name: tensor for tensor in tensors}
 
@@ -188,9 +185,7 @@ def _tensor(file: str, name: str, entry: dict[str, Any], body: int) -> TensorInf
         raise ValueError(f"tensor {name!r} has an impossible shape or place")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
-        raise ValueError(
-            f"tensor {name!r} of {dtype} {list(shape)} takes {bits // 8} bytes, not {stop - start}"
-        )
+        raise ValueError(f"tensor {name!r} of {dtype} {list(shape)} takes {bits // 8} bytes, not {stop - start}")
     return TensorInfo(name, file, dtype, shape, body + start, stop - start)
 
 
@@ -208,9 +203,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map: download the checkpoint again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path} names the shard {file!r}: expected a .safetensors file in the same folder"
-            )
+            raise CheckpointError(f"{path} names the shard {file!r}: expected a .safetensors file in the same folder")
     return weight_map
 
 

@@ -30,7 +30,10 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
 VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-VISION_DEFAULTS: dict[str, Any] = {"image_size": 224, "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16}}
+VISION_DEFAULTS: dict[str, Any] = {
+    "image_size": 224,
+    "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16},
+}
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
@@ -90,8 +93,7 @@ class LlavaLayout:
         stored = _num_layers(checkpoint, prefix)
         if stored != shape.num_layers:
             raise CheckpointError(
-                f"{checkpoint.path}: config.json says {shape.num_layers} decoder layers, the weights have "
-                f"{stored}"
+                f"{checkpoint.path}: config.json says {shape.num_layers} decoder layers, the weights have {stored}"
             )
 
 
@@ -151,16 +153,12 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         )
     if model_type not in {"llava", DPN_MODEL_TYPE}:
         kind = "another kind of vision model" if "vision_config" in config else "no vision tower"
-        raise CheckpointError(
-            f"{where} has model type {model_type!r} ({kind}): expected a LLaVA (model type 'llava')"
-        )
+        raise CheckpointError(f"{where} has model type {model_type!r} ({kind}): expected a LLaVA (model type 'llava')")
     for key in ("text_config", "vision_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
     if not isinstance(config.get("image_token_index", config.get("image_token_id")), int):
-        raise CheckpointError(
-            f"{where}: config.json has no image_token_index, so the image's place is unknown"
-        )
+        raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
     if "quantization_config" in config:
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")
     _validate_text(config["text_config"], where)
@@ -177,9 +175,7 @@ def _validate_text(text_config: dict[str, Any], where: Path) -> None:
     layer_types = text_config.get("layer_types") or []
     used = text_config.get("use_sliding_window", False) if model_type == "qwen2" else window is not None
     if model_type != "llama" and (used or "sliding_attention" in layer_types):
-        raise CheckpointError(
-            f"{where} uses sliding-window attention ({window} tokens), which a pyramid cannot have"
-        )
+        raise CheckpointError(f"{where} uses sliding-window attention ({window} tokens), which a pyramid cannot have")
 
 
 def _validate_vision(config: dict[str, Any], where: Path) -> None:

@@ -82,9 +82,7 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_NEEDED))
     except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`"
-        ) from error
+        raise CheckpointError(f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id} is no local folder and no public model on the hub (private: run `hf auth login`)"

@@ -56,9 +56,7 @@ def check_target(target: Path, force: bool, may_replace: str, source: Path | Non
     if not force:
         raise UsageError(f"{target} exists: choose another --output, or pass --force to replace it")
     if target.is_symlink() or not target.is_dir() or not _is_ours(target, may_replace):
-        raise UsageError(
-            f"{target} was not written by dpn, so --force does not replace it: choose another --output"
-        )
+        raise UsageError(f"{target} was not written by dpn, so --force does not replace it: choose another --output")
 
 
 def check_space(target: Path, needed_bytes: int) -> None:
@@ -90,9 +88,7 @@ def _put_in_place(stage: Path, target: Path, force: bool) -> None:
         stage.rename(target)
         return
     if not force:
-        raise UsageError(
-            f"{target} appeared meanwhile: choose another --output, or pass --force to replace it"
-        )
+        raise UsageError(f"{target} appeared meanwhile: choose another --output, or pass --force to replace it")
     old = _sibling(target, OLD)
     target.rename(old)
     try:

@@ -63,9 +63,7 @@ def write_index(folder: Path, tensors: list[TensorInfo]) -> None:
             "total_parameters": sum(tensor.num_values for tensor in tensors),
             "total_size": sum(tensor.nbytes for tensor in tensors),
         },
-        "weight_map": {
-            tensor.name: tensor.file for tensor in sorted(tensors, key=lambda tensor: tensor.name)
-        },
+        "weight_map": {tensor.name: tensor.file for tensor in sorted(tensors, key=lambda tensor: tensor.name)},
     }
     write_json(folder / INDEX_FILE, index)
 

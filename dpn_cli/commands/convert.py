@@ -9,19 +9,11 @@ from dpn_cli import console, workspace
 
 @click.command("convert")
 @click.argument("model")
-@click.option(
-    "--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable."
-)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn."
-)
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
-@click.option(
-    "-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing."
-)
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 def command(
     model: str,
     recipe: str | None,
@@ -45,8 +37,7 @@ def command(
     done = convert(model, chosen, output, force=force, dry_run=dry_run)
 
     rows = [
-        (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates))
-        for site in done.pyramid.sites
+        (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
     ]
     console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
     console.note(

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option
-@click.option(
-    "--text-tokens", type=click.IntRange(1), default=64, show_default=True, help="Text tokens of a sample."
-)
+@click.option("--text-tokens", type=click.IntRange(1), default=64, show_default=True, help="Text tokens of a sample.")
 @click.option("--images", type=click.IntRange(0), default=1, show_default=True, help="Images of a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, model: Path | None, text_tokens: int, images: int, as_json: bool) -> None:
@@ -52,10 +50,7 @@ def _show(found: "Inspection") -> None:
             f"Pyramid: {pyramid.pooling} pooling, λ {pyramid.trade_off:g}, "
             + (f"static route {pyramid.static_route}" if pyramid.static_route else "routed"),
             ["site", "rates"],
-            [
-                (f"after layer {s.after_layer}", ", ".join(f"{h}×{w}" for h, w in s.rates))
-                for s in pyramid.sites
-            ],
+            [(f"after layer {s.after_layer}", ", ".join(f"{h}×{w}" for h, w in s.rates)) for s in pyramid.sites],
         )
     if pyramid.budgets:
         console.table(

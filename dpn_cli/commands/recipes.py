@@ -24,9 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 @command.command("show")
 @click.argument("recipe")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value first; repeatable."
-)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value first; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print RECIPE, a name or a YAML file, with everything it inherits and every default."""
@@ -36,6 +34,4 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(resolved, indent=2))
     else:
-        click.echo(
-            yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False
-        )
+        click.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False)

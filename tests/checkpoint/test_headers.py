@@ -150,9 +150,7 @@ def test_a_name_may_appear_once(tmp_path: Path) -> None:
 
 
 @given(content=st.binary(max_size=64) | st.binary(max_size=48).map(lambda b: struct.pack("<Q", len(b)) + b))
-def test_noise_is_refused_with_one_kind_of_error(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_noise_is_refused_with_one_kind_of_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError):

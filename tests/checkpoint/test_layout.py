@@ -15,9 +15,7 @@ from dpn_cli.errors import CheckpointError
     ("text", "layout", "prefix"),
     [("llama", "hub", "language_model.model."), ("qwen2", "new", "model.language_model.")],
 )
-def test_the_layout_is_read(
-    tiny_llava_factory: Callable[..., Path], text: str, layout: str, prefix: str
-) -> None:
+def test_the_layout_is_read(tiny_llava_factory: Callable[..., Path], text: str, layout: str, prefix: str) -> None:
     checkpoint, found = open_llava(tiny_llava_factory(text=text, layout=layout))
     assert found.text_prefix == prefix
     assert found.grid == (12, 12)

@@ -90,9 +90,7 @@ def test_a_part_of_a_model_in_the_cache_asks_for_the_rest(
 
 @pytest.mark.usefixtures("hub_cache")
 def test_offline_the_error_says_how_to_go_on() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"HF_HUB_OFFLINE is set.*hf download llava-hf/llava-1\.5-13b-hf"
-    ):
+    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set.*hf download llava-hf/llava-1\.5-13b-hf"):
         resolve_source("llava-1.5-13b")
 
 

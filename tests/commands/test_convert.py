@@ -23,9 +23,7 @@ def test_the_result_is_current_and_described(tiny_llava: Path, capsys: pytest.Ca
     assert "model-dpn" in captured.out
     assert "1×1, 4×4" in captured.out
     assert "Next: dpn calibrate" in captured.err
-    assert json.loads(Path(".dpn/current.json").read_text()) == {
-        "checkpoint": str(Path("model-dpn").resolve())
-    }
+    assert json.loads(Path(".dpn/current.json").read_text()) == {"checkpoint": str(Path("model-dpn").resolve())}
 
 
 def test_a_dry_run_leaves_no_trace(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
