@@ -4,7 +4,8 @@ A multiplication and an addition are two operations, as in `torch.utils.flop_cou
 real forward (tests/test_cost.py). Counted: the projections, the attention products and the MLP of every decoder
 layer, plus the routers. Attention is counted as the full S×S product, which is what eager and SDPA kernels without
 causal skipping compute. Left out, as the counter leaves it out: norms, softmax, activations, rotary embeddings and
-pooling. The vision tower, the projector and `lm_head` belong to the original and the pyramid alike, and are reported apart.
+pooling. The vision tower, the projector and `lm_head` belong to the original and the pyramid alike, and are
+reported apart.
 """
 
 from collections.abc import Sequence
@@ -73,9 +74,7 @@ def tokens_per_layer(
     """Return the prefill tokens of every decoder layer along `route`."""
     stages = pyramid.walk(route, grids)
     counts = [text_tokens + sum(h * w for h, w in stage) for stage in stages]
-    return [
-        count for count, layers in zip(counts, pyramid.segments(shape.num_layers), strict=True) for _ in layers
-    ]
+    return [count for count, layers in zip(counts, pyramid.segments(shape.num_layers), strict=True) for _ in layers]
 
 
 def flops_fraction(

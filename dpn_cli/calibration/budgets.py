@@ -1,7 +1,5 @@
 """From routers to the budget table: which λ spends how much, and what it costs in fidelity."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -14,7 +12,7 @@ HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
 BISECTIONS = 60
 
 
-def budget_table(routers: Sequence[nn.Module], table: RouteTable) -> tuple[Budget, ...]:
+def budget_table(routers: nn.ModuleList, table: RouteTable) -> tuple[Budget, ...]:
     """Solve λ for budgets from 1.0 to the cheapest, so that each is met in the mean over a table.
 
     Args:

@@ -116,7 +116,11 @@ def calibrate(
 
     pyramid = replace(model.pyramid, budgets=budget_table(routers, held))
     pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
-    settings = {"data": data, **recipe.model_dump(mode="json", exclude={"prompts"}), "objective": fit.objective}
+    settings = {
+        "data": data,
+        **recipe.model_dump(mode="json", exclude={"prompts"}),
+        "objective": fit.objective,
+    }
     with torch.no_grad():
         taken = Policy.of(routers, held).choose(pyramid.trade_off)
     report = _report(held, taken, pyramid, recipe.budget, settings, [samples[i] for i in held_rows])
@@ -204,5 +208,3 @@ def _summary(report: Report) -> dict[str, Any]:
 
 def _plain(shares: dict[tuple[int, ...], float]) -> dict[str, float]:
     return {",".join(map(str, route)): share for route, share in shares.items()}
-
-

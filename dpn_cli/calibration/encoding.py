@@ -32,7 +32,7 @@ def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": each.question}]})
         if i < turn:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": each.answer}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-any-return]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
 def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:

@@ -7,7 +7,7 @@ D + λ·FLOPs, for budgets of every size at once.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ def trade_off_range(table: RouteTable) -> tuple[float, float]:
 
 
 def fit_routers(
-    routers: Sequence[nn.Module],
+    routers: nn.ModuleList,
     table: RouteTable,
     holdout: RouteTable,
     epochs: int,
@@ -70,12 +70,11 @@ def fit_routers(
         advance: called after every epoch.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = nn.ModuleList(routers)
     _start_at_the_mean(routers, table)
-    optimizer = torch.optim.AdamW(weights.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     low, high = trade_off_range(table)
-    best, history = (math.inf, 0, deepcopy(weights.state_dict())), []
+    best, history = (math.inf, 0, deepcopy(routers.state_dict())), []
     for epoch in range(1, epochs + 1):
         start = epoch <= START_SHARE * epochs
         softness = SOFTNESS[0] * (SOFTNESS[1] / SOFTNESS[0]) ** (epoch / epochs)
@@ -96,12 +95,12 @@ def fit_routers(
             objective = held_out_objective(routers, holdout, low, high)
             history.append((epoch, objective))
             if objective < best[0]:
-                best = (objective, epoch, deepcopy(weights.state_dict()))
-    weights.load_state_dict(best[2])
+                best = (objective, epoch, deepcopy(routers.state_dict()))
+    routers.load_state_dict(best[2])
     return Fit(best[0], best[1], history)
 
 
-def held_out_objective(routers: Sequence[nn.Module], table: RouteTable, low: float, high: float) -> float:
+def held_out_objective(routers: nn.ModuleList, table: RouteTable, low: float, high: float) -> float:
     """Return D + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ; see `Fit`."""
     with torch.no_grad():
         policy = Policy.of(routers, table)
@@ -114,12 +113,12 @@ def held_out_objective(routers: Sequence[nn.Module], table: RouteTable, low: flo
     return sum(ratios) / len(ratios)
 
 
-def _start_at_the_mean(routers: Sequence[nn.Module], table: RouteTable) -> None:
+def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
     """Let every untrained router predict the mean distortion of a rate, so that the fit starts near it."""
     finite = table.distortion.masked_fill(table.distortion.isinf(), 0)
     share = (finite.sum() / table.distortion.isfinite().sum() / len(routers)).clamp(min=1e-4)
     for router in routers:
-        nn.init.constant_(router.head.bias, math.log(math.expm1(share.item())))
+        nn.init.constant_(router.get_parameter("head.bias"), math.log(math.expm1(share.item())))
 
 
 def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -134,9 +133,7 @@ def _poisson_deviance(policy: Policy) -> torch.Tensor:
     return (predicted - distortion * predicted.log())[measured].mean()
 
 
-def _expected_cost(
-    policy: Policy, trade_off: torch.Tensor, softness: float, everything: RouteTable
-) -> torch.Tensor:
+def _expected_cost(policy: Policy, trade_off: torch.Tensor, softness: float, everything: RouteTable) -> torch.Tensor:
     """Return the mean expectation of D + λ·FLOPs over the routes, relative to the best fixed route at each λ."""
     probability = policy.log_probability(trade_off, softness).exp()
     distortion = policy.table.distortion.masked_fill(policy.table.distortion.isinf(), 0)

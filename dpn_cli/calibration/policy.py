@@ -3,7 +3,6 @@
 Shapes: N samples, R routes, P prefixes, S sites, E experts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +26,7 @@ class Policy:
     logits: torch.Tensor
 
     @classmethod
-    def of(cls, routers: Sequence[nn.Module], table: RouteTable) -> "Policy":
+    def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
         """Ask the routers at every prefix of every sample."""
         columns = []
         widest = max(1 + max(route) for route in table.tree.routes)

@@ -114,7 +114,10 @@ def _batches(counts: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _measure_batch(
-    model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor], table: RouteTable, rows: torch.Tensor
+    model: DpnLlavaForConditionalGeneration,
+    batch: dict[str, torch.Tensor],
+    table: RouteTable,
+    rows: torch.Tensor,
 ) -> None:
     """Fill the rows of one batch in."""
     text_model: Any = model.model.language_model
@@ -144,9 +147,7 @@ def _measure_batch(
         )
 
 
-def walk(
-    model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> Iterator[PyramidState]:
+def walk(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Iterator[PyramidState]:
     """Yield the state after every segment along every route of a batch, depth first, the full route first."""
     text_model: Any = model.model.language_model
     embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])

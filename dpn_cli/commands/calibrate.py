@@ -20,7 +20,9 @@ from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
     help="Where the image paths of a LLaVA file start; default: its own folder.",
 )  # fmt: skip
 @click.option(
-    "--budget", type=Fraction(), help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's."
+    "--budget",
+    type=Fraction(),
+    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")

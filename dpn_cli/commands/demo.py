@@ -22,7 +22,11 @@ BATCH_SIZE = 32
 @click.option("--budget", type=Fraction(), default=0.5, show_default=True, help="Mean fraction of prefill FLOPs.")
 @click.option("--samples", type=click.IntRange(min=16), help="Calibration samples; default: the recipe's.")
 @click.option(
-    "--questions", type=click.IntRange(min=1), default=700, show_default=True, help="Held-out questions to ask."
+    "--questions",
+    type=click.IntRange(min=1),
+    default=700,
+    show_default=True,
+    help="Held-out questions to ask.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(output: Path, budget: float, samples: int | None, questions: int, as_json: bool) -> None:

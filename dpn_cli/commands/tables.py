@@ -49,7 +49,15 @@ def print_fidelity(title: str, groups: dict[str, "Fidelity"]) -> None:
         )
         for kind, f in groups.items()
     ]  # fmt: skip
-    columns = ["kind of question", "samples", "teacher", "pyramid", "same answer", "FLOPs", "visual tokens/layer"]
+    columns = [
+        "kind of question",
+        "samples",
+        "teacher",
+        "pyramid",
+        "same answer",
+        "FLOPs",
+        "visual tokens/layer",
+    ]
     console.table(title, columns, rows)
 
 

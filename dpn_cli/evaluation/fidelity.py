@@ -115,7 +115,12 @@ def compare_answers(
 
 
 def _answered(
-    model: DpnLlavaForConditionalGeneration, sample: Sample, student: str, teacher: str, route: Route, text_tokens: int
+    model: DpnLlavaForConditionalGeneration,
+    sample: Sample,
+    student: str,
+    teacher: str,
+    route: Route,
+    text_tokens: int,
 ) -> Answered:
     pyramid, shape = model.pyramid, model.model.language_model.shape
     grids = [model.model.image_grid()] * len(sample.images)

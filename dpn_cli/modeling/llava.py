@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -54,7 +57,9 @@ class DpnLlavaModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         text_type = config.text_config.model_type
         if text_type not in PYRAMID_TEXT_MODELS:
-            raise ValueError(f"text model type {text_type!r} has no pyramid; there is one for {list(PYRAMID_TEXT_MODELS)}")
+            raise ValueError(
+                f"text model type {text_type!r} has no pyramid; there is one for {list(PYRAMID_TEXT_MODELS)}"
+            )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = PYRAMID_TEXT_MODELS[text_type]._from_config(
@@ -69,7 +74,7 @@ class DpnLlavaModel(LlavaModel):
         return side, side
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the language model reads: embeddings [B, L, D] with the images in place, coordinates [B, L, 3]."""
+        """Return embeddings [B, L, D] with the images in place, and visual coordinates [B, L, 3]."""
         embeds = self.get_input_embeddings()(input_ids)
         features = torch.cat(self.get_image_features(pixel_values, return_dict=True).pooler_output)
         is_image = self.get_placeholder_mask(input_ids, embeds, features)
@@ -91,7 +96,7 @@ class DpnLlavaModel(LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> tuple | LlavaModelOutputWithPast:
+    ) -> tuple[Any, ...] | LlavaModelOutputWithPast:
         """Run `LlavaModel.forward` with the visual coordinates handed on to the language model."""
         if pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None:
             strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -156,7 +161,7 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prompt_length: int | None = None,
         **kwargs: Any,
-    ) -> tuple | LlavaCausalLMOutputWithPast:
+    ) -> tuple[Any, ...] | LlavaCausalLMOutputWithPast:
         """Run `LlavaForConditionalGeneration.forward`, routed.
 
         The routers read each sample's last instruction token: with labels the one before the first label, else the
@@ -220,7 +225,7 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def _text_model(self) -> PyramidTextMixin:
-        return self.model.language_model  # type: ignore[no-any-return]
+        return self.model.language_model
 
     @property
     def last_routes(self) -> list[Route]:
@@ -229,9 +234,9 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def new_cache(self, offloading: bool = False) -> PyramidCache:
         """Return an empty KV cache for several turns on one conversation."""
-        return self._text_model.new_cache(offloading)  # type: ignore[return-value]
+        return self._text_model.new_cache(offloading)
 
-    def set_route(self, route: Sequence[int] | Sequence[Sequence[int]] | None) -> None:
+    def set_route(self, route: Route | Sequence[Route] | None) -> None:
         """Force a route in place of the routers.
 
         Args:
@@ -245,7 +250,7 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             static = self.pyramid.static_route
             self._text_model.forced_routes = None if static is None else [static]
             return
-        routes = [tuple(r) for r in route] if route and not isinstance(route[0], int) else [tuple(route)]
+        routes: list[Route] = [each for each in route if not isinstance(each, int)] or [tuple(route)]  # type: ignore[arg-type]
         for each in routes:
             self.pyramid.walk(each, [self.model.image_grid()])
         self._text_model.forced_routes = routes
@@ -277,6 +282,4 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 # transformers renames the keys of older checkpoint layouts for its own classes only, and finds them by name.
 for _ours, _theirs in ((DpnLlavaModel, "LlavaModel"), (DpnLlavaForConditionalGeneration, "llava")):
-    register_checkpoint_conversion_mapping(
-        _ours.__name__, get_checkpoint_conversion_mapping(_theirs), overwrite=True
-    )
+    register_checkpoint_conversion_mapping(_ours.__name__, get_checkpoint_conversion_mapping(_theirs), overwrite=True)

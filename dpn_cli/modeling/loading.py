@@ -1,10 +1,15 @@
 """Opening converted and exported checkpoints, with nothing left to chance."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.utils import logging
 
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration, DpnLlavaModel
@@ -17,27 +22,48 @@ def register() -> None:
     AutoModelForImageTextToText.register(DpnLlavaConfig, DpnLlavaForConditionalGeneration, exist_ok=True)
 
 
-def load_model(folder: Path, dtype: str = "auto", **kwargs: Any) -> DpnLlavaForConditionalGeneration:
+def load_model(folder: Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> DpnLlavaForConditionalGeneration:
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:
         folder: the checkpoint.
-        dtype: `auto` for the checkpoint's own, or a torch dtype's name.
+        dtype: `auto` for the checkpoint's own, or a torch dtype or its name; routers are float32 all the same.
         **kwargs: for `from_pretrained`, e.g. `device_map`, `attn_implementation`.
 
     Raises:
-        CheckpointError: if the tensors on disk are not exactly those of the model.
+        CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.
     """
-    model, info = DpnLlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True, **kwargs
-    )
+    open_converted(folder)
+    with _quietly():
+        model, info = DpnLlavaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+            output_loading_info=True,
+            **kwargs,
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[what])):
             raise CheckpointError(
-                f"{folder}: {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}; the folder is not a whole "
-                "checkpoint: convert it again"
+                f"{folder} has {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}: its tensors are not those of "
+                "the model in config.json, convert it again"
             )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back transformers' load report and progress bar: what the report would say is raised."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 register()

@@ -62,12 +62,7 @@ def merge_cells(
     cell = torch.where(is_visual[..., None], coords[..., 1:] // kernel, 0)  # [B, S, 2]
     kept = torch.ones_like(is_visual) if valid is None else valid
     if rounding == "floor":
-        sizes = torch.zeros(batch, max(1, max(map(len, grids))), 2, dtype=torch.long)
-        for b, sample in enumerate(grids):
-            for g, (height, width) in enumerate(sample):
-                sizes[b, g] = torch.tensor([height // rates[b][0], width // rates[b][1]])
-        rows = torch.arange(batch, device=device)[:, None]
-        kept = kept & (~is_visual | (cell < sizes.to(device)[rows, coords[..., 0].clamp(min=0)]).all(-1))
+        kept = kept & _is_complete(cell, coords[..., 0], grids, rates)
 
     span = max((max(grid) for sample in grids for grid in sample), default=1)
     num_grids = max(map(len, grids))
@@ -89,6 +84,18 @@ def merge_cells(
     new_valid = torch.arange(longest, device=device) >= shift if padded else None
     area = torch.where(new_coords[..., 0] >= 0, kernel.prod(-1), 1)
     return Cells(column, kept, leads, new_coords, area, new_valid)
+
+
+def _is_complete(
+    cell: torch.Tensor, grid: torch.Tensor, grids: Sequence[Sequence[Grid]], rates: Sequence[Rate]
+) -> torch.Tensor:
+    """Say which tokens, [B, S], belong to a cell that lies whole inside its grid; text always does."""
+    table = torch.zeros(*grid.shape, 2, dtype=torch.long)  # rows and columns of complete cells; S bounds the grids
+    for b, sample in enumerate(grids):
+        for g, (height, width) in enumerate(sample):
+            table[b, g] = torch.tensor([height // rates[b][0], width // rates[b][1]])
+    sizes = table.to(cell.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
+    return (grid < 0) | (cell < sizes).all(-1)
 
 
 def pool_tokens(

@@ -6,7 +6,7 @@ sample's visual tokens are one or several *grids* (H, W). All of it is plain dat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, Literal
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
@@ -105,7 +105,8 @@ class PyramidConfig:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"pyramid config has unknown keys: {', '.join(unknown)}")
         sites = tuple(
-            Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"])) for site in data.pop("sites")
+            Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"]))
+            for site in data.pop("sites")
         )
         if any(site.rates[0] != (1, 1) for site in sites):
             raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
@@ -136,7 +137,7 @@ class PyramidConfig:
     def segments(self, num_layers: int) -> list[range]:
         """Return the decoder layers between sites: num_sites + 1 ranges that cover all layers."""
         edges = [0, *(site.after_layer + 1 for site in self.sites), num_layers]
-        return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        return [range(start, stop) for start, stop in pairwise(edges)]
 
     def pooled(self, grid: Grid, rate: Rate) -> Grid:
         """Return the size of `grid` after pooling at `rate`."""
@@ -167,7 +168,10 @@ class PyramidConfig:
             if not 0 <= expert < len(rates):
                 raise ValueError(f"route {route}: site {site} has experts 0 to {len(rates) - 1}, not {expert}")
             if grids and expert not in self.offered(site, stages[-1]):
-                kernel, small = "×".join(map(str, rates[expert])), min(stages[-1], key=lambda grid: grid[0] * grid[1])
+                kernel, small = (
+                    "×".join(map(str, rates[expert])),
+                    min(stages[-1], key=lambda grid: grid[0] * grid[1]),
+                )
                 raise ValueError(
                     f"route {route}: {kernel} at site {site} would leave an image of {small[0]}×{small[1]} tokens "
                     f"with fewer than min_visual_tokens ({self.min_visual_tokens})"

@@ -6,7 +6,7 @@ steps as a tree, so that routes with a common prefix share its work.
 Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +81,14 @@ def visual_grids(coords: torch.Tensor) -> tuple[tuple[Grid, ...], ...]:
 class PyramidTextMixin:
     """Makes a text model of the Llama family a pyramid; with `pyramid.sites` empty it is the original."""
 
+    # What the text model that stands beside the mixin brings.
+    config: PreTrainedConfig
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+    _from_config: Callable[..., "PyramidTextMixin"]
+
     def __init__(self, config: PreTrainedConfig, pyramid: PyramidConfig) -> None:
         _refuse_sliding_window(config)
         super().__init__(config)  # type: ignore[call-arg]
@@ -96,7 +104,9 @@ class PyramidTextMixin:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(
-                nn.ParameterList(nn.Parameter(torch.full((config.hidden_size, h, w), 1 / (h * w))) for h, w in site.rates)
+                nn.ParameterList(
+                    nn.Parameter(torch.full((config.hidden_size, h, w), 1 / (h * w))) for h, w in site.rates
+                )
                 for site in pyramid.sites
             )
 
@@ -116,12 +126,12 @@ class PyramidTextMixin:
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        visual_coords: torch.LongTensor | None = None,
-        instruction: torch.LongTensor | None = None,
+        visual_coords: torch.Tensor | None = None,
+        instruction: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the pyramid; the arguments that are not listed are those of the original text model.
@@ -254,7 +264,10 @@ class PyramidTextMixin:
         """Return what a router reads in this state, [B, num_inputs, D]."""
         assert state.instruction is not None and state.coords is not None
         return router_features(
-            state.hidden_states, state.now_at(state.instruction), state.coords[..., 0] >= 0, self.pyramid.router
+            state.hidden_states,
+            state.now_at(state.instruction),
+            state.coords[..., 0] >= 0,
+            self.pyramid.router,
         )
 
     def choose(self, state: PyramidState, site: int) -> Choice:
@@ -342,7 +355,7 @@ class PyramidTextMixin:
         assert state.coords is not None
         rows = []
         for coords, k in zip(state.coords, choice.experts, strict=True):
-            kernel = self.poolers[site][k]  # [D, kernel_h, kernel_w]
+            kernel: torch.Tensor = self.poolers.get_parameter(f"{site}.{k}")  # [D, kernel_h, kernel_w]
             factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
             rows.append(torch.where(coords[:, :1] >= 0, factors, 1))
         return torch.stack(rows)

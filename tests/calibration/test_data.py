@@ -57,7 +57,10 @@ def test_image_folder_takes_the_stock_prompts_in_turn(picture: Path) -> None:
     ("rows", "message"),
     [
         ([llava_row(image="images/none.png")], "row 1: no image file"),
-        ([llava_row(), llava_row(conversations=[{"from": "alien", "value": "hm"}])], "row 2: a message needs from"),
+        (
+            [llava_row(), llava_row(conversations=[{"from": "alien", "value": "hm"}])],
+            "row 2: a message needs from",
+        ),
         ([llava_row(conversations="hm")], "row 1: no list under"),
         ([llava_row(conversations=[{"from": "gpt", "value": "red"}])], "row 1: an answer comes before"),
         (["hm"], "row 1: expected an object"),
@@ -105,7 +108,9 @@ def test_labels_are_the_answers_and_the_prompt_is_the_processors(processor: Any,
     assert tokenizer.decode(answers) == "red </s> blue circle </s>"
     assert (example.input_ids[example.labels != IGNORED] == example.labels[example.labels != IGNORED]).all()
     prompt = processor(
-        text="USER: <image>\nwhat colour is this ? ASSISTANT:", images=Image.open(picture), return_tensors="pt"
+        text="USER: <image>\nwhat colour is this ? ASSISTANT:",
+        images=Image.open(picture),
+        return_tensors="pt",
     )
     length = prompt["input_ids"].shape[1]
     assert (example.input_ids[:length] == prompt["input_ids"][0]).all()

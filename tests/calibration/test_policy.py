@@ -1,6 +1,6 @@
 """Routers on a made-up table: exact sums, and a fit that finds what there is to find."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_budget_table_falls_from_one_to_the_cheapest() -> None:
     table, routers = make_table(60), make_routers()
     rows = budget_table(routers, table)
     assert rows[0].fraction == 1.0 and rows[0].trade_off == 0.0 and rows[0].distortion == 0.0
-    assert all(a.fraction > b.fraction and a.trade_off < b.trade_off for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a.fraction > b.fraction and a.trade_off < b.trade_off for a, b in pairwise(rows))
     policy = Policy.of(routers, table)
     assert rows[-1].fraction == pytest.approx(outcome(table, policy.choose(1e6)).fraction)
 

@@ -82,7 +82,9 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
             taken = policy.choose(trade_off).tolist()
             for sample, column in zip(samples, taken, strict=True):
                 model(
-                    input_ids=sample.input_ids[None], pixel_values=sample.pixel_values, labels=sample.labels[None]
+                    input_ids=sample.input_ids[None],
+                    pixel_values=sample.pixel_values,
+                    labels=sample.labels[None],
                 )
                 assert model.last_routes == [table.tree.routes[column]]
                 routes.add(model.last_routes[0])

@@ -14,7 +14,11 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 8, **kwargs: Any) -> Any:
     return model.generate(
-        **inputs, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, **{**GREEDY, **kwargs}
+        **inputs,
+        max_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{**GREEDY, **kwargs},
     )
 
 
@@ -132,9 +136,9 @@ def test_second_turn_equals_one_long_conversation(make_pair: Any) -> None:
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
         continued = model(input_ids=extra, past_key_values=cache).logits
-        whole = model(
-            input_ids=torch.cat([inputs["input_ids"], extra], 1), pixel_values=inputs["pixel_values"]
-        ).logits[:, -4:]
+        whole = model(input_ids=torch.cat([inputs["input_ids"], extra], 1), pixel_values=inputs["pixel_values"]).logits[
+            :, -4:
+        ]
     assert (continued - whole).abs().max() < 1e-4
 
 
@@ -172,7 +176,9 @@ def test_right_padding_and_labels(make_pair: Any) -> None:
         alone = [model(**sample) for sample in samples]
         batch = collate(samples, side="right")
         longest = batch["input_ids"].shape[1]
-        labels = [torch.nn.functional.pad(s["labels"], (0, longest - s["labels"].shape[1]), value=-100) for s in samples]
+        labels = [
+            torch.nn.functional.pad(s["labels"], (0, longest - s["labels"].shape[1]), value=-100) for s in samples
+        ]
         together = model(**batch, labels=torch.cat(labels))
     for i, (sample, one) in enumerate(zip(samples, alone, strict=True)):
         length = sample["input_ids"].shape[1]
