@@ -18,7 +18,7 @@ def load(model: str | Path, **kwargs: Any) -> "DpnLlavaForConditionalGeneration"
         **kwargs: `dtype`, and what `from_pretrained` takes (`device_map`, `attn_implementation`).
 
     Raises:
-        CheckpointError: if it is missing, or its tensors are not exactly those of the model.
+        CheckpointError: if it is missing or not converted, or its tensors are not exactly the model's.
     """
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.modeling.loading import load_model

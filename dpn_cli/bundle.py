@@ -16,7 +16,7 @@ BUNDLE_MODULE = "modeling_dpn_llava"
 
 _PACKAGE = "dpn_cli"
 _ROOT = "dpn_cli.modeling.llava"
-_WIDTH = 110
+_WIDTH = 120
 _HEADER = f"""\
 # LLaVA with a dynamic pyramid: visual tokens are pooled at a few depths of the decoder, at rates that small
 # routers pick for every sample.
@@ -67,9 +67,7 @@ class Module:
     @property
     def needed(self) -> list[str]:
         """The modules of the package that this one imports."""
-        return [
-            str(node.module) for node in self.imports if isinstance(node, ast.ImportFrom) and _is_ours(node)
-        ]
+        return [str(node.module) for node in self.imports if isinstance(node, ast.ImportFrom) and _is_ours(node)]
 
     def meanings(self) -> dict[str, str]:
         """Return what the statements at the top level make of every name; the package's imports aside."""
@@ -82,9 +80,7 @@ class Module:
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
                 result[node.name] = f"defined in {self.name}"
             else:
-                stored = (
-                    n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-                )
+                stored = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
                 result |= {n.id: f"defined in {self.name}" for n in stored}
         return result
 
@@ -164,9 +160,7 @@ def _merge_imports(nodes: Iterable[Import]) -> str:
         else:
             modules |= aliases
     lines = [(_top(alias[0]), f"import {_spell(alias)}") for alias in sorted(modules, key=_spell)]
-    lines += [
-        (_top(module), _from_import(module, sorted(map(_spell, names[module])))) for module in sorted(names)
-    ]
+    lines += [(_top(module), _from_import(module, sorted(map(_spell, names[module])))) for module in sorted(names)]
     standard = [line for top, line in lines if top in sys.stdlib_module_names]
     others = [line for top, line in lines if top not in sys.stdlib_module_names]
     return "\n".join([*standard, "", *others, ""])
