@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.export import RENAMES, export, parse_size
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig
+from tests.converted import pretend_calibration
 
 QUESTION = "what colour is the small circle ?"
 
@@ -52,50 +51,6 @@ print(json.dumps({
     "piped": piped[0]["generated_text"], "dtype": str(model.dtype),
 }))
 """
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    from PIL import Image
-
-    pixels = np.random.default_rng(3).integers(0, 255, (48, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
-
-
-@pytest.fixture
-def make_converted(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """Return `make(text, layout, shards, calibrated) -> Path`, a folder whose routers disagree when calibrated."""
-
-    def make(text: str = "llama", layout: str = "hub", shards: int = 1, calibrated: bool = True) -> Path:
-        folder = tmp_path / "tiny-dpn"
-        convert(str(tiny_llava_factory(text=text, layout=layout, shards=shards)), output=folder)
-        if calibrated:
-            pretend_calibration(folder)
-        return folder
-
-    return make
-
-
-def pretend_calibration(folder: Path) -> None:
-    """Leave what calibration leaves: routers that pool, a budget table and its own folder."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "dpe.safetensors")
-    for name, tensor in tensors.items():
-        if "head" in name:
-            tensors[name] = np.random.default_rng(len(name)).normal(0, 1, tensor.shape).astype(np.float32)
-    save_file(tensors, folder / "dpe.safetensors", metadata={"format": "pt"})
-    config = read_json(folder / "config.json")
-    pyramid = replace(
-        PyramidConfig.from_dict(config["pyramid"]),
-        trade_off=2.0,
-        budgets=(Budget(0.8, 1.0, 0.01), Budget(0.6, 3.0, 0.05)),
-        calibration={"data": "mydata|2.json", "agreement": 0.98765, "agreement_interval": [0.9, 1.0]},
-    )
-    write_json(folder / "config.json", config | {"pyramid": pyramid.to_dict()})
-    (folder / "calibration").mkdir()
-    (folder / "calibration" / "report.json").write_text("{}")
 
 
 def stored(folder: Path) -> dict[str, bytes]:

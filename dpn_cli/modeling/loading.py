@@ -52,6 +52,11 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -
     return model.eval()
 
 
+def default_device() -> str:
+    """Return where a command runs a model: the first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Hold back transformers' load report and progress bar: what the report would say is raised."""

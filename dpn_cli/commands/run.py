@@ -1,0 +1,97 @@
+"""`dpn run`: answer a question about images and show the route."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dpn_cli import console
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+from dpn_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dpn_cli.answering import Answer
+    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+
+@click.command("run")
+@click.argument("question")
+@click.option(
+    "--image", "images", type=click.Path(path_type=Path), metavar="FILE", multiple=True, required=True,
+    help="An image that the question is about; repeatable.",
+)  # fmt: skip
+@model_option
+@click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
+@click.option("--route", metavar="E,E,…", help="Force the expert at every site, such as 0,1,2, past the routers.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
+def command(
+    question: str,
+    images: tuple[Path, ...],
+    model: Path | None,
+    budget: float | None,
+    route: str | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Answer QUESTION about one or several images, greedily.
+
+    The answer goes to stdout as it is generated; its route, tokens, FLOPs and time to stderr.
+    """
+    if budget is not None and route is not None:
+        raise UsageError("--budget asks the routers and --route goes past them: give one of them")
+    experts = None if route is None else _experts(route)
+    question = question.replace("<image>", "").strip()  # the chat template says where the images go
+    if not question:
+        raise UsageError("the question is empty")
+    folder = checkpoint_folder(model)
+
+    from transformers import AutoProcessor
+
+    from dpn_cli.answering import answer
+    from dpn_cli.calibration.data import Sample, Turn
+    from dpn_cli.modeling.loading import default_device, load_model
+
+    sample = Sample("question", images, (Turn(question),))
+    sample.open_images()  # a missing image is named before the model is loaded
+    loaded = load_model(folder, device_map=default_device())
+    _choose(loaded, budget, experts)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))
+        return
+    click.echo()
+    console.note(_cost_line(done))
+
+
+def _experts(route: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(expert) for expert in route.split(","))
+    except ValueError:
+        raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
+
+
+def _choose(model: "DpnLlavaForConditionalGeneration", budget: float | None, experts: tuple[int, ...] | None) -> None:
+    try:
+        if budget is not None:
+            model.set_budget(budget)
+        if experts is not None:
+            model.set_route(experts)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _stream(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _cost_line(done: "Answer") -> str:
+    route = " · ".join(f"{height}×{width}" for height, width in done.rates)
+    tokens = " → ".join(map(str, done.visual_tokens))
+    speed = f", {done.tokens_per_s:.1f} tokens/s" if done.tokens_per_s else ""
+    return (
+        f"Route {route}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
+        f"{done.first_token_s:.2f} s, {done.new_tokens} in {done.total_s:.2f} s{speed}"
+    )

@@ -1,0 +1,71 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.cli import main
+from tests.converted import pretend_calibration
+
+
+@pytest.fixture
+def here(make_converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a converted, uncalibrated checkpoint `tiny-dpn`."""
+    make_converted(calibrated=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_current_checkpoint_is_exported_beside_it(
+    here: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tiny_llava), "-o", "llava-dpn"]) == 0
+    capsys.readouterr()
+    assert main(["export"]) == 0
+    captured = capsys.readouterr()
+    assert f"Checkpoint: {here / 'llava-dpn'}" in captured.err
+    assert "not calibrated" in captured.out
+    assert "dpn_cli.load('llava-dpn-export')" in captured.err and "trust_remote_code=True" in captured.err
+    assert (here / "llava-dpn-export" / "modeling_dpn_llava.py").is_file()
+    assert main(["inspect", "llava-dpn-export", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pyramid"]["sites"]
+
+
+def test_json_says_what_was_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend_calibration(here / "tiny-dpn")
+    options = ["--budget", "0.6", "--dtype", "bf16", "--max-shard-size", "200KB", "--json"]
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
+    captured = capsys.readouterr()
+    done = json.loads(captured.out)
+    assert captured.err == ""
+    assert (done["budget"], done["lambda"], done["dtype"]) == (0.6, pytest.approx(3.0), "bf16")
+    assert len(done["files"]) > 1 and all((here / "out" / file).is_file() for file in done["files"])
+    assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "complaint"),
+    [
+        ("--model {source}", 3, "has no pyramid yet: run `dpn convert"),
+        ("--model nothing", 3, "does not exist"),
+        ("--model tiny-dpn --output taken", 2, "taken exists"),
+        ("--model tiny-dpn --output taken --force", 2, "not written by dpn"),
+        ("--model tiny-dpn --output tiny-dpn/inside", 2, "overlaps"),
+        ("--model tiny-dpn --dtype int8", 2, "not one of bf16, fp16, fp32"),
+        ("--model tiny-dpn --max-shard-size lots", 2, "no size"),
+        ("--model tiny-dpn --budget 0.5", 2, "not calibrated"),
+        ("--model tiny-dpn --budget 1.5", 2, "1.5"),
+        ("", 2, "no current checkpoint"),
+    ],
+)
+def test_faults(
+    here: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str], args: str, code: int, complaint: str
+) -> None:
+    (here / "taken").mkdir()
+    (here / "taken" / "notes.txt").write_text("mine")
+    before = sorted(path.relative_to(here) for path in here.rglob("*"))
+    assert main(["export", *args.format(source=tiny_llava).split()]) == code
+    captured = capsys.readouterr()
+    assert complaint in captured.err and "Traceback" not in captured.err
+    assert captured.out == ""
+    assert sorted(path.relative_to(here) for path in here.rglob("*")) == before

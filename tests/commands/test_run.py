@@ -1,0 +1,115 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpn_cli.cli import main
+
+QUESTION = "what colour is the small circle ?"
+
+
+@pytest.fixture
+def here(make_converted: Callable[..., Path], picture: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a calibrated checkpoint `tiny-dpn` and `picture.png`."""
+    folder = make_converted()
+    monkeypatch.chdir(folder.parent)
+    assert picture.parent == folder.parent
+    return folder.parent
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    options = ["--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "6", "--json"]
+    assert main(["run", *options, *args, QUESTION]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found: dict[str, Any] = json.loads(captured.out)
+    return found
+
+
+@pytest.mark.usefixtures("here")
+def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    import dpn_cli
+    from dpn_cli.cost import flops_fraction
+
+    found = run_json(capsys)
+    model, processor = dpn_cli.load("tiny-dpn"), AutoProcessor.from_pretrained("tiny-dpn")
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=[Image.open("picture.png")], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    [route] = model.last_routes
+    assert found["text"] == processor.decode(tokens, skip_special_tokens=True)
+    assert tuple(found["route"]) == route and any(route)
+    assert found["new_tokens"] == len(tokens)
+    assert found["visual_tokens"][0] == 144 > found["visual_tokens"][-1]
+    assert found["text_tokens"] + 144 == inputs["input_ids"].shape[1]
+    shape = model.model.language_model.shape
+    expected = flops_fraction(shape, model.pyramid, route, [(12, 12)], found["text_tokens"])
+    assert found["flops_fraction"] == pytest.approx(expected)
+    assert 0 < found["first_token_s"] <= found["total_s"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_route_is_forced_and_a_budget_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    forced = run_json(capsys, "--route", "1,0,2")
+    assert forced["rates"] == [[1, 2], [1, 1], [2, 2]]
+    assert forced["visual_tokens"] == [144, 72, 72, 18]
+    rich, poor = run_json(capsys, "--budget", "1.0"), run_json(capsys, "--budget", "0.6")
+    assert rich["flops_fraction"] > poor["flops_fraction"]
+
+
+@pytest.mark.usefixtures("here")
+def test_several_images_in_one_question(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "--route", "2,0,0", "--image", "picture.png")
+    assert found["visual_tokens"] == [288, 72, 72, 72]
+
+
+def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None:
+    """A process of its own: nothing of transformers may get in between."""
+    code = "import sys; from dpn_cli.cli import main; sys.exit(main())"
+    args = ["run", "--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "4", QUESTION]
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 4 and done.stdout.endswith("\n") and done.stdout.count("\n") == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("Route ") and " · " in line
+    for part in ("visual tokens 144 →", "% of the prefill FLOPs", "first token after", "tokens/s"):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "complaint"),
+    [
+        ("--image gone.png", 4, "gone.png"),
+        ("--image notes.txt", 4, "no image that can be read"),
+        ("--image .", 4, "no image that can be read"),
+        ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 3 sites"),
+        ("--image picture.png --route 0,1,7", 2, "not 7"),
+        ("--image picture.png --route 2,2,2", 2, "min_visual_tokens"),
+        ("--image picture.png --route fast", 2, "expected one expert index per site"),
+        ("--image picture.png --route 0,0,0 --budget 0.7", 2, "give one of them"),
+        ("--image picture.png --budget 0.1", 2, "out of reach"),
+        ("--image picture.png --model {source}", 3, "run `dpn convert"),
+        ("", 2, "--image"),
+    ],
+)
+def test_faults(
+    here: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str], args: str, code: int, complaint: str
+) -> None:
+    (here / "notes.txt").write_text("no picture")
+    assert main(["run", "--model", "tiny-dpn", *args.format(source=tiny_llava).split(), QUESTION]) == code
+    captured = capsys.readouterr()
+    assert complaint in captured.err and "Traceback" not in captured.err and "unexpected" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.usefixtures("here")
+def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "tiny-dpn", "--image", "picture.png", "<image> "]) == 2
+    assert "question is empty" in capsys.readouterr().err
