@@ -13,7 +13,7 @@ from dpn_cli.checkpoint.headers import (
     read_config,
     read_header,
 )
-from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_llava
+from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_llava
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import RECIPE_FILE, copy_file, side_files, write_index, write_json
@@ -24,7 +24,6 @@ from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recip
 if TYPE_CHECKING:
     import numpy as np
 
-DPE_FILE = "dpe.safetensors"
 INIT_STD = 0.02
 
 

@@ -43,8 +43,7 @@ class Fit:
 
 def trade_off_range(table: RouteTable) -> tuple[float, float]:
     """Return the λ (nats per whole prefill) between which the choices lie: the spread of D / FLOPs saved."""
-    saved = 1 - table.fraction[:, 1:]
-    slopes = (table.distortion[:, 1:] / saved.clamp(min=1e-6))[table.distortion[:, 1:].isfinite()]
+    slopes = (table.distortion / (1 - table.fraction).clamp(min=1e-6))[:, 1:][table.measured[:, 1:]]
     low, high = slopes.quantile(torch.tensor([0.02, 0.98])).tolist()
     return max(low, 1e-5), max(high, 1e-4)
 
@@ -115,8 +114,7 @@ def held_out_objective(routers: nn.ModuleList, table: RouteTable, low: float, hi
 
 def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
     """Let every untrained router predict the mean distortion of a rate, so that the fit starts near it."""
-    finite = table.distortion.masked_fill(table.distortion.isinf(), 0)
-    share = (finite.sum() / table.distortion.isfinite().sum() / len(routers)).clamp(min=1e-4)
+    share = (table.distortion.nanmean() / len(routers)).clamp(min=1e-4)
     for router in routers:
         nn.init.constant_(router.get_parameter("head.bias"), math.log(math.expm1(share.item())))
 
@@ -127,21 +125,20 @@ def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tenso
 
 def _poisson_deviance(policy: Policy) -> torch.Tensor:
     """Return the mean of pred - D·log pred over the measured routes that pool."""
-    distortion = policy.table.distortion[:, 1:]
-    predicted = policy.added_distortion()[:, 1:].clamp(min=1e-8)
-    measured = distortion.isfinite()
-    return (predicted - distortion * predicted.log())[measured].mean()
+    measured = policy.table.measured[:, 1:]
+    distortion = policy.table.distortion[:, 1:][measured]
+    predicted = policy.added_distortion()[:, 1:][measured].clamp(min=1e-8)
+    return (predicted - distortion * predicted.log()).mean()
 
 
 def _expected_cost(policy: Policy, trade_off: torch.Tensor, softness: float, everything: RouteTable) -> torch.Tensor:
     """Return the mean expectation of D + λ·FLOPs over the routes, relative to the best fixed route at each λ."""
     probability = policy.log_probability(trade_off, softness).exp()
-    distortion = policy.table.distortion.masked_fill(policy.table.distortion.isinf(), 0)
-    cost = (probability * (distortion + trade_off[:, None] * policy.table.fraction)).sum(-1)
+    cost = (probability * (policy.table.distortion.nan_to_num() + trade_off[:, None] * policy.table.fraction)).sum(-1)
     return (cost / _best_fixed(everything, trade_off)).mean()
 
 
 def _best_fixed(table: RouteTable, trade_off: torch.Tensor) -> torch.Tensor:
     """Return D + λ·FLOPs of the best fixed route at each λ, [len(trade_off)]."""
-    distortion, fraction = table.distortion.mean(0), table.fraction.mean(0)
+    distortion, fraction = table.distortion.nanmean(0).nan_to_num(torch.inf), table.fraction.mean(0)
     return (distortion + trade_off[:, None] * fraction).min(-1).values

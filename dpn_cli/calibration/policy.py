@@ -56,31 +56,40 @@ class Policy:
             [[prefixes.get((*p, k), routes.get((*p, k), 0)) for k in experts] for p in self.table.tree.prefixes]
         )
 
-    def scores(self, trade_off: torch.Tensor) -> torch.Tensor:
-        """Return logit - λ·cost, [N, P, E], with one λ per sample [N]; -inf where a rate is not offered."""
-        child = self._child.clamp(min=0)
-        offered = (self._child >= 0) & self.table.distortion[:, child].isfinite()
-        offered[..., 0] = True  # 1×1, also at a prefix that this sample cannot reach
-        scores = self.logits - trade_off[:, None, None] * self.table.fraction[:, child]
-        return scores.masked_fill(~offered, -torch.inf)
+    @cached_property
+    def _measured_below(self) -> torch.Tensor:
+        """Whether some measured route takes expert k at a prefix, [N, P, E]."""
+        below = torch.zeros(len(self.table.tree.routes), *self._child.shape)
+        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
+        for i, route in enumerate(self.table.tree.routes):
+            for site, k in enumerate(route):
+                below[i, prefixes[route[:site]], k] = 1
+        return torch.einsum("nr,rpk->npk", self.table.measured.float(), below) > 0
+
+    def _scores(self, trade_off: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Return logit - λ·cost, [N, P, E], with one λ per sample [N]; -inf where a rate is not allowed."""
+        scores = self.logits - trade_off[:, None, None] * self.table.fraction[:, self._child.clamp(min=0)]
+        out_of_reach = ~allowed.any(-1, keepdim=True)  # a prefix that this sample cannot get to: anything finite
+        return scores.masked_fill(~(allowed | out_of_reach), -torch.inf)
 
     def choose(self, trade_off: float) -> torch.Tensor:
         """Return the index of the route that every sample takes at λ, [N]."""
         rows = torch.arange(len(self.logits))
-        best = self.scores(torch.full((len(rows),), trade_off)).argmax(-1)  # [N, P]; ties go to the first
+        offered = (self._child >= 0) & self.table.offered[:, self._child.clamp(min=0)]
+        best = self._scores(torch.full((len(rows),), trade_off), offered).argmax(-1)  # [N, P]; ties go to the first
         node = torch.zeros_like(rows)
         for _ in self.table.tree.routes[0]:
             node = self._next[node, best[rows, node]]
         return node
 
     def log_probability(self, trade_off: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Return log softmax((logit - λ·cost) / (temperature · λ)) summed along every route, [N, R].
+        """Return log softmax((logit - λ·cost) / (temperature · λ)) summed along every measured route, [N, R].
 
-        A route that is not offered gets -inf.
+        The softmax is over the rates that lead to a measured route; a route that was not measured gets -inf.
         """
-        steps = (self.scores(trade_off) / (temperature * trade_off[:, None, None])).log_softmax(-1)
-        along = self._along_routes(steps)
-        return along.masked_fill(self.table.distortion.isinf(), -torch.inf)
+        scores = self._scores(trade_off, self._measured_below)
+        steps = (scores / (temperature * trade_off[:, None, None])).log_softmax(-1)
+        return self._along_routes(steps).masked_fill(~self.table.measured, -torch.inf)
 
     def added_distortion(self) -> torch.Tensor:
         """Return the distortion that the routers predict for every route, [N, R]: minus its logits' sum."""
@@ -124,9 +133,9 @@ def outcome(table: RouteTable, taken: torch.Tensor) -> Outcome:
 
 
 def fixed_routes(table: RouteTable) -> dict[Route, Outcome]:
-    """Return the outcome of every route that all samples are offered, were it taken by all."""
+    """Return the outcome of every route that all samples were sent down, were it taken by all."""
     return {
         route: outcome(table, torch.full((len(table.distortion),), i))
         for i, route in enumerate(table.tree.routes)
-        if table.distortion[:, i].isfinite().all()
+        if table.measured[:, i].all()
     }

@@ -1,4 +1,4 @@
-"""Rollouts: what every route does to every calibration sample, measured with forward passes only.
+"""Rollouts: what routes do to every calibration sample, measured with forward passes only.
 
 The routes of a pyramid form a tree: a node is a prefix of a route, its children are the rates that the next site
 offers. Walking it depth first runs each layer once per prefix, so the vision tower and the layers before the first
@@ -7,7 +7,8 @@ site run once per sample. The first leaf is the full route, which is the teacher
 Shapes: N samples, B batch, A answer tokens, R routes, P prefixes, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, Example, collate
+from dpn_cli.calibration.state import MeasurementState
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
@@ -43,138 +45,217 @@ class RouteTree:
 
 @dataclass(frozen=True)
 class RouteTable:
-    """The measurements. A route that a sample is not offered has infinite distortion.
+    """The measurements.
 
     Attributes:
         tree: names the columns.
-        features: [N, P, inputs, D] in float16, what a router reads at every prefix.
-        distortion: [N, R] KL(teacher ‖ route) in nats, the mean over the answer tokens.
-        agreement: [N, R] fraction of the answer tokens whose most likely token is the teacher's.
+        features: [N, P, inputs, D] in float16, what a router reads at every prefix of a measured route.
+        offered: [N, R] bool, whether the sample may take the route.
+        distortion: [N, R] KL(teacher ‖ route) in nats, the mean over the answer tokens; NaN where not measured.
+        agreement: [N, R] fraction of the answer tokens whose most likely token is the teacher's; NaN likewise.
         fraction: [N, R] FLOPs of the whole prefill, as a fraction of the unpooled one's.
     """
 
     tree: RouteTree
     features: torch.Tensor
+    offered: torch.Tensor
     distortion: torch.Tensor
     agreement: torch.Tensor
     fraction: torch.Tensor
 
+    @property
+    def measured(self) -> torch.Tensor:
+        """Which samples were sent down which routes, [N, R] bool."""
+        return ~self.distortion.isnan()
+
     def select(self, rows: torch.Tensor) -> "RouteTable":
         """Return the table of some samples."""
-        columns = (self.features, self.distortion, self.agreement, self.fraction)
+        columns = (self.features, self.offered, self.distortion, self.agreement, self.fraction)
         return RouteTable(self.tree, *(column[rows] for column in columns))
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Return the size of a row."""
+        columns = (self.features, self.offered, self.distortion, self.agreement, self.fraction)
+        return sum(column[:1].nbytes for column in columns)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that share their forward passes, and the routes that they are sent down, the full one among them."""
+
+    rows: tuple[int, ...]
+    routes: tuple[Route, ...]
+
+
+def plan_batches(
+    pyramid: PyramidConfig,
+    grids: Sequence[tuple[Grid, ...]],
+    batch_size: int,
+    num_routes: int | None,
+    complete: Collection[int] = (),
+) -> list[Batch]:
+    """Say which samples run together, and down which routes.
+
+    Args:
+        pyramid: offers the routes.
+        grids: of every sample; only samples with equal grids share a batch.
+        batch_size: samples per batch, at most.
+        num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
+        complete: samples that are sent down all routes nevertheless.
+    """
+    batches = []
+    seen: Counter[tuple[int, int]] = Counter()
+    groups: dict[tuple[bool, tuple[Grid, ...]], list[int]] = {}
+    for i, grid in enumerate(grids):
+        groups.setdefault((i in complete, grid), []).append(i)
+    for (all_routes, grid), rows in sorted(groups.items()):
+        routes = tuple(pyramid.routes(grid))
+        for start in range(0, len(rows), batch_size):
+            some = all_routes or num_routes is None or num_routes >= len(routes)
+            chosen = routes if some else _stratified(routes, num_routes or len(routes), seen)
+            batches.append(Batch(tuple(rows[start : start + batch_size]), chosen))
+    return batches
+
+
+def _stratified(routes: Sequence[Route], count: int, seen: Counter[tuple[int, int]]) -> tuple[Route, ...]:
+    """Choose the full route and those whose rates were seen least; counts them in `seen`."""
+    chosen, rest = [routes[0]], list(routes[1:])
+    while len(chosen) < count:
+        route = min(rest, key=lambda each: sum(seen[site_expert] for site_expert in enumerate(each)))
+        rest.remove(route)
+        chosen.append(route)
+        seen.update(enumerate(route))
+    return tuple(sorted(chosen))
 
 
 def measure(
     model: DpnLlavaForConditionalGeneration,
     examples: Sequence[Example],
-    batch_size: int,
+    batches: Sequence[Batch],
     pad_token_id: int,
+    state: MeasurementState | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> RouteTable:
-    """Run every sample down every route that it is offered.
+    """Run every batch down its routes.
 
     Args:
         model: converted, in eval mode.
         examples: each with at least one image and one label.
-        batch_size: samples per forward pass; only samples with equally many images share one.
-        pad_token_id: fills up the shorter ones.
+        batches: from `plan_batches`.
+        pad_token_id: fills up the shorter samples of a batch.
+        state: keeps each batch as soon as it is measured, and brings back those of an earlier run.
         advance: called with the number of samples done after each batch.
 
     Returns:
         The table, in the order of `examples`.
     """
-    text_model: Any = model.model.language_model
-    counts = [len(example.pixel_values) for example in examples]
-    grid = model.model.image_grid()
-    tree = RouteTree.of(model.pyramid, [[grid] * count for count in counts])
+    grid, hidden_size = model.model.image_grid(), model.model.language_model.shape.hidden_size
+    num_inputs = model.pyramid.router.num_inputs
+    grids = [(grid,) * len(example.pixel_values) for example in examples]
+    tree = RouteTree.of(model.pyramid, grids)
     size = (len(examples), len(tree.routes))
     table = RouteTable(
-        tree,
-        torch.zeros(len(examples), len(tree.prefixes), model.pyramid.router.num_inputs, text_model.shape.hidden_size)
-        .half(),
-        torch.full(size, torch.inf),
-        torch.zeros(size),
-        torch.ones(size),
-    )  # fmt: skip
-    for rows in _batches(counts, batch_size):
-        batch = collate([examples[i] for i in rows], pad_token_id, model.device)
-        with torch.inference_mode():
-            _measure_batch(model, batch, table, torch.tensor(rows))
-        advance(len(rows))
+        tree=tree,
+        features=torch.zeros(len(examples), len(tree.prefixes), num_inputs, hidden_size, dtype=torch.float16),
+        offered=torch.zeros(size, dtype=torch.bool),
+        distortion=torch.full(size, torch.nan),
+        agreement=torch.full(size, torch.nan),
+        fraction=torch.ones(size),
+    )
+    for i, batch in enumerate(batches):
+        measured = state.load(i) if state else None
+        if measured is None:
+            inputs = collate([examples[row] for row in batch.rows], pad_token_id, model.device)
+            with torch.inference_mode():
+                measured = _measure_batch(model, inputs, batch, tree)
+            if state:
+                state.save(i, measured)
+        rows = torch.tensor(batch.rows)
+        for name, values in measured.items():
+            getattr(table, name)[rows] = values
+        advance(len(batch.rows))
     return table
 
 
-def _batches(counts: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of samples with equal image counts, up to `batch_size` of them at a time."""
-    for count in sorted(set(counts)):
-        same = [i for i, each in enumerate(counts) if each == count]
-        for start in range(0, len(same), batch_size):
-            yield same[start : start + batch_size]
-
-
 def _measure_batch(
-    model: DpnLlavaForConditionalGeneration,
-    batch: dict[str, torch.Tensor],
-    table: RouteTable,
-    rows: torch.Tensor,
-) -> None:
-    """Fill the rows of one batch in."""
+    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
+) -> dict[str, torch.Tensor]:
+    """Return one batch's rows of the table, by column."""
     text_model: Any = model.model.language_model
-    labels = batch["labels"]
-    answers = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # the positions that predict answer tokens
-    teacher: list[torch.Tensor] = []  # its log-probabilities [A, V], from the first leaf on
-    for state in walk(model, batch):
+    size = (len(batch.rows), len(tree.routes))
+    distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
+    features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
+    answers = (inputs["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)  # the positions that predict answer tokens
+    teacher = None if model.pyramid.gate == "none" else _teacher(model, inputs, answers)  # [A, V]
+    for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
         if len(prefix) < len(model.pyramid.sites):
-            node = table.tree.prefixes.index(prefix)
-            table.features[rows, node] = text_model.router_features(state).half().cpu()
+            features[tree.prefixes.index(prefix)] = text_model.router_features(state).half().cpu()
             continue
         hidden_states = text_model.finish(state)[:, :-1][answers]
         log_probs = F.log_softmax(model.lm_head(hidden_states).float(), dim=-1)  # [A, V]
-        if not teacher:
-            teacher.append(log_probs if model.pyramid.gate == "none" else _teacher(model, batch, answers))
-        leaf = table.tree.routes.index(prefix)
-        divergence = (teacher[0].exp() * (teacher[0] - log_probs)).sum(-1).clamp(min=0)
-        same = (teacher[0].argmax(-1) == log_probs.argmax(-1)).float()
-        table.distortion[rows, leaf] = _mean_by_row(divergence, answers[0], len(rows))
-        table.agreement[rows, leaf] = _mean_by_row(same, answers[0], len(rows))
-        table.fraction[rows, leaf] = torch.tensor(
-            [
-                flops_fraction(text_model.shape, model.pyramid, prefix, grids, text)
-                for grids, text in zip(state.image_grids, state.text_tokens, strict=True)
-            ]
-        )
+        teacher = log_probs if teacher is None else teacher
+        leaf = tree.routes.index(prefix)
+        divergence = (teacher.exp() * (teacher - log_probs)).sum(-1).clamp(min=0)
+        same = (teacher.argmax(-1) == log_probs.argmax(-1)).float()
+        distortion[:, leaf] = _mean_by_row(divergence, answers[0], len(batch.rows))
+        agreement[:, leaf] = _mean_by_row(same, answers[0], len(batch.rows))
+    nowhere = torch.zeros_like(next(f for f in features if f is not None))
+    return {
+        "features": torch.stack([nowhere if f is None else f for f in features], dim=1),
+        "distortion": distortion,
+        "agreement": agreement,
+        **_price(text_model, state, tree),
+    }
 
 
-def walk(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Iterator[PyramidState]:
-    """Yield the state after every segment along every route of a batch, depth first, the full route first."""
+def _price(text_model: Any, state: PyramidState, tree: RouteTree) -> dict[str, torch.Tensor]:
+    """Return which routes a batch is offered, and their FLOPs fractions."""
+    offered = set(text_model.pyramid.routes(state.image_grids[0]))
+    rows = [
+        [
+            flops_fraction(text_model.shape, text_model.pyramid, route, grids, text) if route in offered else 1.0
+            for route in tree.routes
+        ]
+        for grids, text in zip(state.image_grids, state.text_tokens, strict=True)
+    ]
+    mask = torch.tensor([route in offered for route in tree.routes])
+    return {"fraction": torch.tensor(rows), "offered": mask.expand(len(rows), -1).clone()}
+
+
+def walk(
+    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], routes: Collection[Route]
+) -> Iterator[PyramidState]:
+    """Yield the state after every segment along some routes of a batch, depth first, the lowest route first."""
     text_model: Any = model.model.language_model
-    embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
-    mask = batch["attention_mask"]
+    embeds, coords = model.model.embed(inputs["input_ids"], inputs["pixel_values"])
+    mask = inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    last = (batch["labels"] != IGNORED).int().argmax(1) - 1
+    last = (inputs["labels"] != IGNORED).int().argmax(1) - 1
     root = text_model.start(embeds, mask, positions, coords, last)
 
-    def visit(state: PyramidState, site: int) -> Iterator[PyramidState]:
+    def visit(state: PyramidState, ahead: Collection[Route]) -> Iterator[PyramidState]:
+        site = len(state.routes[0])
         state = text_model.run_segment(state, site)
         yield state
         if site == len(model.pyramid.sites):
             return
-        for k in model.pyramid.offered(site, state.grids[0]):
+        for k in sorted({route[site] for route in ahead}):
             choice = text_model.take(state, site, [k] * len(mask))
-            yield from visit(text_model.pool(state, site, choice), site + 1)
+            pooled = text_model.pool(state, site, choice)
+            yield from visit(pooled, [route for route in ahead if route[site] == k])
 
-    return visit(root, 0)
+    return visit(root, routes)
 
 
 def _teacher(
-    model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor], answers: tuple[torch.Tensor, ...]
+    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], answers: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """Return the log-probabilities [A, V] of the model with its pyramid off."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    unlabelled = {name: tensor for name, tensor in inputs.items() if name != "labels"}
     with model.teacher():
-        logits = model(**inputs).logits
+        logits = model(**unlabelled).logits
     return F.log_softmax(logits[:, :-1][answers].float(), dim=-1)
 
 

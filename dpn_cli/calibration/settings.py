@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
 from dpn_cli.recipe import CalibrationRecipe, Recipe, apply_override
-
-RECIPE_FILE = "dpn_recipe.json"
 
 
 def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:

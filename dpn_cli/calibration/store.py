@@ -1,7 +1,5 @@
 """Writing a calibration into its checkpoint's folder: each file whole or not at all, the base weights untouched."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +7,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dpn_cli.checkpoint.headers import read_json
-from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.checkpoint.layout import DPE_FILE
+from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
-DPE_FILE = "dpe.safetensors"
 REPORT_FILE = Path("calibration", "report.json")
 
 
@@ -33,21 +31,6 @@ def save_calibration(folder: Path, routers: nn.ModuleList, pyramid: PyramidConfi
         tensors[stored] = parameter.detach().to("cpu", tensors[stored].dtype).contiguous()
     config = {**read_json(folder / "config.json"), "pyramid": pyramid.to_dict()}
     (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
-    _replace(folder / DPE_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / REPORT_FILE, lambda path: write_json(path, report))
-    _replace(folder / "config.json", lambda path: write_json(path, config))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, sync it, and put it in its place."""
-    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(stage)
-        descriptor = os.open(stage, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        stage.replace(path)
-    finally:
-        stage.unlink(missing_ok=True)
+    replace_file(folder / DPE_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(folder / REPORT_FILE, lambda path: write_json(path, report))
+    replace_file(folder / "config.json", lambda path: write_json(path, config))

@@ -10,6 +10,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 
 DPN_MODEL_TYPE = "dpn_llava"
+DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
 DPN_ARCHITECTURE = "DpnLlavaForConditionalGeneration"
 
 # What transformers' config classes assume for keys that a text_config leaves out (tests compare).

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,21 @@ def copy_file(source: Path, target: Path) -> int:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write an object as transformers writes its own: two spaces, a final newline."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, sync it to disk, and put it in the place of `path`."""
+    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(stage)
+        descriptor = os.open(stage, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        stage.replace(path)
+    finally:
+        stage.unlink(missing_ok=True)
 
 
 def write_index(folder: Path, tensors: list[TensorInfo]) -> None:

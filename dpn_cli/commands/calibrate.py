@@ -27,6 +27,7 @@ from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path | None,
@@ -36,11 +37,13 @@ def command(
     samples: int | None,
     seed: int | None,
     overrides: tuple[str, ...],
+    restart: bool,
     as_json: bool,
 ) -> None:
     """Fit the routers to the model itself, with forward passes only.
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
+    After a kill or Ctrl-C, the same command line goes on where it stopped.
     """
     folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import calibration_recipe
@@ -50,7 +53,7 @@ def command(
 
     from dpn_cli.calibration.calibrate import calibrate
 
-    report = calibrate(folder, data, recipe, image_root, console.progress, console.note)
+    report = calibrate(folder, data, recipe, image_root, console.progress, console.note, restart)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return

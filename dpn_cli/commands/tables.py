@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from dpn_cli import console
 
 if TYPE_CHECKING:
-    from dpn_cli.calibration.calibrate import Report
     from dpn_cli.calibration.policy import Outcome
+    from dpn_cli.calibration.report import Report
     from dpn_cli.evaluation.fidelity import Answered, Fidelity
     from dpn_cli.modeling.pyramid_config import Route
 

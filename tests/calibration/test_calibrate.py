@@ -56,7 +56,7 @@ def run(folder: Path, data: Path, recipe: CalibrationRecipe = RECIPE) -> Any:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "state"]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -112,6 +112,23 @@ def test_a_budget_out_of_reach_changes_nothing(converted: Path, data: Path, tmp_
     with pytest.raises(UsageError, match="out of reach: this pyramid's cheapest is"):
         run(folder, data, RECIPE.model_copy(update={"budget": 0.1}))
     assert digests(folder) == before
+
+
+def test_measurements_outlive_a_failure_and_go_when_all_is_done(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpn_cli.calibration import rollout
+
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    with pytest.raises(UsageError, match="out of reach"):
+        run(folder, data, RECIPE.model_copy(update={"budget": 0.1}))
+    assert list((folder / "calibration" / "state").glob("batch-*"))
+    with pytest.raises(UsageError, match="other values of seed"):
+        run(folder, data, RECIPE.model_copy(update={"seed": 1}))
+    monkeypatch.setattr(rollout, "_measure_batch", None)  # all that is needed has been measured
+    run(folder, data)
+    assert not (folder / "calibration" / "state").exists()
 
 
 def test_too_few_samples(converted: Path, data: Path) -> None:

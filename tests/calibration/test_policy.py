@@ -33,7 +33,8 @@ def make_table(count: int, seed: int = 0) -> RouteTable:
     fraction = torch.tensor(
         [0.25 * (1 + keep[a] + keep[a] * keep[b] + keep[a] * keep[b] * keep[c]) for a, b, c in tree.routes]
     ).expand(count, -1)
-    return RouteTable(tree, features.half(), distortion, (distortion < 0.1).float(), fraction)
+    offered = torch.ones_like(distortion, dtype=torch.bool)
+    return RouteTable(tree, features.half(), offered, distortion, (distortion < 0.1).float(), fraction)
 
 
 def make_routers(seed: int = 0) -> torch.nn.ModuleList:
@@ -54,11 +55,34 @@ def test_probabilities_sum_to_one_and_harden_into_the_choice() -> None:
 def test_routes_that_are_not_offered_are_never_taken() -> None:
     table = make_table(20)
     blocked = [i for i, route in enumerate(table.tree.routes) if route[0] == 2]
-    table.distortion[:, blocked] = torch.inf
+    table.offered[:, blocked] = False
+    table.distortion[:, blocked] = torch.nan
     with torch.no_grad():
         policy = Policy.of(make_routers(), table)
         assert not set(policy.choose(1e3).tolist()) & set(blocked)
         assert (policy.log_probability(torch.ones(20), 0.5).exp()[:, blocked] == 0).all()
+
+
+def test_routes_that_were_not_measured_get_no_probability_but_may_be_taken() -> None:
+    table, routers = make_table(20), make_routers()
+    with torch.no_grad():
+        taken = [i for i in set(Policy.of(routers, table).choose(1e3).tolist()) if i]
+        table.distortion[:, taken] = torch.nan
+        policy = Policy.of(routers, table)
+        probability = policy.log_probability(torch.ones(20), 0.5).exp()
+        assert (probability[:, taken] == 0).all()
+        assert torch.allclose(probability.sum(-1), torch.ones(20), atol=1e-5)
+        assert set(policy.choose(1e3).tolist()) == set(taken) != set()
+
+
+def test_fitting_on_a_part_of_the_routes_is_finite_and_still_learns() -> None:
+    table, held = make_table(160), make_table(80, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    skip = torch.rand(table.distortion.shape, generator=generator) < 0.5
+    skip[:, 0] = False
+    table.distortion[skip] = torch.nan
+    fit = fit_routers(make_routers(), table, held, epochs=60, learning_rate=1e-2, seed=0)
+    assert fit.objective < 0.97
 
 
 def test_the_policy_follows_the_decision_rule_of_the_model() -> None:

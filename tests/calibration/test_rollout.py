@@ -1,5 +1,7 @@
 """The measured table against plain forwards along the same routes."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, Example
-from dpn_cli.calibration.rollout import measure
-from tests.pyramids import prompt
+from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
+from dpn_cli.calibration.state import MeasurementState, drop_state
+from dpn_cli.errors import UsageError
+from tests.pyramids import prompt, pyramid
 
 
 def examples() -> list[Example]:
@@ -23,11 +27,17 @@ def examples() -> list[Example]:
     return result
 
 
+def measured(model: Any, samples: list[Example], batch_size: int = 2, **kwargs: Any) -> RouteTable:
+    grids = [((12, 12),) * len(sample.pixel_values) for sample in samples]
+    batches = plan_batches(model.pyramid, grids, batch_size, None)
+    return measure(model, samples, batches, pad_token_id=3, **kwargs)
+
+
 @pytest.mark.parametrize("gate", ["none", "probability"])
 def test_every_route_equals_a_forced_forward(make_pair: Any, gate: str) -> None:
     stock, model = make_pair(gate=gate)
     samples = examples()
-    table = measure(model, samples, batch_size=2, pad_token_id=3)
+    table = measured(model, samples)
     checked = 0
     for i, sample in enumerate(samples):
         inputs = {"input_ids": sample.input_ids[None], "pixel_values": sample.pixel_values}
@@ -55,7 +65,7 @@ def test_every_route_equals_a_forced_forward(make_pair: Any, gate: str) -> None:
 def test_features_are_what_the_router_reads(make_pair: Any) -> None:
     _, model = make_pair()
     sample = examples()[0]
-    table = measure(model, [sample], batch_size=1, pad_token_id=3)
+    table = measured(model, [sample])
     text_model = model.model.language_model
     seen = []
     text_model.routers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -73,7 +83,7 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
     _, model = make_pair(router=RouterConfig())
     text_model = model.model.language_model
     samples = examples()
-    table = measure(model, samples, batch_size=2, pad_token_id=3)
+    table = measured(model, samples)
     policy = Policy.of(text_model.routers, table)
     routes = set()
     for trade_off in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0):
@@ -89,3 +99,46 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
                 assert model.last_routes == [table.tree.routes[column]]
                 routes.add(model.last_routes[0])
     assert len(routes) >= 3
+
+
+def test_a_part_of_the_routes_is_measured_like_the_whole(make_pair: Any) -> None:
+    _, model = make_pair()
+    samples = examples()
+    whole = measured(model, samples)
+    grids = [((12, 12),) * len(sample.pixel_values) for sample in samples]
+    batches = plan_batches(model.pyramid, grids, 2, num_routes=4, complete={1})
+    part = measure(model, samples, batches, pad_token_id=3)
+    assert part.measured.sum(1).tolist() == [4, len(whole.tree.routes), 4, 4]
+    assert torch.allclose(part.distortion[part.measured], whole.distortion[part.measured], atol=1e-5)
+    assert torch.equal(part.fraction, whole.fraction) and torch.equal(part.offered, whole.offered)
+
+
+def test_partial_plans_see_every_rate_of_every_site_equally_often() -> None:
+    config = pyramid(min_visual_tokens=1)
+    batches = plan_batches(config, [((24, 24),)] * 90, batch_size=1, num_routes=5)
+    seen = Counter(pair for batch in batches for route in batch.routes[1:] for pair in enumerate(route))
+    for site in range(3):
+        counts = [seen[site, k] for k in range(3)]
+        assert max(counts) - min(counts) <= 2
+    assert all(batch.routes[0] == (0, 0, 0) and len(set(batch.routes)) == 5 for batch in batches)
+
+
+def test_kept_batches_are_not_measured_again(make_pair: Any, tmp_path: Path) -> None:
+    _, model = make_pair()
+    samples = examples()
+    state = MeasurementState(tmp_path, {"seed": 0})
+    first = measured(model, samples, state=state)
+    (tmp_path / "calibration" / "state" / "batch-000001.safetensors").write_bytes(b"torn")
+    calls = []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    again = measured(model, samples, state=MeasurementState(tmp_path, {"seed": 0}))
+    assert 0 < len(calls) <= len(first.tree.routes), "only the torn batch is measured again"
+    assert torch.equal(first.distortion, again.distortion) and torch.equal(first.features, again.features)
+
+
+def test_a_state_of_another_calibration_is_refused(tmp_path: Path) -> None:
+    MeasurementState(tmp_path, {"seed": 0, "data": "a"})
+    with pytest.raises(UsageError, match="other values of data, seed"):
+        MeasurementState(tmp_path, {"seed": 1, "data": "b"})
+    drop_state(tmp_path)
+    MeasurementState(tmp_path, {"seed": 1, "data": "b"})

@@ -1,0 +1,58 @@
+"""What the measurements of a calibration depend on, in short: an unfinished one must not go on with other input."""
+
+import hashlib
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dpn_cli.calibration.data import Sample
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.recipe import CalibrationRecipe
+
+_EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
+_FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes into the pyramid's config
+_AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
+
+
+def fingerprint(checkpoint: Path, samples: Iterable[Sample], recipe: CalibrationRecipe) -> dict[str, Any]:
+    """Return plain data that changes with whatever the measurements depend on.
+
+    Args:
+        checkpoint: the converted folder; of its shards the size, the header and both ends are looked at.
+        samples: to be measured, as loaded.
+        recipe: of it the settings that matter before the routers are fitted.
+    """
+    pyramid = read_json(checkpoint / "config.json").get("pyramid") or {}
+    return {
+        **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
+        "data": _digest(part for sample in samples for part in _sample_parts(sample)),
+        "weights": _digest(part for shard in sorted(checkpoint.glob("model*.safetensors")) for part in _edges(shard)),
+        "pyramid": {key: value for key, value in pyramid.items() if key not in _FITTED},
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _sample_parts(sample: Sample) -> Iterable[bytes]:
+    yield repr((sample.id, sample.turns)).encode()
+    for image in sample.images:
+        yield image.tobytes() if isinstance(image, Image.Image) else f"{image} {image.stat().st_size}".encode()
+
+
+def _edges(shard: Path) -> Iterable[bytes]:
+    size = shard.stat().st_size
+    yield f"{shard.name} {size}".encode()
+    with shard.open("rb") as file:
+        yield file.read(_EDGE_BYTES)
+        file.seek(max(0, size - _EDGE_BYTES))
+        yield file.read()
