@@ -28,6 +28,4 @@ class TrainingLog:
 
     def records(self) -> list[dict[str, object]]:
         """Return all records, oldest first."""
-        return (
-            [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-        )
+        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []

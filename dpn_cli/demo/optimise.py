@@ -19,9 +19,7 @@ class Optimiser:
     Source: Jordan et al. 2024, Muon, with the AdamW-matched update size of Liu et al. 2025.
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], others: Iterable[nn.Module], rate: float, steps: int
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], others: Iterable[nn.Module], rate: float, steps: int) -> None:
         inner = [parameter for module in layers for parameter in module.parameters()]
         matrices = [parameter for parameter in inner if parameter.ndim == 2]
         rest = [parameter for parameter in inner if parameter.ndim != 2]

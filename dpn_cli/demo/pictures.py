@@ -265,9 +265,7 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
         return [(x, y - r - 2), (x - r - 2, y + r - 2), (x + r + 2, y + r - 2)]
     angles = np.pi * (np.arange(10) / 5 - 0.5)
     lengths = np.where(np.arange(10) % 2 == 0, r + 2, 0.45 * r)
-    return [
-        (x + length * np.cos(a), y + length * np.sin(a)) for a, length in zip(angles, lengths, strict=True)
-    ]
+    return [(x + length * np.cos(a), y + length * np.sin(a)) for a, length in zip(angles, lengths, strict=True)]
 
 
 def _stamp(pixels: np.ndarray, character: str, rng: np.random.Generator) -> None:

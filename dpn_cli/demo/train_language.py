@@ -33,9 +33,9 @@ def align_projector(model: LlavaForConditionalGeneration, heads: DenseHeads) -> 
     batch = [next(stream) for _ in range(256)]
     features = patch_features(model, pixel_batch(batch)).flatten(0, 1)
     labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in batch]))
-    hits = torch.cat(
-        [one_hot(labels[:, i].flatten(), size) for i, size in enumerate(CLASSES.values())], dim=-1
-    ).to(features)
+    hits = torch.cat([one_hot(labels[:, i].flatten(), size) for i, size in enumerate(CLASSES.values())], dim=-1).to(
+        features
+    )
     centre = features.mean(0)
     values, vectors = torch.linalg.eigh((features - centre).T.cov())
     rows = heads.classify.weight
@@ -111,9 +111,7 @@ def _answers(model: LlavaForConditionalGeneration, rows: Rows, batch: list[Scene
     return logits.float()
 
 
-def _loss(
-    model: LlavaForConditionalGeneration, packer: Packer, batch: list[Scene], rng: np.random.Generator
-) -> Tensor:
+def _loss(model: LlavaForConditionalGeneration, packer: Packer, batch: list[Scene], rng: np.random.Generator) -> Tensor:
     rows = packer.pack(batch, rng)
     return cross_entropy(_answers(model, rows, batch), rows.labels[rows.labels != IGNORE])
 

@@ -47,9 +47,7 @@ def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
     return features
 
 
-def train_vision(
-    model: LlavaForConditionalGeneration, folder: Path, rounds: int, log: TrainingLog
-) -> DenseHeads:
+def train_vision(model: LlavaForConditionalGeneration, folder: Path, rounds: int, log: TrainingLog) -> DenseHeads:
     """Train the vision tower on dense labels, going on after the last round that ``folder`` holds.
 
     Args:
@@ -74,9 +72,7 @@ def train_vision(
     return heads
 
 
-def _train_round(
-    model: LlavaForConditionalGeneration, heads: DenseHeads, number: int, log: TrainingLog
-) -> None:
+def _train_round(model: LlavaForConditionalGeneration, heads: DenseHeads, number: int, log: TrainingLog) -> None:
     tower = model.model.vision_tower
     layers = cast("nn.Module", tower.encoder.layers)
     inputs = [cast("nn.Module", tower.embeddings), cast("nn.Module", tower.pre_layrnorm)]
