@@ -70,13 +70,13 @@ class Settings:
 @click.version_option(__version__, prog_name="dpn")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
-    r"""Give a finished LLaVA a dynamic pyramid: the same answers for about half the compute.
+    """Give a finished LLaVA a dynamic pyramid: the same answers for about half the compute.
 
     \b
-        dpn convert llava-1.5-7b
-        dpn calibrate --data mydata --budget 0.5
-        dpn export
-    """
+    dpn convert llava-1.5-7b
+    dpn calibrate --data mydata --budget 0.5
+    dpn export
+    """  # noqa: D301 - click takes \\b as "do not rewrap"
     from dpn_cli import console
 
     ctx.ensure_object(Settings).debug = debug

@@ -13,7 +13,7 @@ from dpn_cli.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(str(tiny_llava), load_recipe("demo"), tmp_path_factory.mktemp("inspect") / "out").output
+    return convert(str(tiny_llava), load_recipe("llava-1.5-7b"), tmp_path_factory.mktemp("inspect") / "out").output
 
 
 def visual_tokens(found: Inspection, name: str) -> list[int]:

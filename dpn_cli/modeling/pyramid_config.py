@@ -212,12 +212,13 @@ class PyramidConfig:
         inputs = hidden_size * self.router.num_inputs
         shapes: dict[str, tuple[int, ...]] = {}
         for i, site in enumerate(self.sites):
-            shapes[f"routers.{i}.norm.weight"] = (inputs,)
-            shapes[f"routers.{i}.norm.bias"] = (inputs,)
-            shapes[f"routers.{i}.hidden.weight"] = (width, inputs)
-            shapes[f"routers.{i}.hidden.bias"] = (width,)
-            shapes[f"routers.{i}.head.weight"] = (len(site.rates), width)
-            shapes[f"routers.{i}.head.bias"] = (len(site.rates),)
+            if self.static_route is None:
+                shapes[f"routers.{i}.norm.weight"] = (inputs,)
+                shapes[f"routers.{i}.norm.bias"] = (inputs,)
+                shapes[f"routers.{i}.hidden.weight"] = (width, inputs)
+                shapes[f"routers.{i}.hidden.bias"] = (width,)
+                shapes[f"routers.{i}.head.weight"] = (len(site.rates), width)
+                shapes[f"routers.{i}.head.bias"] = (len(site.rates),)
             if self.pooling == "conv":
                 for k, (kernel_h, kernel_w) in enumerate(site.rates):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, kernel_h, kernel_w)
