@@ -21,7 +21,7 @@ from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.loading import load_model
+from dpn_cli.modeling.loading import default_device, load_model
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import CalibrationRecipe
 
@@ -66,7 +66,7 @@ def calibrate(
     if restart:
         drop_state(folder)
     state = MeasurementState(folder, fingerprint(folder, samples, recipe))
-    model = load_model(folder)
+    model = load_model(folder, device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -46,7 +46,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
     from dpn_cli.evaluation.fidelity import Fidelity, by_kind, compare_answers
     from dpn_cli.export import export
-    from dpn_cli.modeling.loading import load_model
+    from dpn_cli.modeling.loading import default_device, load_model
 
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})
@@ -59,7 +59,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     export(converted, exported, force=True)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
-    model = load_model(exported)
+    model = load_model(exported, device_map=default_device())
     processor = AutoProcessor.from_pretrained(exported, local_files_only=True)
     held_out = list(islice(load_data("demo", split="heldout"), questions))
     with console.progress("answering", questions) as advance:
