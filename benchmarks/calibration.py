@@ -1,0 +1,120 @@
+"""How good is a calibration? Routed against fixed routes, random routing and the per-sample oracle, at equal FLOPs.
+
+Run it on a calibrated folder:
+
+    python benchmarks/calibration.py --model dpn-demo/demo-dpn --data demo --samples 600
+
+The samples are of the data's held-out split, which calibration has never seen; every one is sent down every route, so
+that all contenders are judged on the same measurements. Intervals are 95%, of a paired bootstrap over the samples.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import click
+import torch
+
+from dpn_cli import console
+from dpn_cli.calibration.data import load_data
+from dpn_cli.calibration.encoding import encode
+from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
+from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
+from dpn_cli.modeling.loading import load_model
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to choose routes, on every sample: FLOPs fraction, KL and agreement, each [N]."""
+
+    name: str
+    fraction: torch.Tensor
+    distortion: torch.Tensor
+    agreement: torch.Tensor
+
+
+def take(table: RouteTable, name: str, routes: torch.Tensor) -> Contender:
+    """Return the contender that takes `routes`, [N] indices."""
+    rows = torch.arange(len(routes))
+    return Contender(name, table.fraction[rows, routes], table.distortion[rows, routes], table.agreement[rows, routes])
+
+
+def best_fixed(table: RouteTable, fraction: float) -> Contender:
+    """Return the fixed route with the least KL among those of `fraction` or more, or the next cheaper one."""
+    fixed = fixed_routes(table)
+    dear = {route: o for route, o in fixed.items() if o.fraction >= fraction}
+    nearest = min(dear.values(), key=lambda o: o.fraction).fraction + 0.02
+    route = min((r for r in dear if dear[r].fraction <= nearest), key=lambda r: dear[r].distortion)
+    return take(table, f"fixed {route}", torch.full((len(table.fraction),), table.tree.routes.index(route)))
+
+
+def random_routing(table: RouteTable, routes: torch.Tensor) -> Contender:
+    """Return the expectation of routing with the same shares and no look at the samples."""
+    shares = routes.bincount(minlength=len(table.tree.routes)).float() / len(routes)
+    return Contender(
+        "random, same shares",
+        table.fraction @ shares, table.distortion.nan_to_num() @ shares, table.agreement.nan_to_num() @ shares,
+    )  # fmt: skip
+
+
+def oracle(table: RouteTable, fraction: float) -> Contender:
+    """Return the routes of least D + λ·FLOPs per sample, λ solved for `fraction`."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        trade_off = (low + high) / 2
+        routes = (table.distortion.nan_to_num(torch.inf) + trade_off * table.fraction).argmin(1)
+        spent = take(table, "oracle", routes).fraction.mean()
+        low, high = (trade_off, high) if spent > fraction else (low, trade_off)
+    return take(table, "oracle", (table.distortion.nan_to_num(torch.inf) + high * table.fraction).argmin(1))
+
+
+def interval(differences: torch.Tensor) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of a mean of per-sample differences."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=generator)
+    low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
+@click.option("--data", default="demo", show_default=True)
+@click.option("--samples", default=600, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--budget", "budgets", type=float, multiple=True, default=(0.8, 0.65, 0.5, 0.44), show_default=True)
+def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[float, ...]) -> None:
+    """Measure the held-out samples once and print one block of rows per budget."""
+    from transformers import AutoProcessor
+
+    network = load_model(model)
+    processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+    held_out = list(islice(load_data(data, split="heldout"), samples))
+    examples = [encode(sample, processor, answer_tokens=8) for sample in held_out]
+    grids = [(network.model.image_grid(),) * len(example.pixel_values) for example in examples]
+    batches = plan_batches(network.pyramid, grids, batch_size, None)
+    with console.progress("measuring routes", len(examples)) as advance:
+        table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)
+    with torch.no_grad():
+        policy = Policy.of(network.model.language_model.routers.cpu().float(), table)
+
+    rows = []
+    for budget in (*budgets, network.pyramid.budgets[-1].fraction):
+        routes = policy.choose(network.pyramid.trade_off_for(budget))
+        routed = take(table, "routed", routes)
+        spent = outcome(table, routes).fraction
+        for other in (routed, best_fixed(table, spent), random_routing(table, routes), oracle(table, spent)):
+            low, high = interval(other.distortion - routed.distortion)
+            rows.append(
+                (
+                    f"{budget:.3f}", other.name, f"{other.fraction.mean():.3f}", f"{other.distortion.mean():.4f}",
+                    f"{other.agreement.mean():.3f}", "" if other is routed else f"{low:+.4f} … {high:+.4f}",
+                )
+            )  # fmt: skip
+    columns = ["budget", "contender", "FLOPs", "KL (nats)", "top-1 = teacher", "KL over the routed, 95%"]
+    console.table(f"{len(table.fraction)} held-out samples, {len(table.tree.routes)} routes", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
