@@ -9,7 +9,6 @@ that all contenders are judged on the same measurements. Intervals are 95%, of a
 """
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import click
@@ -90,7 +89,7 @@ def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[f
 
     network = load_model(model)
     processor = AutoProcessor.from_pretrained(model, local_files_only=True)
-    held_out = list(islice(load_data(data, split="heldout"), samples))
+    held_out = load_data(data, split="heldout", limit=samples).samples
     examples = [encode(sample, processor, answer_tokens=8) for sample in held_out]
     grids = [(network.model.image_grid(),) * len(example.pixel_values) for example in examples]
     batches = plan_batches(network.pyramid, grids, batch_size, None)

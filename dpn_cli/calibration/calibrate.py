@@ -3,15 +3,14 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpn_cli.calibration.budgets import budget_table
-from dpn_cli.calibration.data import Sample, load_data
-from dpn_cli.calibration.encoding import encode, prompts
+from dpn_cli.calibration.data import MAX_BAD, OnBadRow, Sample, load_data
+from dpn_cli.calibration.encoding import encode, prompts, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint
 from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Policy
@@ -20,6 +19,7 @@ from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
 from dpn_cli.errors import DataError, UsageError
+from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.loading import default_device, load_model
 from dpn_cli.modeling.pyramid_config import PyramidConfig
@@ -38,6 +38,8 @@ def calibrate(
     progress: Progress,
     say: Callable[[str], None],
     restart: bool = False,
+    on_bad_row: OnBadRow = "fail",
+    max_bad: float = MAX_BAD,
 ) -> Report:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
 
@@ -52,24 +54,33 @@ def calibrate(
         progress: opens a progress bar (description, total) and yields its `advance`.
         say: told what goes on, a sentence at a time.
         restart: drop what an unfinished calibration has measured.
+        on_bad_row: see `load_data`.
+        max_bad: see `load_data`.
 
     Raises:
-        DataError: if there are too few samples.
+        DataError: if there are too few samples, or bad ones.
         UsageError: if the budget is out of reach, the checkpoint has no routers, or an unfinished calibration
             differs from this one.
     """
     from transformers import AutoProcessor
 
-    samples = list(islice(load_data(data, image_root, recipe.prompts), recipe.samples))
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
+    dataset = load_data(
+        data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
+        seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
+    )  # fmt: skip
+    for line in dataset.scan.lines():
+        say(line)
+    samples = [sample for sample in dataset.samples if sample.images]
     if len(samples) < MIN_SAMPLES:
         raise DataError(f"--data {data} has {len(samples)} samples with an image, calibration needs {MIN_SAMPLES}")
     if restart:
         drop_state(folder)
-    state = MeasurementState(folder, fingerprint(folder, samples, recipe))
+    state = MeasurementState(folder, fingerprint(folder, dataset.digest, recipe))
     model = load_model(folder, device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
     samples = answer(model, processor, samples, recipe, progress)

@@ -6,9 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from dpn_cli.calibration.data import Sample
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.recipe import CalibrationRecipe
 
@@ -17,18 +14,18 @@ _FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
 
 
-def fingerprint(checkpoint: Path, samples: Iterable[Sample], recipe: CalibrationRecipe) -> dict[str, Any]:
+def fingerprint(checkpoint: Path, data_digest: str, recipe: CalibrationRecipe) -> dict[str, Any]:
     """Return plain data that changes with whatever the measurements depend on.
 
     Args:
         checkpoint: the converted folder; of its shards the size, the header and both ends are looked at.
-        samples: to be measured, as loaded.
+        data_digest: of the samples to be measured, see `Dataset`.
         recipe: of it the settings that matter before the routers are fitted.
     """
     pyramid = read_json(checkpoint / "config.json").get("pyramid") or {}
     return {
         **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
-        "data": _digest(part for sample in samples for part in _sample_parts(sample)),
+        "data": data_digest,
         "weights": _digest(part for shard in sorted(checkpoint.glob("model*.safetensors")) for part in _edges(shard)),
         "pyramid": {key: value for key, value in pyramid.items() if key not in _FITTED},
         "torch": version("torch"),
@@ -41,12 +38,6 @@ def _digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def _sample_parts(sample: Sample) -> Iterable[bytes]:
-    yield repr((sample.id, sample.turns)).encode()
-    for image in sample.images:
-        yield image.tobytes() if isinstance(image, Image.Image) else f"{image} {image.stat().st_size}".encode()
 
 
 def _edges(shard: Path) -> Iterable[bytes]:

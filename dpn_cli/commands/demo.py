@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import click
@@ -61,7 +60,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
     model = load_model(exported, device_map=default_device())
     processor = AutoProcessor.from_pretrained(exported, local_files_only=True)
-    held_out = list(islice(load_data("demo", split="heldout"), questions))
+    held_out = load_data("demo", split="heldout", limit=questions).samples
     with console.progress("answering", questions) as advance:
         answers = compare_answers(model, processor, held_out, BATCH_SIZE, max_new_tokens=4, advance=advance)
     groups = {**by_kind(answers), "all": Fidelity.of(answers)}

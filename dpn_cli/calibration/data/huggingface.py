@@ -1,0 +1,131 @@
+"""Tables that the `datasets` package reads: of the hub, saved to disk, or parquet and arrow files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.calibration.data.images import image_path
+from dpn_cli.calibration.data.rows import CAPTION_KEYS, CHAT_KEYS, is_readable, mapping, read_row
+from dpn_cli.calibration.data.samples import ImageSource, Sample, StoredImage
+from dpn_cli.errors import DataError, MissingExtraError
+
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
+
+
+def is_hub_id(data: str) -> bool:
+    """Tell whether a text can name a data set of the hub: owner/name[:configuration[:split]]."""
+    return _HUB_ID.fullmatch(data) is not None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Tell whether a folder was written by `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Return the parquet files, or else the arrow files, in a folder and below."""
+    for suffix in TABLE_SUFFIXES:
+        if files := sorted(folder.rglob(f"*{suffix}")):
+            return files
+    return []
+
+
+class Table:
+    """The rows of a data set, images undecoded."""
+
+    def __init__(self, name: str, image_root: Path, prompts: Sequence[str]) -> None:
+        """Open a data set.
+
+        Args:
+            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, or of the hub
+                owner/name[:configuration[:split]]; without a split, `train` or else the first one.
+            image_root: where the paths of images that are not in the table start.
+            prompts: questions for captions and for images alone, in turn.
+
+        Raises:
+            DataError: if it cannot be opened or has no field that is known.
+            MissingExtraError: without the package.
+        """
+        kind, dataset = _open(name)
+        self.name = name
+        self.image_root = image_root
+        self.prompts = prompts
+        self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
+        columns = dataset.column_names
+        if not is_readable(columns):
+            raise DataError(f"{name} has the columns {', '.join(columns)}: none is known as images or text")
+        if len(dataset) == 0:
+            raise DataError(f"{name} holds no rows")
+        self.images_alone = {*CHAT_KEYS, *CAPTION_KEYS, "question"}.isdisjoint(columns)
+        self.format = f"{kind} ({mapping(columns)})"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def number(self, index: int) -> int:
+        """Return the row's number, from 1."""
+        return index + 1
+
+    def sample(self, index: int) -> Sample:
+        """Read one row."""
+        return self._read(index, [])
+
+    def _read(self, index: int, values: list[Any]) -> Sample:
+        """Read one row and append what it holds for images to `values`."""
+
+        def open_image(value: Any) -> ImageSource:
+            values.append(value)
+            if _bytes(value) is None:
+                return image_path(self.image_root, value)
+            place = len(values) - 1
+            return StoredImage(f"image {place + 1} of row {self.number(index)}", lambda: self._image(index, place))
+
+        row = self.rows[index].to_pylist()[0]
+        return read_row(row, self.number(index), open_image, self.prompts, without_text=self.images_alone)
+
+    def _image(self, index: int, place: int) -> bytes:
+        """Fetch the encoded bytes of one image; samples do not hold on to them."""
+        values: list[Any] = []
+        self._read(index, values)
+        data = _bytes(values[place])
+        assert data is not None
+        return data
+
+
+def _bytes(value: Any) -> bytes | None:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if isinstance(data, bytes) else None
+
+
+def _open(name: str) -> tuple[str, Any]:
+    """Return in words what was opened, and the data set."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError(f"--data {name}, a data set of the hub or a table,", "datasets", "data") from None
+    path = Path(name).expanduser()
+    try:
+        if is_saved_dataset(path):
+            return _one_split(datasets.load_from_disk(str(path)), "saved data set")
+        if path.exists():
+            files = [path] if path.is_file() else table_files(path)
+            kind = TABLE_SUFFIXES[files[0].suffix]
+            loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
+            return f"{kind} of {len(files)} files", loaded
+        repository, config, split = [*name.split(":"), "", ""][:3]
+        loaded = datasets.load_dataset(repository, config or None, split=split or None)
+        return _one_split(loaded, f"data set {name} of the hub")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        what = "cannot be opened" if path.exists() else "is no file or folder here, and cannot be had from the hub"
+        raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
+
+
+def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:
+    """Return `train`, or else the first split, of a data set that has several."""
+    if not isinstance(loaded, dict):
+        return kind, loaded
+    split = "train" if "train" in loaded else next(iter(loaded))
+    return f"{kind}, split {split}", loaded[split]
