@@ -2,22 +2,35 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.options import Choice, Fraction, Percent, checkpoint_folder, model_option
+
+if TYPE_CHECKING:
+    from dpn_cli.calibration.data import OnBadRow
 
 
 @click.command("calibrate")
 @model_option
 @click.option(
     "--data", required=True, metavar="DATA",
-    help="A LLaVA .json or .jsonl file, a folder of images (the model answers stock prompts), or demo.",
+    help="A LLaVA .json or .jsonl file, a folder of images (the model answers stock prompts), a parquet file, a folder "
+    "from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
 )  # fmt: skip
 @click.option(
     "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Where the image paths of a LLaVA file start; default: its own folder.",
+    help="Where the image paths of the data start; default: the folder of the file that has them.",
+)  # fmt: skip
+@click.option(
+    "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
+    help="Rows that cannot be used stop the run, or are left out.",
+)  # fmt: skip
+@click.option(
+    "--max-bad", type=Percent(), default="5%", show_default=True,
+    help="With --on-bad-row skip: the largest share of bad rows that is left out.",
 )  # fmt: skip
 @click.option(
     "--budget",
@@ -33,6 +46,8 @@ def command(
     model: Path | None,
     data: str,
     image_root: Path | None,
+    on_bad_row: "OnBadRow",
+    max_bad: float,
     budget: float | None,
     samples: int | None,
     seed: int | None,
@@ -53,7 +68,7 @@ def command(
 
     from dpn_cli.calibration.calibrate import calibrate
 
-    report = calibrate(folder, data, recipe, image_root, console.progress, console.note, restart)
+    report = calibrate(folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return

@@ -123,7 +123,7 @@ def _answered(
     text_tokens: int,
 ) -> Answered:
     pyramid, shape = model.pyramid, model.model.language_model.shape
-    grids = [model.model.image_grid()] * len(sample.images)
+    grids = [model.model.image_grid()] * len(sample.images_until(sample.asked))
     stages = pyramid.walk(route, grids)
     segments = pyramid.segments(shape.num_layers)
     visual = sum(len(layers) * sum(h * w for h, w in stage) for layers, stage in zip(segments, stages, strict=True))

@@ -2,7 +2,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dpn_cli.commands.options import Choice, Fraction
+from dpn_cli.commands.options import Choice, Fraction, Percent
 
 
 @click.command()
@@ -25,3 +25,14 @@ def test_a_wrong_choice_suggests_a_right_one() -> None:
     done = CliRunner().invoke(command, ["--dtype", "bfloat1"])
     assert done.exit_code == 2
     assert "Did you mean 'bfloat16'?" in done.output
+
+
+@pytest.mark.parametrize(("value", "share"), [("5%", 0.05), ("0.05", 0.05), ("0", 0.0), ("100%", 1.0)])
+def test_a_percent_is_a_share(value: str, share: float) -> None:
+    assert Percent().convert(value, None, None) == share
+
+
+@pytest.mark.parametrize("value", ["5", "-1%", "101%", "nan", "%", "few"])
+def test_what_is_no_share_is_refused(value: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"expected something like 5% or 0\.05"):
+        Percent().convert(value, None, None)

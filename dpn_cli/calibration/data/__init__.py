@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 from dpn_cli.calibration.data.faults import RowError
+from dpn_cli.calibration.data.findings import Fault, Scan
 from dpn_cli.calibration.data.samples import Sample, Turn
-from dpn_cli.calibration.data.scan import Dataset, Fault, Progress, Scan, Source, scan
+from dpn_cli.calibration.data.scan import Dataset, Progress, Source, scan
 from dpn_cli.errors import DataError
 
 __all__ = ["MAX_BAD", "Dataset", "Fault", "OnBadRow", "RowError", "Sample", "Scan", "Turn", "load_data"]
