@@ -106,6 +106,9 @@ def token_limit(processor: Any, max_tokens: int, answer_tokens: int) -> Callable
             pieces = list(_pieces(sample, processor, answer_tokens))
         except DataError as error:
             raise RowError("chat template", str(error)) from None
+        if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
+            shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
+            raise RowError("image tokens", f"its text has {shown} image tokens, the row {len(sample.images)} images")
         total = sum(len(piece.tokens) + piece.images * (image_tokens - 1) for piece in pieces)
         total += answer_tokens if sample.turns[-1].answer is None else 0
         if total > max_tokens:

@@ -108,5 +108,6 @@ def test_bad_tables_are_named(datasets: Any, tmp_path: Path) -> None:
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    with pytest.raises(MissingExtraError, match=r"pip install 'dpn-cli\[data\]'"):
-        load_data(str(tmp_path / "data.parquet"))
+    for name, message in [(str(tmp_path / "data.parquet"), "is a table"), ("some/where", "no file or folder here")]:
+        with pytest.raises(MissingExtraError, match=rf"{message}.* needs .*pip install 'dpn-cli\[data\]'"):
+            load_data(name)

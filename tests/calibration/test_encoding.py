@@ -130,6 +130,16 @@ def test_the_token_limit_counts_what_is_encoded(processor: Any, answer: str | No
         token_limit(processor, length - 1, 2)(sample)
 
 
+def test_text_that_reads_as_an_image_token_is_refused(processor: Any) -> None:
+    check = token_limit(processor, 2048, 8)
+    for sample in (
+        Sample("x", (RED,), (Turn("what is <image> ?", "red"),)),
+        Sample("x", (RED,), (Turn("what ?", "an <image>"),)),
+    ):
+        with pytest.raises(RowError, match="2 image tokens, the row 1 images"):
+            check(sample)
+
+
 def test_prompts_ask_what_is_unanswered(processor: Any) -> None:
     answered = Sample("a", (RED,), (Turn("what ?", "red"), Turn("which ?", "blue")))
     waiting = Sample("b", (RED, BLUE), (Turn("what ?", "red", 1), Turn("which ?", None, 1)))

@@ -11,7 +11,7 @@ from dpn_cli.calibration.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError, MissingExtraError
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
 def is_hub_id(data: str) -> bool:
@@ -102,11 +102,12 @@ def _bytes(value: Any) -> bytes | None:
 
 def _open(name: str) -> tuple[str, Any]:
     """Return in words what was opened, and the data set."""
+    path = Path(name).expanduser()
     try:
         import datasets
     except ImportError:
-        raise MissingExtraError(f"--data {name}, a data set of the hub or a table,", "datasets", "data") from None
-    path = Path(name).expanduser()
+        known = "a table" if path.exists() else "no file or folder here; a data set of the hub"
+        raise MissingExtraError(f"--data {name} is {known}, which", "datasets", "data") from None
     try:
         if is_saved_dataset(path):
             return _one_split(datasets.load_from_disk(str(path)), "saved data set")

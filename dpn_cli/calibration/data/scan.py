@@ -93,7 +93,8 @@ def scan(
     faults: list[Fault] = []
     order = _draw(len(source), limit, seed)
     wanted = len(source) if limit is None else limit
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         while rows := list(islice(order, wanted)):
             with (progress or _silent)("reading the data", len(rows)) as advance:
                 for outcome in pool.map(partial(_read, source), rows):
@@ -104,6 +105,8 @@ def scan(
                 raise DataError(_complaint(source, found, skip_bad, max_bad))
             wanted = 0 if limit is None else limit - found.with_image
             progress = None  # the few rows that replace bad and text-only ones are read in silence
+    finally:
+        pool.shutdown(cancel_futures=True)
     good.sort(key=lambda each: each.index)
     digest = hashlib.sha256("\n".join(each.digest for each in good).encode()).hexdigest()
     return Dataset([each.sample for each in good], found, digest)
