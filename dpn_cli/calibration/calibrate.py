@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
+from dpn_cli.calibration.cases import Case, answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, OnBadRow, Sample, load_data
-from dpn_cli.calibration.encoding import encode, prompts, token_limit
+from dpn_cli.calibration.encoding import encode, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint
 from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Policy
@@ -83,7 +85,7 @@ def calibrate(
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
-    samples = answer(model, processor, samples, recipe, progress)
+    asked, samples = samples, answer(model, processor, samples, recipe, progress)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(recipe.seed))
     num_held = max(1, round(recipe.holdout * len(samples)))
     held_rows, fit_rows = order[:num_held], order[num_held:]
@@ -91,6 +93,7 @@ def calibrate(
     held = table.select(held_rows)
 
     routers = model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
+    routers.load_state_dict(state.start(routers.state_dict()))
     with progress("fitting routers", recipe.epochs) as advance:
         fit = fit_routers(
             routers, table.select(fit_rows), held, recipe.epochs, recipe.learning_rate, recipe.seed, advance
@@ -98,10 +101,17 @@ def calibrate(
     pyramid = replace(model.pyramid, budgets=budget_table(routers, held))
     pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
     with torch.no_grad():
-        taken = Policy.of(routers, held).choose(pyramid.trade_off)
-    settings = {"data": data, **recipe.model_dump(mode="json", exclude={"prompts"}), "objective": fit.objective}
-    report = Report.of(held, [samples[i] for i in held_rows], taken, pyramid, recipe.budget, settings)
-    save_calibration(folder, routers, replace(pyramid, calibration=report.summary()), report.to_dict())
+        policy = Policy.of(routers, held)
+    settings = {
+        "data": data, "data_digest": dataset.digest, **recipe.model_dump(mode="json", exclude={"prompts"}),
+        "objective_over_best_fixed": fit.objective,
+    }  # fmt: skip
+    _take(model, routers, pyramid)
+    cases = _cases(model, processor, policy, [asked[i] for i in held_rows], recipe, progress)
+    grids = [(model.model.image_grid(),) * len(samples[i].images) for i in held_rows]
+    shape = model.model.language_model.shape
+    report = Report.of(policy, pyramid, shape, grids, recipe.budget, *cases, settings)
+    save_calibration(folder, routers, replace(pyramid, calibration=report.summary()), report)
     drop_state(folder)
     return report
 
@@ -137,15 +147,33 @@ def answer(
     if not open_ones:
         return complete
     with model.teacher(), progress("asking the teacher", len(open_ones)) as advance:
-        for start in range(0, len(open_ones), recipe.batch_size):
-            rows = open_ones[start : start + recipe.batch_size]
-            inputs = prompts([samples[i] for i in rows], processor, model.device)
-            generated = model.generate(**inputs, max_new_tokens=recipe.answer_tokens, do_sample=False)
-            texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(rows, texts, strict=True):
-                complete[i] = samples[i].answered(text.strip())
-            advance(len(rows))
+        asked = [samples[i] for i in open_ones]
+        texts = greedy_answers(model, processor, asked, recipe.batch_size, recipe.answer_tokens, advance)
+    for i, text in zip(open_ones, texts, strict=True):
+        complete[i] = samples[i].answered(text)
     return complete
+
+
+def _take(model: DpnLlavaForConditionalGeneration, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
+    """Let the model run with its fitted routers."""
+    routers.requires_grad_(False).to(model.device)
+    model.model.language_model.pyramid = pyramid
+    model.model.language_model.trade_off = pyramid.trade_off
+
+
+def _cases(
+    model: DpnLlavaForConditionalGeneration,
+    processor: Any,
+    policy: Policy,
+    held: Sequence[Sample],
+    recipe: CalibrationRecipe,
+    progress: Progress,
+) -> tuple[list[Case], list[Case]]:
+    """Ask both models about the held-out samples that fare worst and best at the budget."""
+    worst, best = extremes(policy.table, policy.choose(model.pyramid.trade_off))
+    with progress("asking about worst and best", len(worst) + len(best)) as advance:
+        cases = answer_both(model, processor, [*worst, *best], held, recipe.batch_size, recipe.answer_tokens, advance)
+    return cases[: len(worst)], cases[len(worst) :]
 
 
 def _trade_off(pyramid: PyramidConfig, budget: float) -> float:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
 
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"
+START_FILE = "start.safetensors"
 
 
 class MeasurementState:
@@ -50,6 +51,16 @@ class MeasurementState:
             return None
         return data if isinstance(data, dict) else None
 
+    def start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what the calibration set out from: `tensors`, or those that it was given when it began.
+
+        A run that is killed while it writes its routers must not go on from half of its own result.
+        """
+        path = self.folder / START_FILE
+        if not path.is_file():
+            self._write(path, tensors)
+        return load_file(path)
+
     def load(self, batch: int) -> dict[str, torch.Tensor] | None:
         """Return a batch's measurements, or None if they were not made or cannot be read."""
         path = self._path(batch)
@@ -60,7 +71,10 @@ class MeasurementState:
 
     def save(self, batch: int, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a batch's measurements."""
-        replace_file(self._path(batch), lambda path: save_file(tensors, path))
+        self._write(self._path(batch), tensors)
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        replace_file(path, lambda stage: stage.write_bytes(save(tensors)))
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"

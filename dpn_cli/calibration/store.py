@@ -1,11 +1,12 @@
 """Writing a calibration into its checkpoint's folder: each file whole or not at all, the base weights untouched."""
 
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from dpn_cli.calibration.html import render
+from dpn_cli.calibration.report import Report
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.writer import replace_file, write_json
@@ -13,9 +14,10 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 REPORT_FILE = Path("calibration", "report.json")
+PAGE_FILE = Path("calibration", "report.html")
 
 
-def save_calibration(folder: Path, routers: nn.ModuleList, pyramid: PyramidConfig, report: dict[str, Any]) -> None:
+def save_calibration(folder: Path, routers: nn.ModuleList, pyramid: PyramidConfig, report: Report) -> None:
     """Store fitted routers, the pyramid's new settings and the report.
 
     A reader finds the old routers with the old settings, or the new routers: the settings follow last.
@@ -30,7 +32,9 @@ def save_calibration(folder: Path, routers: nn.ModuleList, pyramid: PyramidConfi
             raise CheckpointError(f"{folder / DPE_FILE} does not hold {name} of these routers: convert the model again")
         tensors[stored] = parameter.detach().to("cpu", tensors[stored].dtype).contiguous()
     config = {**read_json(folder / "config.json"), "pyramid": pyramid.to_dict()}
+    page = render(report)
     (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
-    replace_file(folder / DPE_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(folder / REPORT_FILE, lambda path: write_json(path, report))
+    replace_file(folder / DPE_FILE, lambda path: path.write_bytes(save(tensors, metadata={"format": "pt"})))
+    replace_file(folder / REPORT_FILE, lambda path: write_json(path, report.to_dict()))
+    replace_file(folder / PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))
     replace_file(folder / "config.json", lambda path: write_json(path, config))

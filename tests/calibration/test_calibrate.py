@@ -63,7 +63,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_only_routers_settings_and_report_change(converted: Path, calibrated: Path) -> None:
     before, after = digests(converted), digests(calibrated)
     changed = {name for name in after if before.get(name) != after[name]}
-    assert changed == {"dpe.safetensors", "config.json", "calibration/report.json"}
+    assert changed == {"dpe.safetensors", "config.json", "calibration/report.json", "calibration/report.html"}
 
 
 def test_the_report_and_the_config_agree_with_the_model(calibrated: Path) -> None:
@@ -145,11 +145,10 @@ def test_interrupted_writing_leaves_the_old_files(
     shutil.copytree(converted, folder)
     before = digests(folder)
 
-    def full_disk(tensors: Any, path: Path, metadata: Any) -> None:
-        Path(path).write_bytes(b"half")
+    def full_disk(tensors: Any, metadata: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full_disk)
+    monkeypatch.setattr(store, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         run(folder, data)
     assert digests(folder) == before

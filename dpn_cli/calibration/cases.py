@@ -1,0 +1,141 @@
+"""The held-out samples that came out worst and best, with the answers of both models."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpn_cli.calibration.data import Sample
+from dpn_cli.calibration.encoding import prompts
+from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import Route
+
+CASES = 10  # at either end
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A held-out sample on the route that it takes.
+
+    Attributes:
+        index: of the sample among the held-out ones.
+        distortion: KL from the teacher, nats per answer token.
+        agreement: fraction of answer tokens on which the most likely token is the teacher's.
+        fraction: FLOPs of its prefill, as a fraction of the unpooled one's.
+        route: taken.
+    """
+
+    index: int
+    distortion: float
+    agreement: float
+    fraction: float
+    route: Route
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sample, how it fared and what is answered.
+
+    Attributes:
+        sample: as it was read.
+        measured: on the route that it takes.
+        teacher: greedy answer of the model that pools nothing.
+        student: greedy answer at the budget.
+    """
+
+    sample: Sample
+    measured: Measured
+    teacher: str
+    student: str
+
+    @property
+    def question(self) -> str:
+        """What is asked."""
+        return self.sample.turns[self.sample.asked].question
+
+    @property
+    def label(self) -> str | None:
+        """The answer in the data, if there is one."""
+        return self.sample.turns[self.sample.asked].answer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, without the images."""
+        return {
+            "id": self.sample.id,
+            "question": self.question,
+            "label": self.label,
+            "teacher": self.teacher,
+            "student": self.student,
+            "distortion": self.measured.distortion,
+            "agreement": self.measured.agreement,
+            "fraction": self.measured.fraction,
+            "route": list(self.measured.route),
+        }
+
+
+def extremes(held: RouteTable, taken: torch.Tensor) -> tuple[list[Measured], list[Measured]]:
+    """Return the samples with the largest and those with the smallest distortion, no sample twice.
+
+    Args:
+        held: the measurements.
+        taken: the index of the route that each sample takes, [N].
+    """
+    rows = torch.arange(len(taken))
+    distortion, agreement, fraction = (t[rows, taken] for t in (held.distortion, held.agreement, held.fraction))
+    order = distortion.argsort(descending=True, stable=True).tolist()
+    cases = [
+        Measured(
+            i, distortion[i].item(), agreement[i].item(), fraction[i].item(), held.tree.routes[int(taken[i])]
+        )
+        for i in order
+    ]  # fmt: skip
+    return cases[:CASES], cases[CASES:][-CASES:][::-1]
+
+
+def answer_both(
+    model: DpnLlavaForConditionalGeneration,
+    processor: Any,
+    measured: Sequence[Measured],
+    samples: Sequence[Sample],
+    batch_size: int,
+    answer_tokens: int,
+    advance: Callable[[int], None],
+) -> list[Case]:
+    """Let student and teacher answer some of the held-out samples.
+
+    Args:
+        model: at the budget.
+        processor: of its checkpoint.
+        measured: which samples.
+        samples: all held-out ones, as they were read.
+        batch_size: samples per forward pass.
+        answer_tokens: per answer, at most.
+        advance: called with the number of samples done.
+    """
+    shown = [samples[each.index] for each in measured]
+    student = greedy_answers(model, processor, shown, batch_size, answer_tokens, lambda done: None)
+    with model.teacher():
+        teacher = greedy_answers(model, processor, shown, batch_size, answer_tokens, advance)
+    return [Case(*parts) for parts in zip(shown, measured, teacher, student, strict=True)]
+
+
+def greedy_answers(
+    model: DpnLlavaForConditionalGeneration,
+    processor: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    answer_tokens: int,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Answer what every sample asks, greedily."""
+    answers: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        inputs = prompts(batch, processor, model.device)
+        generated = model.generate(**inputs, max_new_tokens=answer_tokens, do_sample=False)
+        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
+        advance(len(batch))
+    return answers
