@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from dpn_cli.demo.evaluate import Rate, greedy_accuracy, pooled_accuracy
+from dpn_cli.demo.evaluate import SITES, Rate, greedy_accuracy, pooled_accuracy
 from dpn_cli.demo.pictures import GRAINS, KINDS, samples
 
-PER_KIND = 200
+PER_KIND = 100
 ROUTES: tuple[tuple[Rate, Rate, Rate], ...] = (
     ((1, 1), (1, 1), (1, 1)),
     ((1, 1), (1, 1), (2, 2)),
@@ -43,8 +43,7 @@ download would be too much: in `dpn demo` and in the tests. It can do nothing el
 
 ## What pooling costs
 
-Accuracy of the first answer token when the visual tokens are average-pooled (rows×columns) after layers 1, 3
-and 5, nothing retrained, on the same samples:
+Accuracy of the first answer token when the visual tokens are average-pooled (rows×columns) after layers {sites}, nothing retrained, on the same samples:
 
 | route | {kinds} |
 |---|{dashes}
@@ -86,6 +85,7 @@ def write_card(
         steps=" and ".join(f"{step} {stage} steps" for stage, step in last.items()),
         count=PER_KIND,
         accuracy="\n".join(f"| {kind} | {GRAINS[kind]} | {accuracy[kind]:.3f} |" for kind in KINDS),
+        sites=", ".join(map(str, SITES)),
         kinds=" | ".join(KINDS),
         dashes="---|" * len(KINDS),
         pooled="\n".join(_row(route, pooled[route]) for route in ROUTES),

@@ -11,7 +11,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from dpn_cli.demo.assembly import prompt
 from dpn_cli.demo.pictures import GRID, KINDS, Sample
 
-SITES = (1, 3, 5)
+SITES = (1, 4, 7)
+"""The layers at a quarter, a half and three quarters of the depth after which the card pools."""
+
 Rate = tuple[int, int]
 
 

@@ -40,7 +40,7 @@ def patch_labels(scene: Scene) -> NDArray[np.int64]:
 
 
 def _extent(thing: Thing) -> tuple[slice, slice]:
-    """Say which patches have their centre within the shape's bounding box."""
+    """Say which patches lie well within the shape's bounding box, its plates among them."""
     reach = thing.radius - PATCH // 2
     x, y = thing.centre
     return (

@@ -1,14 +1,16 @@
 """The optimiser of both training stages: Muon for the matrices of the layers, AdamW for the rest."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+WARM_UP = 50
+DECAY = 0.25
+
 
 class Optimiser:
-    """Muon and AdamW under one warm-up and cosine schedule.
+    """Muon and AdamW under one schedule: warm-up, constant, linear decay to zero.
 
     Args:
         layers: Modules whose matrices Muon updates.
@@ -32,8 +34,7 @@ class Optimiser:
 
     def step(self, step: int) -> None:
         """Apply the gradients of one step at its scheduled rate, and clear them."""
-        warm, progress = min(1.0, (step + 1) / 50), step / self._steps
-        rate = self._rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        rate = self._rate * min(1.0, (step + 1) / WARM_UP, (self._steps - step) / (DECAY * self._steps))
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate

@@ -17,12 +17,12 @@ from dpn_cli.demo.pictures import GRID, KINDS, Scene, Turn
 
 TURNS = 9
 WEIGHTS = {
-    "background": 0.4,
-    "count": 0.4,
-    "colour": 0.7,
-    "shape": 0.7,
-    "letter": 2.0,
-    "stack": 2.0,
+    "background": 0.2,
+    "count": 0.2,
+    "colour": 0.5,
+    "shape": 1.5,
+    "letter": 1.5,
+    "stack": 1.5,
     "pair": 2.0,
 }
 IGNORE = -100

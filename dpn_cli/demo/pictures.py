@@ -1,7 +1,7 @@
 """The demo pictures and their questions: seeded, endless, in splits that share no picture.
 
 A picture holds one to four large shapes, each in a quadrant of its own and each with a small mark on
-white plates of one vision patch: a letter, two digits one above the other, or two digits side by side.
+pale plates of one vision patch: a letter, two digits one above the other, or two digits side by side.
 Coarse questions ask for what covers many patches, fine questions for what covers one.
 """
 
@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dpn_cli.demo.glyphs import DIGITS, LETTERS, bitmap
@@ -144,8 +145,9 @@ class Scene:
         pixels = np.asarray(image, dtype=np.int16)
         pixels = pixels + rng.integers(-6, 7, size=pixels.shape, dtype=np.int16)
         for thing in self.things:
+            tint = np.array(COLOURS[thing.colour]) // 2 + 125
             for character, (row, column) in zip(thing.mark.characters, thing.mark.patches, strict=True):
-                _stamp(pixels[row * PATCH :, column * PATCH :], character, rng)
+                _stamp(pixels[row * PATCH :, column * PATCH :], character, tint, rng)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -268,10 +270,10 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
     return [(x + length * np.cos(a), y + length * np.sin(a)) for a, length in zip(angles, lengths, strict=True)]
 
 
-def _stamp(pixels: np.ndarray, character: str, rng: np.random.Generator) -> None:
+def _stamp(pixels: NDArray[np.int16], character: str, tint: NDArray[np.int_], rng: np.random.Generator) -> None:
     glyph = bitmap(character)
     height, width = glyph.shape
     row, column = rng.integers(PATCH - height + 1), rng.integers(PATCH - width + 1)
-    plate = np.full((PATCH, PATCH), 250, dtype=np.int16)
+    plate = np.full((PATCH, PATCH, 3), tint, dtype=np.int16)
     plate[row : row + height, column : column + width][glyph] = 10
-    pixels[:PATCH, :PATCH] = plate[..., None] + rng.integers(-5, 6, size=(PATCH, PATCH, 3))
+    pixels[:PATCH, :PATCH] = plate + rng.integers(-5, 6, size=(PATCH, PATCH, 3))

@@ -8,6 +8,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo.assembly import build_model, build_processor
 from dpn_cli.demo.card import write_card
+from dpn_cli.demo.grow import grow
 from dpn_cli.demo.log import TrainingLog
 from dpn_cli.demo.packing import Packer
 from dpn_cli.demo.train_language import align_projector, train_language
@@ -33,7 +34,7 @@ def train(output: Path, work: Path, vision_rounds: int, language_steps: int, see
     model.model.vision_tower.requires_grad_(False)
     align_projector(model, heads)
     train_language(model, Packer(processor.tokenizer), work, language_steps, log)
-    model.to(torch.bfloat16).save_pretrained(output)
+    grow(model).to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     write_card(
         LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32).eval(),
@@ -48,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded teacher of dpn.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished checkpoint")
     parser.add_argument("--work", type=Path, help="folder of the training state (default: OUTPUT.work)")
-    parser.add_argument("--vision-rounds", type=int, default=2)
-    parser.add_argument("--language-steps", type=int, default=2200)
+    parser.add_argument("--vision-rounds", type=int, default=3)
+    parser.add_argument("--language-steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
