@@ -87,10 +87,11 @@ def test_file_names_and_formats_that_must_work(tmp_path: Path) -> None:
     image.convert("RGBA").save(folder / "c.png")
     image.convert("I;16").save(folder / "d.tiff")
     image.convert("CMYK").save(folder / "e.jpg")
+    image.save(folder / "f.jpg", format="MPO")  # as phones write it
     rows = [llava_row(image=f"größe und ☕/{path.name}") for path in folder.iterdir()]
     rows.append(llava_row(image=str(folder / "c.png")))
     data = load(write(tmp_path / "data.json", rows), image_root=tmp_path)
-    assert data.scan.with_image == 5
+    assert data.scan.with_image == 6
     assert {image.mode for sample in data.samples for image in sample.open_images()} == {"RGB"}
 
 

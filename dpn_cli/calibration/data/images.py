@@ -16,7 +16,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decode
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 MAX_FILE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error)
+# What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, ArithmeticError, TypeError, struct.error,
+)  # fmt: skip
 
 
 def read_file(path: Path) -> bytes:
