@@ -43,7 +43,8 @@ download would be too much: in `dpn demo` and in the tests. It can do nothing el
 
 ## What pooling costs
 
-Accuracy of the first answer token when the visual tokens are average-pooled (rows×columns) after layers {sites}, nothing retrained, on the same samples:
+Accuracy of the first answer token when the visual tokens are average-pooled (rows×columns) after layers
+{sites}, nothing retrained, on the same samples:
 
 | route | {kinds} |
 |---|{dashes}
