@@ -1,4 +1,7 @@
-"""Insert a pyramid into a LLaVA checkpoint, byte for byte and without loading the model. No torch."""
+"""Insert a pyramid into a LLaVA checkpoint without loading the model.
+
+A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, and torch is not imported.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import (
-    SINGLE_FILE,
-    Checkpoint,
-    TensorInfo,
-    read_config,
-    read_header,
-)
-from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_llava
+from dpn_cli.checkpoint.headers import Checkpoint, read_header
+from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
+from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
-from dpn_cli.checkpoint.writer import RECIPE_FILE, copy_file, side_files, write_index, write_json
-from dpn_cli.errors import CheckpointError, DpnError, RecipeError
+from dpn_cli.checkpoint.writer import RECIPE_FILE, write_index, write_json
+from dpn_cli.errors import DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
 
@@ -38,7 +36,8 @@ class Conversion:
         pyramid: as stored in config.json.
         layout: of the source's decoder.
         added: shapes of the new tensors, by their full name.
-        copied_bytes: bytes of original tensors, unchanged.
+        base_bytes: bytes of the model's tensors without the pyramid.
+        rewritten: whether they were written anew, in Hugging Face's layout, rather than copied as files.
     """
 
     source: Source
@@ -47,7 +46,8 @@ class Conversion:
     pyramid: PyramidConfig
     layout: LlavaLayout
     added: dict[str, tuple[int, ...]]
-    copied_bytes: int
+    base_bytes: int
+    rewritten: bool
 
     @property
     def added_parameters(self) -> int:
@@ -61,10 +61,11 @@ def convert(
     output: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
+    vision_tower: str | None = None,
 ) -> Conversion:
     """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
 
-    The original shards are copied byte for byte; the new tensors get a shard of their own.
+    Shards in safetensors are copied byte for byte; the new tensors get a shard of their own.
 
     Args:
         model: a folder, an alias, or a hub id.
@@ -72,16 +73,21 @@ def convert(
         output: the folder to write; by default `./NAME-dpn`.
         force: replace an output that dpn wrote before.
         dry_run: check everything and write nothing.
+        vision_tower: folder or hub id of the CLIP model, for a checkpoint in the original LLaVA layout; by default the
+            one that its config.json names.
 
     Raises:
         CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
         RecipeError: if the recipe does not fit the model's depth.
         UsageError: if the output exists or overlaps the source.
+        MissingExtraError: if the source's tokenizer needs packages that are not installed.
     """
     source = resolve_source(model)
     recipe = recipe or load_recipe(default_recipe(source))
-    _refuse_converted(source.path)
-    checkpoint, layout = open_llava(source.path)
+    opened = open_source(source.path, vision_tower)
+    checkpoint = opened.checkpoint
+    validate_llava(checkpoint.config, source.path)
+    layout = LlavaLayout.of(checkpoint)
     pyramid = recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
@@ -92,13 +98,14 @@ def convert(
         pyramid=pyramid,
         layout=layout,
         added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
-        copied_bytes=checkpoint.nbytes,
+        base_bytes=checkpoint.nbytes,
+        rewritten=not isinstance(opened, Copied),
     )
     check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
     if not dry_run:
-        check_space(conversion.output, conversion.copied_bytes + 4 * conversion.added_parameters)
+        check_space(conversion.output, conversion.base_bytes + 4 * conversion.added_parameters)
         with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
-            _write(stage, checkpoint, conversion, recipe)
+            _write(stage, opened, conversion, recipe)
     return conversion
 
 
@@ -109,36 +116,14 @@ def default_recipe(source: Source) -> str:
     return name if name in available_recipes() else DEFAULT_RECIPE
 
 
-def _refuse_converted(folder: Path) -> None:
-    if read_config(folder).get("model_type") == DPN_MODEL_TYPE:
-        raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
-
-
-def _write(stage: Path, checkpoint: Checkpoint, conversion: Conversion, recipe: Recipe) -> None:
-    for file in side_files(checkpoint.path):
-        copy_file(checkpoint.path / file, stage / file)
-    tensors: list[TensorInfo] = []
-    for file in checkpoint.files:
-        name = _shard_name(file)
-        copy_file(checkpoint.path / file, stage / name)
-        copied = read_header(stage / name).values()
-        tensors += [tensor for tensor in copied if _is_from(checkpoint, tensor.name, file)]
+def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> None:
+    tensors = opened.write(stage)
     _write_dpe(stage / DPE_FILE, conversion)
     tensors += read_header(stage / DPE_FILE).values()
     write_json(stage / RECIPE_FILE, recipe.to_dict())
-    write_json(stage / "config.json", _config(checkpoint.config, conversion))
+    write_json(stage / "config.json", _config(opened.checkpoint.config, conversion))
     write_index(stage, tensors)
-    _verify(stage, checkpoint, conversion)
-
-
-def _is_from(checkpoint: Checkpoint, name: str, file: str) -> bool:
-    """Say whether a loader takes this tensor from this shard: an index decides between duplicates."""
-    return name in checkpoint.tensors and checkpoint.tensors[name].file == file
-
-
-def _shard_name(file: str) -> str:
-    """Return a shard's new name: a file named model.safetensors would shadow the index."""
-    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else file
+    _verify(stage, opened.checkpoint, conversion)
 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:

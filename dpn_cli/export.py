@@ -1,7 +1,7 @@
 """Write a converted checkpoint as one compact folder that transformers loads, with or without dpn installed.
 
 Tensors are streamed from shard to shard in small pieces: no model is loaded, and without a change of dtype no tensor
-is touched (nor torch imported).
+is touched (nor torch imported), but for those that healing has an adapter for: it is merged, one weight at a time.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
 from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, Checkpoint, TensorInfo, read_header
-from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_converted
+from dpn_cli.checkpoint.layout import COMPUTED, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_converted
+from dpn_cli.checkpoint.lora import Lora, without_adapter
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import copy_file, side_files, write_index, write_json, write_shard
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
@@ -41,7 +42,6 @@ RENAMES = (
     ("model.multi_modal_projector.", "model.multi_modal_projector."),
     ("lm_head.", "lm_head."),
 )
-COMPUTED = (".rotary_emb.inv_freq", ".position_ids")  # buffers that old versions stored
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -109,10 +109,14 @@ def export(
         UsageError: if the output exists or overlaps the checkpoint, or an option makes no sense for it.
     """
     source, layout, pyramid = open_converted(checkpoint)
+    lora = Lora.of(checkpoint, pyramid)
+    pyramid = replace(pyramid, calibration=without_adapter(pyramid.calibration))
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     pyramid = _with_budget(pyramid, budget)
     shards = plan_shards(source, dtype, parse_size(max_shard_size))
+    if lora and (unknown := lora.targets.difference(move.name for moves in shards.values() for move in moves)):
+        raise CheckpointError(f"{lora.folder} changes {min(unknown)}, which {checkpoint} has not: calibrate it again")
     check_target(output, force, DPN_MODEL_TYPE, source.path)
     check_space(output, sum(move.nbytes for moves in shards.values() for move in moves))
     done = Export(
@@ -131,7 +135,7 @@ def export(
         (stage / f"{BUNDLE_MODULE}.py").write_text(bundle_modeling(), encoding="utf-8")
         (stage / "README.md").write_text(model_card(output.resolve().name, config, layout, pyramid), encoding="utf-8")
         write_json(stage / "config.json", config)
-        _write_weights(stage, source.path, shards, pyramid)
+        _write_weights(stage, source.path, shards, pyramid, lora)
         _verify(stage, shards, output)
     return done
 
@@ -206,34 +210,42 @@ def _config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig, dty
     return config | {"dtype": _TORCH_DTYPES[DTYPES[dtype]]}
 
 
-def _write_weights(stage: Path, source: Path, shards: dict[str, list[Move]], pyramid: PyramidConfig) -> None:
+def _write_weights(
+    stage: Path, source: Path, shards: dict[str, list[Move]], pyramid: PyramidConfig, lora: Lora | None
+) -> None:
     metadata = {"format": "pt", "pyramid": json.dumps(pyramid.to_dict(), ensure_ascii=False)}
     for file, moves in shards.items():
         tensors = {move.name: (move.dtype, move.tensor.shape) for move in moves}
-        content = (piece for move in moves for piece in _content(source, move))
+        content = (piece for move in moves for piece in _content(source, move, lora))
         write_shard(stage / file, tensors, content, metadata)
     if len(shards) > 1:
         write_index(stage, [tensor for file in shards for tensor in read_header(stage / file).values()])
 
 
-def _content(source: Path, move: Move) -> Iterator[bytes]:
-    """Yield a tensor's bytes in its new dtype, piece by piece."""
+def _content(source: Path, move: Move, lora: Lora | None) -> Iterator[bytes]:
+    """Yield a tensor's bytes in its new dtype, piece by piece; at once where an adapter goes into it."""
+    healed = lora is not None and move.name in lora.targets
     left = move.tensor.nbytes
     with (source / move.tensor.file).open("rb") as file:
         file.seek(move.tensor.start)
         while left:
-            piece = file.read(min(left, _PIECE_BYTES))
-            if not piece:
+            piece = file.read(left if healed else min(left, _PIECE_BYTES))
+            if not piece or (healed and len(piece) < left):
                 raise CheckpointError(f"{source / move.tensor.file} became shorter meanwhile: run the same line again")
             left -= len(piece)
-            yield piece if move.dtype == move.tensor.dtype else _cast(piece, move)
+            if healed or move.dtype != move.tensor.dtype:
+                yield _changed(piece, move, lora if healed else None)
+            else:
+                yield piece
 
 
-def _cast(piece: bytes, move: Move) -> bytes:
+def _changed(piece: bytes, move: Move, lora: Lora | None) -> bytes:
     import torch
 
     old, new = (getattr(torch, _TORCH_DTYPES[dtype]) for dtype in (move.tensor.dtype, move.dtype))
     values = torch.frombuffer(bytearray(piece), dtype=old)
+    if lora is not None:
+        values = lora.merged(move.name, values.view(move.tensor.shape))
     cast = values.to(new)
     if (cast.isinf() & ~values.isinf()).any():
         limit = torch.finfo(new).max

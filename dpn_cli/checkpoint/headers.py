@@ -12,6 +12,8 @@ from dpn_cli.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 LFS_SIGNATURE = b"version https://git-lfs.github.com"
 
@@ -77,7 +79,7 @@ class Checkpoint:
             tensors = read_header(folder / SINGLE_FILE)
             return cls(folder, config, tensors, (SINGLE_FILE,))
         if (folder / INDEX_FILE).is_file():
-            weight_map = _read_index(folder)
+            weight_map = read_weight_map(folder / INDEX_FILE, ".safetensors")
             files = tuple(sorted(set(weight_map.values())))
             shards = {file: read_header(folder / file) for file in files}
             for name, file in weight_map.items():
@@ -106,9 +108,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} {kind}: expected a checkpoint folder with config.json")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder} holds only a LoRA adapter: merge it into its base model first")
+            raise CheckpointError(adapter_refusal(folder))
         raise CheckpointError(f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout")
     return read_json(folder / "config.json")
+
+
+def adapter_refusal(folder: Path) -> str:
+    """Say why a folder with a LoRA adapter is refused, and how to merge it: LLaVA's own way, or peft's."""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else "BASE"
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "mm_vision_tower" in config or (folder / "non_lora_trainables.bin").is_file():
+        how = (
+            f"`python scripts/merge_lora_weights.py --model-path {folder} --model-base {base} "
+            "--save-model-path MERGED` of the LLaVA repository"
+        )
+    else:
+        how = f"peft's `PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload()` on {base}"
+    return f"{folder} holds a LoRA adapter: merge it into its base model first, with {how}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,22 +213,30 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_FILE
+def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
+    """Read which shard of a folder holds which tensor.
+
+    Args:
+        path: the index.
+        suffix: of a shard.
+
+    Raises:
+        CheckpointError: if it is damaged or leads out of the folder.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map: download the checkpoint again")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names the shard {file!r}: expected a .safetensors file in the same folder")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+            raise CheckpointError(f"{path} names the shard {file!r}: expected a {suffix} file in the same folder")
     return weight_map
 
 
 def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return f"{folder} holds only a LoRA adapter: merge it into its base model first"
+        return adapter_refusal(folder)
     if list(folder.glob("*.bin")):
-        return f"{folder} holds its weights as .bin only: save it as safetensors first (save_pretrained does)"
+        return f"{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
     return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import Checkpoint, read_config
+from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
@@ -38,6 +38,7 @@ VISION_DEFAULTS: dict[str, Any] = {
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+COMPUTED = (".rotary_emb.inv_freq", ".position_ids")  # the ends of buffers that old versions stored
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def open_llava(folder: Path) -> tuple[Checkpoint, LlavaLayout]:
     """
     validate_llava(read_config(folder), folder)  # first: what it is says more than which file it lacks
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a LoRA adapter: merge it into its base model first")
+        raise CheckpointError(adapter_refusal(folder))
     checkpoint = Checkpoint.open(folder)
     return checkpoint, LlavaLayout.of(checkpoint)
 
@@ -149,8 +150,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     architectures = config.get("architectures") or []
     if "mm_vision_tower" in config or any("LlavaLlama" in str(name) for name in architectures):
         raise CheckpointError(
-            f"{where} is in the original LLaVA layout, which this version does not read: use its conversion "
-            "to Hugging Face's layout (such as llava-hf/llava-1.5-7b-hf)"
+            f"{where} is in the original LLaVA layout: convert it with `dpn convert {where} --vision-tower PATH|ID`"
         )
     if model_type not in {"llava", DPN_MODEL_TYPE}:
         kind = "another kind of vision model" if "vision_config" in config else "no vision tower"

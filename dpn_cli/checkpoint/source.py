@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpn_cli.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
+from dpn_cli.checkpoint.headers import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, read_json
 from dpn_cli.errors import CheckpointError, did_you_mean
 
 ALIASES = {
@@ -18,6 +18,7 @@ DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 _NEEDED = ["*.safetensors", INDEX_FILE, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+_PICKLED = [*_NEEDED, "pytorch_model*.bin"]  # only where there are no safetensors
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,18 @@ def _from_hub(repo_id: str, name: str) -> Source:
         if not _is_complete(folder):
             raise LocalEntryNotFoundError(f"the copy of {repo_id} in the cache is incomplete")
     except LocalEntryNotFoundError:
-        folder = _download(repo_id)
+        folder = _download(repo_id, _NEEDED)
+        if not list(folder.glob("*.safetensors")):
+            folder = _download(repo_id, _PICKLED)
     return Source(folder, name, origin=repo_id, revision=folder.name)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_NEEDED))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -99,9 +102,10 @@ def _download(repo_id: str) -> Path:
 
 def _is_complete(snapshot: Path) -> bool:
     """Say whether a cached snapshot has its weights: other uses and interrupted downloads leave a part."""
-    if (snapshot / SINGLE_FILE).exists():
-        return True
-    if not (snapshot / INDEX_FILE).exists():
-        return False
-    shards = read_json(snapshot / INDEX_FILE).get("weight_map", {}).values()
-    return all((snapshot / str(shard)).exists() for shard in set(shards))
+    for file, index in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
+        if (snapshot / file).exists():
+            return True
+        if (snapshot / index).exists():
+            shards = read_json(snapshot / index).get("weight_map", {}).values()
+            return all((snapshot / str(shard)).exists() for shard in set(shards))
+    return False

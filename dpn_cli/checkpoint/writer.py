@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import BITS, INDEX_FILE, TensorInfo
+from dpn_cli.checkpoint.headers import BIN_INDEX_FILE, BITS, INDEX_FILE, TensorInfo
 
 RECIPE_FILE = "dpn_recipe.json"
 
 _LEFT_OUT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".py", ".md",
 }  # fmt: skip
-_REWRITTEN = {"config.json", INDEX_FILE, RECIPE_FILE}
+_REWRITTEN = {"config.json", INDEX_FILE, BIN_INDEX_FILE, RECIPE_FILE}
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CHUNK_BYTES = 1 << 30
@@ -86,7 +86,7 @@ def write_index(folder: Path, tensors: list[TensorInfo]) -> None:
 def write_shard(
     path: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    content: Iterable[bytes],
+    content: Iterable[bytes | memoryview],
     metadata: dict[str, str],
 ) -> None:
     """Write a safetensors file from a stream, so that no more than a piece of it is ever in memory.

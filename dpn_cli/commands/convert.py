@@ -11,6 +11,11 @@ from dpn_cli import console, workspace
 @click.argument("model")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@click.option(
+    "--vision-tower",
+    metavar="PATH|ID",
+    help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that it names.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
@@ -18,14 +23,15 @@ def command(
     model: str,
     recipe: str | None,
     overrides: tuple[str, ...],
+    vision_tower: str | None,
     output: Path | None,
     force: bool,
     dry_run: bool,
 ) -> None:
     """Make MODEL's language model a pyramid, lossless until calibrated.
 
-    MODEL is a checkpoint folder in Hugging Face's layout, a hub id, or one of llava-1.5-7b,
-    llava-1.5-13b, demo.
+    MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
+    llava-1.5-7b, llava-1.5-13b, demo.
     """
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.convert import convert, default_recipe
@@ -34,14 +40,15 @@ def command(
     if recipe is None and overrides:
         recipe = default_recipe(resolve_source(model))
     chosen = load_recipe(recipe, overrides) if recipe else None
-    done = convert(model, chosen, output, force=force, dry_run=dry_run)
+    done = convert(model, chosen, output, force=force, dry_run=dry_run, vision_tower=vision_tower)
 
     rows = [
         (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
     ]
     console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
+    how = "written in Hugging Face's layout" if done.rewritten else "copied unchanged"
     console.note(
-        f"{done.copied_bytes / 1e6:,.1f} MB of tensors copied unchanged, {len(done.added)} tensors "
+        f"{done.base_bytes / 1e6:,.1f} MB of tensors {how}, {len(done.added)} tensors "
         f"({done.added_parameters:,} parameters) added."
     )
     if dry_run:

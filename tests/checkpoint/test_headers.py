@@ -119,7 +119,7 @@ def test_folders_of_another_kind_are_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"\.bin only"):
+    with pytest.raises(CheckpointError, match=r"\.bin, not as safetensors"):
         Checkpoint.open(tmp_path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, VISION_DEFAULTS, open_llava, validate_llava
+from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
 from dpn_cli.errors import CheckpointError
 
 
@@ -91,6 +92,12 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         open_llava(folder)
+
+
+def test_the_defaults_of_a_vision_tower_are_those_of_transformers() -> None:
+    from transformers import CLIPVisionConfig
+
+    assert {key: getattr(CLIPVisionConfig(), key) for key in CLIP_DEFAULTS} == CLIP_DEFAULTS
 
 
 def test_an_adapter_beside_the_weights_is_refused(tiny_llava: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,6 +8,7 @@ from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, resolve_source
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
+from tests.originals import Original
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,6 +88,42 @@ def test_a_part_of_a_model_in_the_cache_asks_for_the_rest(
     put_in_cache(hub_cache, "owner/model", tiny_llava_factory(shards=2), leave_out)
     with pytest.raises(CheckpointError, match="download the checkpoint again"):
         Checkpoint.open(resolve_source("owner/model").path)
+
+
+def test_pickles_are_fetched_only_where_there_are_no_safetensors(
+    make_original: Callable[..., Original], tiny_llava: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[bool] = []
+    download = huggingface_hub.snapshot_download
+
+    def snapshot_download(repo_id: str, local_files_only: bool = False, **kwargs: Any) -> str:
+        if local_files_only:
+            return download(repo_id, local_files_only=True)
+        asked.append(any(pattern.endswith(".bin") for pattern in kwargs["allow_patterns"]))
+        if repo_id == "owner/new" or asked[-1]:
+            put_in_cache(hub_cache, repo_id, {"owner/new": tiny_llava, "openai/clip": original.clip}[repo_id])
+        return str(hub_cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / COMMIT)
+
+    original = make_original()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert (resolve_source("owner/new").path / "model.safetensors").is_file()
+    assert asked == [False]
+    assert (resolve_source("openai/clip").path / "pytorch_model.bin").is_file()
+    assert asked == [False, False, True]
+    assert resolve_source("openai/clip").revision == COMMIT  # from the cache
+    assert len(asked) == 3
+
+
+def test_the_vision_tower_that_an_original_names_is_found(
+    make_original: Callable[..., Original], hub_cache: Path, tmp_path: Path
+) -> None:
+    original = make_original()
+    with pytest.raises(CheckpointError, match=r"needs the vision tower openai/clip-vit-large-patch14-336.*--vision-to"):
+        convert(str(original.folder), output=tmp_path / "out")
+    put_in_cache(hub_cache, "openai/clip-vit-large-patch14-336", original.clip)
+    assert convert(str(original.folder), output=tmp_path / "out").rewritten
 
 
 @pytest.mark.usefixtures("hub_cache")

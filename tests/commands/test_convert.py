@@ -4,11 +4,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dpn_cli.cli import main
+from tests.originals import Original
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +86,28 @@ def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
     assert left[0].name.startswith(".out.stage.")
     assert main(["convert", str(tiny_llava), "-o", "out"]) == 0
     assert {path.name for path in Path().iterdir()} == {".dpn", "out"}
+
+
+def test_the_original_layout_is_converted_with_its_vision_tower(
+    make_original: Callable[..., Original], capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = make_original()
+    assert main(["convert", str(original.folder), "--vision-tower", str(original.clip)]) == 0
+    assert "written in Hugging Face's layout" in capsys.readouterr().err
+    assert Path("llava-v1.5-tiny-dpn/config.json").is_file()
+    for source, option, code, message in [
+        (original.folder, str(original.clip / "nowhere"), 3, "does not exist"),
+        (original.folder, str(original.folder), 3, "expected a CLIP model"),
+        ("llava-v1.5-tiny-dpn", str(original.clip), 3, "already a pyramid"),
+    ]:
+        assert main(["convert", str(source), "--vision-tower", option, "-o", "other"]) == code
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+        assert not Path("other").exists()
+
+
+def test_a_vision_tower_for_a_model_that_has_one_is_refused(
+    tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tiny_llava), "--vision-tower", "x", "-o", "out"]) == 2
+    assert "leave --vision-tower out" in capsys.readouterr().err

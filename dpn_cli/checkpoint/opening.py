@@ -1,0 +1,91 @@
+"""Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpn_cli.checkpoint.bins import BinWeights
+from dpn_cli.checkpoint.headers import (
+    SINGLE_FILE,
+    Checkpoint,
+    TensorInfo,
+    adapter_refusal,
+    read_config,
+    read_header,
+)
+from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, validate_llava
+from dpn_cli.checkpoint.original import is_original, rewrite_original
+from dpn_cli.checkpoint.rewriting import rewrite_bins
+from dpn_cli.checkpoint.weights import holds_bins
+from dpn_cli.checkpoint.writer import copy_file, side_files
+from dpn_cli.errors import CheckpointError, UsageError
+
+
+class Opened(Protocol):
+    """A source, as convert needs it."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the config and tensors of the new folder, without the pyramid."""
+
+    def write(self, stage: Path) -> list[TensorInfo]:
+        """Write everything but config and index into a folder; return the tensors that a loader is to take."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A source in Hugging Face's layout, in safetensors: its files are copied as they are. No torch."""
+
+    checkpoint: Checkpoint
+
+    def write(self, stage: Path) -> list[TensorInfo]:
+        """Copy side files and shards."""
+        folder = self.checkpoint.path
+        for file in side_files(folder):
+            copy_file(folder / file, stage / file)
+        tensors: list[TensorInfo] = []
+        for file in self.checkpoint.files:
+            name = _shard_name(file)
+            copy_file(folder / file, stage / name)
+            tensors += [tensor for tensor in read_header(stage / name).values() if self._takes(tensor.name, file)]
+        return tensors
+
+    def _takes(self, name: str, file: str) -> bool:
+        """Say whether a loader takes this tensor from this shard: an index decides between duplicates."""
+        tensors = self.checkpoint.tensors
+        return name in tensors and tensors[name].file == file
+
+
+def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
+    """Open a LLaVA that has no pyramid yet.
+
+    Args:
+        folder: of the checkpoint.
+        vision_tower: folder or hub id of a CLIP model, for a checkpoint in the original LLaVA layout.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of a kind that cannot be converted.
+        UsageError: if a vision tower is given to a checkpoint that has its own.
+    """
+    config = read_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(adapter_refusal(folder))
+    if config.get("model_type") == DPN_MODEL_TYPE:
+        raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
+    if is_original(config):
+        return rewrite_original(folder, vision_tower)
+    validate_llava(config, folder)
+    if vision_tower is not None:
+        raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
+    return _open_hub_layout(folder, config)
+
+
+def _open_hub_layout(folder: Path, config: dict[str, Any]) -> Opened:
+    if holds_bins(folder):
+        return rewrite_bins(folder, config, BinWeights(folder))
+    return Copied(Checkpoint.open(folder))
+
+
+def _shard_name(file: str) -> str:
+    """Return a shard's new name: a file named model.safetensors would shadow the index."""
+    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else file

@@ -1,0 +1,124 @@
+"""A checkpoint that is written anew in Hugging Face's layout, tensor by tensor."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, read_header
+from dpn_cli.checkpoint.layout import COMPUTED
+from dpn_cli.checkpoint.weights import Weights
+from dpn_cli.checkpoint.writer import copy_file, side_files, write_shard
+from dpn_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = {"F16", "BF16", "F32", "F64"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written.
+
+    Attributes:
+        dtype: in safetensors' words.
+        shape: of the tensor.
+        file: that it comes from; what comes from one file goes into one shard.
+        read: gives it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    read: "Callable[[], torch.Tensor]"
+
+    @classmethod
+    def of(cls, weights: Weights, name: str) -> "Planned":
+        """Plan to write a tensor as it is.
+
+        Raises:
+            CheckpointError: if it is not one of floating-point numbers.
+        """
+        info = weights.tensors[name]
+        file = weights.folder / info.file
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file} holds {name!r} as {info.dtype}, expected floating-point numbers: start from the unquantised "
+                "model"
+            )
+        return cls(info.dtype, info.shape, file, lambda: weights.read(name))
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A checkpoint as it will be, and how to make it.
+
+    Attributes:
+        checkpoint: in Hugging Face's layout; its files are those to be written.
+        planned: its tensors.
+        write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
+    """
+
+    checkpoint: Checkpoint
+    planned: Mapping[str, Planned]
+    write_side_files: Callable[[Path], None]
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        planned: Mapping[str, Planned],
+        write_side_files: Callable[[Path], None],
+    ) -> "Rewritten":
+        """Give every source file a shard of its own.
+
+        Args:
+            folder: of the source.
+            config: the new config.json.
+            planned: the tensors, by their new names.
+            write_side_files: see the class.
+        """
+        sources = sorted({tensor.file for tensor in planned.values()})
+        shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
+        tensors = {
+            name: TensorInfo(name, shards[t.file], t.dtype, t.shape, 0, prod(t.shape) * BITS[t.dtype] // 8)
+            for name, t in planned.items()
+        }
+        checkpoint = Checkpoint(folder, config, tensors, tuple(shards.values()))
+        return cls(checkpoint, planned, write_side_files)
+
+    def write(self, stage: Path) -> list[TensorInfo]:
+        """Write everything but config and index; about one tensor is in memory at a time."""
+        self.write_side_files(stage)
+        written: list[TensorInfo] = []
+        for file in self.checkpoint.files:
+            # Wide dtypes first: every tensor is aligned to its own elements.
+            tensors = sorted(
+                (tensor for tensor in self.checkpoint.tensors.values() if tensor.file == file),
+                key=lambda tensor: -BITS[tensor.dtype],
+            )
+            content = (_raw(self.planned[tensor.name].read()) for tensor in tensors)
+            write_shard(stage / file, {t.name: (t.dtype, t.shape) for t in tensors}, content, {"format": "pt"})
+            written += read_header(stage / file).values()
+        return written
+
+
+def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights) -> Rewritten:
+    """Take a LLaVA in Hugging Face's layout whose weights are .bin shards."""
+
+    def copy_side_files(stage: Path) -> None:
+        for file in side_files(folder):
+            copy_file(folder / file, stage / file)
+
+    planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
+    return Rewritten.of(folder, config, planned, copy_side_files)
+
+
+def _raw(tensor: "torch.Tensor") -> memoryview:
+    """Return a tensor's bytes, without a copy where it is contiguous."""
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

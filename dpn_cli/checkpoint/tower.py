@@ -1,0 +1,63 @@
+"""The CLIP model that a LLaVA in the original layout takes its vision tower from. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import read_config, read_json
+from dpn_cli.checkpoint.layout import COMPUTED
+from dpn_cli.checkpoint.rewriting import Planned
+from dpn_cli.checkpoint.source import resolve_source
+from dpn_cli.checkpoint.weights import open_weights
+from dpn_cli.errors import CheckpointError
+
+# What transformers' CLIPVisionConfig assumes for keys that are left out (a test compares).
+CLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
+_INSIDE = "vision_model."
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A CLIP model's folder and the config of its vision part, complete."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def find(cls, name: str) -> "Tower":
+        """Find a vision tower by folder or hub id.
+
+        Raises:
+            CheckpointError: if there is none, or it is not CLIP's.
+        """
+        folder = resolve_source(name).path
+        config = read_config(folder)
+        kind = config.get("model_type")
+        if kind == "clip":
+            config = config.get("vision_config")  # type: ignore[assignment]
+        if kind not in {"clip", "clip_vision_model"} or not isinstance(config, dict):
+            raise CheckpointError(f"{folder} is a {kind!r} model, expected a CLIP model as the vision tower")
+        settings = {key: config.get(key, default) for key, default in CLIP_DEFAULTS.items()}
+        if any(type(settings[key]) is not type(default) for key, default in CLIP_DEFAULTS.items()):
+            raise CheckpointError(f"{folder / 'config.json'} has impossible sizes: download it again")
+        return cls(folder, {"model_type": "clip_vision_model", **settings})
+
+    def planned(self) -> Iterator[tuple[str, Planned]]:
+        """Yield the tensors of the vision part, by their names in a LLaVA."""
+        weights = open_weights(self.folder)
+        inside = any(name.startswith(_INSIDE) for name in weights.tensors)
+        for name in weights.tensors:
+            if name.startswith(_INSIDE) == inside and not name.endswith(COMPUTED):
+                yield f"vision_tower.{_INSIDE}{name.removeprefix(_INSIDE)}", Planned.of(weights, name)
+
+    def normalisation(self) -> dict[str, Any]:
+        """Return `image_mean` and `image_std`, where they are noted."""
+        path = self.folder / "preprocessor_config.json"
+        data = read_json(path) if path.is_file() else {}
+        return {key: data[key] for key in ("image_mean", "image_std") if key in data}

@@ -1,0 +1,67 @@
+"""Tensors of a checkpoint, one at a time, from safetensors or from .bin shards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dpn_cli.checkpoint.bins import BinWeights
+from dpn_cli.checkpoint.headers import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    TensorInfo,
+)
+from dpn_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Weights(Protocol):
+    """Where tensors come from; `tensors` says which there are, in which file, of which dtype and shape."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor, backed by its file where it can be."""
+
+
+class SafetensorsWeights:
+    """The tensors of safetensors shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, TensorInfo] = Checkpoint.open(folder).tensors
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.tensors[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open what a folder holds; a pickle is not looked at where there are safetensors.
+
+    Raises:
+        CheckpointError: if it holds nothing, or what it holds is damaged.
+    """
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return SafetensorsWeights(folder)
+    if holds_bins(folder):
+        return BinWeights(folder)
+    raise CheckpointError(
+        f"{folder} has no weights: expected {SINGLE_FILE}, {INDEX_FILE}, {BIN_FILE} or {BIN_INDEX_FILE}: "
+        "download the checkpoint again"
+    )
+
+
+def holds_bins(folder: Path) -> bool:
+    """Say whether a folder's weights are .bin shards."""
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return False
+    return (folder / BIN_FILE).is_file() or (folder / BIN_INDEX_FILE).is_file()
