@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.cli import main
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 
 LIGHT = ["--samples", "24", "--set", "calibration.epochs=3", "--set", "calibration.holdout=0.25", "--budget", "0.6"]
 
@@ -53,7 +53,7 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
 def test_bad_rows_stop_the_run_before_a_model_is_loaded(
     rows: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(calibration, "load_model")
+    monkeypatch.setattr(DpnLlavaForConditionalGeneration, "from_pretrained", None)
     rows[1]["conversations"][1]["value"] = ""
     rows[15]["conversations"][0]["value"] = "<image>" + "what " * 100_000
     assert calibrate(rows) == 4
