@@ -87,7 +87,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Build the untrained teacher: CLIP vision tower, projector and an 8-layer Llama decoder."""
+    """Build the untrained teacher: CLIP vision tower, projector and an 8-layer Llama decoder, not yet grown."""
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,

@@ -69,7 +69,7 @@ class Packer:
         self._encode = encode
 
     def pack(self, batch: list[Scene], rng: np.random.Generator) -> Rows:
-        """Pack scenes with up to ``TURNS`` questions each, fine ones more often."""
+        """Pack scenes with up to ``TURNS`` questions each, hard ones more often."""
         turns = [_choose(scene.turns(rng), rng) for scene in batch]
         encoded = [[self._encode(turn.question, turn.answer) for turn in row] for row in turns]
         start = len(self.prefix)

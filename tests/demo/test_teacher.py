@@ -103,7 +103,8 @@ def test_accuracy_of_every_kind(
 def test_strong_pooling_costs_fine_questions(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, held_out: list[Sample]
 ) -> None:
-    whole = pooled_accuracy(model, processor, held_out, ((1, 1), (1, 1), (1, 1)))
-    pooled = pooled_accuracy(model, processor, held_out, ((2, 2), (1, 2), (1, 1)))
+    few = held_out[: 20 * len(KINDS)]
+    whole = pooled_accuracy(model, processor, few, ((1, 1), (1, 1), (1, 1)))
+    pooled = pooled_accuracy(model, processor, few, ((2, 2), (1, 2), (1, 1)))
     loss = {kind: whole[kind] - pooled[kind] for kind in KINDS}
     assert max(loss[kind] for kind in KINDS if GRAINS[kind] == "fine") >= 0.1, loss
