@@ -38,6 +38,7 @@ class Conversion:
         added: shapes of the new tensors, by their full name.
         base_bytes: bytes of the model's tensors without the pyramid.
         rewritten: whether they were written anew, in Hugging Face's layout, rather than copied as files.
+        notes: what the user should know about that.
     """
 
     source: Source
@@ -48,6 +49,7 @@ class Conversion:
     added: dict[str, tuple[int, ...]]
     base_bytes: int
     rewritten: bool
+    notes: tuple[str, ...]
 
     @property
     def added_parameters(self) -> int:
@@ -100,6 +102,7 @@ def convert(
         added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
         base_bytes=checkpoint.nbytes,
         rewritten=not isinstance(opened, Copied),
+        notes=opened.notes,
     )
     check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
     if not dry_run:

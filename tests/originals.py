@@ -186,6 +186,8 @@ def write_hugging_face(original: Original, folder: Path, layout: str, files: str
     original.config.architectures = ["LlavaForConditionalGeneration"]
     original.config.save_pretrained(folder)
     renamed = {_hub_name(name) if layout == "hub" else name: tensor for name, tensor in original.tensors.items()}
+    if original.config.tie_word_embeddings:
+        renamed.pop("language_model.lm_head.weight" if layout == "hub" else "lm_head.weight")
     _write_weights(folder, renamed, files)
     return folder
 

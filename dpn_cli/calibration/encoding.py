@@ -143,7 +143,7 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
         text = chat_prompt(processor, sample, i)
         if not text.startswith(before):
             raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
-        question = text.removeprefix(before)
+        question = text.removeprefix(before).removeprefix(tokenizer.eos_token if i else "")  # the answer has it
         yield _Piece(question, tokenizer.encode(question, add_special_tokens=i == 0), turn.images)
         if turn.answer is None:
             return

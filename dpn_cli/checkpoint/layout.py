@@ -166,6 +166,30 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     _validate_vision(config, where)
 
 
+def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a LLaVA's config without sliding-window attention, and what to tell the user about it.
+
+    A pyramid cannot have a window, which would count pooled tokens. Within the window, full attention is the same: the
+    model is given no more positions than that.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in {"mistral", "qwen2"}:
+        return config, ()
+    window = (TEXT_DEFAULTS[text["model_type"]] | text).get("sliding_window")
+    if type(window) is not int or (text["model_type"] == "qwen2" and not text.get("use_sliding_window")):
+        return config, ()
+    positions = text.get("max_position_embeddings")
+    limit = min(window, positions) if type(positions) is int else window
+    text = text | {"sliding_window": None, "max_position_embeddings": limit}
+    if text["model_type"] == "qwen2":
+        text["use_sliding_window"] = False
+    note = (
+        f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: attention is full now, "
+        f"which is the same up to {limit} tokens, and that is all the positions it has."
+    )
+    return config | {"text_config": text}, (note,)
+
+
 def _validate_text(text_config: dict[str, Any], where: Path) -> None:
     model_type = text_config.get("model_type", "llama")
     if model_type not in TEXT_DEFAULTS:

@@ -1,8 +1,8 @@
 """Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dpn_cli.checkpoint.bins import BinWeights
 from dpn_cli.checkpoint.headers import (
@@ -13,7 +13,7 @@ from dpn_cli.checkpoint.headers import (
     read_config,
     read_header,
 )
-from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, validate_llava
+from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, validate_llava, without_window
 from dpn_cli.checkpoint.original import is_original, rewrite_original
 from dpn_cli.checkpoint.rewriting import rewrite_bins
 from dpn_cli.checkpoint.weights import holds_bins
@@ -28,6 +28,10 @@ class Opened(Protocol):
     def checkpoint(self) -> Checkpoint:
         """Return the config and tensors of the new folder, without the pyramid."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know about the change of layout."""
+
     def write(self, stage: Path) -> list[TensorInfo]:
         """Write everything but config and index into a folder; return the tensors that a loader is to take."""
 
@@ -37,6 +41,7 @@ class Copied:
     """A source in Hugging Face's layout, in safetensors: its files are copied as they are. No torch."""
 
     checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
 
     def write(self, stage: Path) -> list[TensorInfo]:
         """Copy side files and shards."""
@@ -74,16 +79,13 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
     if is_original(config):
         return rewrite_original(folder, vision_tower)
+    config, notes = without_window(config)
     validate_llava(config, folder)
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
-    return _open_hub_layout(folder, config)
-
-
-def _open_hub_layout(folder: Path, config: dict[str, Any]) -> Opened:
     if holds_bins(folder):
-        return rewrite_bins(folder, config, BinWeights(folder))
-    return Copied(Checkpoint.open(folder))
+        return rewrite_bins(folder, config, BinWeights(folder), notes)
+    return Copied(replace(Checkpoint.open(folder), config=config), notes)
 
 
 def _shard_name(file: str) -> str:

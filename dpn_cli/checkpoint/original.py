@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.architecture import Shapes, llava_tensors
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.layout import COMPUTED, TEXT_DEFAULTS
+from dpn_cli.checkpoint.layout import COMPUTED, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 from dpn_cli.checkpoint.rewriting import Planned, Rewritten
 from dpn_cli.checkpoint.tower import Tower
@@ -94,7 +94,7 @@ def rewrite_original(
     words = Words.of(folder)
     tokens, vocabulary = _grow(words, _num_rows(weights), router_token, folder)
     tokenizer = words.tokenizer(tokens)
-    config = _config(original, tower, vocabulary, tokenizer, weights)
+    config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights))
     planned = _plan(weights, config, vocabulary, apart, original.get("mm_projector_type") or "linear")
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
@@ -111,7 +111,7 @@ def rewrite_original(
         square = original.get("image_aspect_ratio") == "pad"
         write_processor(stage, tokenizer, template, config["vision_config"], tower.normalisation(), square)
 
-    return Rewritten.of(folder, config, planned, write_side_files)
+    return Rewritten.of(folder, config, planned, write_side_files, notes)
 
 
 def _validate(config: Mapping[str, Any], folder: Path) -> None:

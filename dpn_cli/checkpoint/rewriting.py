@@ -59,11 +59,13 @@ class Rewritten:
         checkpoint: in Hugging Face's layout; its files are those to be written.
         planned: its tensors.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
+        notes: what the user should know about the change of layout.
     """
 
     checkpoint: Checkpoint
     planned: Mapping[str, Planned]
     write_side_files: Callable[[Path], None]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class Rewritten:
         config: dict[str, Any],
         planned: Mapping[str, Planned],
         write_side_files: Callable[[Path], None],
+        notes: tuple[str, ...] = (),
     ) -> "Rewritten":
         """Give every source file a shard of its own.
 
@@ -80,6 +83,7 @@ class Rewritten:
             config: the new config.json.
             planned: the tensors, by their new names.
             write_side_files: see the class.
+            notes: see the class.
         """
         sources = sorted({tensor.file for tensor in planned.values()})
         shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
@@ -88,7 +92,7 @@ class Rewritten:
             for name, t in planned.items()
         }
         checkpoint = Checkpoint(folder, config, tensors, tuple(shards.values()))
-        return cls(checkpoint, planned, write_side_files)
+        return cls(checkpoint, planned, write_side_files, notes)
 
     def write(self, stage: Path) -> list[TensorInfo]:
         """Write everything but config and index; about one tensor is in memory at a time."""
@@ -106,7 +110,7 @@ class Rewritten:
         return written
 
 
-def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights) -> Rewritten:
+def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights, notes: tuple[str, ...]) -> Rewritten:
     """Take a LLaVA in Hugging Face's layout whose weights are .bin shards."""
 
     def copy_side_files(stage: Path) -> None:
@@ -114,7 +118,7 @@ def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights) -> Rewr
             copy_file(folder / file, stage / file)
 
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
-    return Rewritten.of(folder, config, planned, copy_side_files)
+    return Rewritten.of(folder, config, planned, copy_side_files, notes)
 
 
 def _raw(tensor: "torch.Tensor") -> memoryview:

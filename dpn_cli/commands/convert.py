@@ -46,6 +46,8 @@ def command(
         (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
     ]
     console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
+    for note in done.notes:
+        console.note(note)
     how = "written in Hugging Face's layout" if done.rewritten else "copied unchanged"
     console.note(
         f"{done.base_bytes / 1e6:,.1f} MB of tensors {how}, {len(done.added)} tensors "

@@ -12,6 +12,7 @@ import torch
 import dpn_cli
 from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
 from tests.originals import Original, write_hugging_face
@@ -70,6 +71,39 @@ def test_its_variants_are_read(make_original: Callable[..., Original], tmp_path:
     assert model.dtype == original.config.dtype
     assert torch.equal(logits(model, original.rows), logits(original.reference(), original.rows))
     assert digest(original.folder) == before
+
+
+@pytest.mark.parametrize(("layout", "files"), [("hub", "safetensors"), ("new", "bin")])
+def test_tied_embeddings_mixed_dtypes_and_old_buffers_in_hugging_faces_layout(
+    make_original: Callable[..., Original], tmp_path: Path, layout: str, files: str
+) -> None:
+    original = make_original(tied=True, dtype=torch.float16)
+    original.tensors["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    original.tensors["model.vision_tower.embeddings.position_ids"] = torch.arange(145)[None]
+    source = write_hugging_face(original, tmp_path / "in", layout, files)
+    for name in [name for name in original.tensors if name.endswith(COMPUTED)]:
+        del original.tensors[name]
+    model = dpn_cli.load(convert(str(source), output=tmp_path / "out").output)
+    assert torch.equal(logits(model, original.rows), logits(original.reference(), original.rows))
+
+
+@pytest.mark.parametrize(("window", "limit"), [(1000, 1000), (4096, 2048), (None, 2048)])
+def test_a_sliding_window_becomes_a_limit(
+    make_original: Callable[..., Original], tmp_path: Path, window: int | None, limit: int
+) -> None:
+    original = make_original(text="mistral")
+    settings = json.loads((original.folder / "config.json").read_text()) | {"sliding_window": window}
+    (original.folder / "config.json").write_text(json.dumps(settings))
+    hub = write_hugging_face(original, tmp_path / "hub", "hub")
+    settings = json.loads((hub / "config.json").read_text())
+    settings["text_config"]["sliding_window"] = window
+    (hub / "config.json").write_text(json.dumps(settings))
+    for source, tower in ((original.folder, str(original.clip)), (hub, None)):
+        done = convert(str(source), output=tmp_path / f"{source.name}-dpn", vision_tower=tower)
+        assert len(done.notes) == (window is not None)
+        text = Checkpoint.open(done.output).config["text_config"]
+        assert (text["sliding_window"], text["max_position_embeddings"]) == (None, limit)
+        assert torch.equal(logits(dpn_cli.load(done.output), 340), logits(original.reference(), 340))
 
 
 def test_nothing_of_the_original_is_lost(make_original: Callable[..., Original], tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_turns_follow_the_format_v1(make_processor: Callable[..., Any]) -> None:
     assert template([system, question("what?")]) == "Be polite. USER: <image> \nwhat? "
 
 
+def test_every_answer_ends_once_in_calibration(make_processor: Callable[..., Any]) -> None:
+    from dpn_cli.calibration.data import Sample, Turn
+    from dpn_cli.calibration.encoding import encode
+
+    turns = (Turn("a picture?", "A circle.", images=1), Turn("red?", "A red circle."))
+    example = encode(Sample("1", (Image.new("RGB", (48, 48)),), turns), make_processor(), answer_tokens=64)
+    assert (example.input_ids == 2).sum() == 2 == (example.labels == 2).sum()
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_the_router_token_ends_every_question_about_an_image(tokenizer_model: Path, legacy: bool) -> None:
     from jinja2 import Environment
