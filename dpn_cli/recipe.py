@@ -16,6 +16,7 @@ DEFAULT_RECIPE = "llava-1.5-7b"
 
 Kernel = Annotated[int, Field(ge=1, le=64)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class _Section(BaseModel):
@@ -67,6 +68,70 @@ class PyramidRecipe(_Section):
     router: RouterRecipe = RouterRecipe()
 
 
+class TrainingRecipe(_Section):
+    """How weights are trained, where calibration trains any.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples per forward pass; they share one route.
+        gradient_accumulation: forward passes per step.
+        learning_rate: the highest; it warms up, then falls to zero as a cosine.
+        optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.
+        dtype: of the frozen weights and the activations; `auto` is the checkpoint's. What is trained is float32.
+        gradient_checkpointing: compute activations twice to keep fewer of them.
+        save_every: steps between two saved states; a killed run goes on from the last one.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 400
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: Annotated[int, Field(ge=1)] = 20
+
+
+class HealRecipe(TrainingRecipe):
+    """How the layers after the first site are healed, before the routers are fitted.
+
+    Attributes:
+        method: `none`, or `lora`: a low-rank adapter, merged into the weights at export.
+        rank: of the adapter.
+        alpha: the adapter's output is scaled by alpha / rank.
+        target_modules: the linear layers that get an adapter.
+        temperature: at which teacher and student are compared.
+        ce_weight: of the cross-entropy to the labels, where the data has them and the route pools.
+        budget_spread: routes are drawn with a FLOPs fraction within the budget ± so much.
+        full_share: of the forward passes, those that pool nothing, so that the unpooled model stays the teacher.
+    """
+
+    method: Literal["none", "lora"] = "none"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    ce_weight: Annotated[float, Field(ge=0)] = 0.1
+    budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.2
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.15
+
+
+class PaperRecipe(TrainingRecipe):
+    """The authors' training (`objective: paper`): routers, and the decoder through an adapter, in one go.
+
+    Attributes:
+        train: `routers` alone, or `lora`: with an adapter of `calibration.heal`'s rank, alpha and targets.
+        loss: `ce` to the labels (the authors'), or `kl` to the teacher.
+        routing_weight: of the routing loss.
+        routing_target: the mean of scale · probability below which the routing loss pushes for more pooling.
+    """
+
+    train: Literal["routers", "lora"] = "lora"
+    loss: Literal["ce", "kl"] = "ce"
+    routing_weight: Annotated[float, Field(ge=0)] = 0.001
+    routing_target: Annotated[float, Field(ge=0)] = 1.5
+
+
 class CalibrationRecipe(_Section):
     """How the routers are fitted.
 
@@ -81,6 +146,10 @@ class CalibrationRecipe(_Section):
         seed: of sampling and fitting.
         budget: the mean fraction of prefill FLOPs to reach when the command names none.
         prompts: questions for pictures that come without one.
+        load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
+        objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
+        heal: see `HealRecipe`.
+        paper: see `PaperRecipe`.
     """
 
     samples: Annotated[int, Field(ge=2)] = 512
@@ -98,6 +167,10 @@ class CalibrationRecipe(_Section):
         "Describe this image in detail.",
         "What text can be read in the image?",
     )
+    load_in: Literal["4bit", "8bit"] | None = None
+    objective: Literal["rate_distortion", "paper"] = "rate_distortion"
+    heal: HealRecipe = HealRecipe()
+    paper: PaperRecipe = PaperRecipe()
 
 
 class Recipe(_Section):
@@ -107,6 +180,16 @@ class Recipe(_Section):
     description: str = ""
     pyramid: PyramidRecipe
     calibration: CalibrationRecipe = CalibrationRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        paper = self.calibration.objective == "paper"
+        if paper and (self.pyramid.gate != "probability" or self.pyramid.router.output != "logits"):
+            raise ValueError(
+                "calibration.objective: paper trains routers through their gate: it needs pyramid.gate: probability "
+                "and pyramid.router.output: logits (as in the recipe llava-1.5-7b-paper)"
+            )
+        return self
 
     def pyramid_config(self, num_layers: int) -> PyramidConfig:
         """Place the sites in a decoder of `num_layers`.

@@ -25,6 +25,7 @@ def fingerprint(checkpoint: Path, data_digest: str, recipe: CalibrationRecipe) -
     pyramid = read_json(checkpoint / "config.json").get("pyramid") or {}
     return {
         **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
+        "healed for": recipe.budget if recipe.heal.method != "none" else None,
         "data": data_digest,
         "weights": _digest(part for shard in sorted(checkpoint.glob("model*.safetensors")) for part in _edges(shard)),
         "pyramid": {key: value for key, value in pyramid.items() if key not in _FITTED},

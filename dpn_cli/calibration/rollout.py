@@ -187,7 +187,8 @@ def _measure_batch(
     distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
     answers = (inputs["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)  # the positions that predict answer tokens
-    teacher = None if model.pyramid.gate == "none" else _teacher(model, inputs, answers)  # [A, V]
+    full_is_teacher = model.pyramid.gate == "none" and not model.is_adapted
+    teacher = None if full_is_teacher else _teacher(model, inputs, answers)  # [A, V]
     for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
         if len(prefix) < len(model.pyramid.sites):

@@ -269,15 +269,24 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._text_model.pyramid = replace(self.pyramid, trade_off=trade_off)
         self.config.pyramid = self.pyramid.to_dict()
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the weights carry an adapter (peft)."""
+        return bool(self._hf_peft_config_loaded)
+
     @contextmanager
     def teacher(self) -> Iterator["DpnLlavaForConditionalGeneration"]:
-        """Switch the pyramid off for the duration: the model is the one that was converted."""
+        """Switch the pyramid and its adapter off for the duration: the model is the one that was converted."""
         before = self._text_model.pooling_enabled
         self._text_model.pooling_enabled = False
+        if self.is_adapted:
+            self.disable_adapters()
         try:
             yield self
         finally:
             self._text_model.pooling_enabled = before
+            if self.is_adapted:
+                self.enable_adapters()
 
 
 # transformers renames the keys of older checkpoint layouts for its own classes only, and finds them by name.

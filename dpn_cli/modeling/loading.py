@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.adapter import load_adapter
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration, DpnLlavaModel
 
@@ -22,18 +24,22 @@ def register() -> None:
     AutoModelForImageTextToText.register(DpnLlavaConfig, DpnLlavaForConditionalGeneration, exist_ok=True)
 
 
-def load_model(folder: Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> DpnLlavaForConditionalGeneration:
+def load_model(
+    folder: Path, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
+) -> DpnLlavaForConditionalGeneration:
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:
         folder: the checkpoint.
         dtype: `auto` for the checkpoint's own, or a torch dtype or its name; routers are float32 all the same.
+        healed: with the adapter, where the checkpoint was healed.
         **kwargs: for `from_pretrained`, e.g. `device_map`, `attn_implementation`.
 
     Raises:
         CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.
+        MissingExtraError: if it was healed and peft is not installed.
     """
-    open_converted(folder)
+    _, _, pyramid = open_converted(folder)
     with _quietly():
         model, info = DpnLlavaForConditionalGeneration.from_pretrained(
             folder,
@@ -49,6 +55,8 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -
                 f"{folder} has {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}: its tensors are not those of "
                 "the model in config.json, convert it again"
             )
+    if healed and (lora := Lora.of(folder, pyramid)):
+        load_adapter(model, lora.folder)
     return model.eval()
 
 

@@ -75,6 +75,11 @@ class Sample:
             raise ValueError(f"the turns of sample {self.id} show {shown} images, it has {len(self.images)}")
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the data has an answer to every question."""
+        return all(turn.answer is not None for turn in self.turns)
+
+    @property
     def asked(self) -> int:
         """The index of the turn that a model is asked to answer: the unanswered one, else the first."""
         return next((i for i, turn in enumerate(self.turns) if turn.answer is None), 0)

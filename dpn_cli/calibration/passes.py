@@ -1,0 +1,123 @@
+"""Forward passes for training: a frozen trunk that teacher and student share, then each one's own way to the logits.
+
+Shapes: B batch, L sequence, A answer tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.calibration.encoding import IGNORED, Example, collate
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_text import Choice, PyramidState
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A batch after the layers before the first site, without gradients.
+
+    Attributes:
+        state: after the first segment.
+        answers: the positions that predict answer tokens, as indices (row [A], column [A]) of [B, L - 1].
+        targets: [A], the answer tokens.
+        has_labels: [B] bool, whether a row's answers are from the data rather than the teacher's own.
+    """
+
+    state: PyramidState
+    answers: tuple[torch.Tensor, torch.Tensor]
+    targets: torch.Tensor
+    has_labels: torch.Tensor
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average values of answer tokens [A] within each row, then over the rows."""
+        row = self.answers[0]
+        return (values / row.bincount()[row]).sum() / len(row.unique())
+
+
+def run_trunk(
+    model: DpnLlavaForConditionalGeneration,
+    examples: Sequence[Example],
+    has_labels: Sequence[bool],
+    pad_token_id: int,
+) -> Trunk:
+    """Run a batch up to the first site; samples without an image may be among it."""
+    text_model: Any = model.model.language_model
+    batch = collate(examples, pad_token_id, model.device)
+    mask, labels = batch["attention_mask"], batch["labels"]
+    with torch.no_grad():
+        if "pixel_values" in batch:
+            embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
+        else:
+            embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        instruction = (labels != IGNORED).int().argmax(1) - 1
+        state = text_model.run_segment(text_model.start(embeds, mask, positions, coords, instruction), 0)
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device))
+
+
+def teacher_logits(model: DpnLlavaForConditionalGeneration, trunk: Trunk) -> torch.Tensor:
+    """Return the logits [A, V] of the model with its pyramid and its adapter off, in float32."""
+    text_model: Any = model.model.language_model
+    state = trunk.state
+    with torch.no_grad(), model.teacher():
+        for segment in range(1, len(text_model.segments)):
+            state = text_model.run_segment(state, segment)
+        return _logits(model, state, trunk)
+
+
+def student_logits(
+    model: DpnLlavaForConditionalGeneration, trunk: Trunk, choose: Callable[[PyramidState, int], Choice]
+) -> torch.Tensor:
+    """Return the logits [A, V] of the pyramid, in float32.
+
+    Args:
+        model: with gradients for what is trained.
+        trunk: of the batch.
+        choose: what a site takes, from the state before it and its number; not asked about a batch without images.
+    """
+    text_model: Any = model.model.language_model
+    state = trunk.state
+    for site in range(len(model.pyramid.sites)):
+        if state.coords is not None:
+            state = text_model.pool(state, site, choose(state, site))
+        state = text_model.run_segment(state, site + 1)
+    return _logits(model, state, trunk)
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return KL(teacher ‖ student) [A] of softened distributions, times temperature² to keep the gradient's size.
+
+    Source: Hinton et al. 2015, section 2.
+    """
+    goal = (teacher / temperature).log_softmax(-1)
+    found = (student / temperature).log_softmax(-1)
+    return F.kl_div(found, goal, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+@contextmanager
+def training_mode(model: DpnLlavaForConditionalGeneration, gradient_checkpointing: bool) -> Iterator[None]:
+    """Let the layers behind the first site recompute their activations, if asked; leave the model as it was."""
+    text_model: Any = model.model.language_model
+    if not gradient_checkpointing:
+        yield
+        return
+    layers = text_model.layers[text_model.segments[0].stop :]
+    text_model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # of the layer alone, which checkpoints then; dropout inside of it stays off
+    try:
+        yield
+    finally:
+        text_model.activation_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+
+
+def _logits(model: DpnLlavaForConditionalGeneration, state: PyramidState, trunk: Trunk) -> torch.Tensor:
+    text_model: Any = model.model.language_model
+    return model.lm_head(text_model.finish(state)[:, :-1][trunk.answers]).float()

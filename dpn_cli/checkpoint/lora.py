@@ -1,0 +1,75 @@
+"""A LoRA adapter beside a checkpoint, and how its matrices go into the weights: W + scale · B·A. No model is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpn_cli.checkpoint.headers import read_header, read_json
+from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_FOLDER = Path("calibration", "adapter")  # inside of a converted folder
+ADAPTER_KEY = "adapter"  # of `PyramidConfig.calibration`: the folder, where the checkpoint is healed
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."  # what peft puts before the names of the model
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter in peft's format.
+
+    Attributes:
+        folder: where it is.
+        scale: alpha / rank.
+        targets: the names of the weights that it changes, as transformers 5 has them in memory.
+    """
+
+    folder: Path
+    scale: float
+    targets: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Path, pyramid: PyramidConfig) -> "Lora | None":
+        """Open the adapter that a converted checkpoint was healed with, or return None if it was not.
+
+        Raises:
+            CheckpointError: if the adapter is not there or not one of LoRA's.
+        """
+        noted = pyramid.calibration.get(ADAPTER_KEY)
+        return None if noted is None else cls.open(checkpoint / noted)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Lora":
+        """Read an adapter's header.
+
+        Raises:
+            CheckpointError: if it is not there or not one of LoRA's.
+        """
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder / file} is missing, yet the checkpoint was healed: calibrate it again")
+        config = read_json(folder / CONFIG_FILE)
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+            raise CheckpointError(f"{folder} holds another adapter than plain LoRA: calibrate the checkpoint again")
+        names = [name for name in read_header(folder / WEIGHTS_FILE) if name.endswith(_DOWN)]
+        targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in names)
+        return cls(folder, config["lora_alpha"] / config["r"], targets)
+
+    def merged(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """Return one of the target weights [out, in] with the adapter in it, in float32."""
+        from safetensors import safe_open
+
+        stem = _PREFIX + name.removesuffix(".weight")
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+            down, up = (file.get_tensor(stem + part).float() for part in (_DOWN, _UP))
+        return weight.float().addmm(up, down, alpha=self.scale)
+
+
+def without_adapter(calibration: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a calibration for a checkpoint whose weights hold the adapter."""
+    return {key: value for key, value in calibration.items() if key != ADAPTER_KEY}

@@ -1,0 +1,110 @@
+"""LoRA adapters on the decoder layers behind the first site, through peft (the extra `heal`)."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dpn_cli.checkpoint.lora import WEIGHTS_FILE
+from dpn_cli.errors import CheckpointError, MissingExtraError
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+NAME = "default"  # peft's, of the one adapter that a model has
+
+
+def add_adapter(
+    model: DpnLlavaForConditionalGeneration, rank: int, alpha: float, target_modules: Sequence[str], seed: int
+) -> dict[str, nn.Parameter]:
+    """Put a fresh adapter, which changes nothing yet, on the layers behind the first site; freeze all else.
+
+    Args:
+        model: converted, possibly in 4 or 8 bit.
+        rank: of the adapter.
+        alpha: the adapter's output is scaled by alpha / rank.
+        target_modules: names of linear layers, such as `q_proj`.
+        seed: of the initial values.
+
+    Returns:
+        The trainable parameters by name, in float32.
+
+    Raises:
+        MissingExtraError: without peft.
+    """
+    peft = _peft()
+    text_model: Any = model.model.language_model
+    layers = range(text_model.segments[0].stop, len(text_model.layers))
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        # A pattern of whole names: the vision tower has layers and projections of the same names.
+        target_modules=rf"model\.language_model\.layers\.({'|'.join(map(str, layers))})"
+        rf"\.\w+\.({'|'.join(target_modules)})",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(config, NAME)
+    model.eval()  # what is new came in training mode
+    return adapter_parameters(model)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return an adapter's parameters by their names in the model, cast to float32 in place."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def save_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
+    """Write the adapter in peft's format, in the place of an earlier one."""
+    config = model.peft_config[NAME]
+    config.base_model_name_or_path, config.inference_mode = None, True
+    stage, old = (folder.with_name(f".{folder.name}.{role}") for role in ("stage", "old"))
+    for left_over in (stage, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    stage.mkdir(parents=True)
+    tensors = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter.detach().cpu().contiguous()
+        for name, parameter in adapter_parameters(model).items()
+    }
+    save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(stage)
+    if folder.exists():
+        folder.rename(old)
+    stage.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
+    """Put a saved adapter on a model, for inference.
+
+    Raises:
+        CheckpointError: if it is not this model's.
+        MissingExtraError: without peft.
+    """
+    peft = _peft()
+    try:
+        model.add_adapter(peft.LoraConfig.from_pretrained(str(folder)), NAME)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter in {folder} does not fit the model ({error}): calibrate it again") from None
+    parameters = adapter_parameters(model)
+    stored = load_file(folder / WEIGHTS_FILE)
+    expected = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": name for name in parameters}
+    if {key: value.shape for key, value in stored.items()} != {k: parameters[n].shape for k, n in expected.items()}:
+        raise CheckpointError(f"the tensors in {folder} are not those of an adapter of this model: calibrate it again")
+    for key, name in expected.items():
+        parameters[name].data.copy_(stored[key])
+        parameters[name].requires_grad_(False)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtraError("a healed model (--heal lora)", "peft", "heal") from None
+    return peft
