@@ -16,6 +16,12 @@ from dpn_cli import __version__
 from dpn_cli.errors import DpnError, did_you_mean
 
 INTERRUPTED = 130
+SHOW_CURSOR = b"\x1b[?25h"
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+}
 
 COMMANDS = {
     "convert": "Make a LLaVA's language model a pyramid; lossless until calibrated.",
@@ -89,7 +95,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 ok, 1 failure, 2 usage or recipe, 3 bad checkpoint, 4 bad data, 130 interrupted.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupt)
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
@@ -113,9 +120,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, DpnError):
         return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" ({error.filename})" if error.filename else ""
-        return f"the disk is full{where}: free some space and run the same line again"
+        return f"{NO_ROOM[error.errno]}{where}: make room and run the same command line again"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where} (--debug shows where)"
@@ -130,4 +137,13 @@ def _closed_stdout() -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Let the command tidy up and leave; who asks once more does not wait for that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _leave_at_once)
     raise KeyboardInterrupt
+
+
+def _leave_at_once(signum: int, frame: FrameType | None) -> NoReturn:
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)  # a progress bar hides it
+    os._exit(INTERRUPTED)

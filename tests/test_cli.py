@@ -74,6 +74,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (DataError("no"), 4, "Error: no"),
         (MissingExtraError("Healing", "peft", "heal"), 1, "pip install 'dpn-cli[heal]'"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full (/x)"),
+        (OSError(errno.EFBIG, "File too large"), 1, "larger than is allowed here (ulimit -f): make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Error: Permission denied: /x"),
         (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (dpn --debug"),
         (ValueError(), 1, "Error: unexpected ValueError: no message"),
@@ -113,12 +114,38 @@ def test_sigterm_ends_like_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
     try:
         assert cli.main(["demo"]) == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_does_not_wait_for_the_tidying(second: str) -> None:
+    script = f"""
+import os, signal, sys, time
+from types import SimpleNamespace
+import click
+from dpn_cli import cli
+
+@click.command()
+def command():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("tidying", flush=True)
+        os.kill(os.getpid(), signal.{second})
+        time.sleep(60)
+
+cli.import_module = lambda _: SimpleNamespace(command=command)
+sys.exit(cli.main(["demo"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "tidying\n", "")
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]])

@@ -83,9 +83,10 @@ def calibrate(
     model = load_model(folder, device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+    model.model.language_model.routers.load_state_dict(state.start(model.model.language_model.routers.state_dict()))
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
-    asked, samples = samples, answer(model, processor, samples, recipe, progress)
+    asked, samples = samples, answer(model, processor, samples, recipe, state, progress)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(recipe.seed))
     num_held = max(1, round(recipe.holdout * len(samples)))
     held_rows, fit_rows = order[:num_held], order[num_held:]
@@ -93,7 +94,6 @@ def calibrate(
     held = table.select(held_rows)
 
     routers = model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
-    routers.load_state_dict(state.start(routers.state_dict()))
     with progress("fitting routers", recipe.epochs) as advance:
         fit = fit_routers(
             routers, table.select(fit_rows), held, recipe.epochs, recipe.learning_rate, recipe.seed, advance
@@ -139,6 +139,7 @@ def answer(
     processor: Any,
     samples: Sequence[Sample],
     recipe: CalibrationRecipe,
+    state: MeasurementState,
     progress: Progress,
 ) -> list[Sample]:
     """Answer the samples that have no answers with the teacher's own, greedily."""
@@ -147,10 +148,15 @@ def answer(
     if not open_ones:
         return complete
     with model.teacher(), progress("asking the teacher", len(open_ones)) as advance:
-        asked = [samples[i] for i in open_ones]
-        texts = greedy_answers(model, processor, asked, recipe.batch_size, recipe.answer_tokens, advance)
-    for i, text in zip(open_ones, texts, strict=True):
-        complete[i] = samples[i].answered(text)
+        for batch, start in enumerate(range(0, len(open_ones), recipe.batch_size)):
+            rows = open_ones[start : start + recipe.batch_size]
+            texts = state.answers(batch)
+            if texts is None:
+                texts = greedy_answers(model, processor, [samples[i] for i in rows], len(rows), recipe.answer_tokens)
+                state.keep_answers(batch, texts)
+            for i, text in zip(rows, texts, strict=True):
+                complete[i] = samples[i].answered(text)
+            advance(len(rows))
     return complete
 
 

@@ -115,7 +115,7 @@ def answer_both(
         advance: called with the number of samples done.
     """
     shown = [samples[each.index] for each in measured]
-    student = greedy_answers(model, processor, shown, batch_size, answer_tokens, lambda done: None)
+    student = greedy_answers(model, processor, shown, batch_size, answer_tokens)
     with model.teacher():
         teacher = greedy_answers(model, processor, shown, batch_size, answer_tokens, advance)
     return [Case(*parts) for parts in zip(shown, measured, teacher, student, strict=True)]
@@ -127,7 +127,7 @@ def greedy_answers(
     samples: Sequence[Sample],
     batch_size: int,
     answer_tokens: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Answer what every sample asks, greedily."""
     answers: list[str] = []

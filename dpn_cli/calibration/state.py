@@ -1,6 +1,6 @@
 """What a calibration has measured so far, on disk: a killed run goes on where it stopped.
 
-One file per batch, whole or not at all, and a fingerprint of everything that the measurements depend on.
+Every batch has files of its own, each whole or not at all; a fingerprint tells what the measurements depend on.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
 
@@ -20,7 +21,7 @@ START_FILE = "start.safetensors"
 
 
 class MeasurementState:
-    """The measured batches of one calibration, under `calibration/state/` of its checkpoint."""
+    """The answered and the measured batches of one calibration, under `calibration/state/` of its checkpoint."""
 
     def __init__(self, checkpoint: Path, fingerprint: dict[str, Any]) -> None:
         """Open the state, or start it.
@@ -61,6 +62,15 @@ class MeasurementState:
             self._write(path, tensors)
         return load_file(path)
 
+    def answers(self, batch: int) -> list[str] | None:
+        """Return the teacher's answers to a batch of samples, or None if it was not asked yet."""
+        path = self._answers_path(batch)
+        return list(read_json(path)["answers"]) if path.is_file() else None
+
+    def keep_answers(self, batch: int, answers: list[str]) -> None:
+        """Keep the teacher's answers to a batch of samples."""
+        replace_file(self._answers_path(batch), lambda path: write_json(path, {"answers": answers}))
+
     def load(self, batch: int) -> dict[str, torch.Tensor] | None:
         """Return a batch's measurements, or None if they were not made or cannot be read."""
         path = self._path(batch)
@@ -75,6 +85,9 @@ class MeasurementState:
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         replace_file(path, lambda stage: stage.write_bytes(save(tensors)))
+
+    def _answers_path(self, batch: int) -> Path:
+        return self.folder / f"answers-{batch:06d}.json"
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"

@@ -68,11 +68,17 @@ def command(
 
     from dpn_cli.calibration.calibrate import calibrate
 
-    report = calibrate(folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad)
+    try:
+        report = calibrate(
+            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad
+        )
+    except KeyboardInterrupt:
+        console.note("What was measured is kept: the same command line goes on from there.")
+        raise
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return
     from dpn_cli.commands.tables import print_calibration
 
     print_calibration(report)
-    console.note(f"Wrote the routers and calibration/report.json to {folder}. Next: dpn export")
+    console.note(f"Wrote the routers and calibration/report.html to {folder}. Next: dpn export")

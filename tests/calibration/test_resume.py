@@ -1,0 +1,221 @@
+"""A calibration that is killed, interrupted or out of room goes on where it stopped."""
+
+import hashlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpn_cli import cli
+from dpn_cli.convert import convert
+
+SAMPLES = 16
+OPTIONS = {"epochs": 4, "batch_size": 2, "answer_tokens": 2, "holdout": 0.4}
+KILLS = 10
+DEADLOCK_S = 120  # beyond this something hangs
+POLL_S = 0.005
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures without answers, so that the teacher is asked too."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0)
+    for i in range(SAMPLES):
+        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(str(tiny_llava), output=tmp_path_factory.mktemp("converted") / "tiny-dpn").output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(converted: Path, data: Path) -> dict[str, str]:
+    """What a calibration that nothing disturbs leaves."""
+    folder = Path(shutil.copytree(converted, converted.with_name("undisturbed")))
+    assert cli.main(arguments(folder, data)) == 0
+    return digests(folder)
+
+
+@pytest.fixture
+def folder(converted: Path, tmp_path: Path) -> Path:
+    """A checkpoint that was just converted."""
+    return Path(shutil.copytree(converted, tmp_path / "tiny-dpn"))
+
+
+def arguments(folder: Path, data: Path, **changes: Any) -> list[str]:
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", str(SAMPLES), "--budget", "0.6"]
+    settings = {**OPTIONS, **changes}
+    return [*line, *(word for key, value in settings.items() for word in ("--set", f"calibration.{key}={value}"))]
+
+
+def start(folder: Path, data: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
+    return subprocess.Popen(
+        [*command, *arguments(folder, data)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLOCK_S
+    while not found():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(POLL_S)
+
+
+def batches(folder: Path) -> dict[str, bytes]:
+    files = (folder / "calibration" / "state").glob("*-[0-9]*")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def unfinished(folder: Path, data: Path) -> None:
+    """Measure everything, and be refused."""
+    assert cli.main([*arguments(folder, data), "--budget", "0.05"]) == 2
+
+
+def measured(folder: Path, count: int) -> bool:
+    return len(list((folder / "calibration" / "state").glob("batch-*"))) >= count
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(folder: Path, data: Path, undisturbed: dict[str, str]) -> None:
+    process = start(folder, data)
+    wait_for(process, lambda: measured(folder, 3))
+    process.kill()
+    process.communicate()
+    assert measured(folder, 3)
+    assert cli.main(arguments(folder, data)) == 0
+    assert digests(folder) == undisturbed
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(
+    converted: Path, data: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    moments, duration = random.Random(0), 0.0
+    for i in range(KILLS + 1):
+        folder = Path(shutil.copytree(converted, tmp_path / f"killed-{i}"))
+        process = start(folder, data)
+        wait_for(process, (folder / "calibration" / "state").exists)
+        begun = time.monotonic()
+        if i:
+            time.sleep(moments.uniform(0, duration))
+            process.kill()
+        process.communicate()
+        duration = duration or time.monotonic() - begun  # of the first run, which ends by itself
+        assert cli.main(arguments(folder, data)) == 0
+        assert digests(folder) == undisturbed
+
+
+@pytest.mark.parametrize("written", ["dpe.safetensors", "config.json"])
+def test_a_kill_after_one_of_the_results_is_mended(
+    folder: Path, data: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    from dpn_cli.calibration import store
+
+    class Killed(BaseException):
+        pass
+
+    def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+        original(path, write)
+        if path == folder / written:
+            raise Killed
+
+    original = store.replace_file
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store, "replace_file", replace_file)
+        cli.main(arguments(folder, data))
+    assert digests(folder) != undisturbed
+    assert cli.main(arguments(folder, data)) == 0
+    assert digests(folder) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
+    before = digests(folder)
+    process = start(folder, data)
+    wait_for(process, lambda: measured(folder, 2))
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=DEADLOCK_S)
+    assert process.returncode == 130
+    assert output == ""
+    assert [line for line in errors.splitlines() if line][-2:] == [
+        "What was measured is kept: the same command line goes on from there.",
+        "Interrupted.",
+    ]
+    assert "Traceback" not in errors
+    assert measured(folder, 2)
+    assert not list(folder.rglob("*.tmp"))
+    assert before.items() <= digests(folder).items()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as a full disk would not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full", ["while measuring", "while writing routers"])
+def test_a_full_disk_is_one_sentence_and_costs_nothing(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str], full: str
+) -> None:
+    unfinished(folder, data)
+    state = folder / "calibration" / "state"
+    if full == "while measuring":
+        for path in sorted(state.glob("batch-*"))[2:]:
+            path.unlink()
+        limit = next(state.glob("batch-*")).stat().st_size - 1
+    else:
+        limit = (folder / "dpe.safetensors").stat().st_size - 1
+    before = digests(folder)
+    capsys.readouterr()
+    with largest_file(limit):
+        assert cli.main(arguments(folder, data)) == 1
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error")]
+    assert error.endswith("(ulimit -f): make room and run the same command line again")
+    assert digests(folder) == before
+    assert not list(folder.rglob("*.tmp"))
+    assert cli.main(arguments(folder, data)) == 0
+
+
+def test_other_settings_or_data_do_not_go_on(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "pictures"))
+    unfinished(folder, data)
+    kept = batches(folder)
+
+    def refused(line: list[str]) -> str:
+        capsys.readouterr()
+        assert cli.main(line) == 2
+        return capsys.readouterr().err
+
+    assert "other values of answer_tokens:" in refused(arguments(folder, data, answer_tokens=3))
+    assert "other values of batch_size, seed:" in refused([*arguments(folder, data, batch_size=4), "--seed", "1"])
+    Image.new("RGB", (48, 48)).save(data / "07.png")
+    assert "other values of data:" in refused(arguments(folder, data))
+    assert batches(folder) == kept
+    assert cli.main([*arguments(folder, data), "--restart"]) == 0
