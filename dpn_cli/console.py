@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
@@ -21,6 +21,7 @@ from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
+DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 
 _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -35,11 +36,11 @@ def note(message: str) -> None:
     _stderr.print(message)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a titled table on stdout; the columns after the first are aligned to the right."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: Collection[str] = ()) -> None:
+    """Print a titled table on stdout; numbers are aligned to the right, the first column and `texts` to the left."""
     result = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left")
+        result.add_column(column, justify="right" if i and column not in texts else "left")
     for row in rows:
         result.add_row(*(Text(str(cell)) for cell in row))
     stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH)
@@ -57,11 +58,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield _PlainProgress(description, total).advance
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}"),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=_stderr) as bar:
         task = bar.add_task(description, total=total)
@@ -71,7 +72,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.3g}/s")
+        return Text("" if speed is None else _rate(speed))
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.0f}/s" if per_second >= 100 else f"{per_second:.3g}/s"
 
 
 class _PlainProgress:
@@ -93,4 +98,4 @@ class _PlainProgress:
     def _line(self, elapsed_s: float) -> str:
         rate = self.done / max(elapsed_s, 1e-9)
         left = "done" if self.done >= self.total else f"{(self.total - self.done) / rate:.0f} s left"
-        return f"{self.description}: {self.done}/{self.total}, {rate:.3g}/s, {left}"
+        return f"{self.description}: {self.done}/{self.total}, {_rate(rate)}, {left}"

@@ -20,6 +20,7 @@ from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
+from dpn_cli.convert import initial_tensors
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -83,7 +84,7 @@ def calibrate(
     model = load_model(folder, device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
-    model.model.language_model.routers.load_state_dict(state.start(model.model.language_model.routers.state_dict()))
+    _start_afresh(model.model.language_model.routers)
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
     asked, samples = samples, answer(model, processor, samples, recipe, state, progress)
@@ -114,6 +115,12 @@ def calibrate(
     save_calibration(folder, routers, replace(pyramid, calibration=report.summary()), report)
     drop_state(folder)
     return report
+
+
+def _start_afresh(routers: nn.ModuleList) -> None:
+    """Make routers what they are after conversion: what an earlier or killed calibration left has no say."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in routers.state_dict().items()}
+    routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
 
 
 def _measure(
@@ -177,7 +184,7 @@ def _cases(
 ) -> tuple[list[Case], list[Case]]:
     """Ask both models about the held-out samples that fare worst and best at the budget."""
     worst, best = extremes(policy.table, policy.choose(model.pyramid.trade_off))
-    with progress("asking about worst and best", len(worst) + len(best)) as advance:
+    with progress("asking both models", len(worst) + len(best)) as advance:
         cases = answer_both(model, processor, [*worst, *best], held, recipe.batch_size, recipe.answer_tokens, advance)
     return cases[: len(worst)], cases[len(worst) :]
 

@@ -17,7 +17,6 @@ from dpn_cli.errors import UsageError
 
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"
-START_FILE = "start.safetensors"
 
 
 class MeasurementState:
@@ -52,16 +51,6 @@ class MeasurementState:
             return None
         return data if isinstance(data, dict) else None
 
-    def start(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what the calibration set out from: `tensors`, or those that it was given when it began.
-
-        A run that is killed while it writes its routers must not go on from half of its own result.
-        """
-        path = self.folder / START_FILE
-        if not path.is_file():
-            self._write(path, tensors)
-        return load_file(path)
-
     def answers(self, batch: int) -> list[str] | None:
         """Return the teacher's answers to a batch of samples, or None if it was not asked yet."""
         path = self._answers_path(batch)
@@ -81,10 +70,7 @@ class MeasurementState:
 
     def save(self, batch: int, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a batch's measurements."""
-        self._write(self._path(batch), tensors)
-
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        replace_file(path, lambda stage: stage.write_bytes(save(tensors)))
+        replace_file(self._path(batch), lambda path: path.write_bytes(save(tensors)))
 
     def _answers_path(self, batch: int) -> Path:
         return self.folder / f"answers-{batch:06d}.json"

@@ -12,32 +12,35 @@ if TYPE_CHECKING:
     from dpn_cli.evaluation.fidelity import Answered, Fidelity
     from dpn_cli.modeling.pyramid_config import Route
 
-ROUTES_SHOWN = 6
+BUDGETS_SHOWN = 10
 ROUTES_PER_KIND = 3
 
 
 def print_calibration(report: "Report") -> None:
-    """Print what a calibration reached on its held-out samples."""
+    """Print what a calibration reached on its held-out samples: any budget, the chosen one and fixed routes' best."""
 
-    def row(name: str, outcome: "Outcome") -> tuple[str, ...]:
-        return name, f"{outcome.fraction:.3f}", f"{outcome.distortion:.4f}", f"{outcome.agreement:.1%}"
+    def row(name: str, outcome: "Outcome", trade_off: float | None) -> tuple[str, ...]:
+        route, share = next(iter(outcome.shares.items()))
+        return (
+            name, f"{outcome.fraction:.3f}", f"{outcome.distortion:.4f}", f"{outcome.agreement:.1%}",
+            "" if trade_off is None else f"{trade_off:.4g}", f"{route_name(route)} {share:.0%}",
+        )  # fmt: skip
 
-    rows = [row("full (teacher)", report.full), row(f"routed, budget {report.budget:g}", report.routed)]
+    named: list[tuple[str, Outcome, float | None]] = [(f"budget {report.budget:g}", report.routed, report.trade_off)]
     if report.best_fixed is not None:
-        route, fixed = report.best_fixed
-        rows.append(row(f"best fixed route {route_name(route)}", fixed))
-    title = f"Held out: {report.settings['held_out']} samples"
-    console.table(title, ["", "FLOPs", "KL (nats)", "top-1 = teacher"], rows)
+        named.append(("best fixed route", report.best_fixed[1], None))
+    step = -(-len(report.budgets) // BUDGETS_SHOWN)
+    table = list(zip(report.per_budget, report.budgets, strict=True))
+    some = [pair for pair in [*table[:-1:step], table[-1]] if pair[0].fraction != report.routed.fraction]
+    rows = [*named, *(("", outcome, budget.trade_off) for outcome, budget in some)]
     low, high = report.agreement_interval
-    console.table("Routed top-1 agreement, 95% interval", ["low", "high"], [(f"{low:.1%}", f"{high:.1%}")])
-    shares = list(report.routed.shares.items())[:ROUTES_SHOWN]
-    console.table("Routes taken", ["experts", "share"], [(route_name(r), f"{share:.1%}") for r, share in shares])
-    step = max(1, len(report.budgets) // 10)
-    budgets = [*report.budgets[:-1:step], report.budgets[-1]]
     console.table(
-        "Any budget from this calibration", ["budget", "λ", "KL (nats)"],
-        [(f"{b.fraction:.3f}", f"{b.trade_off:.4g}", f"{b.distortion:.4f}") for b in budgets],
-    )  # fmt: skip
+        f"Budget {report.budget:g}, {report.settings['held_out']} held-out samples: the teacher's first choice in "
+        f"{report.routed.agreement:.1%} (95% interval {low:.1%} to {high:.1%})",
+        ["", "FLOPs", "KL (nats)", "top-1", "λ", "most frequent route"],
+        [row(*each) for each in sorted(rows, key=lambda each: -each[1].fraction)],
+        texts=["most frequent route"],
+    )
 
 
 def print_fidelity(title: str, groups: dict[str, "Fidelity"]) -> None:
@@ -68,7 +71,8 @@ def print_routes(answers: "Sequence[Answered]") -> None:
         routes = Counter(a.route for a in answers if a.kind == kind)
         shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
         rows.append((kind, "   ".join(shares)))
-    console.table("Routes by kind of question", ["kind of question", "experts per site, most frequent first"], rows)
+    columns = ["kind of question", "experts per site, most frequent first"]
+    console.table("Routes by kind of question", columns, rows, texts=columns)
 
 
 def route_name(route: "Route | Sequence[int]") -> str:
