@@ -14,17 +14,18 @@ from dpn_cli.calibration.cases import Case, answer_both, extremes, greedy_answer
 from dpn_cli.calibration.data import MAX_BAD, OnBadRow, Sample, load_data
 from dpn_cli.calibration.encoding import encode, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint
-from dpn_cli.calibration.fitting import fit_routers
+from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
+from dpn_cli.calibration.quantised import load_frozen
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
-from dpn_cli.convert import initial_tensors
+from dpn_cli.calibration.tuning import drop_stale_adapter, frozen_dtype, keep_adapter, tune, unused_sections
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.loading import default_device
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import CalibrationRecipe
 
@@ -81,46 +82,53 @@ def calibrate(
     if restart:
         drop_state(folder)
     state = MeasurementState(folder, fingerprint(folder, dataset.digest, recipe))
-    model = load_model(folder, device_map=default_device())
+    model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
-    _start_afresh(model.model.language_model.routers)
+    model.model.language_model.routers.load_state_dict(state.start(model.model.language_model.routers.state_dict()))
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
     asked, samples = samples, answer(model, processor, samples, recipe, state, progress)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(recipe.seed))
     num_held = max(1, round(recipe.holdout * len(samples)))
     held_rows, fit_rows = order[:num_held], order[num_held:]
+    tuned = tune(
+        model, processor, [(samples[i], asked[i].is_answered) for i in fit_rows],
+        [sample for sample in dataset.samples if not sample.images], recipe, state.folder, progress,
+    )  # fmt: skip
+    if recipe.objective == "paper":  # the routers are trained: only what they are judged by is measured
+        asked, samples = [asked[i] for i in held_rows], [samples[i] for i in held_rows]
+        held_rows, fit_rows = torch.arange(num_held), fit_rows[:0]
     table = _measure(model, processor, samples, held_rows.tolist(), recipe, state, progress)
     held = table.select(held_rows)
 
     routers = model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
-    with progress("fitting routers", recipe.epochs) as advance:
-        fit = fit_routers(
-            routers, table.select(fit_rows), held, recipe.epochs, recipe.learning_rate, recipe.seed, advance
-        )
+    if recipe.objective == "paper":
+        objective = held_out_objective(routers, held, *trade_off_range(held))
+    else:
+        with progress("fitting routers", recipe.epochs) as advance:
+            objective = fit_routers(
+                routers, table.select(fit_rows), held, recipe.epochs, recipe.learning_rate, recipe.seed, advance
+            ).objective
     pyramid = replace(model.pyramid, budgets=budget_table(routers, held))
     pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
     with torch.no_grad():
         policy = Policy.of(routers, held)
     settings = {
-        "data": data, "data_digest": dataset.digest, **recipe.model_dump(mode="json", exclude={"prompts"}),
-        "objective_over_best_fixed": fit.objective,
+        "data": data, "data_digest": dataset.digest,
+        **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
+        "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
     }  # fmt: skip
     _take(model, routers, pyramid)
     cases = _cases(model, processor, policy, [asked[i] for i in held_rows], recipe, progress)
     grids = [(model.model.image_grid(),) * len(samples[i].images) for i in held_rows]
     shape = model.model.language_model.shape
     report = Report.of(policy, pyramid, shape, grids, recipe.budget, *cases, settings)
-    save_calibration(folder, routers, replace(pyramid, calibration=report.summary()), report)
+    adapter = keep_adapter(model, folder)
+    save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
+    drop_stale_adapter(folder, adapter)
     drop_state(folder)
     return report
-
-
-def _start_afresh(routers: nn.ModuleList) -> None:
-    """Make routers what they are after conversion: what an earlier or killed calibration left has no say."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in routers.state_dict().items()}
-    routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
 
 
 def _measure(
@@ -184,7 +192,7 @@ def _cases(
 ) -> tuple[list[Case], list[Case]]:
     """Ask both models about the held-out samples that fare worst and best at the budget."""
     worst, best = extremes(policy.table, policy.choose(model.pyramid.trade_off))
-    with progress("asking both models", len(worst) + len(best)) as advance:
+    with progress("asking about worst and best", len(worst) + len(best)) as advance:
         cases = answer_both(model, processor, [*worst, *best], held, recipe.batch_size, recipe.answer_tokens, advance)
     return cases[: len(worst)], cases[len(worst) :]
 

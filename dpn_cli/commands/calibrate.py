@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")
+@click.option(
+    "--heal", type=Choice(["none", "lora"]), help="Train an adapter for pooled tokens first; default: the recipe's."
+)
+@click.option(
+    "--load-in", type=Choice(["4bit", "8bit"]), help="Hold the frozen model quantised; default: the recipe's."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
 @click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -51,6 +57,8 @@ def command(
     budget: float | None,
     samples: int | None,
     seed: int | None,
+    heal: str | None,
+    load_in: str | None,
     overrides: tuple[str, ...],
     restart: bool,
     as_json: bool,
@@ -63,7 +71,8 @@ def command(
     folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import calibration_recipe
 
-    options = {"budget": budget, "samples": samples, "seed": seed}
+    options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
+    overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
     recipe = calibration_recipe(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
     from dpn_cli.calibration.calibrate import calibrate

@@ -18,8 +18,9 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
         return
+    width = max(len(recipe.name) for recipe in recipes) + 2
     for recipe in recipes:
-        click.echo(f"{recipe.name:16}{recipe.description}")
+        click.echo(f"{recipe.name:{width}}{recipe.description}")
 
 
 @command.command("show")
