@@ -22,6 +22,7 @@ from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
 from dpn_cli.calibration.tuning import drop_stale_adapter, frozen_dtype, keep_adapter, tune, unused_sections
+from dpn_cli.convert import initial_tensors
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -85,7 +86,7 @@ def calibrate(
     model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
-    model.model.language_model.routers.load_state_dict(state.start(model.model.language_model.routers.state_dict()))
+    _start_afresh(model.model.language_model.routers)
     say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
 
     asked, samples = samples, answer(model, processor, samples, recipe, state, progress)
@@ -129,6 +130,12 @@ def calibrate(
     drop_stale_adapter(folder, adapter)
     drop_state(folder)
     return report
+
+
+def _start_afresh(routers: nn.ModuleList) -> None:
+    """Make routers what they are after conversion: what an earlier or killed calibration left has no say."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in routers.state_dict().items()}
+    routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
 
 
 def _measure(
@@ -192,7 +199,7 @@ def _cases(
 ) -> tuple[list[Case], list[Case]]:
     """Ask both models about the held-out samples that fare worst and best at the budget."""
     worst, best = extremes(policy.table, policy.choose(model.pyramid.trade_off))
-    with progress("asking about worst and best", len(worst) + len(best)) as advance:
+    with progress("asking both models", len(worst) + len(best)) as advance:
         cases = answer_both(model, processor, [*worst, *best], held, recipe.batch_size, recipe.answer_tokens, advance)
     return cases[: len(worst)], cases[len(worst) :]
 
