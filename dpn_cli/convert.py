@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 INIT_STD = 0.02
+IMPORTED = "imported"  # in the place of a recipe's name
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Conversion:
     Attributes:
         source: the model.
         output: the folder.
-        recipe: the recipe's name.
+        recipe: the recipe's name, or `imported` where the source had a pyramid.
         pyramid: as stored in config.json.
         layout: of the source's decoder.
         added: shapes of the new tensors, by their full name.
@@ -85,18 +86,20 @@ def convert(
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
     """
     source = resolve_source(model)
-    recipe = recipe or load_recipe(default_recipe(source))
     opened = open_source(source.path, vision_tower)
+    if opened.pyramid is not None and recipe is not None:
+        raise RecipeError(f"{source.path} has a pyramid of its own, which is imported: leave the recipe out")
+    recipe = recipe or load_recipe(default_recipe(source))
     checkpoint = opened.checkpoint
     validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
-    pyramid = recipe.pyramid_config(layout.shape.num_layers)
+    pyramid = opened.pyramid or recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
     conversion = Conversion(
         source=source,
         output=Path(f"{source.name}-dpn") if output is None else output,
-        recipe=recipe.name,
+        recipe=IMPORTED if opened.pyramid else recipe.name,
         pyramid=pyramid,
         layout=layout,
         added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
@@ -121,9 +124,10 @@ def default_recipe(source: Source) -> str:
 
 def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> None:
     tensors = opened.write(stage)
-    _write_dpe(stage / DPE_FILE, conversion)
+    _write_dpe(stage / DPE_FILE, opened, conversion)
     tensors += read_header(stage / DPE_FILE).values()
-    write_json(stage / RECIPE_FILE, recipe.to_dict())
+    if opened.pyramid is None:
+        write_json(stage / RECIPE_FILE, recipe.to_dict())
     write_json(stage / "config.json", _config(opened.checkpoint.config, conversion))
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
@@ -142,10 +146,12 @@ def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     }
 
 
-def _write_dpe(path: Path, conversion: Conversion) -> None:
+def _write_dpe(path: Path, opened: Opened, conversion: Conversion) -> None:
     from safetensors.numpy import save
 
-    path.write_bytes(save(dict(initial_tensors(conversion.added)), metadata={"format": "pt"}))
+    prefix = conversion.layout.text_prefix
+    imported = {prefix + name: read().float().numpy() for name, read in opened.dpe.items()}
+    path.write_bytes(save(imported or dict(initial_tensors(conversion.added)), metadata={"format": "pt"}))
 
 
 def initial_tensors(shapes: dict[str, tuple[int, ...]]) -> "Iterator[tuple[str, np.ndarray]]":

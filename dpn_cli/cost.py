@@ -8,6 +8,7 @@ pooling. The vision tower, the projector and `lm_head` belong to the original an
 reported apart.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +65,8 @@ class DecoderShape:
 
 def router_flops(shape: DecoderShape, pyramid: PyramidConfig, site: int) -> int:
     """Return the FLOPs of one routing decision."""
-    width = shape.hidden_size // pyramid.router.hidden_ratio
-    return 2 * width * (shape.hidden_size * pyramid.router.num_inputs + len(pyramid.sites[site].rates))
+    tensors = pyramid.router.tensors(shape.hidden_size, len(pyramid.sites[site].rates))
+    return 2 * sum(math.prod(size) for size in tensors.values() if len(size) == 2)
 
 
 def tokens_per_layer(

@@ -23,7 +23,10 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         RecipeError: if an override is wrong.
     """
     if not (folder / RECIPE_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote")
+        raise CheckpointError(
+            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "
+            "with the source"
+        )
     data = read_json(folder / RECIPE_FILE)
     for override in overrides:
         apply_override(data, override)

@@ -70,7 +70,7 @@ class LlavaLayout:
             text_prefix=_text_prefix(checkpoint),
             text_config=text_config,
             shape=_shape(text_config, where),
-            grid=_grid(config["vision_config"], where),
+            grid=_grid(config["vision_config"], (config.get("pyramid") or {}).get("prepooling", 1), where),
         )
         layout._check_shapes(checkpoint)
         return layout
@@ -224,13 +224,14 @@ def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
     return DecoderShape.from_config(text_config)
 
 
-def _grid(vision_config: dict[str, Any], where: Path) -> Grid:
+def _grid(vision_config: dict[str, Any], prepooling: int, where: Path) -> Grid:
     kind = vision_config["model_type"]
     image_size = vision_config.get("image_size", VISION_DEFAULTS["image_size"])
     patch_size = vision_config.get("patch_size", VISION_DEFAULTS["patch_size"][kind])
     if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
         raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
-    return image_size // patch_size, image_size // patch_size
+    side: int = image_size // patch_size // prepooling
+    return side, side
 
 
 def _text_prefix(checkpoint: Checkpoint) -> str:

@@ -1,9 +1,11 @@
 """Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from dpn_cli.checkpoint.authors import import_authors
 from dpn_cli.checkpoint.bins import BinWeights
 from dpn_cli.checkpoint.headers import (
     SINGLE_FILE,
@@ -19,6 +21,10 @@ from dpn_cli.checkpoint.rewriting import rewrite_bins
 from dpn_cli.checkpoint.weights import holds_bins
 from dpn_cli.checkpoint.writer import copy_file, side_files
 from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Opened(Protocol):
@@ -32,6 +38,14 @@ class Opened(Protocol):
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about the change of layout."""
 
+    @property
+    def pyramid(self) -> PyramidConfig | None:
+        """Return the pyramid that the source has already, in another layout."""
+
+    @property
+    def dpe(self) -> "Mapping[str, Callable[[], torch.Tensor]]":
+        """Return what reads the tensors of that pyramid, by their names inside the text model."""
+
     def write(self, stage: Path) -> list[TensorInfo]:
         """Write everything but config and index into a folder; return the tensors that a loader is to take."""
 
@@ -42,6 +56,8 @@ class Copied:
 
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+    pyramid: None = None
+    dpe: "Mapping[str, Callable[[], torch.Tensor]]" = field(default_factory=dict)
 
     def write(self, stage: Path) -> list[TensorInfo]:
         """Copy side files and shards."""
@@ -78,7 +94,9 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     if config.get("model_type") == DPN_MODEL_TYPE:
         raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
     if is_original(config):
-        return rewrite_original(folder, vision_tower)
+        if "pooling" in config:
+            return import_authors(folder, vision_tower)
+        return rewrite_original(folder, vision_tower)[0]
     config, notes = without_window(config)
     validate_llava(config, folder)
     if vision_tower is not None:

@@ -24,6 +24,7 @@ from dpn_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
 TEXT_TYPES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
@@ -72,8 +73,9 @@ def rewrite_original(
     folder: Path,
     vision_tower: str | None = None,
     router_token: str | None = None,
+    prepooling: int = 1,
     apart: Collection[str] = (),
-) -> Rewritten:
+) -> tuple[Rewritten, "PreTrainedTokenizerFast"]:
     """Take a LLaVA in the original layout.
 
     Args:
@@ -81,7 +83,11 @@ def rewrite_original(
         vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
         router_token: the last token of the vocabulary, which makes room for `<image>`: it moves behind the new ones
             and ends every question about an image.
+        prepooling: side of the squares of tower features that become one visual token.
         apart: names of tensors that LLaVA does not have and somebody else sees to.
+
+    Returns:
+        The checkpoint, and its tokenizer.
 
     Raises:
         CheckpointError: if it is of another kind, damaged or incomplete, or there is no vision tower.
@@ -94,7 +100,7 @@ def rewrite_original(
     words = Words.of(folder)
     tokens, vocabulary = _grow(words, _num_rows(weights), router_token, folder)
     tokenizer = words.tokenizer(tokens)
-    config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights))
+    config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights, prepooling))
     planned = _plan(weights, config, vocabulary, apart, original.get("mm_projector_type") or "linear")
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
@@ -104,14 +110,21 @@ def rewrite_original(
         for file in side_files(folder):
             if file.startswith(("LICENSE", "NOTICE")):
                 copy_file(folder / file, stage / file)
-        text = config["text_config"]
+        text, vision = config["text_config"], config["vision_config"]
         ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(stage / "generation_config.json", ids)
         template = chat_template(router_token, words.legacy)
-        square = original.get("image_aspect_ratio") == "pad"
-        write_processor(stage, tokenizer, template, config["vision_config"], tower.normalisation(), square)
+        write_processor(
+            stage,
+            tokenizer,
+            template,
+            vision["image_size"],
+            vision["patch_size"] * prepooling,
+            tower.normalisation(),
+            pad_to_square=original.get("image_aspect_ratio") == "pad",
+        )
 
-    return Rewritten.of(folder, config, planned, write_side_files, notes)
+    return Rewritten.of(folder, config, planned, write_side_files, notes), tokenizer
 
 
 def _validate(config: Mapping[str, Any], folder: Path) -> None:
@@ -180,14 +193,19 @@ def _grow(words: Words, num_rows: int, router_token: str | None, folder: Path) -
 
 
 def _config(
-    original: Mapping[str, Any], tower: Tower, vocabulary: Vocabulary, tokenizer: Any, weights: Weights
+    original: Mapping[str, Any],
+    tower: Tower,
+    vocabulary: Vocabulary,
+    tokenizer: "PreTrainedTokenizerFast",
+    weights: Weights,
+    prepooling: int,
 ) -> dict[str, Any]:
     """Return config.json in Hugging Face's layout."""
     architecture = (original.get("architectures") or ["LlavaLlamaForCausalLM"])[0]
     text = {key: original[key] for key in _TEXT_KEYS if key in original}
     dtype = original.get("torch_dtype") or _torch_name(weights.tensors[_STORED_EMBEDDING].dtype)
     linear = (original.get("mm_projector_type") or "linear") == "linear"
-    grid = tower.config["image_size"] // tower.config["patch_size"]
+    grid = tower.config["image_size"] // tower.config["patch_size"] // prepooling
     tied = bool(original.get("tie_word_embeddings", False))
     return {
         "architectures": ["LlavaForConditionalGeneration"],

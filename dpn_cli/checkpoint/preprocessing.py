@@ -167,7 +167,8 @@ def write_processor(
     stage: Path,
     tokenizer: "PreTrainedTokenizerFast",
     template: str,
-    vision_config: Mapping[str, Any],
+    side: int,
+    patch_size: int,
     normalisation: Mapping[str, Any],
     pad_to_square: bool,
 ) -> None:
@@ -177,13 +178,13 @@ def write_processor(
         stage: the folder.
         tokenizer: from `Words`.
         template: from `chat_template`.
-        vision_config: of the model.
+        side: of an image, in pixels.
+        patch_size: of the square that becomes one visual token, in pixels.
         normalisation: `image_mean` and `image_std`; CLIP's where they are left out.
         pad_to_square: fill an image up with the mean colour, as LLaVA-1.5 does, or cut its middle out, as CLIP does.
     """
     from transformers import LlavaImageProcessorPil, LlavaProcessor
 
-    side = vision_config["image_size"]
     images = LlavaImageProcessorPil(
         do_pad=pad_to_square,
         size={"shortest_edge": side},
@@ -193,7 +194,7 @@ def write_processor(
     LlavaProcessor(
         images,
         tokenizer,
-        patch_size=vision_config["patch_size"],
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         chat_template=template,
         num_additional_image_tokens=1,

@@ -1,7 +1,7 @@
 """A checkpoint that is written anew in Hugging Face's layout, tensor by tensor."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.weights import Weights
 from dpn_cli.checkpoint.writer import copy_file, side_files, write_shard
 from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +61,16 @@ class Rewritten:
         planned: its tensors.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
         notes: what the user should know about the change of layout.
+        pyramid: that the source has already, or None.
+        dpe: the tensors of that pyramid, by their names inside the text model.
     """
 
     checkpoint: Checkpoint
     planned: Mapping[str, Planned]
     write_side_files: Callable[[Path], None]
     notes: tuple[str, ...] = ()
+    pyramid: PyramidConfig | None = None
+    dpe: "Mapping[str, Callable[[], torch.Tensor]]" = field(default_factory=dict)
 
     @classmethod
     def of(

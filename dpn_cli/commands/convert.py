@@ -34,7 +34,7 @@ def command(
     llava-1.5-7b, llava-1.5-13b, demo.
     """
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.convert import convert, default_recipe
+    from dpn_cli.convert import IMPORTED, convert, default_recipe
     from dpn_cli.recipe import load_recipe
 
     if recipe is None and overrides:
@@ -57,4 +57,5 @@ def command(
         console.note("Dry run: nothing was written.")
         return
     workspace.remember(done.output)
-    console.note(f"Wrote {done.output}. Next: dpn calibrate --data DATA")
+    step = "export" if done.recipe == IMPORTED else "calibrate --data DATA"
+    console.note(f"Wrote {done.output}. Next: dpn {step}")

@@ -1,5 +1,6 @@
 """LLaVA with a pyramid: the wrappers that transformers loads, saves and generates with."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
@@ -47,6 +49,20 @@ def visual_coordinates(is_image: torch.Tensor, grid: Grid, has_class_token: bool
     return torch.where((is_image & (index >= 0))[..., None], coords, -1)
 
 
+class Prepooling(LlavaMultiModalProjector):
+    """LLaVA's projector, on the averages of small squares of the vision tower's features."""
+
+    def __init__(self, config: DpnLlavaConfig, side: int) -> None:
+        super().__init__(config)
+        self.side = side
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Project features [images, tokens, width]."""
+        height = math.isqrt(image_features.shape[1])
+        grids = image_features.transpose(1, 2).unflatten(2, (height, height))
+        return super().forward(F.avg_pool2d(grids, self.side).flatten(2).transpose(1, 2))
+
+
 class DpnLlavaModel(LlavaModel):
     """`LlavaModel` whose language model is a pyramid and is told where each visual token stands in its image."""
 
@@ -61,7 +77,8 @@ class DpnLlavaModel(LlavaModel):
                 f"text model type {text_type!r} has no pyramid; there is one for {list(PYRAMID_TEXT_MODELS)}"
             )
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        side = config.pyramid_config().prepooling
+        self.multi_modal_projector = LlavaMultiModalProjector(config) if side == 1 else Prepooling(config, side)
         self.language_model = PYRAMID_TEXT_MODELS[text_type]._from_config(
             config.text_config, pyramid=config.pyramid_config()
         )
@@ -70,7 +87,7 @@ class DpnLlavaModel(LlavaModel):
     def image_grid(self) -> Grid:
         """Return the visual tokens of one image, (H, W)."""
         vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = vision.image_size // vision.patch_size // self.language_model.pyramid.prepooling
         return side, side
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +119,7 @@ class DpnLlavaModel(LlavaModel):
             strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
             is_image = self._is_image(input_ids, inputs_embeds)
             kwargs["visual_coords"] = visual_coordinates(is_image, self.image_grid(), strategy == "full")
+            kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -118,10 +136,38 @@ class DpnLlavaModel(LlavaModel):
 
     def _is_image(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Return the image placeholders, [B, L] bool."""
+        return self._is_token(self.config.image_token_id, input_ids, inputs_embeds)
+
+    def _router_tokens(
+        self, has_image: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return the columns [B, R] of the token that the routers read, -1 where a sample has fewer.
+
+        None where they read no special token.
+
+        Raises:
+            ValueError: if a sample with an image, [B] bool, has none.
+        """
+        token_id = self.language_model.pyramid.router.token_id
+        if token_id is None:
+            return None
+        is_read = self._is_token(token_id, input_ids, inputs_embeds)
+        count = is_read.sum(1)
+        if not count[has_image].all():
+            raise ValueError(
+                f"the routers of this model read the token {token_id}, which a prompt has not: put it at the end of "
+                "the question, as the chat template does"
+            )
+        columns = is_read.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
+        return torch.where(torch.arange(columns.shape[1], device=columns.device) < count[:, None], columns, -1)
+
+    def _is_token(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Say where a token stands, [B, L] bool."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = self.get_input_embeddings().weight[self.config.image_token_id]
-        return (inputs_embeds == placeholder).all(-1)
+            return input_ids == token_id
+        return (inputs_embeds == self.get_input_embeddings().weight[token_id]).all(-1)
 
 
 def _last_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

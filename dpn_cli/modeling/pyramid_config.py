@@ -29,20 +29,35 @@ class RouterConfig:
     """The router's shape.
 
     Attributes:
-        hidden_ratio: the hidden width is hidden_size // hidden_ratio.
+        kind: `mlp` (paper, section 3.3), or `linear`, one layer without a norm (the authors' second version).
+        hidden_ratio: the hidden width of an mlp is hidden_size // hidden_ratio.
         input: `last_instruction_token` (paper, section 3.3), or `with_visual_summary`: beside it the mean and the
             maximum of the sample's visual tokens (ours).
+        token_id: read this token of the prompt, the mean where there are several, in place of the last instruction
+            token (the authors' `<ROUTER>`).
         output: `distortion`, logit_k = -softplus(z_k) and logit_0 = 0 (ours), or `logits`, logit_k = z_k (paper).
     """
 
+    kind: Literal["mlp", "linear"] = "mlp"
     hidden_ratio: int = 4
     input: Literal["last_instruction_token", "with_visual_summary"] = "with_visual_summary"
+    token_id: int | None = None
     output: Literal["distortion", "logits"] = "distortion"
 
     @property
     def num_inputs(self) -> int:
         """Vectors of hidden_size that the router reads."""
         return 3 if self.input == "with_visual_summary" else 1
+
+    def tensors(self, hidden_size: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a router's tensors, by name."""
+        inputs = width = hidden_size * self.num_inputs
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.kind == "mlp":
+            width = hidden_size // self.hidden_ratio
+            shapes = {"norm.weight": (inputs,), "norm.bias": (inputs,)}
+            shapes |= {"hidden.weight": (width, inputs), "hidden.bias": (width,)}
+        return shapes | {"head.weight": (num_experts, width), "head.bias": (num_experts,)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,9 @@ class PyramidConfig:
         positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or
             `contiguous` (re-indexed in every segment, as the paper's authors do).
         rounding: `ceil` keeps the incomplete cells at a grid's edge, `floor` drops them.
+        prepooling: side of the squares in which the vision tower's features are averaged, before the projector.
         min_visual_tokens: a rate that would leave a grid with fewer tokens is not offered.
+        min_input_tokens: a sample with fewer visual tokens is neither pooled nor gated.
         trade_off: λ of the decision rule argmax_k(logit_k - λ·cost_k); stored under the key `lambda`.
         static_route: one expert index per site for every sample, or None to ask the routers.
         budgets: measured by calibration, by falling fraction; empty before it.
@@ -84,7 +101,9 @@ class PyramidConfig:
     positions: Literal["persistent", "contiguous"] = "persistent"
     rounding: Literal["ceil", "floor"] = "ceil"
     router: RouterConfig = field(default_factory=RouterConfig)
+    prepooling: int = 1
     min_visual_tokens: int = 16
+    min_input_tokens: int = 1
     trade_off: float = 0.0
     static_route: Route | None = None
     budgets: tuple[Budget, ...] = ()
@@ -145,8 +164,14 @@ class PyramidConfig:
         height, width = (-(-n // k) if up else n // k for n, k in zip(grid, rate, strict=True))
         return height, width
 
+    def takes(self, grids: Sequence[Grid]) -> bool:
+        """Say whether a sample with these grids is pooled (and gated) at all."""
+        return sum(height * width for height, width in grids) >= self.min_input_tokens
+
     def offered(self, site: int, grids: Sequence[Grid]) -> list[int]:
         """Return the expert indices that `site` offers to a sample with these grids; 1×1 always is."""
+        if not self.takes(grids):
+            return [0]
         experts = []
         for k, rate in enumerate(self.sites[site].rates):
             sizes = [h * w for h, w in (self.pooled(grid, rate) for grid in grids)]
@@ -167,6 +192,9 @@ class PyramidConfig:
             rates = self.sites[site].rates
             if not 0 <= expert < len(rates):
                 raise ValueError(f"route {route}: site {site} has experts 0 to {len(rates) - 1}, not {expert}")
+            if not self.takes(stages[-1]):
+                stages.append(stages[-1])
+                continue
             if grids and expert not in self.offered(site, stages[-1]):
                 kernel, small = (
                     "×".join(map(str, rates[expert])),
@@ -208,17 +236,11 @@ class PyramidConfig:
 
     def dpe_tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
-        width = hidden_size // self.router.hidden_ratio
-        inputs = hidden_size * self.router.num_inputs
         shapes: dict[str, tuple[int, ...]] = {}
         for i, site in enumerate(self.sites):
             if self.static_route is None:
-                shapes[f"routers.{i}.norm.weight"] = (inputs,)
-                shapes[f"routers.{i}.norm.bias"] = (inputs,)
-                shapes[f"routers.{i}.hidden.weight"] = (width, inputs)
-                shapes[f"routers.{i}.hidden.bias"] = (width,)
-                shapes[f"routers.{i}.head.weight"] = (len(site.rates), width)
-                shapes[f"routers.{i}.head.bias"] = (len(site.rates),)
+                router = self.router.tensors(hidden_size, len(site.rates))
+                shapes |= {f"routers.{i}.{name}": shape for name, shape in router.items()}
             if self.pooling == "conv":
                 for k, (kernel_h, kernel_w) in enumerate(site.rates):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, kernel_h, kernel_w)

@@ -37,7 +37,8 @@ class PyramidState:
         valid: [B, S] bool, or None when no row of this chunk is padded.
         coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere; None in a chunk without images.
         columns: [B, L] where every original token is now; None while nothing has moved.
-        instruction: [B] the original column of the token that the routers read.
+        instruction: [B] the original column of the last instruction token.
+        router_tokens: [B, R] the original columns of the tokens that the routers read, -1 where a sample has fewer.
         grids: per sample, the current sizes of its visual grids.
         text_tokens: per sample, the tokens of the prompt that are not visual.
         image_grids: per sample, the sizes of its grids before any pooling.
@@ -50,14 +51,15 @@ class PyramidState:
     coords: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     instruction: torch.Tensor | None = None
+    router_tokens: torch.Tensor | None = None
     grids: tuple[tuple[Grid, ...], ...] = ()
     text_tokens: tuple[int, ...] = ()
     image_grids: tuple[tuple[Grid, ...], ...] = ()
     routes: tuple[Route, ...] = ()
 
     def now_at(self, original: torch.Tensor) -> torch.Tensor:
-        """Return the current columns, [B], of one original column per sample."""
-        return original if self.columns is None else self.columns.gather(1, original[:, None])[:, 0]
+        """Return the current columns, [B, R], of some original columns of every sample."""
+        return original if self.columns is None else self.columns.gather(1, original)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class PyramidTextMixin:
         use_cache: bool | None = None,
         visual_coords: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
+        router_tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the pyramid; the arguments that are not listed are those of the original text model.
@@ -139,6 +142,8 @@ class PyramidTextMixin:
         Args:
             visual_coords: [B, L, 3] (grid, row, col) of the visual tokens, -1 elsewhere; None without images.
             instruction: [B] or [1], the column of the last instruction token; by default the last valid one.
+            router_tokens: [B, R] the columns of the tokens that the routers read, -1 where a sample has fewer; by
+                default `instruction`.
 
         Returns:
             `last_hidden_state` [B, L, D]: a token that was merged away has the state of what it was merged into.
@@ -156,7 +161,7 @@ class PyramidTextMixin:
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
 
-        state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction)
+        state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction, router_tokens)
         if state.coords is not None:
             _refuse_unfit(past_key_values, attention_mask)
         for segment in range(len(self.segments)):
@@ -179,6 +184,7 @@ class PyramidTextMixin:
         positions: torch.Tensor,
         visual_coords: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
+        router_tokens: torch.Tensor | None = None,
     ) -> PyramidState:
         """Describe a batch before the first layer; the arguments are `forward`'s."""
         batch, length = inputs_embeds.shape[:2]
@@ -189,6 +195,8 @@ class PyramidTextMixin:
         if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None or (visual_coords < 0).all():
             return PyramidState(inputs_embeds, positions, valid)
 
+        if self.pyramid.router.token_id is not None and router_tokens is None:
+            raise ValueError("the routers of this model read a special token: router_tokens must say where it is")
         grids = visual_grids(visual_coords)
         index = torch.arange(length, device=inputs_embeds.device).expand(batch, -1)
         if instruction is None:
@@ -203,6 +211,7 @@ class PyramidTextMixin:
             valid=valid,
             coords=visual_coords,
             instruction=instruction,
+            router_tokens=instruction[:, None] if router_tokens is None else router_tokens,
             grids=grids,
             text_tokens=tuple(text_tokens),
             image_grids=grids,
@@ -262,10 +271,11 @@ class PyramidTextMixin:
 
     def router_features(self, state: PyramidState) -> torch.Tensor:
         """Return what a router reads in this state, [B, num_inputs, D]."""
-        assert state.instruction is not None and state.coords is not None
+        assert state.router_tokens is not None and state.coords is not None
         return router_features(
             state.hidden_states,
-            state.now_at(state.instruction),
+            state.now_at(state.router_tokens.clamp(min=0)),
+            state.router_tokens >= 0,
             state.coords[..., 0] >= 0,
             self.pyramid.router,
         )
@@ -276,7 +286,12 @@ class PyramidTextMixin:
             routes = _spread(self.forced_routes, len(state.grids))
             for route, grids in zip(routes, state.image_grids, strict=True):
                 self.pyramid.walk(route, grids)
-            return Choice([route[site] if grids else 0 for route, grids in zip(routes, state.grids, strict=True)])
+            return Choice(
+                [
+                    route[site] if grids and self.pyramid.takes(grids) else 0
+                    for route, grids in zip(routes, state.grids, strict=True)
+                ]
+            )
         logits = self.routers[site](self.router_features(state))
         experts = [
             decide(scores, costs, offered, self.trade_off) if grids else 0
@@ -284,20 +299,25 @@ class PyramidTextMixin:
                 logits.tolist(), state.grids, self.prices(state, site), strict=True
             )
         ]
-        return Choice(experts, self._gate(logits, experts))
+        return Choice(experts, self._gate(state, logits, experts))
 
     def take(self, state: PyramidState, site: int, experts: list[int]) -> Choice:
         """Take given experts, gated as if the router had picked them."""
         if self.pyramid.gate == "none":
             return Choice(experts)
-        return Choice(experts, self._gate(self.routers[site](self.router_features(state)), experts))
+        return Choice(experts, self._gate(state, self.routers[site](self.router_features(state)), experts))
 
-    def _gate(self, logits: torch.Tensor, experts: list[int]) -> torch.Tensor | None:
+    def _gate(self, state: PyramidState, logits: torch.Tensor, experts: list[int]) -> torch.Tensor | None:
         """Return the probability gate [B] of the chosen experts (paper, eq. 4), or None without a gate."""
         if self.pyramid.gate == "none":
             return None
         index = torch.tensor(experts, device=logits.device)[:, None]
-        return (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
+        probability = (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
+        return torch.where(self._taken(state), probability, 1)
+
+    def _taken(self, state: PyramidState) -> torch.Tensor:
+        """Say which samples are pooled at all, [B] bool."""
+        return torch.tensor([self.pyramid.takes(grids) for grids in state.grids], device=state.hidden_states.device)
 
     def prices(self, state: PyramidState, site: int) -> list[tuple[list[int], list[float]]]:
         """Return, per sample, the offered experts and the FLOPs fraction of each with 1×1 ever after."""
@@ -354,10 +374,10 @@ class PyramidTextMixin:
         """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert."""
         assert state.coords is not None
         rows = []
-        for coords, k in zip(state.coords, choice.experts, strict=True):
+        for coords, k, taken in zip(state.coords, choice.experts, self._taken(state), strict=True):
             kernel: torch.Tensor = self.poolers.get_parameter(f"{site}.{k}")  # [D, kernel_h, kernel_w]
             factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
-            rows.append(torch.where(coords[:, :1] >= 0, factors, 1))
+            rows.append(torch.where((coords[:, :1] >= 0) & taken, factors, 1))
         return torch.stack(rows)
 
     def finish(self, state: PyramidState) -> torch.Tensor:

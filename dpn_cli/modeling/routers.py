@@ -15,19 +15,23 @@ GATE_TEMPERATURE = 10.0  # of the authors' probability gate
 
 
 class Router(nn.Module):
-    """LayerNorm → Linear(D, D/4) → GELU → Linear(D/4, E), always in float32 (paper, section 3.3).
+    """LayerNorm → Linear(D, D/4) → GELU → Linear(D/4, E), or one Linear(D, E); always in float32.
 
     Where the router reads several vectors, each is normalised by itself. A fresh router scores every rate alike, so
     that at λ = 0 the first one, 1×1, is taken.
+
+    Source: paper, section 3.3; the linear kind is version 2 in the authors' code.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
         inputs = hidden_size * config.num_inputs
-        self.norm = nn.LayerNorm(inputs)
-        self.hidden = nn.Linear(inputs, hidden_size // config.hidden_ratio)
-        self.head = nn.Linear(hidden_size // config.hidden_ratio, num_experts)
+        if config.kind == "mlp":
+            self.norm = nn.LayerNorm(inputs)
+            self.hidden = nn.Linear(inputs, hidden_size // config.hidden_ratio)
+            inputs = hidden_size // config.hidden_ratio
+        self.head = nn.Linear(inputs, num_experts)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Score the rates.
@@ -38,9 +42,12 @@ class Router(nn.Module):
         Returns:
             Logits [B, E] in float32. With `output: distortion`, minus the predicted distortions in nats: 0 for 1×1.
         """
-        x = F.layer_norm(features.float(), features.shape[-1:], eps=self.norm.eps).flatten(1)
-        x = x * self.norm.weight.float() + self.norm.bias.float()
-        x = F.gelu(F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()))
+        x = features.float()
+        if self.config.kind == "mlp":
+            x = F.layer_norm(x, x.shape[-1:], eps=self.norm.eps).flatten(1)
+            x = x * self.norm.weight.float() + self.norm.bias.float()
+            x = F.gelu(F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()))
+        x = x.flatten(1)
         z = F.linear(x, self.head.weight.float(), self.head.bias.float())
         if self.config.output == "logits":
             return z
@@ -48,21 +55,30 @@ class Router(nn.Module):
 
 
 def router_features(
-    hidden_states: torch.Tensor, instruction: torch.Tensor, is_visual: torch.Tensor, config: RouterConfig
+    hidden_states: torch.Tensor,
+    columns: torch.Tensor,
+    is_read: torch.Tensor,
+    is_visual: torch.Tensor,
+    config: RouterConfig,
 ) -> torch.Tensor:
     """Collect what a router reads.
 
     Args:
         hidden_states: [B, S, D].
-        instruction: [B], the column of each sample's last instruction token.
+        columns: [B, R], where the tokens are that the routers read: of each sample the last of the instruction, or all
+            of a special kind, whose mean is taken.
+        is_read: [B, R], bool; False where a sample has fewer.
         is_visual: [B, S], bool; a sample may have none.
         config: says whether the mean and the maximum of the visual tokens are wanted.
 
     Returns:
         [B, num_inputs, D].
     """
-    rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-    last = hidden_states[rows, instruction]
+    rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)[:, None]
+    read = hidden_states[rows, columns]
+    last = read[:, 0]
+    if columns.shape[1] > 1:
+        last = (read * is_read[..., None]).sum(1) / is_read.sum(1, keepdim=True).clamp(min=1)
     if config.num_inputs == 1:
         return last[:, None]
     visual = is_visual[..., None]
