@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from dpn_cli.modeling.adapter import hush_bitsandbytes
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.loading import load_model
 
@@ -34,6 +35,7 @@ def load_frozen(
         return load_model(folder, dtype, healed=False, **kwargs)
     from transformers import BitsAndBytesConfig
 
+    hush_bitsandbytes()
     config = BitsAndBytesConfig(
         load_in_4bit=load_in == "4bit",
         load_in_8bit=load_in == "8bit",

@@ -1,5 +1,6 @@
 """LoRA adapters on the decoder layers behind the first site, through peft (the extra `heal`)."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,13 @@ def load_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
         parameters[name].requires_grad_(False)
 
 
+def hush_bitsandbytes() -> None:
+    """Keep bitsandbytes, which peft imports, from warning about an optional kernel that is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _peft() -> Any:
+    hush_bitsandbytes()
     try:
         import peft
     except ImportError:
