@@ -1,8 +1,9 @@
 """One small random LLaVA in every layout: the original one with its CLIP model, and two of Hugging Face's."""
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,33 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer.model"
 
 
-@pytest.fixture
-def make_original(tokenizer_model: Path, tmp_path: Path) -> Callable[..., Original]:
-    """Return `make(...) -> Original`; see `write_original`."""
+@pytest.fixture(scope="session")
+def originals(tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Original]:
+    """Return `make(...) -> Original`; equal arguments give the same folders, which nobody may change."""
+    made: dict[str, Original] = {}
 
     def make(**options: Any) -> Original:
-        return write_original(tmp_path / "llava-v1.5-tiny", tmp_path / "clip", tokenizer_model, **options)
+        key = str(sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("original")
+            made[key] = write_original(folder / "llava", folder / "clip", tokenizer_model, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def make_original(originals: Callable[..., Original], tmp_path: Path) -> Callable[..., Original]:
+    """Return `make(...) -> Original`, with folders of its own; for the options see `write_original`."""
+
+    def make(**options: Any) -> Original:
+        made = originals(**options)
+        return replace(
+            made,
+            folder=Path(shutil.copytree(made.folder, tmp_path / "llava-v1.5-tiny")),
+            clip=Path(shutil.copytree(made.clip, tmp_path / "clip")),
+            tensors=dict(made.tensors),
+        )
 
     return make
 

@@ -60,7 +60,7 @@ def import_authors(folder: Path, vision_tower: str | None = None) -> Rewritten:
     special = ROUTER_TOKEN if options["use_special_token"] else None
     rewritten, tokenizer = rewrite_original(folder, vision_tower, special, pyramid.prepooling, apart)
     side = rewritten.checkpoint.config["vision_config"]["image_size"]
-    if config.get("input_image_size") not in {None, side}:
+    if config.get("input_image_size") not in (None, side):
         raise CheckpointError(
             f"{folder} takes images of {config['input_image_size']} pixels, its vision tower of {side}: they must agree"
         )

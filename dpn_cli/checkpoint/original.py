@@ -52,6 +52,7 @@ _TEXT_KEYS = (
     "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
     "sliding_window",
 )  # fmt: skip
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Values of LLaVA's own config keys that make another model than LLaVA-1.5 of it; None stands for a missing key.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": (None, *_PROJECTORS),
@@ -104,6 +105,9 @@ def rewrite_original(
     planned = _plan(weights, config, vocabulary, apart, original.get("mm_projector_type") or "linear")
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
+    for part in ("text_config", "vision_config"):  # before every layer is listed
+        if config[part]["num_hidden_layers"] > len(planned):
+            raise CheckpointError(f"{folder}: {part} has more layers than the weights: they do not belong together")
     _check(planned, llava_tensors(config), folder)
 
     def write_side_files(stage: Path) -> None:
@@ -141,9 +145,14 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
             )
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
-    for key in TEXT_DEFAULTS["llama"]:
-        if type(config.get(key)) is not int:
-            raise CheckpointError(f"{folder}: config.json has no {key}, so the model's sizes are unknown")
+    for key in (*TEXT_DEFAULTS["llama"], *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise CheckpointError(
+                f"{folder}: config.json has {config.get(key)!r} as {key}, so the model's sizes are unknown"
+            )
+    layer = config.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise CheckpointError(f"{folder}: config.json has {layer!r} as mm_vision_select_layer, expected a number")
 
 
 def _find_tower(config: Mapping[str, Any], folder: Path, vision_tower: str | None) -> Tower:

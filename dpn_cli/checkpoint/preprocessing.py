@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-TOKENIZER_CLASSES = {"LlamaTokenizer", "LlamaTokenizerFast"}
+TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -44,7 +44,8 @@ class Tower:
         if kind not in {"clip", "clip_vision_model"} or not isinstance(config, dict):
             raise CheckpointError(f"{folder} is a {kind!r} model, expected a CLIP model as the vision tower")
         settings = {key: config.get(key, default) for key, default in CLIP_DEFAULTS.items()}
-        if any(type(settings[key]) is not type(default) for key, default in CLIP_DEFAULTS.items()):
+        kinds = all(type(settings[key]) is type(default) for key, default in CLIP_DEFAULTS.items())
+        if not kinds or any(type(value) is not str and value <= 0 for value in settings.values()):
             raise CheckpointError(f"{folder / 'config.json'} has impossible sizes: download it again")
         return cls(folder, {"model_type": "clip_vision_model", **settings})
 

@@ -147,10 +147,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "LLaVA-HR": ({"is_multipath_encoder": True}, "is_multipath_encoder"),
     "language model": ({"architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwenForCausalLM"),
     "quantised": ({"quantization_config": {}}, "quantised"),
-    "no sizes": ({"num_hidden_layers": None}, "no num_hidden_layers"),
+    "no sizes": ({"num_hidden_layers": None}, "None as num_hidden_layers"),
+    "impossible sizes": ({"num_attention_heads": 0}, "0 as num_attention_heads"),
+    "impossible heads": ({"num_key_value_heads": "2"}, "'2' as num_key_value_heads"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "more layers than the weights"),
+    "feature layer": ({"mm_vision_select_layer": "last"}, "'last' as mm_vision_select_layer"),
     "too few layers": ({"num_hidden_layers": 7}, r"layers\.7\..*do not belong together"),
     "too many layers": ({"num_hidden_layers": 9}, r"no such tensor: .*layers\.8\."),
-    "vocabulary": ({"hidden_size": 128}, "do not belong together"),
+    "width": ({"hidden_size": 128}, "do not belong together"),
 }
 
 
