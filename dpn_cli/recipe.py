@@ -52,7 +52,7 @@ class RouterRecipe(_Section):
     """The router's shape; see `RouterConfig`."""
 
     hidden_ratio: Annotated[int, Field(ge=1)] = 4
-    input: Literal["last_instruction_token", "with_visual_summary"] = "with_visual_summary"
+    input: Literal["last_instruction_token", "with_summaries"] = "with_summaries"
     output: Literal["distortion", "logits"] = "distortion"
 
 

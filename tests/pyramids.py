@@ -33,12 +33,12 @@ def make_pair(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple[An
         settings.pop("model_type")
         config = DpnLlavaConfig(**settings)
         config.pyramid = pyramid(**changes).to_dict()
-        torch.manual_seed(1)
         model, info = DpnLlavaForConditionalGeneration.from_pretrained(
             folder, config=config, attn_implementation=attn, output_loading_info=True
         )
         assert not info["unexpected_keys"]
         assert all("routers" in key or "poolers" in key for key in info["missing_keys"])
+        torch.manual_seed(7)  # of the first dozen, the one whose routers disagree most
         for name, parameter in model.named_parameters():
             if "routers" in name:
                 torch.nn.init.normal_(parameter, std=1.0)

@@ -31,8 +31,8 @@ class RouterConfig:
     Attributes:
         kind: `mlp` (paper, section 3.3), or `linear`, one layer without a norm (the authors' second version).
         hidden_ratio: the hidden width of an mlp is hidden_size // hidden_ratio.
-        input: `last_instruction_token` (paper, section 3.3), or `with_visual_summary`: beside it the mean and the
-            maximum of the sample's visual tokens (ours).
+        input: `last_instruction_token` (paper, section 3.3), or `with_summaries`: beside it the mean of the prompt's
+            text tokens, and the mean and the maximum of its visual tokens (ours).
         token_id: read this token of the prompt, the mean where there are several, in place of the last instruction
             token (the authors' `<ROUTER>`).
         output: `distortion`, logit_k = -softplus(z_k) and logit_0 = 0 (ours), or `logits`, logit_k = z_k (paper).
@@ -40,14 +40,14 @@ class RouterConfig:
 
     kind: Literal["mlp", "linear"] = "mlp"
     hidden_ratio: int = 4
-    input: Literal["last_instruction_token", "with_visual_summary"] = "with_visual_summary"
+    input: Literal["last_instruction_token", "with_summaries"] = "with_summaries"
     token_id: int | None = None
     output: Literal["distortion", "logits"] = "distortion"
 
     @property
     def num_inputs(self) -> int:
         """Vectors of hidden_size that the router reads."""
-        return 3 if self.input == "with_visual_summary" else 1
+        return 4 if self.input == "with_summaries" else 1
 
     def tensors(self, hidden_size: int, num_experts: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a router's tensors, by name."""

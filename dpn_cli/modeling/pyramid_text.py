@@ -271,14 +271,14 @@ class PyramidTextMixin:
 
     def router_features(self, state: PyramidState) -> torch.Tensor:
         """Return what a router reads in this state, [B, num_inputs, D]."""
-        assert state.router_tokens is not None and state.coords is not None
-        return router_features(
-            state.hidden_states,
-            state.now_at(state.router_tokens.clamp(min=0)),
-            state.router_tokens >= 0,
-            state.coords[..., 0] >= 0,
-            self.pyramid.router,
-        )
+        assert state.router_tokens is not None and state.instruction is not None and state.coords is not None
+        is_visual = state.coords[..., 0] >= 0
+        columns = state.now_at(state.router_tokens.clamp(min=0))
+        is_read = torch.zeros_like(is_visual, dtype=torch.long).scatter_add(1, columns, (state.router_tokens >= 0).long())
+        last = state.now_at(state.instruction[:, None])
+        is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
+        is_text = is_text if state.valid is None else is_text & state.valid
+        return router_features(state.hidden_states, is_read > 0, is_text, is_visual, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""

@@ -56,8 +56,8 @@ class Router(nn.Module):
 
 def router_features(
     hidden_states: torch.Tensor,
-    columns: torch.Tensor,
     is_read: torch.Tensor,
+    is_text: torch.Tensor,
     is_visual: torch.Tensor,
     config: RouterConfig,
 ) -> torch.Tensor:
@@ -65,27 +65,27 @@ def router_features(
 
     Args:
         hidden_states: [B, S, D].
-        columns: [B, R], where the tokens are that the routers read: of each sample the last of the instruction, or all
-            of a special kind, whose mean is taken.
-        is_read: [B, R], bool; False where a sample has fewer.
-        is_visual: [B, S], bool; a sample may have none.
-        config: says whether the mean and the maximum of the visual tokens are wanted.
+        is_read: [B, S] bool, the last token of the instruction, or all tokens of a special kind, whose mean is taken.
+        is_text: [B, S] bool, the prompt's tokens that are not visual.
+        is_visual: [B, S] bool; a sample may have none.
+        config: says whether the summaries of the text and of the visual tokens are wanted.
 
     Returns:
-        [B, num_inputs, D].
+        [B, num_inputs, D]: the token that is read; with summaries also the mean of the text tokens, and the mean and
+        the maximum of the visual ones.
     """
-    rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)[:, None]
-    read = hidden_states[rows, columns]
-    last = read[:, 0]
-    if columns.shape[1] > 1:
-        last = (read * is_read[..., None]).sum(1) / is_read.sum(1, keepdim=True).clamp(min=1)
+    read = _mean(hidden_states, is_read)
     if config.num_inputs == 1:
-        return last[:, None]
-    visual = is_visual[..., None]
-    mean = (hidden_states * visual).sum(1) / visual.sum(1).clamp(min=1)
-    maximum = hidden_states.masked_fill(~visual, torch.finfo(hidden_states.dtype).min).amax(1)
-    maximum = maximum * visual.any(1)
-    return torch.stack([last, mean.to(last.dtype), maximum], dim=1)
+        return read[:, None]
+    maximum = hidden_states.masked_fill(~is_visual[..., None], torch.finfo(hidden_states.dtype).min).amax(1)
+    maximum = maximum * is_visual.any(1, keepdim=True)
+    return torch.stack([read, _mean(hidden_states, is_text), _mean(hidden_states, is_visual), maximum], dim=1)
+
+
+def _mean(hidden_states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the mean [B, D] of the chosen tokens, [B, S] bool; zero where there is none."""
+    weights = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bsd,bs->bd", hidden_states.float(), weights).to(hidden_states.dtype)
 
 
 def decide(logits: Sequence[float], costs: Sequence[float], offered: Sequence[int], trade_off: float) -> int:
