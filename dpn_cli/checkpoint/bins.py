@@ -24,6 +24,9 @@ DTYPES = {
 }  # fmt: skip
 
 
+REMAP_BYTES = 256 << 20  # after so many read, a shard is mapped anew: what was read leaves the memory
+
+
 class BinWeights:
     """The tensors of a folder's .bin shards.
 
@@ -35,11 +38,17 @@ class BinWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shard: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._read_bytes = 0
         self.tensors: Mapping[str, TensorInfo] = self._scan()
 
     def read(self, name: str) -> "torch.Tensor":
-        """Return one tensor; its shard stays open until another one is needed."""
-        return self._open(self.tensors[name].file)[name]
+        """Return one tensor, mapped into memory for as long as it is used."""
+        info = self.tensors[name]
+        if self._read_bytes > REMAP_BYTES and zipfile.is_zipfile(self.folder / info.file):
+            self._shard = ("", {})
+        tensor = self._open(info.file)[name]
+        self._read_bytes += info.nbytes
+        return tensor
 
     def _scan(self) -> dict[str, TensorInfo]:
         """Read which tensors there are: no values, the shards are mapped into memory."""
@@ -61,7 +70,7 @@ class BinWeights:
 
     def _open(self, file: str) -> "dict[str, torch.Tensor]":
         if self._shard[0] != file:
-            self._shard = ("", {})  # unmap one before the next
+            self._shard, self._read_bytes = ("", {}), 0  # unmap one before the next
             self._shard = (file, _load(self.folder / file))
         return self._shard[1]
 

@@ -147,8 +147,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         CheckpointError: with the first reason why not.
     """
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
-    if "mm_vision_tower" in config or any("LlavaLlama" in str(name) for name in architectures):
+    if "mm_vision_tower" in config or "LlavaLlama" in str(config.get("architectures")):
         raise CheckpointError(
             f"{where} is in the original LLaVA layout: convert it with `dpn convert {where} --vision-tower PATH|ID`"
         )

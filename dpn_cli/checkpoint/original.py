@@ -66,8 +66,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Say whether a config.json is one of the original layout; its model type is no sign."""
-    architectures = config.get("architectures") or []
-    return "mm_vision_tower" in config or any(str(name) in TEXT_TYPES for name in architectures)
+    return "mm_vision_tower" in config or _architecture(config) in TEXT_TYPES
 
 
 def rewrite_original(
@@ -131,11 +130,17 @@ def rewrite_original(
     return Rewritten.of(folder, config, planned, write_side_files, notes), tokenizer
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return the first architecture that a config.json names."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
 def _validate(config: Mapping[str, Any], folder: Path) -> None:
-    names = [str(name) for name in config.get("architectures") or ["LlavaLlamaForCausalLM"]]
-    if names[0] not in TEXT_TYPES:
+    if _architecture(config) not in TEXT_TYPES:
         raise CheckpointError(
-            f"{folder} is a {names[0]} in the original LLaVA layout: expected one of {', '.join(TEXT_TYPES)}"
+            f"{folder} is a {_architecture(config)!r} in the original LLaVA layout: expected one of "
+            f"{', '.join(TEXT_TYPES)}"
         )
     for key, allowed in _ONLY.items():
         if config.get(key) not in allowed:
@@ -210,7 +215,6 @@ def _config(
     prepooling: int,
 ) -> dict[str, Any]:
     """Return config.json in Hugging Face's layout."""
-    architecture = (original.get("architectures") or ["LlavaLlamaForCausalLM"])[0]
     text = {key: original[key] for key in _TEXT_KEYS if key in original}
     dtype = original.get("torch_dtype") or _torch_name(weights.tensors[_STORED_EMBEDDING].dtype)
     linear = (original.get("mm_projector_type") or "linear") == "linear"
@@ -229,7 +233,7 @@ def _config(
         "torch_dtype": dtype,
         "text_config": text
         | {
-            "model_type": TEXT_TYPES[architecture],
+            "model_type": TEXT_TYPES[_architecture(original)],
             "vocab_size": vocabulary.size,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

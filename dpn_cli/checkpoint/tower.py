@@ -41,7 +41,7 @@ class Tower:
         kind = config.get("model_type")
         if kind == "clip":
             config = config.get("vision_config")  # type: ignore[assignment]
-        if kind not in {"clip", "clip_vision_model"} or not isinstance(config, dict):
+        if kind not in ("clip", "clip_vision_model") or not isinstance(config, dict):
             raise CheckpointError(f"{folder} is a {kind!r} model, expected a CLIP model as the vision tower")
         settings = {key: config.get(key, default) for key, default in CLIP_DEFAULTS.items()}
         kinds = all(type(settings[key]) is type(default) for key, default in CLIP_DEFAULTS.items())
