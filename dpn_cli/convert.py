@@ -22,7 +22,6 @@ from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recip
 if TYPE_CHECKING:
     import numpy as np
 
-INIT_STD = 0.02
 IMPORTED = "imported"  # in the place of a recipe's name
 
 
@@ -81,7 +80,7 @@ def convert(
 
     Raises:
         CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
-        RecipeError: if the recipe does not fit the model's depth.
+        RecipeError: if the recipe does not fit the model's depth, or the source has a pyramid of its own.
         UsageError: if the output exists or overlaps the source.
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
     """
@@ -152,27 +151,6 @@ def _write_dpe(path: Path, opened: Opened, conversion: Conversion) -> None:
     prefix = conversion.layout.text_prefix
     imported = {prefix + name: read().float().numpy() for name, read in opened.dpe.items()}
     path.write_bytes(save(imported or dict(initial_tensors(conversion.added)), metadata={"format": "pt"}))
-
-
-def initial_tensors(shapes: dict[str, tuple[int, ...]]) -> "Iterator[tuple[str, np.ndarray]]":
-    """Yield the DPE tensors before calibration, in float32.
-
-    The head is zero, so that all rates tie and 1×1 wins (lossless); poolers average; hidden layers are
-    drawn from N(0, 0.02²) with a fixed seed, so that a conversion is reproducible.
-    """
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        if name.endswith("hidden.weight"):
-            values = random.normal(0.0, INIT_STD, shape)
-        elif name.endswith("norm.weight"):
-            values = np.ones(shape)
-        elif ".poolers." in name:
-            values = np.full(shape, 1 / math.prod(shape[1:]))
-        else:
-            values = np.zeros(shape)
-        yield name, values.astype(np.float32)
 
 
 def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dpn_cli
 from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.cli import main
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError, RecipeError
 from dpn_cli.export import export
@@ -333,3 +334,22 @@ def test_a_recipe_for_an_import_is_refused(make_original: Callable[..., Original
     original, _ = make_dpn(make_original)
     with pytest.raises(RecipeError, match="has a pyramid of its own"):
         convert(str(original.folder), load_recipe("demo"), tmp_path / "out", vision_tower=str(original.clip))
+
+
+def test_the_command_says_what_became_of_it(
+    make_original: Callable[..., Original],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original, _ = make_dpn(make_original, pooling_location="pre")
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(original.folder), "--vision-tower", str(original.clip), "-o", "out"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    for words in ("it needs no calibration", "the token <ROUTER>", "imported as it was meant", "Next: dpn export"):
+        assert words in said
+    assert main(["calibrate", "--model", "out", "--data", "demo"]) == 3
+    assert "pyramid came with the source" in " ".join(capsys.readouterr().err.split())
+    tower = ["--vision-tower", str(original.clip)]
+    assert main(["convert", str(original.folder), *tower, "--set", "pyramid.pooling=avg", "-o", "again"]) == 2
+    assert not Path("again").exists()
