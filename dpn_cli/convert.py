@@ -4,12 +4,12 @@ A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_header
+from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
@@ -18,9 +18,6 @@ from dpn_cli.checkpoint.writer import RECIPE_FILE, write_index, write_json
 from dpn_cli.errors import DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
-
-if TYPE_CHECKING:
-    import numpy as np
 
 IMPORTED = "imported"  # in the place of a recipe's name
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
-from dpn_cli.calibration.cases import Case, answer_both, extremes, greedy_answers
-from dpn_cli.calibration.data import MAX_BAD, OnBadRow, Sample, load_data
+from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
+from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.calibration.encoding import encode, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
@@ -22,7 +22,7 @@ from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
 from dpn_cli.calibration.tuning import drop_stale_adapter, frozen_dtype, keep_adapter, tune, unused_sections
-from dpn_cli.convert import initial_tensors
+from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -67,6 +67,60 @@ def calibrate(
         UsageError: if the budget is out of reach, the checkpoint has no routers, or an unfinished calibration
             differs from this one.
     """
+    job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad)
+    asked = [sample for sample in dataset.samples if sample.images]
+    texts = [sample for sample in dataset.samples if not sample.images]
+    samples = _answer(job, asked)
+    held, fitted = _split(len(samples), recipe)
+    learned = [(samples[i], asked[i].is_answered) for i in fitted]
+    tuned = tune(job.model, job.processor, learned, texts, recipe, job.state.folder, progress)
+    paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
+    table = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
+    held_table = table.select(torch.arange(len(held)))
+    routers = job.model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
+    if paper:
+        objective = held_out_objective(routers, held_table, *trade_off_range(held_table))
+    else:
+        objective = _fit(job, routers, table.select(torch.arange(len(held), len(samples))), held_table)
+
+    pyramid = replace(job.model.pyramid, budgets=budget_table(routers, held_table))
+    pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
+    settings = {
+        "data": data, "data_digest": dataset.digest,
+        **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
+        "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
+    }  # fmt: skip
+    report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], settings)
+    adapter = keep_adapter(job.model, folder)
+    save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
+    drop_stale_adapter(folder, adapter)
+    drop_state(folder)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages of a calibration work with."""
+
+    model: DpnLlavaForConditionalGeneration
+    processor: Any
+    recipe: CalibrationRecipe
+    state: MeasurementState
+    progress: Progress
+
+
+def _open(
+    folder: Path,
+    data: str,
+    recipe: CalibrationRecipe,
+    image_root: Path | None,
+    progress: Progress,
+    say: Callable[[str], None],
+    restart: bool,
+    on_bad_row: OnBadRow,
+    max_bad: float,
+) -> tuple[_Job, Dataset]:
+    """Check the data, then the state of an earlier run, then load the model."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
@@ -77,9 +131,9 @@ def calibrate(
     )  # fmt: skip
     for line in dataset.scan.lines():
         say(line)
-    samples = [sample for sample in dataset.samples if sample.images]
-    if len(samples) < MIN_SAMPLES:
-        raise DataError(f"--data {data} has {len(samples)} samples with an image, calibration needs {MIN_SAMPLES}")
+    count = sum(bool(sample.images) for sample in dataset.samples)
+    if count < MIN_SAMPLES:
+        raise DataError(f"--data {data} has {count} samples with an image, calibration needs {MIN_SAMPLES}")
     if restart:
         drop_state(folder)
     state = MeasurementState(folder, fingerprint(folder, dataset.digest, recipe))
@@ -87,49 +141,15 @@ def calibrate(
     if model.pyramid.static_route is not None:
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     _start_afresh(model.model.language_model.routers)
-    say(f"{len(samples)} samples from {data}; model in {model.dtype} on {model.device}")
+    say(f"{count} samples from {data}; model in {model.dtype} on {model.device}")
+    return _Job(model, processor, recipe, state, progress), dataset
 
-    asked, samples = samples, answer(model, processor, samples, recipe, state, progress)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(recipe.seed))
-    num_held = max(1, round(recipe.holdout * len(samples)))
-    held_rows, fit_rows = order[:num_held], order[num_held:]
-    tuned = tune(
-        model, processor, [(samples[i], asked[i].is_answered) for i in fit_rows],
-        [sample for sample in dataset.samples if not sample.images], recipe, state.folder, progress,
-    )  # fmt: skip
-    if recipe.objective == "paper":  # the routers are trained: only what they are judged by is measured
-        asked, samples = [asked[i] for i in held_rows], [samples[i] for i in held_rows]
-        held_rows, fit_rows = torch.arange(num_held), fit_rows[:0]
-    table = _measure(model, processor, samples, held_rows.tolist(), recipe, state, progress)
-    held = table.select(held_rows)
 
-    routers = model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
-    if recipe.objective == "paper":
-        objective = held_out_objective(routers, held, *trade_off_range(held))
-    else:
-        with progress("fitting routers", recipe.epochs) as advance:
-            objective = fit_routers(
-                routers, table.select(fit_rows), held, recipe.epochs, recipe.learning_rate, recipe.seed, advance
-            ).objective
-    pyramid = replace(model.pyramid, budgets=budget_table(routers, held))
-    pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
-    with torch.no_grad():
-        policy = Policy.of(routers, held)
-    settings = {
-        "data": data, "data_digest": dataset.digest,
-        **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
-        "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
-    }  # fmt: skip
-    _take(model, routers, pyramid)
-    cases = _cases(model, processor, policy, [asked[i] for i in held_rows], recipe, progress)
-    grids = [(model.model.image_grid(),) * len(samples[i].images) for i in held_rows]
-    shape = model.model.language_model.shape
-    report = Report.of(policy, pyramid, shape, grids, recipe.budget, *cases, settings)
-    adapter = keep_adapter(model, folder)
-    save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
-    drop_stale_adapter(folder, adapter)
-    drop_state(folder)
-    return report
+def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
+    """Return the rows that are held out, and those that are learned from."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    num_held = max(1, round(recipe.holdout * count))
+    return order[:num_held], order[num_held:]
 
 
 def _start_afresh(routers: nn.ModuleList) -> None:
@@ -138,48 +158,66 @@ def _start_afresh(routers: nn.ModuleList) -> None:
     routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
 
 
-def _measure(
-    model: DpnLlavaForConditionalGeneration,
-    processor: Any,
-    samples: Sequence[Sample],
-    held_rows: Sequence[int],
-    recipe: CalibrationRecipe,
-    state: MeasurementState,
-    progress: Progress,
-) -> RouteTable:
-    """Measure the samples: the held-out ones down every route, the others down as many as the recipe says."""
-    examples = [encode(sample, processor, recipe.answer_tokens) for sample in samples]
-    grids = [(model.model.image_grid(),) * len(example.pixel_values) for example in examples]
-    num_routes = None if recipe.routes == "all" else recipe.routes
-    batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=set(held_rows))
-    with progress("measuring routes", len(examples)) as advance:
-        return measure(model, examples, batches, processor.tokenizer.pad_token_id, state, advance)
-
-
-def answer(
-    model: DpnLlavaForConditionalGeneration,
-    processor: Any,
-    samples: Sequence[Sample],
-    recipe: CalibrationRecipe,
-    state: MeasurementState,
-    progress: Progress,
-) -> list[Sample]:
+def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     """Answer the samples that have no answers with the teacher's own, greedily."""
-    complete = list(samples)
-    open_ones = [i for i, sample in enumerate(samples) if any(turn.answer is None for turn in sample.turns)]
+    complete, size = list(samples), job.recipe.batch_size
+    open_ones = [i for i, sample in enumerate(samples) if not sample.is_answered]
     if not open_ones:
         return complete
-    with model.teacher(), progress("asking the teacher", len(open_ones)) as advance:
-        for batch, start in enumerate(range(0, len(open_ones), recipe.batch_size)):
-            rows = open_ones[start : start + recipe.batch_size]
-            texts = state.answers(batch)
+    with job.model.teacher(), job.progress("asking the teacher", len(open_ones)) as advance:
+        for batch, start in enumerate(range(0, len(open_ones), size)):
+            rows = open_ones[start : start + size]
+            texts = job.state.answers(batch)
             if texts is None:
-                texts = greedy_answers(model, processor, [samples[i] for i in rows], len(rows), recipe.answer_tokens)
-                state.keep_answers(batch, texts)
+                asked = [samples[i] for i in rows]
+                texts = greedy_answers(job.model, job.processor, asked, len(rows), job.recipe.answer_tokens)
+                job.state.keep_answers(batch, texts)
             for i, text in zip(rows, texts, strict=True):
                 complete[i] = samples[i].answered(text)
             advance(len(rows))
     return complete
+
+
+def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> RouteTable:
+    """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says."""
+    model, recipe = job.model, job.recipe
+    examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
+    grids = [(model.model.image_grid(),) * len(example.pixel_values) for example in examples]
+    num_routes = None if recipe.routes == "all" else recipe.routes
+    batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
+    with job.progress("measuring routes", len(examples)) as advance:
+        return measure(model, examples, batches, job.processor.tokenizer.pad_token_id, job.state, advance)
+
+
+def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
+    """Fit the routers; return what they reach on the held-out samples, see `Fit`."""
+    recipe = job.recipe
+    with job.progress("fitting routers", recipe.epochs) as advance:
+        fit = fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
+    return fit.objective
+
+
+def _report(
+    job: _Job,
+    routers: nn.ModuleList,
+    held: RouteTable,
+    pyramid: PyramidConfig,
+    samples: Sequence[Sample],
+    settings: dict[str, Any],
+) -> Report:
+    """Sum up, and ask both models about the held-out samples that fare worst and best at the budget."""
+    model, recipe = job.model, job.recipe
+    with torch.no_grad():
+        policy = Policy.of(routers, held)
+    worst, best = extremes(held, policy.choose(pyramid.trade_off))
+    _take(model, routers, pyramid)
+    with job.progress("asking both models", len(worst) + len(best)) as advance:
+        cases = answer_both(
+            model, job.processor, [*worst, *best], samples, recipe.batch_size, recipe.answer_tokens, advance
+        )
+    grids = [(model.model.image_grid(),) * len(sample.images) for sample in samples]
+    shape, count = model.model.language_model.shape, len(worst)
+    return Report.of(policy, pyramid, shape, grids, recipe.budget, cases[:count], cases[count:], settings)
 
 
 def _take(model: DpnLlavaForConditionalGeneration, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
@@ -187,21 +225,6 @@ def _take(model: DpnLlavaForConditionalGeneration, routers: nn.ModuleList, pyram
     routers.requires_grad_(False).to(model.device)
     model.model.language_model.pyramid = pyramid
     model.model.language_model.trade_off = pyramid.trade_off
-
-
-def _cases(
-    model: DpnLlavaForConditionalGeneration,
-    processor: Any,
-    policy: Policy,
-    held: Sequence[Sample],
-    recipe: CalibrationRecipe,
-    progress: Progress,
-) -> tuple[list[Case], list[Case]]:
-    """Ask both models about the held-out samples that fare worst and best at the budget."""
-    worst, best = extremes(policy.table, policy.choose(model.pyramid.trade_off))
-    with progress("asking both models", len(worst) + len(best)) as advance:
-        cases = answer_both(model, processor, [*worst, *best], held, recipe.batch_size, recipe.answer_tokens, advance)
-    return cases[: len(worst)], cases[len(worst) :]
 
 
 def _trade_off(pyramid: PyramidConfig, budget: float) -> float:

@@ -274,7 +274,9 @@ class PyramidTextMixin:
         assert state.router_tokens is not None and state.instruction is not None and state.coords is not None
         is_visual = state.coords[..., 0] >= 0
         columns = state.now_at(state.router_tokens.clamp(min=0))
-        is_read = torch.zeros_like(is_visual, dtype=torch.long).scatter_add(1, columns, (state.router_tokens >= 0).long())
+        is_read = torch.zeros_like(is_visual, dtype=torch.long).scatter_add(
+            1, columns, (state.router_tokens >= 0).long()
+        )
         last = state.now_at(state.instruction[:, None])
         is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
         is_text = is_text if state.valid is None else is_text & state.valid
