@@ -47,7 +47,7 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
         "19 with an image, 1 with several images, 1 text-only, 1 with several turns, "
         "1 to be answered by the model itself"
     ) in captured.err
-    assert "rows read" not in captured.out and "Held out" in captured.out
+    assert "rows read" not in captured.out and "held-out samples" in captured.out
 
 
 def test_bad_rows_stop_the_run_before_a_model_is_loaded(
