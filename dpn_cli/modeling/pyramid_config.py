@@ -217,7 +217,7 @@ class PyramidConfig:
             yield route
 
     def trade_off_for(self, budget: float) -> float:
-        """Return the λ that spends `budget` on average, interpolated in the budget table.
+        """Return the λ that spends `budget` on average, interpolated in the budget table; 0 for a budget of 1.
 
         Raises:
             ValueError: if there is no table yet, or the budget is below its cheapest row or above 1.
@@ -226,6 +226,8 @@ class PyramidConfig:
             raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
         if not self.budgets:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
+        if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1
+            return 0.0
         above = Budget(1.0, 0.0, 0.0)
         for row in self.budgets:
             if row.fraction <= budget:

@@ -12,7 +12,7 @@ from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.calibration.statistics import wilson_interval
-from dpn_cli.modeling.pyramid_config import PyramidConfig, RouterConfig, Site
+from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig, RouterConfig, Site
 from dpn_cli.modeling.routers import Router, decide
 
 RATES = ((1, 1), (1, 2), (2, 2))
@@ -134,6 +134,8 @@ def test_budgets_interpolate_and_refuse_what_is_out_of_reach() -> None:
         assert pyramid.trade_off_for(row.fraction) == pytest.approx(row.trade_off)
     with pytest.raises(ValueError, match="out of reach"):
         pyramid.trade_off_for(pyramid.budgets[-1].fraction - 0.01)
+    dear = replace(PYRAMID, budgets=(Budget(1.001, 0.0, 0.0), Budget(0.9, 0.5, 0.1)))  # routers cost a little
+    assert dear.trade_off_for(1.0) == 0.0
     for nonsense in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             pyramid.trade_off_for(nonsense)
