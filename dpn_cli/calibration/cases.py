@@ -133,9 +133,15 @@ def greedy_answers(
     answers: list[str] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        inputs = prompts(batch, processor, model.device)
-        generated = model.generate(**inputs, max_new_tokens=answer_tokens, do_sample=False)
-        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
+        answers += generate_texts(model, processor, prompts(batch, processor, model.device), answer_tokens)
         advance(len(batch))
     return answers
+
+
+def generate_texts(
+    model: DpnLlavaForConditionalGeneration, processor: Any, inputs: Any, max_new_tokens: int
+) -> list[str]:
+    """Return what a model goes on with after every prompt of an encoded batch, greedily."""
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -38,6 +38,19 @@ class Trunk:
         return (values / row.bincount()[row]).sum() / len(row.unique())
 
 
+def start_batch(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> PyramidState:
+    """Return a collated batch, with images or without, before the first layer; routers read before the first label."""
+    text_model: Any = model.model.language_model
+    if "pixel_values" in batch:
+        embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
+    else:
+        embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    instruction = (batch["labels"] != IGNORED).int().argmax(1) - 1
+    return text_model.start(embeds, mask, positions, coords, instruction)
+
+
 def run_trunk(
     model: DpnLlavaForConditionalGeneration,
     examples: Sequence[Example],
@@ -47,15 +60,9 @@ def run_trunk(
     """Run a batch up to the first site; samples without an image may be among it."""
     text_model: Any = model.model.language_model
     batch = collate(examples, pad_token_id, model.device)
-    mask, labels = batch["attention_mask"], batch["labels"]
+    labels = batch["labels"]
     with torch.no_grad():
-        if "pixel_values" in batch:
-            embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
-        else:
-            embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        instruction = (labels != IGNORED).int().argmax(1) - 1
-        state = text_model.run_segment(text_model.start(embeds, mask, positions, coords, instruction), 0)
+        state = text_model.run_segment(start_batch(model, batch), 0)
     row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device))
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, Example, collate
+from dpn_cli.calibration.passes import start_batch
 from dpn_cli.calibration.state import MeasurementState
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -230,11 +231,6 @@ def walk(
 ) -> Iterator[PyramidState]:
     """Yield the state after every segment along some routes of a batch, depth first, the lowest route first."""
     text_model: Any = model.model.language_model
-    embeds, coords = model.model.embed(inputs["input_ids"], inputs["pixel_values"])
-    mask = inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    last = (inputs["labels"] != IGNORED).int().argmax(1) - 1
-    root = text_model.start(embeds, mask, positions, coords, last)
 
     def visit(state: PyramidState, ahead: Collection[Route]) -> Iterator[PyramidState]:
         site = len(state.routes[0])
@@ -243,11 +239,11 @@ def walk(
         if site == len(model.pyramid.sites):
             return
         for k in sorted({route[site] for route in ahead}):
-            choice = text_model.take(state, site, [k] * len(mask))
+            choice = text_model.take(state, site, [k] * len(state.grids))
             pooled = text_model.pool(state, site, choice)
             yield from visit(pooled, [route for route in ahead if route[site] == k])
 
-    return visit(root, routes)
+    return visit(start_batch(model, inputs), routes)
 
 
 def _teacher(

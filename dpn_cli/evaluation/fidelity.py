@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpn_cli.calibration.cases import generate_texts
 from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import prompts
-from dpn_cli.cost import flops_fraction
+from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Route
 
@@ -96,15 +97,10 @@ def compare_answers(
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         inputs = prompts(batch, processor, model.device)
-
-        def generate(inputs: Any = inputs) -> list[str]:
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            new = tokens[:, inputs["input_ids"].shape[1] :]
-            return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-
-        student, routes = generate(), model.last_routes
+        student = generate_texts(model, processor, inputs, max_new_tokens)
+        routes = model.last_routes
         with model.teacher():
-            teacher = generate()
+            teacher = generate_texts(model, processor, inputs, max_new_tokens)
         is_text = (inputs["input_ids"] != model.config.image_token_id) & inputs["attention_mask"].bool()
         for sample, mine, original, route, text in zip(
             batch, student, teacher, routes, is_text.sum(1).tolist(), strict=True
@@ -124,9 +120,6 @@ def _answered(
 ) -> Answered:
     pyramid, shape = model.pyramid, model.model.language_model.shape
     grids = [model.model.image_grid()] * len(sample.images_until(sample.asked))
-    stages = pyramid.walk(route, grids)
-    segments = pyramid.segments(shape.num_layers)
-    visual = sum(len(layers) * sum(h * w for h, w in stage) for layers, stage in zip(segments, stages, strict=True))
     return Answered(
         kind=sample.kind or "all",
         expected=sample.turns[0].answer,
@@ -134,7 +127,7 @@ def _answered(
         student=student,
         route=route,
         fraction=flops_fraction(shape, pyramid, route, grids, text_tokens),
-        visual_tokens=visual / shape.num_layers,
+        visual_tokens=sum(tokens_per_layer(shape, pyramid, route, grids, text_tokens=0)) / shape.num_layers,
     )
 
 
