@@ -1,8 +1,13 @@
-"""Write a folder whole or not at all: fill a hidden sibling, sync it to disk, rename it into place."""
+"""Write a folder whole or not at all: fill a hidden sibling, sync it to disk, rename it into place.
 
+A lock beside the target keeps two runs apart. It is the kernel's, so that it dies with its process, however that ends:
+who holds it may sweep what lies beside the target.
+"""
+
+import errno
+import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +15,11 @@ from pathlib import Path
 from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
 
-STAGE, OLD = "stage", "old"
+STAGE, OLD, LOCK = "stage", "old", "lock"
 MARGIN_BYTES = 64 << 20  # for the small files beside the weights
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 @contextmanager
@@ -25,20 +33,24 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
         source: the input, which the target must not touch.
 
     Raises:
-        UsageError: if the target exists (without force), is not ours to replace, or overlaps the source.
+        UsageError: if the target exists (without force), is not ours to replace, or overlaps the source; or if another
+            run is writing it.
+        DpnError: if nothing can be written there.
     """
-    _recover(target)
     check_target(target, force, may_replace, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = _sibling(target, STAGE)
-    stage.mkdir()
-    try:
-        yield stage
-        _sync(stage)
-        _put_in_place(stage, target, force)
-        _sync_entry(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    target = target.resolve()
+    with _locked(target):
+        _recover(target)
+        check_target(target, force, may_replace, source)
+        stage = _sibling(target, STAGE)
+        stage.mkdir()
+        try:
+            yield stage
+            _sync(stage)
+            _put_in_place(stage, target, force)
+            _sync_entry(target.parent)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_target(target: Path, force: bool, may_replace: str, source: Path | None = None) -> None:
@@ -84,7 +96,7 @@ def _is_ours(folder: Path, model_type: str) -> bool:
 
 
 def _put_in_place(stage: Path, target: Path, force: bool) -> None:
-    if not target.exists():
+    if not os.path.lexists(target):
         stage.rename(target)
         return
     if not force:
@@ -100,36 +112,60 @@ def _put_in_place(stage: Path, target: Path, force: bool) -> None:
 
 
 def _sibling(target: Path, role: str) -> Path:
-    return target.parent / f".{target.name}.{role}.{socket.gethostname()}.{os.getpid()}"
+    return target.parent / f".{target.name}.{role}"
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`: a file beside it, which is there for as long as the lock is held."""
+    path = _sibling(target, LOCK)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path, target)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise DpnError(f"{target.parent} cannot be written ({error.strerror}): choose another --output") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path, target: Path) -> int:
+    """Return the open lock file."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(f"another run is writing {target}: wait for its end, or choose another --output") from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the run that held the lock ended in between, and took the file along
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _recover(target: Path) -> None:
-    """Sweep what dead processes left beside `target`; bring back a target caught between two names."""
-    if not target.parent.is_dir():
-        return
-    host = socket.gethostname()
-    for role in (OLD, STAGE):
-        prefix = f".{target.name}.{role}.{host}."
-        for path in target.parent.iterdir():
-            pid = path.name.removeprefix(prefix)
-            if not path.name.startswith(prefix) or not pid.isdecimal() or _is_alive(int(pid)):
-                continue
-            if role == OLD and not target.exists():
-                path.rename(target)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # this process has not made its own yet
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Sweep what a dead process left beside `target`; bring back a target caught between two names."""
+    old = _sibling(target, OLD)
+    if old.is_dir() and not os.path.lexists(target):
+        old.rename(target)
+    for path in (old, _sibling(target, STAGE)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -1,13 +1,16 @@
+import errno
+import fcntl
 import os
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpn_cli.checkpoint.staging import staged_folder
-from dpn_cli.errors import UsageError
+from dpn_cli.errors import DpnError, UsageError
 
 OURS = '{"model_type": "dpn_llava"}'
 
@@ -19,13 +22,6 @@ def listing(folder: Path) -> dict[str, str]:
 def write(target: Path, force: bool = False, source: Path | None = None, config: str = OURS) -> None:
     with staged_folder(target, force, "dpn_llava", source) as stage:
         (stage / "config.json").write_text(config)
-
-
-@pytest.fixture
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -85,8 +81,89 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
 def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(UsageError, match="appeared meanwhile"), staged_folder(target, False, "dpn_llava"):
-        write(target)
+        target.mkdir()
+        (target / "file").write_text("another program's")
+    assert listing(tmp_path) == {"out/file": "another program's"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_second_run_is_refused_while_the_first_writes(tmp_path: Path, force: bool) -> None:
+    target = tmp_path / "out"
+    with staged_folder(target, False, "dpn_llava") as stage:
+        (stage / "config.json").write_text(OURS)
+        for same in (target, tmp_path / "x" / ".." / "out"):
+            with pytest.raises(UsageError, match="another run is writing"):
+                write(same, force, config="{}")
+        write(tmp_path / "other")
+    assert listing(tmp_path) == {"other/config.json": OURS, "out/config.json": OURS}
+
+
+def test_a_lock_that_ends_while_it_is_asked_for_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+    lock = tmp_path / ".out.lock"
+
+    def lost_race(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        lock.unlink()  # the first run ends: the file that was opened is no longer the one at this path
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lost_race)
+    with staged_folder(tmp_path / "out", False, "dpn_llava") as stage:
+        (stage / "config.json").write_text(OURS)
+        with pytest.raises(UsageError, match="another run"):
+            write(tmp_path / "out")
     assert listing(tmp_path) == {"out/config.json": OURS}
+
+
+def test_where_there_are_no_locks_the_folder_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(tmp_path / "out")
+    assert listing(tmp_path) == {"out/config.json": OURS}
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from dpn_cli.checkpoint.staging import staged_folder\n"
+        "with staged_folder(Path('out'), False, 'dpn_llava') as stage:\n"
+        "    (stage / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.stage"}
+    write(tmp_path / "out")
+    assert listing(tmp_path) == {"out/config.json": OURS}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_caught_between_two_names_comes_back(tmp_path: Path) -> None:
+    old = tmp_path / ".out.old"
+    old.mkdir()
+    (old / "config.json").write_text(OURS)
+    with pytest.raises(UsageError, match="--force"):
+        write(tmp_path / "out", config="{}")
+    assert listing(tmp_path) == {"out/config.json": OURS}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(path: Any, *_: Any) -> int:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DpnError, match=f"cannot be written.*{os.strerror(code)}.*choose another --output"):
+        write(tmp_path / "out")
+
+
+def test_the_working_directory_is_replaced_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    write(Path(), force=True, config=OURS + " ")
+    assert listing(tmp_path) == {"out/config.json": OURS + " "}
 
 
 def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
@@ -104,23 +181,3 @@ def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="overlaps"):
             write(target, force=True, source=source)
     assert listing(tmp_path / "models") == {"source/config.json": OURS}
-
-
-def test_what_dead_processes_left_is_swept(tmp_path: Path, dead_pid: int) -> None:
-    host = socket.gethostname()
-    dead = tmp_path / f".out.stage.{host}.{dead_pid}"
-    alive = tmp_path / f".out.stage.{host}.{os.getppid()}"
-    elsewhere = tmp_path / f".out.stage.another-{host}.{dead_pid}"
-    for path in (dead, alive, elsewhere):
-        path.mkdir()
-    write(tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
-
-
-def test_a_target_caught_between_two_names_comes_back(tmp_path: Path, dead_pid: int) -> None:
-    old = tmp_path / f".out.old.{socket.gethostname()}.{dead_pid}"
-    old.mkdir()
-    (old / "config.json").write_text(OURS)
-    with pytest.raises(UsageError, match="--force"):
-        write(tmp_path / "out", config="{}")
-    assert listing(tmp_path) == {"out/config.json": OURS}
