@@ -321,18 +321,26 @@ class DpnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return bool(self._hf_peft_config_loaded)
 
     @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Switch the adapter off for the duration, if there is one."""
+        if self.is_adapted:
+            self.disable_adapters()
+        try:
+            yield
+        finally:
+            if self.is_adapted:
+                self.enable_adapters()
+
+    @contextmanager
     def teacher(self) -> Iterator["DpnLlavaForConditionalGeneration"]:
         """Switch the pyramid and its adapter off for the duration: the model is the one that was converted."""
         before = self._text_model.pooling_enabled
         self._text_model.pooling_enabled = False
-        if self.is_adapted:
-            self.disable_adapters()
         try:
-            yield self
+            with self.without_adapter():
+                yield self
         finally:
             self._text_model.pooling_enabled = before
-            if self.is_adapted:
-                self.enable_adapters()
 
 
 # transformers renames the keys of older checkpoint layouts for its own classes only, and finds them by name.

@@ -1,7 +1,8 @@
 """The pyramid: a mixin that runs a Llama-type decoder segment by segment and pools visual tokens between them.
 
 The forward is a loop, `run_segment` → `choose` → `pool`, over a `PyramidState`. Calibration walks the same three
-steps as a tree, so that routes with a common prefix share its work.
+steps as a tree, so that routes with a common prefix share its work; what a site does to a batch is one method,
+`reduce`.
 
 Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
@@ -164,11 +165,7 @@ class PyramidTextMixin:
         state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction, router_tokens)
         if state.coords is not None:
             _refuse_unfit(past_key_values, attention_mask)
-        for segment in range(len(self.segments)):
-            if segment > 0 and state.coords is not None:
-                state = self.pool(state, segment - 1, self.choose(state, segment - 1))
-            state = self.run_segment(state, segment, past_key_values, attention_mask, use_cache=use_cache, **kwargs)
-
+        state = self.run(state, past_key_values, attention_mask, use_cache=use_cache, **kwargs)
         if state.coords is not None or past == 0:
             self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), past_key_values=past_key_values)
@@ -218,6 +215,24 @@ class PyramidTextMixin:
             routes=((),) * batch,
         )
 
+    def run(
+        self,
+        state: PyramidState,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PyramidState:
+        """Run all segments, and `reduce` between them where the batch has images; see `run_segment`."""
+        for segment in range(len(self.segments)):
+            if segment > 0 and state.coords is not None:
+                state = self.reduce(state, segment - 1)
+            state = self.run_segment(state, segment, cache, attention_mask, **kwargs)
+        return state
+
+    def reduce(self, state: PyramidState, site: int) -> PyramidState:
+        """Leave a batch with fewer visual tokens at a site: pooled, at the rate that is chosen for every sample."""
+        return self.pool(state, site, self.choose(state, site))
+
     def run_segment(
         self,
         state: PyramidState,
@@ -226,7 +241,7 @@ class PyramidTextMixin:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PyramidState:
-        """Run the decoder layers between two sites.
+        """Run the decoder layers between two sites, if there are any.
 
         `attention_mask` is only looked at where the chunk has no pyramid of its own: with a cache that is not a
         `PyramidCache`, or when it is a ready 4-D mask.
@@ -241,6 +256,8 @@ class PyramidTextMixin:
             mask = state.valid if cache is None else attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
+        if not layers:
+            return state
         # No position_ids here or below: gaps in them would read as packed sequences and cut the mask into blocks.
         causal_mask = create_causal_mask(
             config=self.config,

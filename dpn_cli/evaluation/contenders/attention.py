@@ -1,0 +1,47 @@
+"""The attention that the last instruction token pays, of one layer and computed apart: the model keeps its kernels.
+
+Shapes: B batch, S sequence, D hidden, G key-value heads, R query heads per key-value head, d head size.
+"""
+
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import rotate_half
+
+from dpn_cli.modeling.pyramid_text import PyramidState
+
+
+def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) -> torch.Tensor:
+    """Return the attention [B, S] from the last instruction token to all tokens, the mean over the heads.
+
+    Args:
+        text_model: of the Llama family.
+        state: the input of the layer.
+        layer_idx: the layer whose attention it is.
+    """
+    assert state.instruction is not None
+    layer = text_model.layers[layer_idx]
+    attention, head_dim = layer.self_attn, text_model.shape.head_dim
+    hidden_states = layer.input_layernorm(state.hidden_states)
+    last = state.now_at(state.instruction[:, None])  # [B, 1]
+    cos, sin = text_model.rotary_emb(hidden_states, position_ids=state.positions)  # [B, S, d]
+
+    keys = attention.k_proj(hidden_states).unflatten(-1, (-1, head_dim))  # [B, S, G, d]
+    query = attention.q_proj(_at(hidden_states, last)).unflatten(-1, (-1, head_dim))  # [B, 1, G * R, d]
+    keys, query = _rotate(keys, cos, sin), _rotate(query, _at(cos, last), _at(sin, last))
+    query = query[:, 0].unflatten(1, (keys.shape[2], -1))  # [B, G, R, d]
+    logits = torch.einsum("bgrd,bsgd->bgrs", query, keys).float() * attention.scaling
+
+    visible = torch.arange(keys.shape[1], device=last.device) <= last  # [B, S]
+    visible = visible if state.valid is None else visible & state.valid
+    return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+
+
+def _at(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return [B, 1, D] of [B, S, D]."""
+    return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary positions to [B, S, heads, d]."""
+    return values * cos[:, :, None] + rotate_half(values) * sin[:, :, None]

@@ -1,0 +1,153 @@
+"""The interface of all contenders, and how one takes a model over for a while.
+
+Every contender spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
+pyramid's. What a method computes only to choose tokens is not charged to it.
+
+Shapes: B batch, S sequence.
+"""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from dpn_cli.cost import DecoderShape
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.pyramid_text import PyramidState
+
+TOLERANCE = 0.01  # of a FLOPs fraction: a contender that cannot come closer to a budget does not take part
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the cost of a prefill depends on.
+
+    Attributes:
+        grids: the visual tokens of every image, (H, W).
+        text_tokens: all others.
+    """
+
+    grids: tuple[Grid, ...]
+    text_tokens: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Before any reduction."""
+        return sum(height * width for height, width in self.grids)
+
+
+class Contender(ABC):
+    """A way to answer with fewer visual tokens, or with all of them."""
+
+    name: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name
+
+    @abstractmethod
+    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Contender":
+        """Return this contender with the settings that spend a budget.
+
+        Args:
+            shape: of the decoder.
+            prompts: those to be answered; ones without an image have no say.
+            budget: mean fraction of the unpooled prefill FLOPs.
+
+        Raises:
+            ValueError: if the budget is out of its reach.
+        """
+
+    @abstractmethod
+    def applied(self, model: DpnLlavaForConditionalGeneration) -> AbstractContextManager[None]:
+        """Let a model run this way for the duration, `generate` included.
+
+        Raises:
+            UsageError: if the model is of a kind that this contender cannot handle.
+        """
+
+    @abstractmethod
+    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the visual tokens of every layer in the last prefill, whose batch the prompts were."""
+
+    def fractions(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[float]:
+        """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""
+        shape = model.model.language_model.shape
+        return [
+            _fraction(shape, counts, prompt)
+            for counts, prompt in zip(self.visual_tokens(model, prompts), prompts, strict=True)
+        ]
+
+
+class Fixed(Contender):
+    """A contender that treats all prompts of one size alike, whatever they ask."""
+
+    @abstractmethod
+    def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
+        """Return the visual tokens of every layer."""
+
+    @abstractmethod
+    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> "Sequence[Fixed]":
+        """Return this contender in all its settings, by rising cost."""
+
+    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the visual tokens of every layer for every prompt."""
+        shape = model.model.language_model.shape
+        return [self.layer_tokens(shape, prompt) for prompt in prompts]
+
+    def mean_fraction(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> float:
+        """Return the mean FLOPs fraction over prompts."""
+        counts = Counter(prompts)
+        total = sum(_fraction(shape, self.layer_tokens(shape, p), p) * count for p, count in counts.items())
+        return total / counts.total()
+
+    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Fixed":
+        """Return the setting whose mean FLOPs are closest to a budget."""
+        prompts = [prompt for prompt in prompts if prompt.grids]
+        settings = self.settings(shape, prompts)
+
+        def spends(setting: Fixed) -> float:
+            return setting.mean_fraction(shape, prompts)
+
+        above = bisect_left(settings, budget, key=spends)
+        best = min(settings[max(above - 1, 0) : above + 1], key=lambda setting: abs(spends(setting) - budget))
+        if spends(best) > budget + TOLERANCE:
+            raise ValueError(f"{self.name} cannot spend less than {spends(best):.3f} of the prefill FLOPs")
+        return best
+
+
+def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:
+    """Return the decoder layers between sites; after layer -1 is before the first one."""
+    edges = [0, *(layer + 1 for layer in after_layers), num_layers]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+@contextmanager
+def taken_over(
+    model: DpnLlavaForConditionalGeneration,
+    after_layers: Sequence[int],
+    reduce: Callable[[PyramidState, int], PyramidState],
+) -> Iterator[None]:
+    """Give a model other sites, and another way to leave a batch with fewer tokens there; without its adapter."""
+    text_model: Any = model.model.language_model
+    before = text_model.segments
+    text_model.segments = segments_between(after_layers, text_model.shape.num_layers)
+    text_model.reduce = reduce
+    try:
+        with model.without_adapter():
+            yield
+    finally:
+        text_model.segments = before
+        del text_model.reduce
+
+
+def _fraction(shape: DecoderShape, visual_tokens: Sequence[int], prompt: Prompt) -> float:
+    full = prompt.visual_tokens + prompt.text_tokens
+    spent = sum(shape.layer_flops(count + prompt.text_tokens) for count in visual_tokens)
+    return spent / (shape.num_layers * shape.layer_flops(full))
