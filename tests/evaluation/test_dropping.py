@@ -12,48 +12,10 @@ from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.contenders.random_dropping import RandomDropping
+from tests.evaluation.naive import Naive
 from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
 
 CONTENDERS = [RandomDropping(0.4), FastV(0.4), FastV(0.4, first_layers=1), PyramidDrop(0.6, sites=(1, 3, 5))]
-
-
-class Naive:
-    """A decoder that runs layer by layer over one sample, and forgets tokens in between."""
-
-    def __init__(self, stock: Any, sample: dict[str, torch.Tensor]) -> None:
-        self.stock = stock
-        self.text = stock.model.language_model
-        self.is_visual = sample["input_ids"][0] == IMAGE
-        self.hidden = self.text.embed_tokens(sample["input_ids"])
-        images = stock.model.get_image_features(sample["pixel_values"]).pooler_output
-        self.hidden[0, self.is_visual] = torch.cat(list(images))
-        self.positions = torch.arange(self.hidden.shape[1])[None]
-
-    def run(self, layers: range) -> torch.Tensor:
-        """Return the attention map of the last of some layers, [heads, S, S]."""
-        length = self.hidden.shape[1]
-        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-        weights = torch.empty(0)
-        for layer in self.text.layers[layers.start : layers.stop]:
-            embeddings = self.text.rotary_emb(self.hidden, self.positions)
-            residual = self.hidden
-            mixed, weights = layer.self_attn(
-                layer.input_layernorm(self.hidden), attention_mask=mask, position_embeddings=embeddings
-            )
-            self.hidden = residual + mixed
-            self.hidden = self.hidden + layer.mlp(layer.post_attention_layernorm(self.hidden))
-        return weights[0]
-
-    def keep(self, scores: torch.Tensor, count: int) -> None:
-        """Keep the text and the best visual tokens."""
-        visual = self.is_visual.nonzero()[:, 0]
-        best = visual[scores[visual].topk(count).indices]
-        kept = torch.cat([(~self.is_visual).nonzero()[:, 0], best]).sort().values
-        self.hidden, self.positions = self.hidden[:, kept], self.positions[:, kept]
-        self.is_visual = self.is_visual[kept]
-
-    def logits(self) -> torch.Tensor:
-        return self.stock.lm_head(self.text.norm(self.hidden))[0, -1]
 
 
 @torch.no_grad()

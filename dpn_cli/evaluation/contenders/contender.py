@@ -20,7 +20,7 @@ from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Grid
 from dpn_cli.modeling.pyramid_text import PyramidState
 
-TOLERANCE = 0.01  # of a FLOPs fraction: a contender that cannot come closer to a budget does not take part
+TOLERANCE = 0.01  # of a FLOPs fraction: a contender that spends more at the least is above a budget
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class Contender(ABC):
         Raises:
             ValueError: if the budget is out of its reach.
         """
+
+    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Sequence[Contender]":
+        """Return the settings that are to be tried at a budget, where the best one is to be judged; see `fit`."""
+        return [self.fit(shape, prompts, budget)]
 
     @abstractmethod
     def applied(self, model: DpnLlavaForConditionalGeneration) -> AbstractContextManager[None]:
@@ -115,11 +119,10 @@ class Fixed(Contender):
         def spends(setting: Fixed) -> float:
             return setting.mean_fraction(shape, prompts)
 
+        if spends(settings[0]) > budget + TOLERANCE:
+            raise ValueError(f"{self.name} cannot spend less than {spends(settings[0]):.3f} of the prefill FLOPs")
         above = bisect_left(settings, budget, key=spends)
-        best = min(settings[max(above - 1, 0) : above + 1], key=lambda setting: abs(spends(setting) - budget))
-        if spends(best) > budget + TOLERANCE:
-            raise ValueError(f"{self.name} cannot spend less than {spends(best):.3f} of the prefill FLOPs")
-        return best
+        return min(settings[max(above - 1, 0) : above + 1], key=lambda setting: abs(spends(setting) - budget))
 
 
 def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:

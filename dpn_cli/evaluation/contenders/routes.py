@@ -1,0 +1,140 @@
+"""The pyramid's own ways as contenders: nothing pooled, one route for all, or routed per sample."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dpn_cli.cost import DecoderShape, flops_fraction, tokens_per_layer
+from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
+
+ROUTES_WITHIN = 0.02  # of the FLOPs fraction of the cheapest route that spends a budget
+
+
+@dataclass(frozen=True)
+class Original(Fixed):
+    """The model as it was: all tokens in every layer."""
+
+    name: ClassVar[str] = "original"
+
+    def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
+        """Return the visual tokens of every layer."""
+        return [prompt.visual_tokens] * shape.num_layers
+
+    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> Sequence["Original"]:
+        """Return itself: there is nothing to set."""
+        return [self]
+
+    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Original":
+        """Return itself, whatever the budget."""
+        return self
+
+    @contextmanager
+    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+        """Switch the pyramid and its adapter off for the duration."""
+        with model.teacher():
+            yield
+
+
+@dataclass(frozen=True)
+class FixedRoute(Fixed):
+    """One route for all samples, without routers and without an adapter.
+
+    Source: paper, table 4 (static pyramids); LLaVolta, https://arxiv.org/abs/2406.20092, pools like this at one depth.
+
+    Attributes:
+        pyramid: offers the routes.
+        route: the experts.
+    """
+
+    name: ClassVar[str] = "fixed"
+    pyramid: PyramidConfig
+    route: Route
+
+    @property
+    def label(self) -> str:
+        """Its route, by rates."""
+        rates = (site.rates[k] for site, k in zip(self.pyramid.sites, self.route, strict=True))
+        return f"{self.name} {' · '.join(f'{h}×{w}' for h, w in rates)}"
+
+    def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
+        """Return the visual tokens of every layer."""
+        route = self.route if prompt.grids else self.pyramid.full_route
+        return tokens_per_layer(shape, self.pyramid, route, prompt.grids, text_tokens=0)
+
+    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list["FixedRoute"]:
+        """Return the routes that all prompts are offered."""
+        offered = [set(self.pyramid.routes(grids)) for grids in {prompt.grids for prompt in prompts}]
+        routes = [FixedRoute(self.pyramid, route) for route in sorted(set.intersection(*offered))]
+        return sorted(routes, key=lambda each: each.mean_fraction(shape, prompts))
+
+    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> list["FixedRoute"]:
+        """Return the cheapest routes that spend the budget: the first one, and those that spend hardly more."""
+        self.fit(shape, prompts, budget)  # refuses what is out of reach
+        prompts = [prompt for prompt in prompts if prompt.grids]
+        routes = self.settings(shape, prompts)
+        costs = [route.mean_fraction(shape, prompts) for route in routes]
+        least = min(cost for cost in costs if cost >= budget - TOLERANCE)
+        return [route for route, cost in zip(routes, costs, strict=True) if least <= cost <= least + ROUTES_WITHIN]
+
+    @contextmanager
+    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+        """Force the route for the duration."""
+        text_model: Any = model.model.language_model
+        before = text_model.forced_routes
+        text_model.forced_routes = [self.route]
+        try:
+            with model.without_adapter():
+                yield
+        finally:
+            text_model.forced_routes = before
+
+
+@dataclass(frozen=True)
+class Routed(Contender):
+    """The pyramid at a budget: calibrated routers, and the adapter where it was healed.
+
+    Attributes:
+        budget: mean fraction of the prefill FLOPs, or None for what the model is set to.
+    """
+
+    name: ClassVar[str] = "dpn"
+    budget: float | None = None
+
+    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Routed":
+        """Return it at the budget; its calibration says what λ that takes."""
+        return Routed(budget)
+
+    @contextmanager
+    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+        """Set the budget for the duration.
+
+        Raises:
+            ValueError: if the budget is out of reach.
+        """
+        text_model: Any = model.model.language_model
+        before = text_model.trade_off
+        if self.budget is not None:
+            text_model.trade_off = model.pyramid.trade_off_for(self.budget)
+        try:
+            yield
+        finally:
+            text_model.trade_off = before
+
+    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the visual tokens of every layer along the routes of the last prefill."""
+        shape = model.model.language_model.shape
+        return [
+            tokens_per_layer(shape, model.pyramid, route, prompt.grids, 0)
+            for route, prompt in zip(model.last_routes, prompts, strict=True)
+        ]
+
+    def fractions(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[float]:
+        """Return the FLOPs fractions, routers included."""
+        shape = model.model.language_model.shape
+        return [
+            flops_fraction(shape, model.pyramid, route, prompt.grids, prompt.text_tokens)
+            for route, prompt in zip(model.last_routes, prompts, strict=True)
+        ]

@@ -1,0 +1,48 @@
+"""A naive reference for contenders: the stock model's layers over one sample, with eager attention maps."""
+
+from typing import Any
+
+import torch
+
+from tests.pyramids import IMAGE
+
+
+class Naive:
+    """A decoder that runs layer by layer over one sample, and forgets tokens in between."""
+
+    def __init__(self, stock: Any, sample: dict[str, torch.Tensor], features: torch.Tensor | None = None) -> None:
+        """Embed a prompt, with the features [N, D] of its visual tokens or those of the stock model."""
+        self.stock = stock
+        self.text = stock.model.language_model
+        self.is_visual = sample["input_ids"][0] == IMAGE
+        self.hidden = self.text.embed_tokens(sample["input_ids"])
+        if features is None:
+            features = torch.cat(list(stock.model.get_image_features(sample["pixel_values"]).pooler_output))
+        self.hidden[0, self.is_visual] = features
+        self.positions = torch.arange(self.hidden.shape[1])[None]
+
+    def run(self, layers: range) -> torch.Tensor:
+        """Return the attention map of the last of some layers, [heads, S, S]."""
+        length = self.hidden.shape[1]
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+        weights = torch.empty(0)
+        for layer in self.text.layers[layers.start : layers.stop]:
+            embeddings = self.text.rotary_emb(self.hidden, self.positions)
+            residual = self.hidden
+            mixed, weights = layer.self_attn(
+                layer.input_layernorm(self.hidden), attention_mask=mask, position_embeddings=embeddings
+            )
+            self.hidden = residual + mixed
+            self.hidden = self.hidden + layer.mlp(layer.post_attention_layernorm(self.hidden))
+        return weights[0]
+
+    def keep(self, scores: torch.Tensor, count: int) -> None:
+        """Keep the text and the best visual tokens."""
+        visual = self.is_visual.nonzero()[:, 0]
+        best = visual[scores[visual].topk(count).indices]
+        kept = torch.cat([(~self.is_visual).nonzero()[:, 0], best]).sort().values
+        self.hidden, self.positions = self.hidden[:, kept], self.positions[:, kept]
+        self.is_visual = self.is_visual[kept]
+
+    def logits(self) -> torch.Tensor:
+        return self.stock.lm_head(self.text.norm(self.hidden))[0, -1]

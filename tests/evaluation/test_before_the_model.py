@@ -1,0 +1,154 @@
+"""Contenders that reduce images before the language model, against naive references."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.errors import UsageError
+from dpn_cli.evaluation.contenders.contender import Contender, Fixed, Prompt
+from dpn_cli.evaluation.contenders.downsampling import FeaturePooling, ImageDownsampling
+from dpn_cli.evaluation.contenders.vision_zip import VisionZip
+from tests.evaluation.naive import Naive
+from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
+
+CONTENDERS = [ImageDownsampling((7, 8)), FeaturePooling((7, 8)), VisionZip(0.4)]
+
+
+def tower(stock: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Return the features that the projector takes, [images, N, C]."""
+    states = stock.model.vision_tower(pixels, output_hidden_states=True, **kwargs).hidden_states
+    return states[stock.config.vision_feature_layer][:, 1:]
+
+
+def shorter(sample: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """Return a prompt whose image has `count` tokens."""
+    ids = sample["input_ids"][0]
+    surplus = (ids == IMAGE).cumsum(0) > count
+    return sample | {"input_ids": ids[~(surplus & (ids == IMAGE))][None]}
+
+
+def coarse_positions(sample: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """Return the positions of a prompt whose image of 12×12 patches became coarser: the mean of what a token covers."""
+    first = int((sample["input_ids"][0] == IMAGE).nonzero()[0])
+    rows = [12 / height * (i + 0.5) - 0.5 for i in range(height)]
+    columns = [12 / width * (i + 0.5) - 0.5 for i in range(width)]
+    grid = [first + 12 * row + column for row in rows for column in columns]
+    behind = sample["input_ids"].shape[1] - first - VISUAL
+    return torch.tensor([[*range(first), *grid, *range(first + VISUAL, first + VISUAL + behind)]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["image", "features"])
+def test_coarser_grids_equal_a_shorter_prompt(make_pair: Any, kind: str) -> None:
+    stock, model = make_pair(attn="eager")
+    sample = prompt(1, 3, 5, seed=0)
+    if kind == "image":
+        small = F.interpolate(sample["pixel_values"], (6 * 4, 6 * 4), mode="bicubic", antialias=True)
+        features = tower(stock, small, interpolate_pos_encoding=True)
+        contender: Contender = ImageDownsampling((6, 6))
+    else:
+        whole = tower(stock, sample["pixel_values"]).transpose(1, 2).unflatten(2, (12, 12))
+        features = F.avg_pool2d(whole, 2).flatten(2).transpose(1, 2)
+        contender = FeaturePooling((6, 6))
+    naive = Naive(stock, shorter(sample, 36), stock.model.multi_modal_projector(features)[0])
+    naive.positions = coarse_positions(sample, 6, 6)
+    naive.run(range(8))
+    with contender.applied(model):
+        logits = model(**sample).logits[0, -1]
+    assert (logits - naive.logits()).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_visionzip_equals_selection_by_the_towers_attention_map(make_pair: Any) -> None:
+    stock, model = make_pair(attn="eager")
+    sample = prompt(1, 3, 5, seed=0)
+    outputs = stock.model.vision_tower(sample["pixel_values"], output_hidden_states=True, output_attentions=True)
+    layer = stock.config.vision_feature_layer
+    attention = outputs.attentions[layer][0, :, 0, 1:].sum(0)
+    patches = outputs.hidden_states[layer][0, 1:].clone()
+    before = stock.model.vision_tower.encoder.layers[layer]
+    keys = (
+        before.self_attn.k_proj(before.layer_norm1(outputs.hidden_states[layer - 1]))[0, 1:].view(VISUAL, 4, 8).mean(1)
+    )
+    keys = keys / keys.norm(dim=1, keepdim=True)
+
+    dominant = attention.topk(54).indices.tolist()
+    rest = [i for i in range(VISUAL) if i not in dominant]
+    targets = rest[:: len(rest) // 10][:10]
+    members: dict[int, list[int]] = {target: [target] for target in targets}
+    for i in rest:
+        if i not in targets:
+            members[max(targets, key=lambda target: float(keys[i] @ keys[target]))].append(i)
+    merged = {target: patches[group].mean(0) for target, group in members.items()}
+    for target, mean in merged.items():
+        patches[target] = mean
+
+    naive = Naive(stock, sample, stock.model.multi_modal_projector(patches))
+    chosen = torch.zeros(naive.hidden.shape[1])
+    chosen[4 + torch.tensor([*dominant, *targets])] = 1
+    naive.keep(chosen, 64)
+    naive.run(range(8))
+    with VisionZip(64 / VISUAL).applied(model):
+        logits = model(**sample).logits[0, -1]
+    assert (logits - naive.logits()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
+def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, contender: Contender) -> None:
+    _, model = make_pair()
+    samples = ragged_batch()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
+    with contender.applied(model):
+        together = model.generate(**collate(samples), **settings)
+        uncached = model.generate(**collate(samples), **settings, use_cache=False)
+        alone = [model.generate(**sample, **settings) for sample in samples]
+    batch, plain = torch.stack(together.logits, 1), torch.stack(uncached.logits, 1)
+    assert (batch - plain).abs().max() < 1e-4
+    for i, one in enumerate(alone):
+        assert (torch.stack(one.logits, 1)[0] - batch[i]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
+def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, contender: Fixed) -> None:
+    _, model = make_pair()
+    sample = prompt(2, 3, 5, seed=1)
+    seen = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with contender.applied(model):
+        model(**sample)
+    hook.remove()
+    assert seen == [contender.layer_tokens(model.model.language_model.shape, Prompt(((12, 12),) * 2, 9))[0] + 9]
+    assert seen[0] < 2 * VISUAL * 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
+def test_the_model_is_afterwards_what_it_was(make_pair: Any, contender: Contender) -> None:
+    _, model = make_pair()
+    sample = prompt(1, 3, 5, seed=0)
+    before = model(**sample).logits
+    with pytest.raises(KeyError), contender.applied(model):
+        raise KeyError
+    assert torch.equal(model(**sample).logits, before)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.36])
+@pytest.mark.parametrize("contender", [ImageDownsampling(), FeaturePooling(), VisionZip()], ids=lambda each: each.name)
+def test_fit_spends_the_budget(make_pair: Any, contender: Fixed, budget: float) -> None:
+    _, model = make_pair()
+    shape = model.model.language_model.shape
+    prompts = [Prompt(((12, 12),) * images, text) for images, text in ((1, 9), (1, 40), (2, 9))]
+    fitted = contender.fit(shape, prompts, budget)
+    assert fitted.mean_fraction(shape, prompts) == pytest.approx(budget, abs=0.04)
+
+
+def test_towers_that_cannot_are_refused(make_pair: Any) -> None:
+    _, model = make_pair()
+    model.config.vision_config.model_type = "siglip_vision_model"
+    for contender in CONTENDERS:
+        with pytest.raises(UsageError, match="CLIP"), contender.applied(model):
+            pass

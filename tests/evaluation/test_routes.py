@@ -1,0 +1,77 @@
+"""The pyramid's own ways as contenders."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
+from dpn_cli.evaluation.contenders.contender import Prompt
+from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
+from dpn_cli.modeling.pyramid_config import Budget
+from tests.pyramids import collate, prompt, ragged_batch
+
+GRID = ((12, 12),)
+
+
+@torch.no_grad()
+def test_original_is_the_teacher(make_pair: Any) -> None:
+    stock, model = make_pair()
+    sample = prompt(1, 3, 5, seed=0)
+    with Original().applied(model):
+        assert torch.equal(model(**sample).logits, stock(**sample).logits)
+    assert Original().fractions(model, [Prompt(GRID, 9)]) == [1.0]
+
+
+@torch.no_grad()
+def test_a_fixed_route_is_forced_for_the_duration(make_pair: Any) -> None:
+    _, model = make_pair()
+    sample = prompt(1, 3, 5, seed=0)
+    routed = model(**sample).logits
+    contender = FixedRoute(model.pyramid, (1, 0, 1))
+    with contender.applied(model):
+        model(**sample)
+        assert model.last_routes == [(1, 0, 1)]
+    assert torch.equal(model(**sample).logits, routed)
+    assert contender.visual_tokens(model, [Prompt(GRID, 9)]) == [[144, 144, 72, 72, 72, 72, 36, 36]]
+    assert contender.label == "fixed 1×2 · 1×1 · 1×2"
+
+
+@torch.no_grad()
+def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
+    _, model = make_pair(budgets=(Budget(0.8, 1.0, 0.01), Budget(0.4, 30.0, 0.05)))
+    batch = collate(ragged_batch())
+    prompts = [Prompt(GRID * images, text) for images, text in ((1, 9), (1, 12), (0, 14), (2, 9), (1, 19), (1, 11))]
+    spent = {}
+    for budget in (0.8, 0.4):
+        contender = Routed().fit(model.model.language_model.shape, prompts, budget)
+        with contender.applied(model):
+            model(**batch)
+            spent[budget] = contender.fractions(model, prompts)
+    assert model.model.language_model.trade_off == 0
+    assert spent[0.8][2] == spent[0.4][2] == 1.0
+    assert sum(spent[0.4]) < sum(spent[0.8])
+
+
+def test_candidates_are_the_cheapest_routes_that_spend_the_budget(make_pair: Any) -> None:
+    _, model = make_pair(min_visual_tokens=4)
+    shape, prompts = model.model.language_model.shape, [Prompt(GRID, 9)]
+    everything = {route: FixedRoute(model.pyramid, route) for route in model.pyramid.routes(GRID)}
+    costs = {route: each.mean_fraction(shape, prompts) for route, each in everything.items()}
+    for budget in (0.9, 0.6, 0.45):
+        found = everything[(0, 0, 0)].candidates(shape, prompts, budget)
+        least = min(cost for cost in costs.values() if cost >= budget - 0.01)
+        assert {each.route for each in found} == {
+            route for route, cost in costs.items() if least <= cost <= least + 0.02
+        }
+    with pytest.raises(ValueError, match="fixed cannot spend less"):
+        everything[(0, 0, 0)].candidates(shape, prompts, 0.1)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_name_has_a_contender(make_pair: Any, name: str) -> None:
+    _, model = make_pair()
+    contender = make_contender(name, replace(model.pyramid))
+    assert contender.name == name
+    assert contender.fit(model.model.language_model.shape, [Prompt(GRID, 9)], 0.6).label.startswith(name)
