@@ -18,7 +18,7 @@ from dpn_cli import console
 from dpn_cli.calibration.data import load_data
 from dpn_cli.calibration.encoding import encode
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
-from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
+from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.modeling.loading import load_model
 
 RESAMPLES = 2000
@@ -91,7 +91,7 @@ def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[f
     processor = AutoProcessor.from_pretrained(model, local_files_only=True)
     held_out = load_data(data, split="heldout", limit=samples).samples
     examples = [encode(sample, processor, answer_tokens=8) for sample in held_out]
-    grids = [(network.model.image_grid(),) * len(example.pixel_values) for example in examples]
+    grids = sample_grids(network, examples)
     batches = plan_batches(network.pyramid, grids, batch_size, None)
     with console.progress("measuring routes", len(examples)) as advance:
         table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+    from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(model: str | Path, **kwargs: Any) -> "DpnLlavaForConditionalGeneration":
+def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:

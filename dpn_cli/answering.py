@@ -11,8 +11,8 @@ from transformers import TextStreamer
 from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import prompts
 from dpn_cli.cost import flops_fraction
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Rate, Route
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Answer:
 
 
 def answer(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     processor: Any,
     sample: Sample,
     max_new_tokens: int,
@@ -79,8 +79,7 @@ def answer(
         model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=streamer)
     total_s = time.perf_counter() - start
 
-    pyramid, [route] = model.pyramid, model.last_routes
-    grids = [model.model.image_grid()] * len(sample.images)
+    pyramid, [route], [grids] = model.pyramid, model.last_routes, model.last_grids
     visual_tokens = tuple(sum(height * width for height, width in stage) for stage in pyramid.walk(route, grids))
     text_tokens = inputs["input_ids"].shape[1] - visual_tokens[0]
     return Answer(

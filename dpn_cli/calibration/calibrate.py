@@ -18,16 +18,16 @@ from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_o
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.quantised import load_frozen
 from dpn_cli.calibration.report import Report
-from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
+from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
 from dpn_cli.calibration.tuning import drop_stale_adapter, frozen_dtype, keep_adapter, tune, unused_sections
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.loading import default_device
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe
 
 MIN_SAMPLES = 16
@@ -75,7 +75,7 @@ def calibrate(
     learned = [(samples[i], asked[i].is_answered) for i in fitted]
     tuned = tune(job.model, job.processor, learned, texts, recipe, job.state.folder, progress)
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
-    table = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
+    table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
     held_table = table.select(torch.arange(len(held)))
     routers = job.model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
@@ -90,7 +90,7 @@ def calibrate(
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
     }  # fmt: skip
-    report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], settings)
+    report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     adapter = keep_adapter(job.model, folder)
     save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
     drop_stale_adapter(folder, adapter)
@@ -102,7 +102,7 @@ def calibrate(
 class _Job:
     """What the stages of a calibration work with."""
 
-    model: DpnLlavaForConditionalGeneration
+    model: PyramidGenerationMixin
     processor: Any
     recipe: CalibrationRecipe
     state: MeasurementState
@@ -178,15 +178,19 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     return complete
 
 
-def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> RouteTable:
-    """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says."""
+def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
+    """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says.
+
+    Returns:
+        The table, and the visual grids of every sample.
+    """
     model, recipe = job.model, job.recipe
     examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
-    grids = [(model.model.image_grid(),) * len(example.pixel_values) for example in examples]
+    grids = sample_grids(model, examples)
     num_routes = None if recipe.routes == "all" else recipe.routes
     batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
     with job.progress("measuring routes", len(examples)) as advance:
-        return measure(model, examples, batches, job.processor.tokenizer.pad_token_id, job.state, advance)
+        return measure(model, examples, batches, job.processor.tokenizer.pad_token_id, job.state, advance), grids
 
 
 def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
@@ -203,6 +207,7 @@ def _report(
     held: RouteTable,
     pyramid: PyramidConfig,
     samples: Sequence[Sample],
+    grids: Sequence[tuple[Grid, ...]],
     settings: dict[str, Any],
 ) -> Report:
     """Sum up, and ask both models about the held-out samples that fare worst and best at the budget."""
@@ -215,12 +220,11 @@ def _report(
         cases = answer_both(
             model, job.processor, [*worst, *best], samples, recipe.batch_size, recipe.answer_tokens, advance
         )
-    grids = [(model.model.image_grid(),) * len(sample.images) for sample in samples]
     shape, count = model.model.language_model.shape, len(worst)
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases[:count], cases[count:], settings)
 
 
-def _take(model: DpnLlavaForConditionalGeneration, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
+def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
     """Let the model run with its fitted routers."""
     routers.requires_grad_(False).to(model.device)
     model.model.language_model.pyramid = pyramid

@@ -9,8 +9,8 @@ import torch
 from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import prompts
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Route
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 CASES = 10  # at either end
 
@@ -95,7 +95,7 @@ def extremes(held: RouteTable, taken: torch.Tensor) -> tuple[list[Measured], lis
 
 
 def answer_both(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     processor: Any,
     measured: Sequence[Measured],
     samples: Sequence[Sample],
@@ -122,7 +122,7 @@ def answer_both(
 
 
 def greedy_answers(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     processor: Any,
     samples: Sequence[Sample],
     batch_size: int,
@@ -138,9 +138,7 @@ def greedy_answers(
     return answers
 
 
-def generate_texts(
-    model: DpnLlavaForConditionalGeneration, processor: Any, inputs: Any, max_new_tokens: int
-) -> list[str]:
+def generate_texts(model: PyramidGenerationMixin, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
     """Return what a model goes on with after every prompt of an encoded batch, greedily."""
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

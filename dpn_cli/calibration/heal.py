@@ -19,9 +19,9 @@ from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_log
 from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.adapter import add_adapter
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Route
 from dpn_cli.modeling.pyramid_text import Choice, PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import HealRecipe
 
 
@@ -49,7 +49,7 @@ class HealReport:
 
 
 def heal(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     examples: Sequence[Example],
     has_labels: Sequence[bool],
     recipe: HealRecipe,
@@ -89,7 +89,7 @@ def heal(
     return HealReport(sum(p.numel() for p in parameters.values()), loss)
 
 
-def heal_loss(model: DpnLlavaForConditionalGeneration, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
+def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
     """Return KL to the teacher plus, where the route pools, the weighted cross-entropy to the data's labels."""
     text_model: Any = model.model.language_model
 
@@ -106,7 +106,7 @@ def heal_loss(model: DpnLlavaForConditionalGeneration, trunk: Trunk, route: Rout
 
 
 def draw_route(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     state: PyramidState,
     budget: float,
     recipe: HealRecipe,

@@ -24,14 +24,14 @@ from dpn_cli.calibration.heal import HealReport
 from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_logits, teacher_logits, training_mode
 from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.modeling.adapter import add_adapter
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_text import Choice, PyramidState
 from dpn_cli.modeling.routers import GATE_TEMPERATURE
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe, PaperRecipe
 
 
 def train_as_paper(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     examples: Sequence[Example],
     recipe: CalibrationRecipe,
     *,
@@ -73,9 +73,7 @@ def train_as_paper(
     return HealReport(sum(p.numel() for p in parameters.values()), loss)
 
 
-def paper_loss(
-    model: DpnLlavaForConditionalGeneration, trunk: Trunk, recipe: PaperRecipe, rng: random.Random
-) -> torch.Tensor:
+def paper_loss(model: PyramidGenerationMixin, trunk: Trunk, recipe: PaperRecipe, rng: random.Random) -> torch.Tensor:
     """Return CE to the answers (or KL to the teacher), the mean over tokens, plus the weighted routing loss."""
     sampler = Sampler(model.model.language_model, rng)
     if recipe.loss == "kl":

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, Example, collate
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_text import Choice, PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trunk:
         return (values / row.bincount()[row]).sum() / len(row.unique())
 
 
-def start_batch(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> PyramidState:
+def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -> PyramidState:
     """Return a collated batch, with images or without, before the first layer; routers read before the first label."""
     text_model: Any = model.model.language_model
     if "pixel_values" in batch:
@@ -52,7 +52,7 @@ def start_batch(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.
 
 
 def run_trunk(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     examples: Sequence[Example],
     has_labels: Sequence[bool],
     pad_token_id: int,
@@ -67,7 +67,7 @@ def run_trunk(
     return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device))
 
 
-def teacher_logits(model: DpnLlavaForConditionalGeneration, trunk: Trunk) -> torch.Tensor:
+def teacher_logits(model: PyramidGenerationMixin, trunk: Trunk) -> torch.Tensor:
     """Return the logits [A, V] of the model with its pyramid and its adapter off, in float32."""
     text_model: Any = model.model.language_model
     state = trunk.state
@@ -78,7 +78,7 @@ def teacher_logits(model: DpnLlavaForConditionalGeneration, trunk: Trunk) -> tor
 
 
 def student_logits(
-    model: DpnLlavaForConditionalGeneration, trunk: Trunk, choose: Callable[[PyramidState, int], Choice]
+    model: PyramidGenerationMixin, trunk: Trunk, choose: Callable[[PyramidState, int], Choice]
 ) -> torch.Tensor:
     """Return the logits [A, V] of the pyramid, in float32.
 
@@ -107,7 +107,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float)
 
 
 @contextmanager
-def training_mode(model: DpnLlavaForConditionalGeneration, gradient_checkpointing: bool) -> Iterator[None]:
+def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -> Iterator[None]:
     """Let the layers behind the first site recompute their activations, if asked; leave the model as it was."""
     text_model: Any = model.model.language_model
     if not gradient_checkpointing:
@@ -125,6 +125,6 @@ def training_mode(model: DpnLlavaForConditionalGeneration, gradient_checkpointin
             layer.training = False
 
 
-def _logits(model: DpnLlavaForConditionalGeneration, state: PyramidState, trunk: Trunk) -> torch.Tensor:
+def _logits(model: PyramidGenerationMixin, state: PyramidState, trunk: Trunk) -> torch.Tensor:
     text_model: Any = model.model.language_model
     return model.lm_head(text_model.finish(state)[:, :-1][trunk.answers]).float()

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from dpn_cli.modeling.adapter import hush_bitsandbytes
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.loading import load_model
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 # Matched at the start of a module's name, as a pattern, or at its end. A list replaces transformers' own: lm_head.
 SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\.routers"]
@@ -19,7 +19,7 @@ SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\
 
 def load_frozen(
     folder: Path, load_in: Literal["4bit", "8bit"] | None, dtype: str | torch.dtype = "auto", **kwargs: Any
-) -> DpnLlavaForConditionalGeneration:
+) -> PyramidGenerationMixin:
     """Load a converted checkpoint as it was before any healing, its decoder quantised if asked.
 
     Args:
@@ -47,7 +47,7 @@ def load_frozen(
     return model
 
 
-def _settle(model: DpnLlavaForConditionalGeneration) -> None:
+def _settle(model: PyramidGenerationMixin) -> None:
     """Let 4-bit layers compute in the model's dtype, and keep their weights as they are packed now.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks each weight in place in the first forward pass without gradients,

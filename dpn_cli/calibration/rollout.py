@@ -19,9 +19,9 @@ from dpn_cli.calibration.encoding import IGNORED, Example, collate
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.calibration.state import MeasurementState
 from dpn_cli.cost import flops_fraction
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class Batch:
     routes: tuple[Route, ...]
 
 
+def sample_grids(model: PyramidGenerationMixin, examples: Sequence[Example]) -> list[tuple[Grid, ...]]:
+    """Return the visual grids of every example."""
+    return [model.model.image_grids(len(example.pixel_values)) for example in examples]
+
+
 def plan_batches(
     pyramid: PyramidConfig,
     grids: Sequence[tuple[Grid, ...]],
@@ -131,7 +136,7 @@ def _stratified(routes: Sequence[Route], count: int, seen: Counter[tuple[int, in
 
 
 def measure(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     examples: Sequence[Example],
     batches: Sequence[Batch],
     pad_token_id: int,
@@ -151,10 +156,8 @@ def measure(
     Returns:
         The table, in the order of `examples`.
     """
-    grid, hidden_size = model.model.image_grid(), model.model.language_model.shape.hidden_size
-    num_inputs = model.pyramid.router.num_inputs
-    grids = [(grid,) * len(example.pixel_values) for example in examples]
-    tree = RouteTree.of(model.pyramid, grids)
+    hidden_size, num_inputs = model.model.language_model.shape.hidden_size, model.pyramid.router.num_inputs
+    tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
     size = (len(examples), len(tree.routes))
     table = RouteTable(
         tree=tree,
@@ -180,7 +183,7 @@ def measure(
 
 
 def _measure_batch(
-    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
+    model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
 ) -> dict[str, torch.Tensor]:
     """Return one batch's rows of the table, by column."""
     text_model: Any = model.model.language_model
@@ -227,7 +230,7 @@ def _price(text_model: Any, state: PyramidState, tree: RouteTree) -> dict[str, t
 
 
 def walk(
-    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], routes: Collection[Route]
+    model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], routes: Collection[Route]
 ) -> Iterator[PyramidState]:
     """Yield the state after every segment along some routes of a batch, depth first, the lowest route first."""
     text_model: Any = model.model.language_model
@@ -247,7 +250,7 @@ def walk(
 
 
 def _teacher(
-    model: DpnLlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], answers: tuple[torch.Tensor, ...]
+    model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], answers: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """Return the log-probabilities [A, V] of the model with its pyramid off."""
     unlabelled = {name: tensor for name, tensor in inputs.items() if name != "labels"}

@@ -12,7 +12,7 @@ from dpn_cli.calibration.heal import HealReport, heal
 from dpn_cli.calibration.paper import train_as_paper
 from dpn_cli.checkpoint.lora import ADAPTER_FOLDER, ADAPTER_KEY
 from dpn_cli.modeling.adapter import save_adapter
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe, TrainingRecipe
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # the recipe's → torch's
@@ -59,7 +59,7 @@ def unused_sections(recipe: CalibrationRecipe) -> set[str]:
 
 
 def tune(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     processor: Any,
     samples: Sequence[tuple[Sample, bool]],
     texts: Sequence[Sample],
@@ -96,7 +96,7 @@ def tune(
         return heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)
 
 
-def keep_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> dict[str, str]:
+def keep_adapter(model: PyramidGenerationMixin, folder: Path) -> dict[str, str]:
     """Write the model's adapter, if it has one; return what config.json has to note of it."""
     if not model.is_adapted:
         return {}

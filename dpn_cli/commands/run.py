@@ -12,7 +12,7 @@ from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from dpn_cli.answering import Answer
-    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+    from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @click.command("run")
@@ -73,7 +73,7 @@ def _experts(route: str) -> tuple[int, ...]:
         raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
 
 
-def _choose(model: "DpnLlavaForConditionalGeneration", budget: float | None, experts: tuple[int, ...] | None) -> None:
+def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tuple[int, ...] | None) -> None:
     try:
         if budget is not None:
             model.set_budget(budget)

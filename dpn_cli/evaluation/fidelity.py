@@ -8,8 +8,8 @@ from dpn_cli.calibration.cases import generate_texts
 from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import prompts
 from dpn_cli.cost import flops_fraction, tokens_per_layer
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.pyramid_config import Route
+from dpn_cli.modeling.pyramid_config import Grid, Route
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def by_kind(answers: Sequence[Answered]) -> dict[str, Fidelity]:
 
 
 def compare_answers(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     processor: Any,
     samples: Sequence[Sample],
     batch_size: int,
@@ -98,28 +98,26 @@ def compare_answers(
         batch = samples[start : start + batch_size]
         inputs = prompts(batch, processor, model.device)
         student = generate_texts(model, processor, inputs, max_new_tokens)
-        routes = model.last_routes
+        routes, grids = model.last_routes, model.last_grids
         with model.teacher():
             teacher = generate_texts(model, processor, inputs, max_new_tokens)
         is_text = (inputs["input_ids"] != model.config.image_token_id) & inputs["attention_mask"].bool()
-        for sample, mine, original, route, text in zip(
-            batch, student, teacher, routes, is_text.sum(1).tolist(), strict=True
-        ):
-            answers.append(_answered(model, sample, mine, original, route, text))
+        for sample, *each in zip(batch, student, teacher, routes, grids, is_text.sum(1).tolist(), strict=True):
+            answers.append(_answered(model, sample, *each))
         advance(len(batch))
     return answers
 
 
 def _answered(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     sample: Sample,
     student: str,
     teacher: str,
     route: Route,
+    grids: tuple[Grid, ...],
     text_tokens: int,
 ) -> Answered:
     pyramid, shape = model.pyramid, model.model.language_model.shape
-    grids = [model.model.image_grid()] * len(sample.images_until(sample.asked))
     return Answered(
         kind=sample.kind or "all",
         expected=sample.turns[0].answer,

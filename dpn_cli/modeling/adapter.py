@@ -12,13 +12,13 @@ from torch import nn
 
 from dpn_cli.checkpoint.lora import WEIGHTS_FILE
 from dpn_cli.errors import CheckpointError, MissingExtraError
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 NAME = "default"  # peft's, of the one adapter that a model has
 
 
 def add_adapter(
-    model: DpnLlavaForConditionalGeneration, rank: int, alpha: float, target_modules: Sequence[str], seed: int
+    model: PyramidGenerationMixin, rank: int, alpha: float, target_modules: Sequence[str], seed: int
 ) -> dict[str, nn.Parameter]:
     """Put a fresh adapter, which changes nothing yet, on the layers behind the first site; freeze all else.
 
@@ -61,7 +61,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def save_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
+def save_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
     """Write the adapter in peft's format, in the place of an earlier one."""
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = None, True
@@ -81,7 +81,7 @@ def save_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_adapter(model: DpnLlavaForConditionalGeneration, folder: Path) -> None:
+def load_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
     """Put a saved adapter on a model, for inference.
 
     Raises:

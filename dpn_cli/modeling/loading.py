@@ -15,6 +15,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.adapter import load_adapter
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration, DpnLlavaModel
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 def register() -> None:
@@ -26,7 +27,7 @@ def register() -> None:
 
 def load_model(
     folder: Path, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
-) -> DpnLlavaForConditionalGeneration:
+) -> PyramidGenerationMixin:
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:

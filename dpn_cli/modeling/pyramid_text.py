@@ -102,6 +102,7 @@ class PyramidTextMixin:
         self.trade_off = pyramid.trade_off
         self.pooling_enabled = True
         self.last_routes: list[Route] = []
+        self.last_grids: list[tuple[Grid, ...]] = []
         experts = [len(site.rates) for site in pyramid.sites]
         if pyramid.static_route is None:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
@@ -168,6 +169,7 @@ class PyramidTextMixin:
         state = self.run(state, past_key_values, attention_mask, use_cache=use_cache, **kwargs)
         if state.coords is not None or past == 0:
             self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
+            self.last_grids = list(state.image_grids) or [()] * len(inputs_embeds)
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), past_key_values=past_key_values)
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:

@@ -1,0 +1,23 @@
+"""Where visual tokens stand, and what is said when they do not."""
+
+import pytest
+import torch
+
+from dpn_cli.modeling.wrapper import visual_coordinates
+
+
+def test_every_samples_grids_are_numbered_from_zero() -> None:
+    """Three samples: two images, none, one; each image is 1×2 or 2×1."""
+    is_image = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]]).bool()
+    text = [-1, -1, -1]
+    expected = [
+        [[0, 0, 0], [0, 0, 1], text, [1, 0, 0], [1, 1, 0]],
+        [text] * 5,
+        [text, [0, 0, 0], [0, 0, 1], text, text],
+    ]
+    assert visual_coordinates(is_image, [(1, 2), (2, 1), (1, 2)]).tolist() == expected
+
+
+def test_placeholders_that_do_not_fit_the_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 image tokens, its images have 4"):
+        visual_coordinates(torch.tensor([[True, True, True]]), [(2, 2)])
