@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.headers import Checkpoint, read_header
-from dpn_cli.checkpoint.initial import initial_tensors
+from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
-from dpn_cli.checkpoint.writer import RECIPE_FILE, write_index, write_json
+from dpn_cli.checkpoint.writer import RECIPE_FILE, write_index, write_json, write_shard
 from dpn_cli.errors import DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
@@ -89,6 +90,7 @@ def convert(
     checkpoint = opened.checkpoint
     validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
+    check_complete(checkpoint, layout)
     pyramid = opened.pyramid or recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
@@ -143,11 +145,15 @@ def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
 
 
 def _write_dpe(path: Path, opened: Opened, conversion: Conversion) -> None:
-    from safetensors.numpy import save
+    """Write the pyramid's tensors, in pieces: the imported ones, or those of before any calibration."""
+    import numpy as np
 
-    prefix = conversion.layout.text_prefix
-    imported = {prefix + name: read().float().numpy() for name, read in opened.dpe.items()}
-    path.write_bytes(save(imported or dict(initial_tensors(conversion.added)), metadata={"format": "pt"}))
+    prefix, added = conversion.layout.text_prefix, conversion.added
+    values = initial_values(added)
+    if opened.dpe:
+        values = (np.ascontiguousarray(opened.dpe[name.removeprefix(prefix)]().float()) for name in added)
+    tensors = {name: ("F32", shape) for name, shape in added.items()}
+    write_shard(path, tensors, (piece.data for piece in values), {"format": "pt"})
 
 
 def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
+from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, Checkpoint, TensorInfo, read_header
 from dpn_cli.checkpoint.layout import COMPUTED, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora, without_adapter
@@ -28,20 +29,6 @@ AUTO_MAP = {
     "AutoModel": f"{BUNDLE_MODULE}.DpnLlavaModel",
     "AutoModelForImageTextToText": f"{BUNDLE_MODULE}.{DPN_ARCHITECTURE}",
 }
-
-# Tensor names of checkpoints on the hub → those of transformers 5 in memory; the first match counts.
-RENAMES = (
-    ("language_model.model.", "model.language_model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("model.language_model.", "model.language_model."),
-    ("model.vision_tower.vision_model.", "model.vision_tower."),
-    ("model.vision_tower.", "model.vision_tower."),
-    ("model.multi_modal_projector.", "model.multi_modal_projector."),
-    ("lm_head.", "lm_head."),
-)
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -171,11 +158,8 @@ def plan_shards(source: Checkpoint, dtype: str | None, max_shard_bytes: int) -> 
 
 
 def _move(tensor: TensorInfo, source: Checkpoint, dtype: str | None) -> Move:
-    for old, new in RENAMES:
-        if tensor.name.startswith(old):
-            name = new + tensor.name.removeprefix(old)
-            break
-    else:
+    name = memory_name(tensor.name)
+    if name is None:
         raise CheckpointError(
             f"{source.path / tensor.file} holds {tensor.name!r}, which no LLaVA has: convert it again"
         )

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
-from dpn_cli.export import RENAMES, export, parse_size
+from dpn_cli.export import export, parse_size
 from tests.converted import pretend_calibration
 
 QUESTION = "what colour is the small circle ?"
@@ -127,12 +128,7 @@ def test_tensors_stay_byte_for_byte_under_their_new_names(make_converted: Callab
     before = stored(make_converted("mistral", "hub", shards=2))
     export(tmp_path / "tiny-dpn", tmp_path / "out", max_shard_size=300_000)
     after = stored(tmp_path / "out")
-
-    def renamed(name: str) -> str:
-        old, new = next(pair for pair in RENAMES if name.startswith(pair[0]))
-        return new + name.removeprefix(old)
-
-    assert {renamed(name): content for name, content in before.items()} == after
+    assert {memory_name(name): content for name, content in before.items()} == after
     assert sum(".routers." in name for name in after) == 18
 
 

@@ -1,10 +1,14 @@
 import json
+import math
 import struct
 from pathlib import Path
 
 import pytest
 
+from benchmarks.random_checkpoint import hub_config
+from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import TEXT_DEFAULTS
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.inspection import Inspection, inspect_checkpoint
@@ -72,23 +76,12 @@ def test_the_json_form_is_plain(converted: Path) -> None:
 
 
 def test_the_7b_model_of_the_hub_is_read_from_its_sparse_config(tmp_path: Path) -> None:
-    config = {
-        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 32000,
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-    }  # fmt: skip
+    config = hub_config({}, {})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = {"embed_tokens.weight": (32064, 4096)}
-    for i in range(32):
-        shapes[f"layers.{i}.self_attn.q_proj.weight"] = (4096, 4096)
-        shapes[f"layers.{i}.self_attn.k_proj.weight"] = (4096, 4096)
-        shapes[f"layers.{i}.mlp.gate_proj.weight"] = (11008, 4096)
     header, stop = {}, 0
-    for name, (rows, columns) in shapes.items():
-        start, stop = stop, stop + 2 * rows * columns
-        entry = {"dtype": "F16", "shape": [rows, columns], "data_offsets": [start, stop]}
-        header[f"language_model.model.{name}"] = entry
+    for name, shape in llava_tensors(config | {"text_config": TEXT_DEFAULTS["llama"] | config["text_config"]}).items():
+        start, stop = stop, stop + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, stop]}
     raw = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)

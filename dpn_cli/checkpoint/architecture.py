@@ -1,4 +1,4 @@
-"""The tensors that a LLaVA of the Llama kind with a CLIP tower has, in the hub's names. No torch."""
+"""The tensors that a LLaVA has: what they are named, and which ones a config asks for. No torch."""
 
 from typing import Any
 
@@ -6,61 +6,121 @@ from dpn_cli.cost import DecoderShape
 
 Shapes = dict[str, tuple[int, ...]]
 
+# Tensor names of checkpoints on the hub → those of transformers 5 in memory; the first match counts.
+RENAMES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("model.language_model.", "model.language_model."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.", "model.vision_tower."),
+    ("model.multi_modal_projector.", "model.multi_modal_projector."),
+    ("lm_head.", "lm_head."),
+)
+
+
+def memory_name(name: str) -> str | None:
+    """Return a stored tensor's name as transformers 5 has it in memory; None if no LLaVA has such a tensor."""
+    for old, new in RENAMES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Say whether a LLaVA's head is its embedding."""
+    return bool(config["text_config"].get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+
 
 def llava_tensors(config: dict[str, Any]) -> Shapes:
-    """Return name and shape of every tensor, from a complete config.json in Hugging Face's layout."""
+    """Return the hub's name and the shape of every tensor, from a complete config.json in Hugging Face's layout."""
     text, vision = config["text_config"], config["vision_config"]
     decoder = DecoderShape.from_config(text)
-    shapes = {
-        f"language_model.model.{name}": shape for name, shape in decoder_tensors(decoder).items()
-    } | projector_tensors(vision["hidden_size"], decoder.hidden_size)
-    if not text.get("tie_word_embeddings"):
+    layers = config.get("vision_feature_layer", -2)
+    features = vision["hidden_size"] * (len(layers) if isinstance(layers, list) else 1)
+    shapes = {f"language_model.model.{name}": shape for name, shape in decoder_tensors(decoder, text).items()}
+    shapes |= projector_tensors(features, decoder.hidden_size, config.get("multimodal_projector_bias", True))
+    if not is_tied(config):
         shapes["language_model.lm_head.weight"] = (decoder.vocab_size, decoder.hidden_size)
-    return shapes | {f"vision_tower.vision_model.{name}": shape for name, shape in clip_tensors(vision).items()}
+    tower = {"clip_vision_model": clip_tensors, "siglip_vision_model": siglip_tensors}[vision["model_type"]]
+    return shapes | {f"vision_tower.vision_model.{name}": shape for name, shape in tower(vision).items()}
 
 
-def decoder_tensors(shape: DecoderShape) -> Shapes:
-    """Return what a Llama or Mistral model has."""
+def decoder_tensors(shape: DecoderShape, text: dict[str, Any]) -> Shapes:
+    """Return what a Llama, Mistral or Qwen2 model has."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
+    attention = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    layer: Shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    layer |= {f"self_attn.{name}.weight": size for name, size in attention.items()}
+    layer |= {f"mlp.{name}.weight": size for name, size in mlp.items()}
+    if text.get("attention_bias") or text.get("model_type") == "qwen2":
+        biased = [name for name in attention if text.get("model_type") != "qwen2" or name != "o_proj"]
+        layer |= {f"self_attn.{name}.bias": attention[name][:1] for name in biased}
+    if text.get("mlp_bias"):
+        layer |= {f"mlp.{name}.bias": size[:1] for name, size in mlp.items()}
     shapes: Shapes = {"embed_tokens.weight": (shape.vocab_size, hidden), "norm.weight": (hidden,)}
     return shapes | {f"layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in layer.items()}
 
 
-def projector_tensors(vision_hidden: int, text_hidden: int) -> Shapes:
+def projector_tensors(vision_hidden: int, text_hidden: int, bias: bool = True) -> Shapes:
     """Return what the projector between tower and decoder has."""
-    return {
+    shapes: Shapes = {
         "multi_modal_projector.linear_1.weight": (text_hidden, vision_hidden),
-        "multi_modal_projector.linear_1.bias": (text_hidden,),
         "multi_modal_projector.linear_2.weight": (text_hidden, text_hidden),
-        "multi_modal_projector.linear_2.bias": (text_hidden,),
     }
+    if bias:
+        shapes |= {f"multi_modal_projector.linear_{i}.bias": (text_hidden,) for i in (1, 2)}
+    return shapes
 
 
 def clip_tensors(vision: dict[str, Any]) -> Shapes:
     """Return what a CLIP vision transformer has."""
-    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    norms = {f"{name}.{part}": (hidden,) for name in ("layer_norm1", "layer_norm2") for part in ("weight", "bias")}
-    layer: Shapes = {**norms, "mlp.fc1.weight": (inner, hidden), "mlp.fc1.bias": (inner,)}
-    layer |= {"mlp.fc2.weight": (hidden, inner), "mlp.fc2.bias": (hidden,)}
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        layer |= {f"self_attn.{name}.weight": (hidden, hidden), f"self_attn.{name}.bias": (hidden,)}
+    hidden, patch = vision["hidden_size"], vision["patch_size"]
     shapes: Shapes = {
         "embeddings.class_embedding": (hidden,),
         "embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
         "embeddings.position_embedding.weight": ((vision["image_size"] // patch) ** 2 + 1, hidden),
     }
-    shapes |= {f"{n}.{part}": (hidden,) for n in ("pre_layrnorm", "post_layernorm") for part in ("weight", "bias")}
+    return shapes | _norm("pre_layrnorm", hidden) | _norm("post_layernorm", hidden) | _vision_layers(vision)
+
+
+def siglip_tensors(vision: dict[str, Any]) -> Shapes:
+    """Return what a SigLIP vision transformer has."""
+    hidden, patch = vision["hidden_size"], vision["patch_size"]
+    shapes: Shapes = {
+        "embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
+        "embeddings.patch_embedding.bias": (hidden,),
+        "embeddings.position_embedding.weight": ((vision["image_size"] // patch) ** 2, hidden),
+    }
+    shapes |= _norm("post_layernorm", hidden) | _vision_layers(vision)
+    if vision.get("vision_use_head", True):
+        shapes |= {"head.probe": (1, 1, hidden), "head.attention.in_proj_weight": (3 * hidden, hidden)}
+        shapes |= {"head.attention.in_proj_bias": (3 * hidden,)} | _linear("head.attention.out_proj", hidden, hidden)
+        shapes |= _norm("head.layernorm", hidden) | _mlp("head.mlp", vision)
+    return shapes
+
+
+def _vision_layers(vision: dict[str, Any]) -> Shapes:
+    hidden = vision["hidden_size"]
+    layer = _norm("layer_norm1", hidden) | _norm("layer_norm2", hidden) | _mlp("mlp", vision)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= _linear(f"self_attn.{name}", hidden, hidden)
     layers = range(vision["num_hidden_layers"])
-    return shapes | {f"encoder.layers.{i}.{name}": size for i in layers for name, size in layer.items()}
+    return {f"encoder.layers.{i}.{name}": size for i in layers for name, size in layer.items()}
+
+
+def _mlp(name: str, vision: dict[str, Any]) -> Shapes:
+    hidden, inner = vision["hidden_size"], vision["intermediate_size"]
+    return _linear(f"{name}.fc1", hidden, inner) | _linear(f"{name}.fc2", inner, hidden)
+
+
+def _norm(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

@@ -23,6 +23,7 @@ BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a name appears twice")
     return result
+
+
+def check_float(tensor: TensorInfo, folder: Path) -> None:
+    """Check that a tensor is one of floating-point numbers.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{folder / tensor.file} holds {tensor.name!r} as {tensor.dtype}, expected floating-point numbers of 16 "
+            "bits or more: start from the unquantised model"
+        )
 
 
 def read_weight_map(path: Path, suffix: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.architecture import Shapes, llava_tensors
 from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.checkpoint.layout import COMPUTED, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
@@ -104,10 +103,6 @@ def rewrite_original(
     planned = _plan(weights, config, vocabulary, apart, original.get("mm_projector_type") or "linear")
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
-    for part in ("text_config", "vision_config"):  # before every layer is listed
-        if config[part]["num_hidden_layers"] > len(planned):
-            raise CheckpointError(f"{folder}: {part} has more layers than the weights: they do not belong together")
-    _check(planned, llava_tensors(config), folder)
 
     def write_side_files(stage: Path) -> None:
         for file in side_files(folder):
@@ -289,19 +284,3 @@ def _identity(shape: tuple[int, ...], dtype: str) -> "torch.Tensor":
 
 def _torch_name(dtype: str) -> str:
     return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[dtype]
-
-
-def _check(planned: Mapping[str, Planned], expected: Shapes, folder: Path) -> None:
-    """Check that every tensor of the architecture is there, in its shape, and no other.
-
-    Raises:
-        CheckpointError: with the first one that is not.
-    """
-    for name in sorted(planned.keys() | expected.keys()):
-        wanted = str(list(expected[name])) if name in expected else "no such tensor"
-        found = str(list(planned[name].shape)) if name in planned else "no such tensor"
-        if found != wanted:
-            raise CheckpointError(
-                f"{folder}: config.json asks for {wanted}, the weights have {found}: {name}, in Hugging Face's names; "
-                "config and weights do not belong together"
-            )

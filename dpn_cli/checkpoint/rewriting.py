@@ -6,17 +6,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, read_header
+from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
 from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.weights import Weights
 from dpn_cli.checkpoint.writer import copy_file, side_files, write_shard
-from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 if TYPE_CHECKING:
     import torch
-
-FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,8 @@ class Planned:
             CheckpointError: if it is not one of floating-point numbers.
         """
         info = weights.tensors[name]
-        file = weights.folder / info.file
-        if info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{file} holds {name!r} as {info.dtype}, expected floating-point numbers: start from the unquantised "
-                "model"
-            )
-        return cls(info.dtype, info.shape, file, lambda: weights.read(name))
+        check_float(info, weights.folder)
+        return cls(info.dtype, info.shape, weights.folder / info.file, lambda: weights.read(name))
 
 
 @dataclass(frozen=True)

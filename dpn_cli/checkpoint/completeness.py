@@ -1,0 +1,68 @@
+"""Is every tensor of a LLaVA there, once, in its shape? transformers draws a missing one at random. No torch."""
+
+from typing import Any
+
+from dpn_cli.checkpoint.architecture import Shapes, is_tied, llava_tensors, memory_name
+from dpn_cli.checkpoint.headers import Checkpoint, check_float
+from dpn_cli.checkpoint.layout import COMPUTED, LlavaLayout
+from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
+from dpn_cli.errors import CheckpointError
+
+# What transformers assumes for keys that a vision_config leaves out (a test compares).
+SIGLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+_VISION_DEFAULTS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
+
+
+def check_complete(checkpoint: Checkpoint, layout: LlavaLayout) -> None:
+    """Hold the tensors of a LLaVA without a pyramid, in either of Hugging Face's layouts, against its architecture.
+
+    Raises:
+        CheckpointError: with the first one that is missing, there twice, not known, of another shape, or not of
+            floating-point numbers.
+    """
+    config = checkpoint.config | {"text_config": layout.text_config, "vision_config": _vision(checkpoint)}
+    expected = {memory_name(name) or name: shape for name, shape in llava_tensors(config).items()}
+    found = _found(checkpoint)
+    if is_tied(config):
+        found.pop("lm_head.weight", None)
+    for name in sorted(found.keys() | expected.keys()):
+        wanted, stored = (str(list(s[name])) if name in s else "no such tensor" for s in (expected, found))
+        if wanted != stored:
+            raise CheckpointError(
+                f"{checkpoint.path}: config.json asks for {wanted}, the weights have {stored}: {name!r}, in "
+                "transformers' names; config and weights do not belong together"
+            )
+
+
+def _found(checkpoint: Checkpoint) -> Shapes:
+    """Return the stored shapes by their names in memory."""
+    found: Shapes = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name.endswith(COMPUTED):
+            continue
+        check_float(tensor, checkpoint.path)
+        name = memory_name(tensor.name) or tensor.name
+        if name in found:
+            raise CheckpointError(f"{checkpoint.path} holds {name!r} under two names: expected every tensor once")
+        found[name] = tensor.shape
+    return found
+
+
+def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the vision_config with transformers' defaults filled in."""
+    where, given = checkpoint.path, checkpoint.config["vision_config"]
+    defaults = _VISION_DEFAULTS[given["model_type"]]
+    vision: dict[str, Any] = defaults | given
+    for key in SIGLIP_DEFAULTS:
+        if type(vision[key]) is not int or vision[key] < 1:
+            raise CheckpointError(f"{where}: vision_config has an impossible {key}: {vision[key]!r}")
+    layers = checkpoint.config.get("vision_feature_layer", -2)
+    count = vision["num_hidden_layers"] + 1  # with the embeddings
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if type(layer) is not int or not -count <= layer < count:
+            raise CheckpointError(
+                f"{where}: there is no vision_feature_layer {layer!r} in a tower of {count - 1} layers"
+            )
+    return vision
