@@ -100,7 +100,8 @@ def main(args: Sequence[str] | None = None) -> int:
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-`
+            sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code

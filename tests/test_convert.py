@@ -2,7 +2,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,15 +9,9 @@ import pytest
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, Source
 from dpn_cli.convert import convert, default_recipe
-from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
+from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import load_recipe
-
-
-class Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -129,15 +122,6 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="overlaps"):
         convert(str(tiny_llava), output=tiny_llava / "inside")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_full_disk_is_seen_before_the_first_byte(
-    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 99, 1))
-    with pytest.raises(DpnError, match="free"):
-        convert(str(tiny_llava), output=tmp_path / "deep" / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

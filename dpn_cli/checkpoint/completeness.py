@@ -58,11 +58,11 @@ def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
     for key in SIGLIP_DEFAULTS:
         if type(vision[key]) is not int or vision[key] < 1:
             raise CheckpointError(f"{where}: vision_config has an impossible {key}: {vision[key]!r}")
+    count = vision["num_hidden_layers"]
+    if count > len(checkpoint.tensors):  # before every layer is listed
+        raise CheckpointError(f"{where}: vision_config has more layers than the weights: they do not belong together")
     layers = checkpoint.config.get("vision_feature_layer", -2)
-    count = vision["num_hidden_layers"] + 1  # with the embeddings
     for layer in layers if isinstance(layers, list) else [layers]:
-        if type(layer) is not int or not -count <= layer < count:
-            raise CheckpointError(
-                f"{where}: there is no vision_feature_layer {layer!r} in a tower of {count - 1} layers"
-            )
+        if type(layer) is not int or not -count <= layer + 1 <= count + 1:  # 0 is the embeddings
+            raise CheckpointError(f"{where}: a vision tower of {count} layers has no feature layer {layer!r}")
     return vision

@@ -80,22 +80,35 @@ class Checkpoint:
             tensors = read_header(folder / SINGLE_FILE)
             return cls(folder, config, tensors, (SINGLE_FILE,))
         if (folder / INDEX_FILE).is_file():
-            weight_map = read_weight_map(folder / INDEX_FILE, ".safetensors")
-            files = tuple(sorted(set(weight_map.values())))
-            shards = {file: read_header(folder / file) for file in files}
-            for name, file in weight_map.items():
-                if name not in shards[file]:
-                    raise CheckpointError(
-                        f"{folder / INDEX_FILE} places the tensor {name!r} in {file}, which does not hold "
-                        "it: download the checkpoint again"
-                    )
-            return cls(folder, config, {name: shards[file][name] for name, file in weight_map.items()}, files)
+            return cls(folder, config, *_read_shards(folder))
         raise CheckpointError(_why_no_weights(folder))
 
     @property
     def nbytes(self) -> int:
         """Return the size of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Return what the shards of an index hold, whether it lists it or not: that is what transformers takes."""
+    weight_map = read_weight_map(folder / INDEX_FILE, ".safetensors")
+    files = tuple(sorted(set(weight_map.values())))
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, tensor in read_header(folder / file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{folder} holds {name!r} in {tensors[name].file} and in {file}, expected every tensor once: "
+                    "download the checkpoint again"
+                )
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} places the tensor {name!r} in {file}, which does not hold it: "
+                "download the checkpoint again"
+            )
+    return tensors, files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -150,26 +163,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: if the file is missing, truncated, a Git LFS pointer, or otherwise not safetensors.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(len(LFS_SIGNATURE))
-            if prefix == LFS_SIGNATURE:
-                raise CheckpointError(
-                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder"
-                )
-            if size < 8:
-                raise CheckpointError(f"{path} is truncated ({size} bytes): download it again")
-            (length,) = struct.unpack("<Q", prefix[:8])
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
-                    f"the file has {size}: download it again"
-                )
-            file.seek(8)
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: download the checkpoint again")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(len(LFS_SIGNATURE))
+        if prefix == LFS_SIGNATURE:
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder")
+        if size < 8:
+            raise CheckpointError(f"{path} is truncated ({size} bytes): download it again")
+        (length,) = struct.unpack("<Q", prefix[:8])
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
+                f"the file has {size}: download it again"
+            )
+        file.seek(8)
+        raw = file.read(length)
     return _parse_header(path, raw, size)
 
 

@@ -73,6 +73,12 @@ class LlavaLayout:
             grid=_grid(config["vision_config"], (config.get("pyramid") or {}).get("prepooling", 1), where),
         )
         layout._check_shapes(checkpoint)
+        token: int = config.get("image_token_index", config.get("image_token_id", -1))
+        if not 0 <= token < layout.shape.vocab_size:
+            raise CheckpointError(
+                f"{where}: config.json has the image_token_index {token}, the vocabulary ends at "
+                f"{layout.shape.vocab_size - 1}"
+            )
         return layout
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
@@ -157,7 +163,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     for key in ("text_config", "vision_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
-    if not isinstance(config.get("image_token_index", config.get("image_token_id")), int):
+    if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
     if "quantization_config" in config:
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")

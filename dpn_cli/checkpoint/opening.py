@@ -68,13 +68,8 @@ class Copied:
         for file in self.checkpoint.files:
             name = _shard_name(file)
             copy_file(folder / file, stage / name)
-            tensors += [tensor for tensor in read_header(stage / name).values() if self._takes(tensor.name, file)]
+            tensors += read_header(stage / name).values()
         return tensors
-
-    def _takes(self, name: str, file: str) -> bool:
-        """Say whether a loader takes this tensor from this shard: an index decides between duplicates."""
-        tensors = self.checkpoint.tensors
-        return name in tensors and tensors[name].file == file
 
 
 def open_source(folder: Path, vision_tower: str | None = None) -> Opened:

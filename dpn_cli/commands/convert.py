@@ -42,6 +42,8 @@ def command(
     chosen = load_recipe(recipe, overrides) if recipe else None
     done = convert(model, chosen, output, force=force, dry_run=dry_run, vision_tower=vision_tower)
 
+    if not dry_run:
+        workspace.remember(done.output)  # before anything is shown: the reader may be gone
     rows = [
         (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
     ]
@@ -56,6 +58,5 @@ def command(
     if dry_run:
         console.note("Dry run: nothing was written.")
         return
-    workspace.remember(done.output)
     step = "export" if done.recipe == IMPORTED else "calibrate --data DATA"
     console.note(f"Wrote {done.output}. Next: dpn {step}")

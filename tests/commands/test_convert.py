@@ -1,5 +1,4 @@
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -55,22 +54,6 @@ def test_exit_codes(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     assert main(["convert", str(tiny_llava), "-o", "out", "--force"]) == 0
-
-
-RUN = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing_behind(tiny_llava: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-
-    done = subprocess.run(
-        [*RUN, "convert", str(tiny_llava)], capture_output=True, text=True, check=False, preexec_fn=limit
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: ")
-    assert done.stderr.count("\n") == 1
-    assert list(Path().iterdir()) == []
 
 
 def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
