@@ -12,6 +12,8 @@ from dpn_cli.errors import CheckpointError, did_you_mean
 ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "bakllava": "llava-hf/bakLlava-v1-hf",
+    "llava-llama-3-8b": "xtuner/llava-llama-3-8b-v1_1-transformers",
 }
 DEMO = "demo"
 

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,43 @@ def test_a_model_of_the_hub_is_converted_under_its_short_name(
     assert (done.output, done.recipe) == (Path("llava-1.5-13b-dpn"), "llava-1.5-13b")
     assert Checkpoint.open(done.output).config["base_model"] == f"{repo_id}@{COMMIT}"
     assert not any(path.is_symlink() for path in done.output.iterdir())
+
+
+# What the text_config of each model on the hub says beside the sizes; None stands for what it leaves out.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava-1.5-7b": ("llama", {"max_position_embeddings": 4096}),
+    "llava-1.5-13b": ("llama", {"max_position_embeddings": 4096}),
+    "bakllava": ("mistral", {"max_position_embeddings": 32768, "sliding_window": None}),
+    "llava-llama-3-8b": ("llama", {"max_position_embeddings": 8192, "rope_parameters": None, "rope_theta": 500000.0}),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_converts_to_a_model_with_the_same_logits(
+    tiny_llava_factory: Callable[..., Path],
+    hub_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alias: str,
+) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    import dpn_cli
+
+    text, changes = VARIANTS[alias]
+    folder = Path(shutil.copytree(tiny_llava_factory(text=text, shards=2), tmp_path / "made"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {k: v for k, v in (config["text_config"] | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    snapshot = put_in_cache(hub_cache, ALIASES[alias], folder)
+    monkeypatch.chdir(tmp_path)
+    output = convert(alias).output
+    assert output == Path(f"{alias}-dpn")
+    inputs = {"input_ids": torch.tensor([[1, *[4] * 144, 9, 8, 7]]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    with torch.inference_mode():
+        expected = LlavaForConditionalGeneration.from_pretrained(snapshot)(**inputs).logits
+        assert torch.equal(dpn_cli.load(output)(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("leave_out", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
