@@ -1,0 +1,107 @@
+"""kill -9 at any moment, and two runs at once: the target is absent or complete, and the next run goes as ever."""
+
+import filecmp
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.random_checkpoint import make
+
+DPN = (sys.executable, "-m", "dpn_cli", "--quiet")
+MOMENTS = 50
+SEED = 4
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of 340 MB in 18 shards, `source`, and its conversion, `source-dpn`."""
+    folder = tmp_path_factory.mktemp("large")
+    text = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    make(folder / "source", text=text, vision=vision, shard_bytes=20_000_000)
+    subprocess.run([*DPN, "convert", "source"], cwd=folder, check=True)
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    """Say whether two folders hold the same files, byte for byte."""
+    names = sorted(path.name for path in one.iterdir())
+    if names != sorted(path.name for path in other.iterdir()):
+        return False
+    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+def start(*args: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen([*DPN, *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*args: str, cwd: Path) -> tuple[int, str]:
+    process = start(*args, cwd=cwd)
+    _, said = process.communicate()
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("convert", "source"), ("export", "--model", "source-dpn")], ids=lambda c: c[0])
+def test_kill_at_any_moment(large: Path, command: tuple[str, ...]) -> None:
+    target = large / "out"
+    run = (*command, "--output", "out")
+    before = {path.name for path in large.iterdir()}
+    began = time.monotonic()
+    assert finish(*run, cwd=large) == (0, "")
+    duration = time.monotonic() - began
+    undisturbed = target.rename(large / "undisturbed")
+    moments = random.Random(SEED)
+    killed = 0
+    for i in range(MOMENTS):
+        process = start(*run, cwd=large)
+        time.sleep((i + moments.random()) / MOMENTS * duration)
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        if target.exists():
+            assert same(target, undisturbed)
+            assert finish(*run, cwd=large)[0] == 2  # it exists
+        else:
+            assert finish(*run, cwd=large) == (0, "")
+        assert same(target, undisturbed)
+        assert {path.name for path in large.iterdir()} - before == {"undisturbed", "out"}
+        shutil.rmtree(target)
+    shutil.rmtree(undisturbed)
+    assert killed > MOMENTS // 2, "the moments were not spread over the run"
+
+
+@pytest.mark.slow
+def test_of_two_runs_at_once_one_wins_whichever_is_ahead(large: Path) -> None:
+    moments = random.Random(SEED)
+    for _ in range(10):
+        at_once(large, "source", head_start=moments.random() * 0.5)
+        assert same(large / "out", large / "source-dpn")
+        shutil.rmtree(large / "out")
+
+
+def test_of_two_runs_at_once_one_wins(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_llava_factory(shards=2), tmp_path / "source")
+    assert finish("convert", "source", cwd=tmp_path) == (0, "")
+    at_once(tmp_path, "source")
+    assert same(tmp_path / "out", tmp_path / "source-dpn")
+
+
+def at_once(folder: Path, source: str, head_start: float = 0) -> None:
+    """Convert twice at once to `out`, and check that one of the runs does it and the other says why it does not."""
+    first = start("convert", source, "--output", "out", cwd=folder)
+    time.sleep(head_start)
+    second = start("convert", source, "--output", "out", cwd=folder)
+    said = {process.returncode: text for process, (_, text) in ((p, p.communicate()) for p in (first, second))}
+    assert said.keys() == {0, 2}
+    assert said[0] == ""
+    assert "another run is writing" in said[2] or "out exists" in said[2]
+    assert said[2].count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == {source, f"{source}-dpn", "out", ".dpn"}
