@@ -150,6 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_bytes())
+        json.dumps(data, ensure_ascii=False).encode()  # no half characters, which nobody could write
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again") from None
     if not isinstance(data, dict):
@@ -251,7 +252,7 @@ def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map: download the checkpoint again")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+        if not isinstance(file, str) or Path(file).name != file or len(file) > 128 or not file.endswith(suffix):
             raise CheckpointError(f"{path} names the shard {file!r}: expected a {suffix} file in the same folder")
     return weight_map
 

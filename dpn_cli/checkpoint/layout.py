@@ -29,6 +29,8 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
 # The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
 VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 VISION_DEFAULTS: dict[str, Any] = {
@@ -70,7 +72,7 @@ class LlavaLayout:
             text_prefix=_text_prefix(checkpoint),
             text_config=text_config,
             shape=_shape(text_config, where),
-            grid=_grid(config["vision_config"], (config.get("pyramid") or {}).get("prepooling", 1), where),
+            grid=_grid(config["vision_config"], _prepooling(config), where),
         )
         layout._check_shapes(checkpoint)
         token: int = config.get("image_token_index", config.get("image_token_id", -1))
@@ -142,7 +144,7 @@ def read_pyramid(checkpoint: Checkpoint) -> PyramidConfig:
         return PyramidConfig(sites=())
     try:
         return PyramidConfig.from_dict(checkpoint.config["pyramid"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
 
 
@@ -157,7 +159,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where} is in the original LLaVA layout: convert it with `dpn convert {where} --vision-tower PATH|ID`"
         )
-    if model_type not in {"llava", DPN_MODEL_TYPE}:
+    if model_type not in ("llava", DPN_MODEL_TYPE):  # what it is may be unhashable
         kind = "another kind of vision model" if "vision_config" in config else "no vision tower"
         raise CheckpointError(f"{where} has model type {model_type!r} ({kind}): expected a LLaVA (model type 'llava')")
     for key in ("text_config", "vision_config"):
@@ -178,7 +180,7 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
     model is given no more positions than that.
     """
     text = config.get("text_config")
-    if not isinstance(text, dict) or text.get("model_type") not in {"mistral", "qwen2"}:
+    if not isinstance(text, dict) or text.get("model_type") not in ("mistral", "qwen2"):
         return config, ()
     window = (TEXT_DEFAULTS[text["model_type"]] | text).get("sliding_window")
     if type(window) is not int or (text["model_type"] == "qwen2" and not text.get("use_sliding_window")):
@@ -197,12 +199,12 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
 
 def _validate_text(text_config: dict[str, Any], where: Path) -> None:
     model_type = text_config.get("model_type", "llama")
-    if model_type not in TEXT_DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in TEXT_DEFAULTS:
         raise CheckpointError(
             f"{where} has a language model of type {model_type!r}: expected one of {', '.join(TEXT_DEFAULTS)}"
         )
     window = (TEXT_DEFAULTS[model_type] | text_config).get("sliding_window")
-    layer_types = text_config.get("layer_types") or []
+    layer_types = str(text_config.get("layer_types"))
     used = text_config.get("use_sliding_window", False) if model_type == "qwen2" else window is not None
     if model_type != "llama" and (used or "sliding_attention" in layer_types):
         raise CheckpointError(f"{where} uses sliding-window attention ({window} tokens), which a pyramid cannot have")
@@ -210,7 +212,7 @@ def _validate_text(text_config: dict[str, Any], where: Path) -> None:
 
 def _validate_vision(config: dict[str, Any], where: Path) -> None:
     model_type = config["vision_config"].get("model_type")
-    if model_type not in VISION_STRATEGY:
+    if not isinstance(model_type, str) or model_type not in VISION_STRATEGY:
         raise CheckpointError(
             f"{where} has a vision tower of type {model_type!r}: expected one of {', '.join(VISION_STRATEGY)}"
         )
@@ -223,7 +225,8 @@ def _validate_vision(config: dict[str, Any], where: Path) -> None:
 
 
 def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
-    for key in TEXT_DEFAULTS["llama"]:
+    given = [key for key in OPTIONAL_SIZES if text_config.get(key) is not None]
+    for key in (*TEXT_DEFAULTS["llama"], *given):
         if type(text_config[key]) is not int or text_config[key] < 1:
             raise CheckpointError(f"{where}: text_config has an impossible {key}: {text_config[key]!r}")
     return DecoderShape.from_config(text_config)
@@ -237,6 +240,13 @@ def _grid(vision_config: dict[str, Any], prepooling: int, where: Path) -> Grid:
         raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
     side: int = image_size // patch_size // prepooling
     return side, side
+
+
+def _prepooling(config: dict[str, Any]) -> int:
+    """Return a pyramid's prepooling; what is damaged is left to `read_pyramid`."""
+    pyramid = config.get("pyramid")
+    side = pyramid.get("prepooling", 1) if isinstance(pyramid, dict) else 1
+    return side if type(side) is int and side > 0 else 1
 
 
 def _text_prefix(checkpoint: Checkpoint) -> str:

@@ -40,8 +40,7 @@ class Lora:
         Raises:
             CheckpointError: if the adapter is not there or not one of LoRA's.
         """
-        noted = pyramid.calibration.get(ADAPTER_KEY)
-        return None if noted is None else cls.open(checkpoint / noted)
+        return cls.open(checkpoint / ADAPTER_FOLDER) if ADAPTER_KEY in pyramid.calibration else None
 
     @classmethod
     def open(cls, folder: Path) -> "Lora":
@@ -58,7 +57,10 @@ class Lora:
             raise CheckpointError(f"{folder} holds another adapter than plain LoRA: calibrate the checkpoint again")
         names = [name for name in read_header(folder / WEIGHTS_FILE) if name.endswith(_DOWN)]
         targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in names)
-        return cls(folder, config["lora_alpha"] / config["r"], targets)
+        alpha, rank = config.get("lora_alpha"), config.get("r")
+        if not isinstance(alpha, int | float) or type(rank) is not int or rank < 1:
+            raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_alpha and r: calibrate the checkpoint again")
+        return cls(folder, alpha / rank, targets)
 
     def merged(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """Return one of the target weights [out, in] with the adapter in it, in float32."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.layout import COMPUTED, TEXT_DEFAULTS, without_window
+from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 from dpn_cli.checkpoint.rewriting import Planned, Rewritten
 from dpn_cli.checkpoint.tower import Tower
@@ -51,7 +51,6 @@ _TEXT_KEYS = (
     "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
     "sliding_window",
 )  # fmt: skip
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Values of LLaVA's own config keys that make another model than LLaVA-1.5 of it; None stands for a missing key.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": (None, *_PROJECTORS),
@@ -145,7 +144,7 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
             )
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
-    for key in (*TEXT_DEFAULTS["llama"], *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
+    for key in (*TEXT_DEFAULTS["llama"], *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(
                 f"{folder}: config.json has {config.get(key)!r} as {key}, so the model's sizes are unknown"

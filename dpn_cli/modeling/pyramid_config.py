@@ -5,9 +5,10 @@ sample's visual tokens are one or several *grids* (H, W). All of it is plain dat
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise, product
-from typing import Any, Literal
+from math import isfinite
+from typing import Any, Literal, get_args, get_origin
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
@@ -114,7 +115,7 @@ class PyramidConfig:
         """Read the `pyramid` section of a config.json.
 
         Raises:
-            ValueError: for another version, unknown keys, or a site whose first rate is not 1×1.
+            ValueError: for another version, unknown keys, impossible values, or a site whose first rate is not 1×1.
         """
         data = dict(data)
         version = data.pop("version", None)
@@ -129,15 +130,20 @@ class PyramidConfig:
         )
         if any(site.rates[0] != (1, 1) for site in sites):
             raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
+        if any(min(rate) < 1 for site in sites for rate in site.rates):
+            raise ValueError("the rates of every pyramid site must be positive")
         route = data.pop("static_route", None)
-        return cls(
+        config = cls(
             sites=sites,
             router=RouterConfig(**data.pop("router", {})),
-            trade_off=float(data.pop("lambda", 0.0)),
-            static_route=None if route is None else tuple(route),
+            trade_off=data.pop("lambda", 0.0),
+            static_route=None if route is None else tuple(map(int, route)),
             budgets=tuple(Budget(*row) for row in data.pop("budgets", [])),
             **data,
         )
+        for part in (config, config.router, *config.budgets):
+            _check_fields(part)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; the inverse of `from_dict`."""
@@ -247,3 +253,25 @@ class PyramidConfig:
                 for k, (kernel_h, kernel_w) in enumerate(site.rates):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, kernel_h, kernel_w)
         return shapes
+
+
+def _check_fields(part: Any) -> None:
+    """Check the plain fields of a dataclass that was read from JSON.
+
+    Raises:
+        ValueError: with the first one that is of another kind than it says.
+    """
+    for each in fields(part):
+        value, kind = getattr(part, each.name), each.type
+        if get_origin(kind) is Literal:
+            good = value in get_args(kind)
+        elif kind is int:
+            good = type(value) is int and value >= 0
+        elif kind is float:
+            good = type(value) in (int, float) and isfinite(value)
+        elif kind == int | None:
+            good = value is None or type(value) is int
+        else:
+            good = get_origin(kind) is not dict or isinstance(value, dict)
+        if not good:
+            raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")

@@ -1,0 +1,176 @@
+"""Whatever the files of a checkpoint hold: an answer or one sentence, in bounded time and memory, nothing elsewhere."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.convert import convert
+from dpn_cli.errors import DpnError
+from dpn_cli.export import export
+from dpn_cli.inspection import inspect_checkpoint
+from tests.converted import pretend_calibration
+from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
+from tests.faults.mutation import mutated
+from tests.originals import Original
+
+SEED = 4
+BIN_SHARD, BIN_INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
+LIMIT_S = 60  # a case takes milliseconds: whoever gets here waits for something
+MEMORY_BYTES = 500_000_000  # all cases of a kind together may add so much to the peak
+
+# What is damaged in each kind of source.
+FILES = {
+    "hub": (CONFIG, INDEX, SHARD),
+    "converted": (CONFIG, INDEX, OTHER_SHARD, "dpe.safetensors"),
+    "original": (CONFIG, BIN_INDEX, BIN_SHARD, "tokenizer_config.json", "added_tokens.json", "tokenizer.model"),
+    "tower": (CONFIG, "preprocessor_config.json", "pytorch_model.bin"),
+}
+CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500}
+QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10}
+
+
+class Hang(BaseException):
+    """A case that does not end."""
+
+
+@pytest.fixture
+def subject(
+    request: pytest.FixtureRequest,
+    tiny_llava_factory: Callable[..., Path],
+    make_original: Callable[..., Original],
+    tmp_path: Path,
+) -> tuple[str, Path, Callable[[], Any]]:
+    """A kind, the folder to damage, and what is done with it: it may write to `out` beside the folder."""
+    kind: str = request.param
+    folder, out = tmp_path / "in", tmp_path / "out"
+
+    def read_and_convert() -> None:
+        inspect_checkpoint(folder)
+        open_converted(convert(str(folder), output=out).output)
+
+    def read_and_export() -> None:
+        inspect_checkpoint(folder)
+        export(folder, out)
+        open_converted(out)
+
+    if kind == "hub":
+        shutil.copytree(tiny_llava_factory(shards=2), folder)
+        return kind, folder, read_and_convert
+    if kind == "converted":
+        convert(str(tiny_llava_factory(shards=2)), output=folder)
+        pretend_calibration(folder)
+        return kind, folder, read_and_export
+    original = make_original(added=("<im_patch>",))
+    folder = original.clip if kind == "tower" else original.folder
+    return kind, folder, lambda: convert(str(original.folder), output=out, vision_tower=str(original.clip))
+
+
+@pytest.mark.parametrize("subject", QUICK, indirect=True)
+def test_some_damage(subject: tuple[str, Path, Callable[[], Any]], tmp_path: Path) -> None:
+    fuzz(*subject, tmp_path, QUICK[subject[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", CASES, indirect=True)
+def test_much_damage(subject: tuple[str, Path, Callable[[], Any]], tmp_path: Path) -> None:
+    fuzz(*subject, tmp_path, CASES[subject[0]])
+
+
+def fuzz(kind: str, folder: Path, use: Callable[[], Any], around: Path, cases: int) -> None:
+    """Damage one file per case; collect what went wrong, so that one run shows it all."""
+    contents = {name: (folder / name).read_bytes() for name in FILES[kind]}
+    before = sorted(path.name for path in around.iterdir())
+    use()  # what it needs to import is imported
+    shutil.rmtree(around / "out")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes: Counter[str] = Counter()
+    for case in range(cases):
+        chance = random.Random(f"{SEED} {kind} {case}")
+        name = chance.choice(FILES[kind])
+        (folder / name).write_bytes(mutated(name, contents[name], chance))
+        outcome = result(use, around)
+        shutil.rmtree(around / "out", ignore_errors=True)
+        (folder / name).write_bytes(contents[name])
+        if sorted(path.name for path in around.iterdir()) != before:
+            outcome = f"left something: {outcome}"
+        outcomes[outcome] += 1
+    assert set(outcomes) <= {"an answer", "a sentence"}, outcomes
+    assert outcomes["an answer"] and outcomes["a sentence"]
+    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) < MEMORY_BYTES
+
+
+def result(use: Callable[[], Any], around: Path) -> str:
+    """Say how a case ended: `an answer`, `a sentence`, or what is wrong."""
+    try:
+        with time_limit(), watched(around) as elsewhere:
+            use()
+    except DpnError as error:
+        message = str(error)
+        if not message or "\n" in message:
+            return f"no sentence: {message}"
+        outcome = "a sentence"
+    except (Exception, Hang) as error:  # noqa: BLE001 - whatever it is, it is a finding
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dpn_cli" in frame.filename]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "elsewhere"
+        return f"{type(error).__name__} at {where}: {str(error)[:100]}"
+    else:
+        outcome = "an answer"
+    return f"wrote {elsewhere[0]}" if elsewhere else outcome
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    def hang(*_: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_watching: list[tuple[str, list[str]]] = []  # hooks of the interpreter cannot be removed: it sleeps while this is empty
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_TARGETS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "shutil.rmtree": 0, "os.truncate": 0}
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if not _watching or event not in _TARGETS | {"open": 0}:
+        return
+    if event == "open" and not (isinstance(args[2], int) and args[2] & _WRITING):
+        return
+    path, (allowed, found) = args[_TARGETS.get(event, 0)], _watching[-1]
+    if isinstance(path, (str, bytes, os.PathLike)):
+        real = os.path.realpath(os.fsdecode(path))
+        if not f"{real}{os.sep}".startswith((allowed, f"{tempfile.gettempdir()}{os.sep}tmp", "/dev/null")):
+            found.append(f"{event} {real}")
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Yield a list of what is written outside of a folder (and of temporary files) meanwhile."""
+    found: list[str] = []
+    _watching.append((os.path.realpath(folder) + os.sep, found))
+    try:
+        yield found
+    finally:
+        _watching.pop()
