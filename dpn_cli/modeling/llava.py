@@ -4,10 +4,11 @@ import math
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from dpn_cli.modeling.configuration import DpnLlavaConfig
+from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
 from dpn_cli.modeling.pyramid_config import Grid
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, PyramidModelMixin, rename_keys_as
 
@@ -58,3 +59,7 @@ class DpnLlavaForConditionalGeneration(PyramidGenerationMixin, LlavaForCondition
 
 
 rename_keys_as("llava", DpnLlavaModel, DpnLlavaForConditionalGeneration)
+
+# LLaVA-HR is a LLaVA with another vision tower.
+AutoConfig.register(LlavaHrVisionConfig.model_type, LlavaHrVisionConfig, exist_ok=True)
+AutoModel.register(LlavaHrVisionConfig, LlavaHrVisionModel, exist_ok=True)
