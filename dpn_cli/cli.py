@@ -87,6 +87,8 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     ctx.ensure_object(Settings).debug = debug
     console.set_quiet(quiet)
+    if not debug:
+        console.leave_to_the_first()
 
 
 def main(args: Sequence[str] | None = None) -> int:

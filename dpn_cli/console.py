@@ -1,5 +1,6 @@
 """What the commands show: messages and progress on stderr, tables on stdout."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,6 +22,12 @@ from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
+RANKS = (
+    "RANK",
+    "PMI_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_RANK",
+)  # a process's number, as accelerate reads it
 DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 
 _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -29,6 +36,15 @@ _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 def set_quiet(quiet: bool) -> None:
     """Silence messages and progress; results and errors stay."""
     _stderr.quiet = quiet
+
+
+def leave_to_the_first() -> None:
+    """Write nowhere if a launcher has started several of this process: the first one speaks for all."""
+    if all(os.environ.get(name, "0") == "0" for name in RANKS):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def note(message: str) -> None:

@@ -13,15 +13,23 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.calibration.encoding import encode, token_limit
-from dpn_cli.calibration.fingerprint import fingerprint
+from dpn_cli.calibration.fingerprint import fingerprint, validate_same
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
+from dpn_cli.calibration.processes import Processes
 from dpn_cli.calibration.quantised import load_frozen
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import save_calibration
-from dpn_cli.calibration.tuning import drop_stale_adapter, frozen_dtype, keep_adapter, tune, unused_sections
+from dpn_cli.calibration.tuning import (
+    drop_stale_adapter,
+    frozen_dtype,
+    keep_adapter,
+    tune,
+    unused_sections,
+    validate_processes,
+)
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
@@ -45,7 +53,8 @@ def calibrate(
     restart: bool = False,
     on_bad_row: OnBadRow = "fail",
     max_bad: float = MAX_BAD,
-) -> Report:
+    processes: Processes | None = None,
+) -> Report | None:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
 
     The base weights are not touched. Measurements are kept as they are made, so that the same call goes on after a
@@ -61,21 +70,30 @@ def calibrate(
         restart: drop what an unfinished calibration has measured.
         on_bad_row: see `load_data`.
         max_bad: see `load_data`.
+        processes: that calibrate together, each with this call; by default those that a launcher has started.
+
+    Returns:
+        The report; None in all processes but the main one, which alone fits and writes.
 
     Raises:
         DataError: if there are too few samples, or bad ones.
         UsageError: if the budget is out of reach, the checkpoint has no routers, or an unfinished calibration
             differs from this one.
     """
-    job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad)
+    processes = processes or Processes.join()
+    job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes)
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
     held, fitted = _split(len(samples), recipe)
     learned = [(samples[i], asked[i].is_answered) for i in fitted]
-    tuned = tune(job.model, job.processor, learned, texts, recipe, job.state.folder, progress)
+    tuned = tune(
+        job.model, job.processor, learned, texts, recipe, job.state.folder if job.state else None, processes, progress
+    )
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
+    if not processes.is_main:
+        return None
     held_table = table.select(torch.arange(len(held)))
     routers = job.model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
@@ -100,12 +118,13 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Job:
-    """What the stages of a calibration work with."""
+    """What the stages of a calibration work with; only the main process has a state."""
 
     model: PyramidGenerationMixin
     processor: Any
     recipe: CalibrationRecipe
-    state: MeasurementState
+    state: MeasurementState | None
+    processes: Processes
     progress: Progress
 
 
@@ -119,30 +138,38 @@ def _open(
     restart: bool,
     on_bad_row: OnBadRow,
     max_bad: float,
+    processes: Processes,
 ) -> tuple[_Job, Dataset]:
     """Check the data, then the state of an earlier run, then load the model."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
-    dataset = load_data(
-        data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
-        seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
-    )  # fmt: skip
-    for line in dataset.scan.lines():
-        say(line)
-    count = sum(bool(sample.images) for sample in dataset.samples)
-    if count < MIN_SAMPLES:
-        raise DataError(f"--data {data} has {count} samples with an image, calibration needs {MIN_SAMPLES}")
-    if restart:
-        drop_state(folder)
-    state = MeasurementState(folder, fingerprint(folder, dataset.digest, recipe))
-    model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
-    if model.pyramid.static_route is not None:
-        raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+    with processes.as_one():
+        validate_processes(recipe, processes.count)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
+        dataset = load_data(
+            data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
+            seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
+        )  # fmt: skip
+        for line in dataset.scan.lines():
+            say(line)
+        count = sum(bool(sample.images) for sample in dataset.samples)
+        if count < MIN_SAMPLES:
+            raise DataError(f"--data {data} has {count} samples with an image, calibration needs {MIN_SAMPLES}")
+        measured = fingerprint(folder, dataset.digest, recipe)
+    everywhere = processes.gather(measured)
+    with processes.as_one():
+        validate_same(everywhere)
+        if restart and processes.is_main:
+            drop_state(folder)
+        state = MeasurementState(folder, measured) if processes.is_main else None
+        model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
+        if model.pyramid.static_route is not None:
+            raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     _start_afresh(model.model.language_model.routers)
-    say(f"{count} samples from {data}; model in {model.dtype} on {model.device}")
-    return _Job(model, processor, recipe, state, progress), dataset
+    together = f"; {processes.count} processes" if processes.count > 1 else ""
+    say(f"{count} samples from {data}; model in {model.dtype} on {model.device}{together}")
+    return _Job(model, processor, recipe, state, processes, progress), dataset
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
@@ -160,22 +187,23 @@ def _start_afresh(routers: nn.ModuleList) -> None:
 
 def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     """Answer the samples that have no answers with the teacher's own, greedily."""
-    complete, size = list(samples), job.recipe.batch_size
+    size, answered = job.recipe.batch_size, dict(enumerate(samples))
     open_ones = [i for i, sample in enumerate(samples) if not sample.is_answered]
     if not open_ones:
-        return complete
+        return list(samples)
+    batches = [open_ones[start : start + size] for start in range(0, len(open_ones), size)]
+
+    def ask(batch: int) -> list[str]:
+        asked = [samples[i] for i in batches[batch]]
+        return greedy_answers(job.model, job.processor, asked, len(asked), job.recipe.answer_tokens)
+
+    def take(batch: int, texts: list[str]) -> None:
+        answered.update({i: samples[i].answered(text) for i, text in zip(batches[batch], texts, strict=True)})
+        advance(len(texts))
+
     with job.model.teacher(), job.progress("asking the teacher", len(open_ones)) as advance:
-        for batch, start in enumerate(range(0, len(open_ones), size)):
-            rows = open_ones[start : start + size]
-            texts = job.state.answers(batch)
-            if texts is None:
-                asked = [samples[i] for i in rows]
-                texts = greedy_answers(job.model, job.processor, asked, len(rows), job.recipe.answer_tokens)
-                job.state.keep_answers(batch, texts)
-            for i, text in zip(rows, texts, strict=True):
-                complete[i] = samples[i].answered(text)
-            advance(len(rows))
-    return complete
+        job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
+    return list(job.processes.agree(answered).values())
 
 
 def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
@@ -189,8 +217,10 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
     grids = sample_grids(model, examples)
     num_routes = None if recipe.routes == "all" else recipe.routes
     batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
+    kept = job.state.measurements if job.state else None
     with job.progress("measuring routes", len(examples)) as advance:
-        return measure(model, examples, batches, job.processor.tokenizer.pad_token_id, job.state, advance), grids
+        table = measure(model, examples, batches, job.processor.tokenizer.pad_token_id, kept, job.processes, advance)
+    return table, grids
 
 
 def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:

@@ -1,12 +1,13 @@
 """What the measurements of a calibration depend on, in short: an unfinished one must not go on with other input."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.errors import UsageError
 from dpn_cli.recipe import CalibrationRecipe
 
 _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
@@ -32,6 +33,25 @@ def fingerprint(checkpoint: Path, data_digest: str, recipe: CalibrationRecipe) -
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the keys whose values differ, for a message; empty if none does."""
+    return ", ".join(sorted(key for key in {*one, *other} if one.get(key) != other.get(key)))
+
+
+def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all processes have the same input.
+
+    Raises:
+        UsageError: naming the first one that has not, and what of it differs.
+    """
+    for process, each in enumerate(fingerprints):
+        if changed := differences(fingerprints[0], each):
+            raise UsageError(
+                f"process {process} has other values of {changed} than the main one: "
+                "give all machines the same checkpoint, data and versions"
+            )
 
 
 def _digest(parts: Iterable[bytes]) -> str:

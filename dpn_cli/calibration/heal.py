@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import Example
 from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_logits, teacher_logits, training_mode
+from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.adapter import add_adapter
@@ -58,6 +59,7 @@ def heal(
     pad_token_id: int,
     seed: int,
     state: Path | None = None,
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> HealReport:
     """Train an adapter; the model carries it from then on, all else of it is untouched.
@@ -71,6 +73,7 @@ def heal(
         pad_token_id: fills up the shorter samples of a batch.
         seed: of everything that is drawn.
         state: a folder; a run that was killed goes on from there.
+        processes: share the forward passes of every step.
         advance: called with the number of steps done.
 
     Raises:
@@ -84,7 +87,7 @@ def heal(
         return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
 
     with training_mode(model, recipe.gradient_checkpointing):
-        loss = train(parameters, loss_of, Draws(len(examples), recipe, seed), model.dtype, state, advance)
+        loss = train(parameters, loss_of, Draws(len(examples), recipe, seed), model.dtype, state, processes, advance)
     model.requires_grad_(False)
     return HealReport(sum(p.numel() for p in parameters.values()), loss)
 

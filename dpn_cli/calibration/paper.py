@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from dpn_cli.calibration.encoding import Example
 from dpn_cli.calibration.heal import HealReport
 from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_logits, teacher_logits, training_mode
+from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.modeling.adapter import add_adapter
 from dpn_cli.modeling.pyramid_text import Choice, PyramidState
@@ -38,6 +39,7 @@ def train_as_paper(
     pad_token_id: int,
     seed: int,
     state: Path | None = None,
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> HealReport:
     """Train the routers and, if the recipe says so, an adapter that the model carries from then on.
@@ -49,6 +51,7 @@ def train_as_paper(
         pad_token_id: fills up the shorter samples of a batch.
         seed: of everything that is drawn.
         state: a folder; a run that was killed goes on from there.
+        processes: share the forward passes of every step.
         advance: called with the number of steps done.
 
     Raises:
@@ -68,7 +71,7 @@ def train_as_paper(
         return paper_loss(model, trunk, paper, draw.random)
 
     with training_mode(model, paper.gradient_checkpointing):
-        loss = train(parameters, loss_of, Draws(len(examples), paper, seed), model.dtype, state, advance)
+        loss = train(parameters, loss_of, Draws(len(examples), paper, seed), model.dtype, state, processes, advance)
     model.requires_grad_(False)
     return HealReport(sum(p.numel() for p in parameters.values()), loss)
 

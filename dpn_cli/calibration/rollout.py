@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, Example, collate
 from dpn_cli.calibration.passes import start_batch
-from dpn_cli.calibration.state import MeasurementState
+from dpn_cli.calibration.processes import ALONE, Kept, Processes
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
@@ -140,7 +140,8 @@ def measure(
     examples: Sequence[Example],
     batches: Sequence[Batch],
     pad_token_id: int,
-    state: MeasurementState | None = None,
+    kept: Kept[dict[str, torch.Tensor]] | None = None,
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda done: None,
 ) -> RouteTable:
     """Run every batch down its routes.
@@ -150,11 +151,12 @@ def measure(
         examples: each with at least one image and one label.
         batches: from `plan_batches`.
         pad_token_id: fills up the shorter samples of a batch.
-        state: keeps each batch as soon as it is measured, and brings back those of an earlier run.
+        kept: keeps each batch as soon as it is measured, and brings back those of an earlier run.
+        processes: that measure together, a batch at a time each.
         advance: called with the number of samples done after each batch.
 
     Returns:
-        The table, in the order of `examples`.
+        The table, in the order of `examples`; complete in the main process only.
     """
     hidden_size, num_inputs = model.model.language_model.shape.hidden_size, model.pyramid.router.num_inputs
     tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
@@ -167,18 +169,19 @@ def measure(
         agreement=torch.full(size, torch.nan),
         fraction=torch.ones(size),
     )
-    for i, batch in enumerate(batches):
-        measured = state.load(i) if state else None
-        if measured is None:
-            inputs = collate([examples[row] for row in batch.rows], pad_token_id, model.device)
-            with torch.inference_mode():
-                measured = _measure_batch(model, inputs, batch, tree)
-            if state:
-                state.save(i, measured)
-        rows = torch.tensor(batch.rows)
+
+    def work(i: int) -> dict[str, torch.Tensor]:
+        inputs = collate([examples[row] for row in batches[i].rows], pad_token_id, model.device)
+        with torch.inference_mode():
+            return _measure_batch(model, inputs, batches[i], tree)
+
+    def take(i: int, measured: dict[str, torch.Tensor]) -> None:
+        rows = torch.tensor(batches[i].rows)
         for name, values in measured.items():
             getattr(table, name)[rows] = values
-        advance(len(batch.rows))
+        advance(len(rows))
+
+    processes.share(len(batches), work, take, kept)
     return table
 
 

@@ -5,12 +5,15 @@ Every batch has files of its own, each whole or not at all; a fingerprint tells 
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
 
+from dpn_cli.calibration.fingerprint import differences
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
@@ -18,9 +21,49 @@ from dpn_cli.errors import UsageError
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class KeptFiles(Generic[T]):
+    """Batches on disk.
+
+    Attributes:
+        folder: that they are in.
+        name: of a batch's file, a format of its number.
+        read: returns what a file holds.
+        write: makes a file.
+    """
+
+    folder: Path
+    name: str
+    read: Callable[[Path], T]
+    write: Callable[[Path, T], object]
+
+    def load(self, piece: int) -> T | None:
+        """Return a batch, or None if it was not kept or cannot be read."""
+        path = self._path(piece)
+        try:
+            return self.read(path) if path.is_file() else None
+        except Exception:  # noqa: BLE001 - a damaged file of a lost disk is made again
+            return None
+
+    def save(self, piece: int, value: T) -> None:
+        """Keep a batch."""
+        replace_file(self._path(piece), lambda path: self.write(path, value))
+
+    def _path(self, piece: int) -> Path:
+        return self.folder / self.name.format(piece)
+
 
 class MeasurementState:
-    """The answered and the measured batches of one calibration, under `calibration/state/` of its checkpoint."""
+    """The answered and the measured batches of one calibration, under `calibration/state/` of its checkpoint.
+
+    Attributes:
+        folder: of all that is kept.
+        answers: the teacher's, by batch.
+        measurements: the columns of a batch's rows in the route table, by batch.
+    """
 
     def __init__(self, checkpoint: Path, fingerprint: dict[str, Any]) -> None:
         """Open the state, or start it.
@@ -33,12 +76,23 @@ class MeasurementState:
             UsageError: if there is a state of another calibration; names what changed.
         """
         self.folder = checkpoint / STATE_FOLDER
+        self.answers = KeptFiles[list[str]](
+            self.folder,
+            "answers-{:06d}.json",
+            read=lambda path: list(read_json(path)["answers"]),
+            write=lambda path, answers: write_json(path, {"answers": answers}),
+        )
+        self.measurements = KeptFiles[dict[str, torch.Tensor]](
+            self.folder,
+            "batch-{:06d}.safetensors",
+            read=load_file,
+            write=lambda path, tensors: path.write_bytes(save(tensors)),
+        )
         stored = self._stored_fingerprint()
         wanted = json.loads(json.dumps(fingerprint))
-        if stored is not None and stored != wanted:
-            changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+        if stored is not None and (changed := differences(stored, wanted)):
             raise UsageError(
-                f"{self.folder} holds an unfinished calibration with other values of {', '.join(changed)}: "
+                f"{self.folder} holds an unfinished calibration with other values of {changed}: "
                 "run its command line again to finish it, or pass --restart to drop it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,33 +104,6 @@ class MeasurementState:
         except (FileNotFoundError, ValueError):
             return None
         return data if isinstance(data, dict) else None
-
-    def answers(self, batch: int) -> list[str] | None:
-        """Return the teacher's answers to a batch of samples, or None if it was not asked yet."""
-        path = self._answers_path(batch)
-        return list(read_json(path)["answers"]) if path.is_file() else None
-
-    def keep_answers(self, batch: int, answers: list[str]) -> None:
-        """Keep the teacher's answers to a batch of samples."""
-        replace_file(self._answers_path(batch), lambda path: write_json(path, {"answers": answers}))
-
-    def load(self, batch: int) -> dict[str, torch.Tensor] | None:
-        """Return a batch's measurements, or None if they were not made or cannot be read."""
-        path = self._path(batch)
-        try:
-            return load_file(path) if path.is_file() else None
-        except Exception:  # noqa: BLE001 - a damaged file of a lost disk is measured again
-            return None
-
-    def save(self, batch: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a batch's measurements."""
-        replace_file(self._path(batch), lambda path: path.write_bytes(save(tensors)))
-
-    def _answers_path(self, batch: int) -> Path:
-        return self.folder / f"answers-{batch:06d}.json"
-
-    def _path(self, batch: int) -> Path:
-        return self.folder / f"batch-{batch:06d}.safetensors"
 
 
 def drop_state(checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import DpnError
 from dpn_cli.recipe import TrainingRecipe
@@ -68,16 +69,20 @@ def train(
     draws: Draws,
     dtype: torch.dtype,
     state: Path | None = None,
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> list[float]:
     """Train parameters in place.
+
+    Several processes share the forward passes of a step, add up their gradients and take the same step.
 
     Args:
         parameters: float32, by name.
         loss_of: the loss of one forward pass, a mean over its samples.
         draws: what the passes are about; their recipe says how to train.
         dtype: of the activations; in float16 the loss is scaled so that small gradients survive.
-        state: a folder; the state is kept there every few steps, and found there after a kill.
+        state: a folder; the state is kept there every few steps, and found there after a kill; the main process's.
+        processes: that train together; the parameters are the same in all.
         advance: called with the number of steps done.
 
     Returns:
@@ -90,16 +95,13 @@ def train(
     optimizer = _optimizer(parameters, recipe)
     scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16)
     path = state / STATE_FILE if state else None
-    history = _load(path, parameters, optimizer, scaler) if path and path.is_file() else []
+    history = _restore(processes.agree(_read(path, parameters)), parameters, optimizer, scaler)
     advance(len(history))
     for step in range(len(history), recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
-        loss = 0.0
-        for part in range(recipe.gradient_accumulation):
-            part_loss = loss_of(draws.at(step, part)) / recipe.gradient_accumulation
-            scaler.scale(part_loss).backward()
-            loss += part_loss.item()
+        loss = _backward(loss_of, draws, step, scaler, processes)
+        processes.sum_gradients(parameters.values())
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters.values(), MAX_GRAD_NORM)
         if not math.isfinite(loss) or not (scaler.is_enabled() or norm.isfinite()):
@@ -116,6 +118,19 @@ def train(
             _save(path, parameters, optimizer, scaler, history)
         advance(1)
     return history
+
+
+def _backward(
+    loss_of: Callable[[Draw], torch.Tensor], draws: Draws, step: int, scaler: Any, processes: Processes
+) -> float:
+    """Run this process's share of a step's passes, forward and backward; return the loss of the whole step."""
+    parts, loss = draws.recipe.gradient_accumulation, 0.0
+    with processes.as_one():
+        for part in range(processes.index, parts, processes.count):
+            part_loss = loss_of(draws.at(step, part)) / parts
+            scaler.scale(part_loss).backward()
+            loss += part_loss.item()
+    return sum(processes.gather(loss))
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -146,17 +161,26 @@ def _save(
     replace_file(path, lambda stage: torch.save(content, stage))
 
 
-def _load(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any) -> list[float]:
-    """Bring back a state; return its history, or none if the file is damaged or of other parameters."""
+def _read(path: Path | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
+    """Return a kept state, or None if there is none, or it is damaged or of other parameters."""
+    if path is None or not path.is_file():
+        return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - torch raises of every kind; a damaged state is trained again
-        return []
-    stored = content["parameters"]
-    if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in parameters.items()}:
+        return None
+    shapes = {name: tensor.shape for name, tensor in content["parameters"].items()}
+    return content if shapes == {name: p.shape for name, p in parameters.items()} else None
+
+
+def _restore(
+    content: dict[str, Any] | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any
+) -> list[float]:
+    """Bring a kept state back; return its history."""
+    if content is None:
         return []
     for name, parameter in parameters.items():
-        parameter.data.copy_(stored[name])
+        parameter.data.copy_(content["parameters"][name])
     optimizer.load_state_dict(content["optimizer"])
     scaler.load_state_dict(content["scaler"])
     return list(content["history"])

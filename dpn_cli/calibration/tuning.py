@@ -10,7 +10,9 @@ from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import Example, encode
 from dpn_cli.calibration.heal import HealReport, heal
 from dpn_cli.calibration.paper import train_as_paper
+from dpn_cli.calibration.processes import Processes
 from dpn_cli.checkpoint.lora import ADAPTER_FOLDER, ADAPTER_KEY
+from dpn_cli.errors import UsageError
 from dpn_cli.modeling.adapter import save_adapter
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe, TrainingRecipe
@@ -46,6 +48,20 @@ def frozen_dtype(recipe: CalibrationRecipe) -> str:
     return DTYPES[training.dtype] if training else "auto"
 
 
+def validate_processes(recipe: CalibrationRecipe, count: int) -> None:
+    """Check that every process gets a forward pass of each training step.
+
+    Raises:
+        UsageError: if there are more processes than that.
+    """
+    training = training_recipe(recipe)
+    if training and count > training.gradient_accumulation:
+        raise UsageError(
+            f"{count} processes cannot share the {training.gradient_accumulation} forward passes of a training step: "
+            f"start at most {training.gradient_accumulation}, or raise gradient_accumulation and lower batch_size"
+        )
+
+
 def unused_sections(recipe: CalibrationRecipe) -> set[str]:
     """Return the sections of a recipe that say nothing about this calibration."""
     return {
@@ -64,7 +80,8 @@ def tune(
     samples: Sequence[tuple[Sample, bool]],
     texts: Sequence[Sample],
     recipe: CalibrationRecipe,
-    state: Path,
+    state: Path | None,
+    processes: Processes,
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
 ) -> HealReport | None:
     """Heal the model, or train it as the paper does; None if the recipe asks for neither.
@@ -76,7 +93,8 @@ def tune(
             data rather than the teacher's own.
         texts: samples without an image; those that the data answers are learned from too.
         recipe: says which.
-        state: a folder for what a run that was killed goes on from.
+        state: a folder for what a run that was killed goes on from; the main process's.
+        processes: that train together.
         progress: opens a progress bar.
     """
     training = training_recipe(recipe)
@@ -88,6 +106,7 @@ def tune(
         "pad_token_id": processor.tokenizer.pad_token_id,
         "seed": recipe.seed,
         "state": state,
+        "processes": processes,
     }
     with progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
         if recipe.objective == "paper":

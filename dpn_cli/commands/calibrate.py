@@ -1,12 +1,14 @@
 """`dpn calibrate`: fit the routers of a converted checkpoint."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dpn_cli import console
+from dpn_cli.calibration.launch import is_launched, launch
 from dpn_cli.commands.options import Choice, Fraction, Percent, checkpoint_folder, model_option
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
 @click.option(
     "--load-in", type=Choice(["4bit", "8bit"]), help="Hold the frozen model quantised; default: the recipe's."
 )
+@click.option(
+    "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Share the work among processes of this machine, one per GPU where there are GPUs.",
+)  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
 @click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -59,6 +65,7 @@ def command(
     seed: int | None,
     heal: str | None,
     load_in: str | None,
+    num_processes: int,
     overrides: tuple[str, ...],
     restart: bool,
     as_json: bool,
@@ -66,8 +73,11 @@ def command(
     """Fit the routers to the model itself, with forward passes only.
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
-    After a kill or Ctrl-C, the same command line goes on where it stopped.
+    After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
+    For several machines: `accelerate launch -m dpn_cli calibrate ...` on each.
     """
+    if num_processes > 1 and not is_launched():
+        click.get_current_context().exit(launch(sys.argv[1:], num_processes))
     folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import calibration_recipe
 
@@ -84,6 +94,8 @@ def command(
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise
+    if report is None:
+        return
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return

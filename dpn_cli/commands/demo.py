@@ -41,6 +41,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
 
     from dpn_cli.calibration.calibrate import calibrate
     from dpn_cli.calibration.data import load_data
+    from dpn_cli.calibration.processes import ALONE
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
     from dpn_cli.evaluation.fidelity import Fidelity, by_kind, compare_answers
@@ -50,7 +51,8 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})
     recipe = calibration_recipe(converted, (), options)
-    report = calibrate(converted, "demo", recipe, None, console.progress, console.note)
+    report = calibrate(converted, "demo", recipe, None, console.progress, console.note, processes=ALONE)
+    assert report is not None, "alone, this process is the main one"
     if not as_json:
         print_calibration(report)
 

@@ -1,12 +1,9 @@
 """A calibration that is killed, interrupted or out of room goes on where it stopped."""
 
-import hashlib
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +16,11 @@ from PIL import Image
 
 from dpn_cli import cli
 from dpn_cli.convert import convert
+from tests.runs import DEADLOCK_S, digests, measured, start, wait_for
 
 SAMPLES = 16
 OPTIONS = {"epochs": 4, "batch_size": 2, "answer_tokens": 2, "holdout": 0.4}
 KILLS = 10
-DEADLOCK_S = 120  # beyond this something hangs
-POLL_S = 0.005
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +58,9 @@ def arguments(folder: Path, data: Path, **changes: Any) -> list[str]:
     return [*line, *(word for key, value in settings.items() for word in ("--set", f"calibration.{key}={value}"))]
 
 
-def start(folder: Path, data: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
-    return subprocess.Popen(
-        [*command, *arguments(folder, data)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(process: "subprocess.Popen[str]", found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLOCK_S
-    while not found():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(POLL_S)
-
-
 def batches(folder: Path) -> dict[str, bytes]:
     files = (folder / "calibration" / "state").glob("*-[0-9]*")
     return {path.name: path.read_bytes() for path in files}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def unfinished(folder: Path, data: Path) -> None:
@@ -92,12 +68,8 @@ def unfinished(folder: Path, data: Path) -> None:
     assert cli.main([*arguments(folder, data), "--budget", "0.05"]) == 2
 
 
-def measured(folder: Path, count: int) -> bool:
-    return len(list((folder / "calibration" / "state").glob("batch-*"))) >= count
-
-
 def test_a_killed_run_ends_as_if_nothing_had_happened(folder: Path, data: Path, undisturbed: dict[str, str]) -> None:
-    process = start(folder, data)
+    process = start(arguments(folder, data))
     wait_for(process, lambda: measured(folder, 3))
     process.kill()
     process.communicate()
@@ -113,7 +85,7 @@ def test_kills_at_random_moments_change_nothing(
     moments, duration = random.Random(0), 0.0
     for i in range(KILLS + 1):
         folder = Path(shutil.copytree(converted, tmp_path / f"killed-{i}"))
-        process = start(folder, data)
+        process = start(arguments(folder, data))
         wait_for(process, (folder / "calibration" / "state").exists)
         begun = time.monotonic()
         if i:
@@ -151,7 +123,7 @@ def test_a_kill_after_one_of_the_results_is_mended(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
     before = digests(folder)
-    process = start(folder, data)
+    process = start(arguments(folder, data))
     wait_for(process, lambda: measured(folder, 2))
     process.send_signal(number)
     output, errors = process.communicate(timeout=DEADLOCK_S)

@@ -126,12 +126,11 @@ def test_partial_plans_see_every_rate_of_every_site_equally_often() -> None:
 def test_kept_batches_are_not_measured_again(make_pair: Any, tmp_path: Path) -> None:
     _, model = make_pair()
     samples = examples()
-    state = MeasurementState(tmp_path, {"seed": 0})
-    first = measured(model, samples, state=state)
+    first = measured(model, samples, kept=MeasurementState(tmp_path, {"seed": 0}).measurements)
     (tmp_path / "calibration" / "state" / "batch-000001.safetensors").write_bytes(b"torn")
     calls = []
     model.lm_head.register_forward_hook(lambda *args: calls.append(1))
-    again = measured(model, samples, state=MeasurementState(tmp_path, {"seed": 0}))
+    again = measured(model, samples, kept=MeasurementState(tmp_path, {"seed": 0}).measurements)
     assert 0 < len(calls) <= len(first.tree.routes), "only the torn batch is measured again"
     assert torch.equal(first.distortion, again.distortion) and torch.equal(first.features, again.features)
 

@@ -1,0 +1,77 @@
+"""One command line in several processes of this machine, as `accelerate launch` would start them, ending as one.
+
+Ours rather than the launcher's: it ends with the exit code of the main process and without a traceback, and a signal
+reaches that process first.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from dpn_cli.errors import DpnError
+
+POLL_S = 0.1
+GRACE_S = 20.0  # for the main process to say what went wrong elsewhere, or to tidy up
+
+
+def is_launched() -> bool:
+    """Say whether this process is already one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def launch(arguments: Sequence[str], count: int) -> int:
+    """Run `dpn ARGUMENTS` in `count` processes, on the CPU or on one GPU each.
+
+    Returns:
+        The exit code of the main process.
+
+    Raises:
+        DpnError: if one of the processes ended without a word, as by a signal.
+    """
+    command = [sys.executable, "-m", "dpn_cli", *arguments]
+    processes = [
+        subprocess.Popen(command, env=environment, start_new_session=True) for environment in _environments(count)
+    ]
+    try:
+        return _watch(*processes)
+    except KeyboardInterrupt:
+        processes[0].send_signal(signal.SIGINT)
+        return processes[0].wait(GRACE_S)
+    finally:
+        for process in processes:
+            process.kill()  # what was done is on disk, whole
+            process.wait()
+
+
+def _environments(count: int) -> list[dict[str, str]]:
+    """Return what every process finds in its environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # free a moment ago
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def _watch(main: "subprocess.Popen[bytes]", *others: "subprocess.Popen[bytes]") -> int:
+    """Wait for the main process, or for another one to fail; return the main one's exit code."""
+    while main.poll() is None and not any(process.poll() for process in others):
+        time.sleep(POLL_S)
+    with suppress(subprocess.TimeoutExpired):
+        main.wait(GRACE_S)  # it notices that another one failed, and says so
+    if main.returncode is not None and main.returncode >= 0:
+        return main.returncode
+    index, code = next((i, process.returncode) for i, process in enumerate([main, *others]) if process.returncode)
+    how = f"by signal {-code}, as when memory runs out" if code < 0 else f"with exit code {code}"
+    raise DpnError(f"process {index} of {1 + len(others)} ended {how}: run the same command line again to go on")

@@ -1,0 +1,35 @@
+"""Calibrations as processes of their own, to be watched and disturbed."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DEADLOCK_S = 120  # beyond this something hangs
+POLL_S = 0.005
+
+
+def start(arguments: Sequence[str], **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dpn_cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def wait_for(process: "subprocess.Popen[str]", found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLOCK_S
+    while not found():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(POLL_S)
+
+
+def measured(folder: Path, count: int) -> bool:
+    return len(list((folder / "calibration" / "state").glob("batch-*"))) >= count
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
