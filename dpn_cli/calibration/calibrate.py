@@ -12,12 +12,13 @@ from torch import nn
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
-from dpn_cli.calibration.encoding import encode, token_limit
+from dpn_cli.calibration.encoding import encode, prompt_tokens, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint, validate_same
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.processes import Processes
 from dpn_cli.calibration.quantised import load_frozen
+from dpn_cli.calibration.reach import validate_budget
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
@@ -31,6 +32,7 @@ from dpn_cli.calibration.tuning import (
     validate_processes,
 )
 from dpn_cli.checkpoint.initial import initial_tensors
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.loading import default_device
@@ -102,7 +104,8 @@ def calibrate(
         objective = _fit(job, routers, table.select(torch.arange(len(held), len(samples))), held_table)
 
     pyramid = replace(job.model.pyramid, budgets=budget_table(routers, held_table))
-    pyramid = replace(pyramid, trade_off=_trade_off(pyramid, recipe.budget))
+    within_reach = max(recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
+    pyramid = replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
     settings = {
         "data": data, "data_digest": dataset.digest,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
@@ -141,21 +144,11 @@ def _open(
     processes: Processes,
 ) -> tuple[_Job, Dataset]:
     """Check the data, then the state of an earlier run, then load the model."""
-    from transformers import AutoProcessor
-
     with processes.as_one():
         validate_processes(recipe, processes.count)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
-        dataset = load_data(
-            data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
-            seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
-        )  # fmt: skip
-        for line in dataset.scan.lines():
-            say(line)
-        count = sum(bool(sample.images) for sample in dataset.samples)
-        if count < MIN_SAMPLES:
-            raise DataError(f"--data {data} has {count} samples with an image, calibration needs {MIN_SAMPLES}")
+        dataset, processor = _read(folder, data, recipe, image_root, progress, say, on_bad_row, max_bad)
+        asked = [sample for sample in dataset.samples if sample.images]
+        _validate(folder, data, asked, processor, recipe)
         measured = fingerprint(folder, dataset.digest, recipe)
     everywhere = processes.gather(measured)
     with processes.as_one():
@@ -164,12 +157,48 @@ def _open(
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
         model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
-        if model.pyramid.static_route is not None:
-            raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     _start_afresh(model.model.language_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
-    say(f"{count} samples from {data}; model in {model.dtype} on {model.device}{together}")
+    say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
     return _Job(model, processor, recipe, state, processes, progress), dataset
+
+
+def _read(
+    folder: Path,
+    data: str,
+    recipe: CalibrationRecipe,
+    image_root: Path | None,
+    progress: Progress,
+    say: Callable[[str], None],
+    on_bad_row: OnBadRow,
+    max_bad: float,
+) -> tuple[Dataset, Any]:
+    """Read the data and check every sample; also return the processor."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
+    dataset = load_data(
+        data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
+        seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
+    )  # fmt: skip
+    for line in dataset.scan.lines():
+        say(line)
+    return dataset, processor
+
+
+def _validate(folder: Path, data: str, samples: Sequence[Sample], processor: Any, recipe: CalibrationRecipe) -> None:
+    """Check that there are enough samples, routers, and a budget within reach."""
+    if len(samples) < MIN_SAMPLES:
+        raise DataError(f"--data {data} has {len(samples)} samples with an image, calibration needs {MIN_SAMPLES}")
+    _, layout, pyramid = open_converted(folder)
+    if pyramid.static_route is not None:
+        raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+    held = [samples[i] for i in _split(len(samples), recipe)[0]]  # those that the budget table is made of
+    lengths = [
+        ((layout.grid,) * len(sample.images), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
+    ]
+    validate_budget(recipe, layout.shape, pyramid, lengths)
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
@@ -259,10 +288,3 @@ def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: Pyrami
     routers.requires_grad_(False).to(model.device)
     model.model.language_model.pyramid = pyramid
     model.model.language_model.trade_off = pyramid.trade_off
-
-
-def _trade_off(pyramid: PyramidConfig, budget: float) -> float:
-    try:
-        return pyramid.trade_off_for(budget)
-    except ValueError as error:
-        raise UsageError(f"{error}; ask for more, or convert again with a first site earlier in the decoder") from None

@@ -6,6 +6,7 @@ Shapes: B batch, L sequence.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -115,6 +116,12 @@ def token_limit(processor: Any, max_tokens: int, answer_tokens: int) -> Callable
             raise RowError("over-long", f"{total} tokens with its images, the model takes {max_tokens}")
 
     return check
+
+
+def prompt_tokens(sample: Sample, processor: Any, answer_tokens: int) -> int:
+    """Return the text tokens before the first answer that `encode` labels: those that a router decides after."""
+    pieces = takewhile(lambda piece: not piece.labelled, _pieces(sample, processor, answer_tokens))
+    return sum(len(piece.tokens) - piece.images for piece in pieces)
 
 
 @dataclass(frozen=True)

@@ -105,24 +105,33 @@ def test_the_same_seed_gives_the_same_routers(converted: Path, calibrated: Path,
     assert digests(again) == digests(calibrated)
 
 
-def test_a_budget_out_of_reach_changes_nothing(converted: Path, data: Path, tmp_path: Path) -> None:
+def test_a_budget_out_of_reach_is_refused_before_any_work(
+    converted: Path, calibrated: Path, data: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
+    cheapest = load_model(calibrated).pyramid.budgets[-1].fraction
     before = digests(folder)
-    with pytest.raises(UsageError, match="out of reach: this pyramid's cheapest is"):
-        run(folder, data, RECIPE.model_copy(update={"budget": 0.1}))
+    healing = RECIPE.heal.model_copy(update={"method": "lora"})
+    with pytest.raises(UsageError, match=rf"this pyramid's cheapest is {cheapest:.3f} on these data"):
+        run(folder, data, RECIPE.model_copy(update={"budget": cheapest - 1e-4, "heal": healing}))
     assert digests(folder) == before
+    assert not (folder / "calibration").exists(), "nothing has been asked, healed or measured"
+    run(folder, data, RECIPE.model_copy(update={"budget": cheapest}))
+    assert load_model(folder).pyramid.trade_off == load_model(folder).pyramid.budgets[-1].trade_off
 
 
 def test_measurements_outlive_a_failure_and_go_when_all_is_done(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dpn_cli.calibration import calibrate as calibration
     from dpn_cli.calibration import rollout
 
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
-    with pytest.raises(UsageError, match="out of reach"):
-        run(folder, data, RECIPE.model_copy(update={"budget": 0.1}))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(calibration, "budget_table", None)
+        run(folder, data)
     assert list((folder / "calibration" / "state").glob("batch-*"))
     with pytest.raises(UsageError, match="other values of seed"):
         run(folder, data, RECIPE.model_copy(update={"seed": 1}))

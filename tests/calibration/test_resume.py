@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dpn_cli import cli
+from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.convert import convert
 from tests.runs import DEADLOCK_S, digests, measured, start, wait_for
 
@@ -64,8 +65,14 @@ def batches(folder: Path) -> dict[str, bytes]:
 
 
 def unfinished(folder: Path, data: Path) -> None:
-    """Measure everything, and be refused."""
-    assert cli.main([*arguments(folder, data), "--budget", "0.05"]) == 2
+    """Measure everything, and be interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "budget_table", raise_interrupt)
+        assert cli.main(arguments(folder, data)) == 130
+
+
+def raise_interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_killed_run_ends_as_if_nothing_had_happened(folder: Path, data: Path, undisturbed: dict[str, str]) -> None:

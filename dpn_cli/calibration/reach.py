@@ -1,0 +1,74 @@
+"""Which budgets a pyramid can reach on given samples: their lengths tell, before anything is measured. No torch."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from dpn_cli.cost import DecoderShape, flops_fraction
+from dpn_cli.errors import RecipeError, UsageError
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
+from dpn_cli.recipe import CalibrationRecipe, available_recipes, load_recipe
+
+Length = tuple[tuple[Grid, ...], int]  # a sample's visual grids, and the text tokens of its prompt
+
+
+def cheapest_fraction(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]) -> float:
+    """Return the mean FLOPs fraction that routing reaches when λ outweighs every distortion."""
+    total = sum(count * _cheapest(shape, pyramid, *length) for length, count in Counter(lengths).items())
+    return total / len(lengths)
+
+
+def validate_budget(
+    recipe: CalibrationRecipe, shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]
+) -> None:
+    """Check that the budget of a calibration is within reach.
+
+    Args:
+        recipe: asks for it.
+        shape: of the decoder.
+        pyramid: of the checkpoint.
+        lengths: of the samples that the budget is to be met on.
+
+    Raises:
+        UsageError: naming the cheapest budget, and the recipe that reaches the wanted one.
+    """
+    cheapest = cheapest_fraction(shape, pyramid, lengths)
+    if recipe.budget >= cheapest:
+        return
+    reach = _reach_of_recipes(recipe.objective, shape, lengths)
+    name = min(reach, key=lambda each: reach[each])
+    advice = (
+        f"ask for more, or convert again with --recipe {name} (reaches {reach[name]:.3f})"
+        if reach[name] <= recipe.budget
+        else f"ask for more; no recipe that comes with dpn reaches it (the nearest is {name}, {reach[name]:.3f})"
+    )
+    raise UsageError(
+        f"budget {recipe.budget:g} is out of reach: this pyramid's cheapest is {cheapest:.3f} on these data; {advice}"
+    )
+
+
+def _cheapest(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid], text_tokens: int) -> float:
+    """Return the fraction of the route that takes the cheapest rate at every site, as the decision rule does it."""
+    route: Route = ()
+    for site in range(len(pyramid.sites)):
+        ahead = (0,) * (len(pyramid.sites) - site - 1)
+        stage = pyramid.walk((*route, 0, *ahead), grids)[site]
+        costs = {
+            k: flops_fraction(shape, pyramid, (*route, k, *ahead), grids, text_tokens)
+            for k in pyramid.offered(site, stage)
+        }
+        route = (*route, min(costs, key=lambda k: costs[k]))
+    return flops_fraction(shape, pyramid, route, grids, text_tokens)
+
+
+def _reach_of_recipes(objective: str, shape: DecoderShape, lengths: Sequence[Length]) -> dict[str, float]:
+    """Return the cheapest fraction of every shipped recipe that calibrates in the same way and fits the decoder."""
+    reach = {}
+    for name in available_recipes():
+        recipe = load_recipe(name)
+        try:
+            pyramid = recipe.pyramid_config(shape.num_layers)
+        except RecipeError:
+            continue
+        if recipe.calibration.objective == objective:
+            reach[name] = cheapest_fraction(shape, pyramid, lengths)
+    return reach
