@@ -8,7 +8,8 @@ The samples are of the data's held-out split, which calibration has never seen; 
 that all contenders are judged on the same measurements. Intervals are 95%, of a paired bootstrap over the samples.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -20,8 +21,10 @@ from dpn_cli.calibration.encoding import encode
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.modeling.loading import load_model
+from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 RESAMPLES = 2000
+BUDGETS = (0.8, 0.65, 0.55, 0.5, 0.44, 0.4)  # and the cheapest
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,48 @@ def interval(differences: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-@click.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
-@click.option("--data", default="demo", show_default=True)
-@click.option("--samples", default=600, show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
-@click.option("--budget", "budgets", type=float, multiple=True, default=(0.8, 0.65, 0.5, 0.44), show_default=True)
-def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[float, ...]) -> None:
-    """Measure the held-out samples once and print one block of rows per budget."""
+@dataclass(frozen=True)
+class Row:
+    """A contender at a budget: means over the samples.
+
+    Attributes:
+        budget: asked for.
+        contender: how routes are chosen.
+        fraction: FLOPs of the prefill.
+        distortion: KL from the teacher, nats per answer token.
+        agreement: fraction of answer tokens on which the most likely token is the teacher's.
+        distortion_above_routed: 95% interval of what `distortion` has over the routed model's; None of that itself.
+        agreement_below_routed: 95% interval of what `agreement` lacks of the routed model's; likewise.
+    """
+
+    budget: float
+    contender: str
+    fraction: float
+    distortion: float
+    agreement: float
+    distortion_above_routed: tuple[float, float] | None
+    agreement_below_routed: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, budget: float, other: Contender, routed: Contender) -> "Row":
+        """Average one contender and compare it with the routed model, sample by sample."""
+        means = (each.mean().item() for each in (other.fraction, other.distortion, other.agreement))
+        if other is routed:
+            return cls(budget, other.name, *means, None, None)
+        above, below = other.distortion - routed.distortion, routed.agreement - other.agreement
+        return cls(budget, other.name, *means, interval(above), interval(below))
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the printed table."""
+        gaps = (self.distortion_above_routed, self.agreement_below_routed)
+        return (
+            f"{self.budget:.3f}", self.contender, f"{self.fraction:.3f}", f"{self.distortion:.4f}",
+            f"{self.agreement:.3f}", *("" if gap is None else f"{gap[0]:+.4f} … {gap[1]:+.4f}" for gap in gaps),
+        )  # fmt: skip
+
+
+def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> tuple[RouteTable, Policy, PyramidConfig]:
+    """Send held-out samples down every route; also return what the model's routers make of them."""
     from transformers import AutoProcessor
 
     network = load_model(model)
@@ -96,23 +133,32 @@ def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[f
     with console.progress("measuring routes", len(examples)) as advance:
         table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)
     with torch.no_grad():
-        policy = Policy.of(network.model.language_model.routers.cpu().float(), table)
+        return table, Policy.of(network.model.language_model.routers.cpu().float(), table), network.pyramid
 
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
+@click.option("--data", default="demo", show_default=True)
+@click.option("--samples", default=600, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--budget", "budgets", type=float, multiple=True, default=BUDGETS, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[float, ...], as_json: bool) -> None:
+    """Measure the held-out samples once and print one block of rows per budget."""
+    table, policy, pyramid = measure_held_out(model, data, samples, batch_size)
     rows = []
-    for budget in (*budgets, network.pyramid.budgets[-1].fraction):
-        routes = policy.choose(network.pyramid.trade_off_for(budget))
+    for budget in (*budgets, pyramid.budgets[-1].fraction):
+        routes = policy.choose(pyramid.trade_off_for(budget))
         routed = take(table, "routed", routes)
         spent = outcome(table, routes).fraction
-        for other in (routed, best_fixed(table, spent), random_routing(table, routes), oracle(table, spent)):
-            low, high = interval(other.distortion - routed.distortion)
-            rows.append(
-                (
-                    f"{budget:.3f}", other.name, f"{other.fraction.mean():.3f}", f"{other.distortion.mean():.4f}",
-                    f"{other.agreement.mean():.3f}", "" if other is routed else f"{low:+.4f} … {high:+.4f}",
-                )
-            )  # fmt: skip
-    columns = ["budget", "contender", "FLOPs", "KL (nats)", "top-1 = teacher", "KL over the routed, 95%"]
-    console.table(f"{len(table.fraction)} held-out samples, {len(table.tree.routes)} routes", columns, rows)
+        others = (best_fixed(table, spent), random_routing(table, routes), oracle(table, spent))
+        rows += [Row.of(budget, each, routed) for each in (routed, *others)]
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    columns = ["budget", "contender", "FLOPs", "KL", "top-1", "KL above the routed, 95%", "top-1 below it, 95%"]
+    title = f"{len(table.fraction)} held-out samples, {len(table.tree.routes)} routes"
+    console.table(title, columns, [row.cells() for row in rows])
 
 
 if __name__ == "__main__":
