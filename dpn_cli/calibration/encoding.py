@@ -22,11 +22,12 @@ NO_PIXELS = torch.zeros(0, 3, 1, 1)
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded sample: ids [L], labels [L], pixels [images, 3, H, W], `NO_PIXELS` without images."""
+    """An encoded sample: ids [L], labels [L], pixels [images, 3, H, W] (or `NO_PIXELS`), a name for messages."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor
+    name: str = "a sample"
 
 
 def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
@@ -88,7 +89,8 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
             tokens = piece.tokens
         ids += tokens
         labels += tokens if piece.labelled else [IGNORED] * len(tokens)
-    return Example(torch.tensor(ids), torch.tensor(labels), torch.cat(pixels) if pixels else NO_PIXELS)
+    name = f"row {sample.row}" if sample.row else f"sample {sample.id}"
+    return Example(torch.tensor(ids), torch.tensor(labels), torch.cat(pixels) if pixels else NO_PIXELS, name)
 
 
 def token_limit(processor: Any, max_tokens: int, answer_tokens: int) -> Callable[[Sample], None]:

@@ -19,6 +19,7 @@ from dpn_cli.calibration.encoding import IGNORED, Example, collate
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.calibration.processes import ALONE, Kept, Processes
 from dpn_cli.cost import flops_fraction
+from dpn_cli.errors import DataError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -157,6 +158,9 @@ def measure(
 
     Returns:
         The table, in the order of `examples`; complete in the main process only.
+
+    Raises:
+        DataError: naming the sample that the model answers with NaN.
     """
     hidden_size, num_inputs = model.model.language_model.shape.hidden_size, model.pyramid.router.num_inputs
     tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
@@ -171,9 +175,11 @@ def measure(
     )
 
     def work(i: int) -> dict[str, torch.Tensor]:
-        inputs = collate([examples[row] for row in batches[i].rows], pad_token_id, model.device)
+        some = [examples[row] for row in batches[i].rows]
         with torch.inference_mode():
-            return _measure_batch(model, inputs, batches[i], tree)
+            measured = _measure_batch(model, collate(some, pad_token_id, model.device), batches[i], tree)
+        _validate_finite(measured["distortion"][:, [tree.routes.index(route) for route in batches[i].routes]], some)
+        return measured
 
     def take(i: int, measured: dict[str, torch.Tensor]) -> None:
         rows = torch.tensor(batches[i].rows)
@@ -216,6 +222,16 @@ def _measure_batch(
         "agreement": agreement,
         **_price(text_model, state, tree),
     }
+
+
+def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example]) -> None:
+    """Check that all routes [B, R] could be measured: NaN is for those that were not tried."""
+    for example, is_finite in zip(examples, distortion.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise DataError(
+                f"{example.name}: the model's answers are no finite numbers; leave it out of the data, or convert a "
+                "checkpoint of another dtype, such as bfloat16 in place of float16"
+            )
 
 
 def _price(text_model: Any, state: PyramidState, tree: RouteTree) -> dict[str, torch.Tensor]:

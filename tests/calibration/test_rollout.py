@@ -1,6 +1,7 @@
 """The measured table against plain forwards along the same routes."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from dpn_cli.calibration.encoding import IGNORED, Example
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
-from dpn_cli.errors import UsageError
+from dpn_cli.errors import DataError, UsageError
 from tests.pyramids import prompt, pyramid
 
 
@@ -133,6 +134,14 @@ def test_kept_batches_are_not_measured_again(make_pair: Any, tmp_path: Path) -> 
     again = measured(model, samples, kept=MeasurementState(tmp_path, {"seed": 0}).measurements)
     assert 0 < len(calls) <= len(first.tree.routes), "only the torn batch is measured again"
     assert torch.equal(first.distortion, again.distortion) and torch.equal(first.features, again.features)
+
+
+def test_a_sample_whose_answers_are_no_numbers_is_named(make_pair: Any) -> None:
+    _, model = make_pair()
+    samples = examples()
+    samples[3] = replace(samples[3], pixel_values=samples[3].pixel_values * torch.nan, name="row 4")
+    with pytest.raises(DataError, match="row 4: the model's answers are no finite numbers"):
+        measured(model, samples)
 
 
 def test_a_state_of_another_calibration_is_refused(tmp_path: Path) -> None:

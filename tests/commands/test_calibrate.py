@@ -11,6 +11,7 @@ from PIL import Image
 
 from dpn_cli.cli import main
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from tests.calibration.test_data import bomb
 
 LIGHT = ["--samples", "24", "--set", "calibration.epochs=3", "--set", "calibration.holdout=0.25", "--budget", "0.6"]
 
@@ -34,8 +35,8 @@ def rows(make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
     return found
 
 
-def calibrate(rows: list[Any], *options: str) -> int:
-    Path("data.json").write_text(json.dumps(rows))
+def calibrate(rows: list[Any] | str, *options: str) -> int:
+    Path("data.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
     return main(["calibrate", "--model", "tiny-dpn", "--data", "data.json", *LIGHT, *options])
 
 
@@ -50,17 +51,37 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
     assert "rows read" not in captured.out and "held-out samples" in captured.out
 
 
-def test_bad_rows_stop_the_run_before_a_model_is_loaded(
-    rows: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def faulty(rows: list[dict[str, Any]]) -> str:
+    """The rows as JSON, with every kind of fault that users bring in some of them."""
+    rows[1]["conversations"][1]["value"] = ""
+    Path("noise.png").write_bytes(b"no picture")
+    rows[2]["image"] = "noise.png"
+    bomb(Path("bomb.png"), 60_000, 60_000)
+    rows[11]["image"] = "bomb.png"
+    rows[13]["conversations"][0]["value"] = "<image><image> what is this ?"
+    rows[15]["conversations"][0]["value"] = "<image>" + "what " * 100_000
+    for i in range(20, 40):
+        rows.append({**rows[0], "id": i})
+    return json.dumps(rows).removesuffix("]") + ",]"
+
+
+def test_every_fault_stops_the_run_before_a_model_is_loaded(
+    faulty: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DpnLlavaForConditionalGeneration, "from_pretrained", None)
-    rows[1]["conversations"][1]["value"] = ""
-    rows[15]["conversations"][0]["value"] = "<image>" + "what " * 100_000
-    assert calibrate(rows) == 4
+    assert calibrate(faulty, "--samples", "40") == 4
     error = capsys.readouterr().err
-    assert "2 of 20 rows read are bad: row 2: an empty answer; row 16: over-long (100" in error
-    assert "tokens with its images, the model takes 2048" in error
+    assert "bad: row 2: an empty answer; row 3: image cannot be decoded (noise.png: no known image format); " in error
+    assert "row 12: image too large (" in error and "row 14: more <image> than images (" in error
+    assert "row 16: over-long (100" in error and "tokens with its images, the model takes 2048" in error
+    assert "row 41: not JSON (" in error and "a comma is followed by no row" in error
     assert "--on-bad-row skip" in error and "Traceback" not in error
+
+
+def test_every_fault_is_left_out_by_choice(faulty: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate(faulty, "--samples", "40", "--on-bad-row", "skip", "--max-bad", "20%") == 0
+    assert "bad rows: 6 (14.6%)" in capsys.readouterr().err
 
 
 def test_bad_rows_are_left_out_by_choice(rows: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
