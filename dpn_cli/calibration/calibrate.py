@@ -216,7 +216,7 @@ def _start_afresh(routers: nn.ModuleList) -> None:
 
 def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     """Answer the samples that have no answers with the teacher's own, greedily."""
-    size, answered = job.recipe.batch_size, dict(enumerate(samples))
+    size, answers = job.recipe.batch_size, dict[int, str]()
     open_ones = [i for i, sample in enumerate(samples) if not sample.is_answered]
     if not open_ones:
         return list(samples)
@@ -227,12 +227,13 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
         return greedy_answers(job.model, job.processor, asked, len(asked), job.recipe.answer_tokens)
 
     def take(batch: int, texts: list[str]) -> None:
-        answered.update({i: samples[i].answered(text) for i, text in zip(batches[batch], texts, strict=True)})
+        answers.update(zip(batches[batch], texts, strict=True))
         advance(len(texts))
 
     with job.model.teacher(), job.progress("asking the teacher", len(open_ones)) as advance:
         job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
-    return list(job.processes.agree(answered).values())
+    answers = job.processes.agree(answers)
+    return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
 
 
 def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
@@ -242,7 +243,8 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
         The table, and the visual grids of every sample.
     """
     model, recipe = job.model, job.recipe
-    examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
+    with job.processes.as_one():
+        examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
     grids = sample_grids(model, examples)
     num_routes = None if recipe.routes == "all" else recipe.routes
     batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))

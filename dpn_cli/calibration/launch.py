@@ -41,7 +41,9 @@ def launch(arguments: Sequence[str], count: int) -> int:
         return _watch(*processes)
     except KeyboardInterrupt:
         processes[0].send_signal(signal.SIGINT)
-        return processes[0].wait(GRACE_S)
+        with suppress(subprocess.TimeoutExpired):
+            return processes[0].wait(GRACE_S)
+        raise
     finally:
         for process in processes:
             process.kill()  # what was done is on disk, whole
