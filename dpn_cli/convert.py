@@ -4,7 +4,7 @@ A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from dpn_cli.checkpoint.headers import Checkpoint, read_header
 from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
+from dpn_cli.checkpoint.rewriting import Written
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
-from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
-from dpn_cli.checkpoint.writer import RECIPE_FILE, write_index, write_json, write_shard
+from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
+from dpn_cli.checkpoint.streams import only_finite, verify_bytes
+from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, write_index, write_json, write_shard
 from dpn_cli.errors import DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
@@ -35,7 +37,8 @@ class Conversion:
         layout: of the source's decoder.
         added: shapes of the new tensors, by their full name.
         base_bytes: bytes of the model's tensors without the pyramid.
-        rewritten: whether they were written anew, in Hugging Face's layout, rather than copied as files.
+        placement: how they came, or would come, into the output: as the source's files, `copied`, hard-`linked` or
+            `cloned` (reflinks), or `rewritten` in Hugging Face's layout.
         notes: what the user should know about that.
     """
 
@@ -46,7 +49,7 @@ class Conversion:
     layout: LlavaLayout
     added: dict[str, tuple[int, ...]]
     base_bytes: int
-    rewritten: bool
+    placement: Placement
     notes: tuple[str, ...]
 
     @property
@@ -62,6 +65,9 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     vision_tower: str | None = None,
+    link: bool = False,
+    check_values: bool = False,
+    verify: bool = False,
 ) -> Conversion:
     """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
 
@@ -75,6 +81,9 @@ def convert(
         dry_run: check everything and write nothing.
         vision_tower: folder or hub id of the CLIP model, for a checkpoint in the original LLaVA layout; by default the
             one that its config.json names.
+        link: let shards share their bytes with the source (reflinks, else hard links) where the file system can.
+        check_values: search the source for NaN and infinite values first.
+        verify: afterwards read everything back from the disk and compare it with the source, byte by byte.
 
     Raises:
         CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
@@ -102,15 +111,20 @@ def convert(
         layout=layout,
         added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
         base_bytes=checkpoint.nbytes,
-        rewritten=not isinstance(opened, Copied),
+        placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
         notes=opened.notes,
     )
     check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
-    if not dry_run:
-        check_space(conversion.output, conversion.base_bytes + 4 * conversion.added_parameters)
-        with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
-            _write(stage, opened, conversion, recipe)
-    return conversion
+    if check_values:
+        _check_values(opened)
+    if dry_run:
+        return conversion
+    check_space(conversion.output, _needed_bytes(opened, conversion))
+    with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
+        written = _write(stage, opened, conversion, recipe)
+        if verify and written.placement != "linked":  # a hard link is the very same file
+            verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
+    return replace(conversion, placement=written.placement)
 
 
 def default_recipe(source: Source) -> str:
@@ -120,15 +134,31 @@ def default_recipe(source: Source) -> str:
     return name if name in available_recipes() else DEFAULT_RECIPE
 
 
-def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> None:
-    tensors = opened.write(stage)
+def _check_values(opened: Opened) -> None:
+    for name, tensor in opened.checkpoint.tensors.items():
+        for _ in only_finite(opened.original(name), tensor, opened.origin(name)):
+            pass
+
+
+def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
+    """Return the space that a conversion takes; what can be linked takes none."""
+    added = 4 * conversion.added_parameters
+    origins = {opened.origin(name) for name in opened.checkpoint.tensors}
+    if conversion.placement == "linked" and all(on_same_disk(file, conversion.output) for file in origins):
+        return added
+    return conversion.base_bytes + added
+
+
+def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> Written:
+    written = opened.write(stage, link=conversion.placement == "linked")
     _write_dpe(stage / DPE_FILE, opened, conversion)
-    tensors += read_header(stage / DPE_FILE).values()
+    tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
     if opened.pyramid is None:
         write_json(stage / RECIPE_FILE, recipe.to_dict())
     write_json(stage / "config.json", _config(opened.checkpoint.config, conversion))
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
+    return written
 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:

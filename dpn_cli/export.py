@@ -200,7 +200,7 @@ def _write_weights(
     metadata = {"format": "pt", "pyramid": json.dumps(pyramid.to_dict(), ensure_ascii=False)}
     for file, moves in shards.items():
         tensors = {move.name: (move.dtype, move.tensor.shape) for move in moves}
-        content = (piece for move in moves for piece in _content(source, move, lora))
+        content = ((move.name, piece) for move in moves for piece in _content(source, move, lora))
         write_shard(stage / file, tensors, content, metadata)
     if len(shards) > 1:
         write_index(stage, [tensor for file in shards for tensor in read_header(stage / file).values()])

@@ -1,17 +1,24 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dpn_cli.checkpoint import opening
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, Source
+from dpn_cli.checkpoint.writer import copy_file
 from dpn_cli.convert import convert, default_recipe
-from dpn_cli.errors import CheckpointError, RecipeError, UsageError
+from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
+from dpn_cli.export import export
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import load_recipe
+from tests.converted import pretend_calibration
+from tests.originals import Original
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -135,3 +142,101 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
 )
 def test_the_recipe_follows_the_model(name: str, origin: str, recipe: str) -> None:
     assert default_recipe(Source(Path(), name, origin)) == recipe
+
+
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_linked_shards_are_the_source_and_never_written_through(
+    tiny_llava_factory: Callable[..., Path], tmp_path: Path, shards: int
+) -> None:
+    source = Path(shutil.copytree(tiny_llava_factory(shards=shards), tmp_path / "source"))
+    before = fingerprint(source)
+    done = convert(str(source), output=tmp_path / "out", link=True, verify=True)
+    assert done.placement in ("linked", "cloned")
+    if done.placement == "linked":
+        assert {file.stat().st_nlink for file in source.glob("*.safetensors")} == {2}
+    copied = convert(str(source), output=tmp_path / "copied")
+    assert fingerprint(done.output) == fingerprint(copied.output)
+    pretend_calibration(done.output)
+    export(done.output, tmp_path / "exported")
+    convert(str(source), output=done.output, force=True, link=True)
+    shutil.rmtree(done.output)
+    assert fingerprint(source) == before
+
+
+def test_what_is_linked_needs_no_space(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = (64 << 20) + 10**6
+    assert (tiny_llava / "model.safetensors").stat().st_size > 10**6
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(DpnError, match="free"):
+        convert(str(tiny_llava), output=tmp_path / "out")
+    assert convert(str(tiny_llava), output=tmp_path / "out", link=True).placement != "copied"
+
+
+def test_a_shard_in_the_place_of_the_pyramids_own_is_refused(
+    tiny_llava_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_llava_factory(shards=2), tmp_path / "source"))
+    (source / "model-00002-of-00002.safetensors").rename(source / "dpe.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002", "dpe"))
+    before = fingerprint(source)
+    with pytest.raises(CheckpointError, match=r"a shard dpe\.safetensors"):
+        convert(str(source), output=tmp_path / "out", link=True)
+    assert fingerprint(source) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_are_checked_before_anything_is_written(tiny_llava: Path, tmp_path: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert(str(source), output=tmp_path / "out", check_values=True, dry_run=True)
+    name = "language_model.model.layers.3.mlp.up_proj.weight"
+    tensors[name][5, 7] = -torch.inf
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor '{name}' holds NaN or infinite"):
+        convert(str(source), output=tmp_path / "out", check_values=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(str(source), output=tmp_path / "out")
+
+
+def test_what_was_written_wrongly_is_found(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy_badly(source: Path, target: Path) -> int:
+        size = copy_file(source, target)
+        if target.suffix == ".safetensors":
+            with target.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x55")
+        return size
+
+    monkeypatch.setattr(opening, "copy_file", copy_badly)
+    with pytest.raises(DpnError, match="reads back from model-00001-of-00001"):
+        convert(str(tiny_llava), output=tmp_path / "out", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rewritten_model_is_checked_and_verified_too(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    import torch
+
+    original = make_original()
+    tower = str(original.clip)
+    done = convert(
+        str(original.folder), output=tmp_path / "out", vision_tower=tower, link=True, check_values=True, verify=True
+    )
+    assert done.placement == "rewritten"
+    broken = Path(shutil.copytree(original.folder, tmp_path / "broken"))
+    shard = sorted(broken.glob("*.bin"))[0]
+    tensors = torch.load(shard, weights_only=True)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name][0, 0] = torch.nan
+    torch.save(tensors, shard)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: the tensor '.*q_proj.weight' holds NaN"):
+        convert(str(broken), output=tmp_path / "bad", vision_tower=tower, check_values=True)
+    assert not (tmp_path / "bad").exists()

@@ -1,6 +1,6 @@
 """Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,11 +15,12 @@ from dpn_cli.checkpoint.headers import (
     read_config,
     read_header,
 )
-from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, validate_llava, without_window
+from dpn_cli.checkpoint.layout import DPE_FILE, DPN_MODEL_TYPE, validate_llava, without_window
 from dpn_cli.checkpoint.original import is_original, rewrite_original
-from dpn_cli.checkpoint.rewriting import rewrite_bins
+from dpn_cli.checkpoint.rewriting import Written, rewrite_bins
+from dpn_cli.checkpoint.streams import Piece, read_pieces
 from dpn_cli.checkpoint.weights import holds_bins
-from dpn_cli.checkpoint.writer import copy_file, side_files
+from dpn_cli.checkpoint.writer import Placement, copy_file, link_file, side_files
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
@@ -46,8 +47,19 @@ class Opened(Protocol):
     def dpe(self) -> "Mapping[str, Callable[[], torch.Tensor]]":
         """Return what reads the tensors of that pyramid, by their names inside the text model."""
 
-    def write(self, stage: Path) -> list[TensorInfo]:
-        """Write everything but config and index into a folder; return the tensors that a loader is to take."""
+    def write(self, stage: Path, link: bool = False) -> Written:
+        """Write everything but config and index into a folder.
+
+        Args:
+            stage: the folder.
+            link: let shards that stay as they are share their bytes with the source, where the file system can.
+        """
+
+    def original(self, name: str) -> Iterator[Piece]:
+        """Yield the bytes that a tensor has in the new folder, from the source."""
+
+    def origin(self, name: str) -> Path:
+        """Return the source's file that a tensor comes from."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +71,29 @@ class Copied:
     pyramid: None = None
     dpe: "Mapping[str, Callable[[], torch.Tensor]]" = field(default_factory=dict)
 
-    def write(self, stage: Path) -> list[TensorInfo]:
-        """Copy side files and shards."""
+    def write(self, stage: Path, link: bool = False) -> Written:
+        """Copy side files; copy or link shards."""
         folder = self.checkpoint.path
         for file in side_files(folder):
             copy_file(folder / file, stage / file)
         tensors: list[TensorInfo] = []
+        placements: set[Placement] = set()
         for file in self.checkpoint.files:
             name = _shard_name(file)
-            copy_file(folder / file, stage / name)
+            if link:
+                placements.add(link_file(folder / file, stage / name))
+            else:
+                copy_file(folder / file, stage / name)
             tensors += read_header(stage / name).values()
-        return tensors
+        return Written(tensors, placements.pop() if len(placements) == 1 else "copied")
+
+    def original(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor's bytes."""
+        return read_pieces(self.checkpoint.path, self.checkpoint.tensors[name])
+
+    def origin(self, name: str) -> Path:
+        """Return the file that a tensor comes from."""
+        return self.checkpoint.path / self.checkpoint.tensors[name].file
 
 
 def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
@@ -98,7 +122,12 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
     if holds_bins(folder):
         return rewrite_bins(folder, config, BinWeights(folder), notes)
-    return Copied(replace(Checkpoint.open(folder), config=config), notes)
+    checkpoint = Checkpoint.open(folder)
+    if DPE_FILE in checkpoint.files:
+        raise CheckpointError(
+            f"{folder} has a shard {DPE_FILE}, a name that the pyramid's own takes: rename it, in the index too"
+        )
+    return Copied(replace(checkpoint, config=config), notes)
 
 
 def _shard_name(file: str) -> str:

@@ -1,6 +1,6 @@
 """A checkpoint that is written anew in Hugging Face's layout, tensor by tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
 from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.weights import Weights
-from dpn_cli.checkpoint.writer import copy_file, side_files, write_shard
+from dpn_cli.checkpoint.writer import Placement, copy_file, side_files, write_shard
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ class Planned:
         info = weights.tensors[name]
         check_float(info, weights.folder)
         return cls(info.dtype, info.shape, weights.folder / info.file, lambda: weights.read(name))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came into a new folder: the tensors that a loader is to take, and how their shards got there."""
+
+    tensors: list[TensorInfo]
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ class Rewritten:
         checkpoint = Checkpoint(folder, config, tensors, tuple(shards.values()))
         return cls(checkpoint, planned, write_side_files, notes)
 
-    def write(self, stage: Path) -> list[TensorInfo]:
-        """Write everything but config and index; about one tensor is in memory at a time."""
+    def write(self, stage: Path, link: bool = False) -> Written:
+        """Write everything but config and index; about one tensor is in memory at a time; nothing can be linked."""
         self.write_side_files(stage)
         written: list[TensorInfo] = []
         for file in self.checkpoint.files:
@@ -101,10 +109,18 @@ class Rewritten:
                 (tensor for tensor in self.checkpoint.tensors.values() if tensor.file == file),
                 key=lambda tensor: -BITS[tensor.dtype],
             )
-            content = (_raw(self.planned[tensor.name].read()) for tensor in tensors)
+            content = ((tensor.name, piece) for tensor in tensors for piece in self.original(tensor.name))
             write_shard(stage / file, {t.name: (t.dtype, t.shape) for t in tensors}, content, {"format": "pt"})
             written += read_header(stage / file).values()
-        return written
+        return Written(written, "rewritten")
+
+    def original(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes that a tensor is to have; the largest tensor is the most that is in memory."""
+        yield _raw(self.planned[name].read())
+
+    def origin(self, name: str) -> Path:
+        """Return the file that a tensor comes from."""
+        return self.planned[name].file
 
 
 def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights, notes: tuple[str, ...]) -> Rewritten:

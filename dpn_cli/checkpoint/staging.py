@@ -77,15 +77,25 @@ def check_space(target: Path, needed_bytes: int) -> None:
     Raises:
         DpnError: if it has not.
     """
-    folder = target.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing_parent(target)
     free, needed = shutil.disk_usage(folder).free, needed_bytes + MARGIN_BYTES
     if free < needed:
         raise DpnError(
             f"{folder} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB: free some "
             "space or choose another --output"
         )
+
+
+def on_same_disk(source: Path, target: Path) -> bool:
+    """Say whether a file and a folder to be written are on one file system."""
+    return source.stat().st_dev == _existing_parent(target).stat().st_dev
+
+
+def _existing_parent(target: Path) -> Path:
+    folder = target.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _is_ours(folder: Path, model_type: str) -> bool:

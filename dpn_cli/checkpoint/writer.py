@@ -1,6 +1,7 @@
 """Write the parts of a checkpoint folder: copies, JSON, the index. No torch."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -8,9 +9,10 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpn_cli.checkpoint.headers import BIN_INDEX_FILE, BITS, INDEX_FILE, TensorInfo
+from dpn_cli.errors import DpnError
 
 RECIPE_FILE = "dpn_recipe.json"
 
@@ -21,6 +23,9 @@ _REWRITTEN = {"config.json", INDEX_FILE, BIN_INDEX_FILE, RECIPE_FILE}
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CHUNK_BYTES = 1 << 30
+_FICLONE = 0x40049409  # ioctl(2): share a file's extents, copy-on-write
+
+Placement = Literal["cloned", "linked", "copied", "rewritten"]  # how a shard came into a new folder
 
 
 def side_files(folder: Path) -> Iterator[str]:
@@ -49,6 +54,27 @@ def copy_file(source: Path, target: Path) -> int:
             shutil.copyfileobj(reader, writer, 1 << 24)
         writer.flush()
         return os.fstat(writer.fileno()).st_size
+
+
+def link_file(source: Path, target: Path) -> Placement:
+    """Give a file a second name without a second set of bytes: a reflink, else a hard link, else a copy.
+
+    The bytes of a reflink part when one of the two is written to; those of a hard link never do. A symbolic link (as
+    in the hub's cache) is followed first.
+    """
+    source = source.resolve()
+    with source.open("rb") as reader, target.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
+            return "cloned"
+        except OSError:
+            target.unlink()
+    try:
+        os.link(source, target)
+        return "linked"
+    except OSError:
+        copy_file(source, target)
+        return "copied"
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -86,7 +112,7 @@ def write_index(folder: Path, tensors: list[TensorInfo]) -> None:
 def write_shard(
     path: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    content: Iterable[bytes | memoryview],
+    content: Iterable[tuple[str, bytes | memoryview]],
     metadata: dict[str, str],
 ) -> None:
     """Write a safetensors file from a stream, so that no more than a piece of it is ever in memory.
@@ -94,16 +120,26 @@ def write_shard(
     Args:
         path: of the file.
         tensors: dtype (in safetensors' words) and shape of every tensor, in the order of their bytes.
-        content: the bytes of all tensors, in pieces of any size.
+        content: pieces of the tensors, by name; the pieces of one tensor in order, the tensors in any.
         metadata: for the header; `format` tells transformers the framework.
+
+    Raises:
+        DpnError: if the pieces are not exactly the tensors' bytes.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
+    places: dict[str, tuple[int, int]] = {}
     stop = 0
     for name, (dtype, shape) in tensors.items():
         start, stop = stop, stop + math.prod(shape) * BITS[dtype] // 8
+        places[name] = start, stop
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
+    written = {name: start for name, (start, _) in places.items()}
+    with path.open("xb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        file.writelines(content)
+        for name, piece in content:
+            file.seek(8 + len(raw) + written[name])
+            written[name] += file.write(piece)
+    if written != {name: stop for name, (_, stop) in places.items()}:
+        raise DpnError(f"{path.name}: the bytes written are not those that the header promises; please report this")

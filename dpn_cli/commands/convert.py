@@ -6,6 +6,13 @@ import click
 
 from dpn_cli import console, workspace
 
+PLACEMENTS = {
+    "copied": "copied unchanged",
+    "cloned": "shared with the source (reflinks)",
+    "linked": "shared with the source (hard links: do not edit either in place)",
+    "rewritten": "written in Hugging Face's layout",
+}
+
 
 @click.command("convert")
 @click.argument("model")
@@ -17,6 +24,18 @@ from dpn_cli import console, workspace
     help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that it names.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
+@click.option(
+    "--link", is_flag=True,
+    help="Let the weights share their bytes with MODEL's files (reflinks, else hard links) in place of a copy. A hard "
+    "link is the same file: whoever edits one of the two in place changes both; dpn never does.",
+)  # fmt: skip
+@click.option(
+    "--check-values/--no-check-values", default=False, show_default=True,
+    help="Search MODEL for NaN and infinite values first.",
+)  # fmt: skip
+@click.option(
+    "--verify", is_flag=True, help="Read the output back from the disk and compare it with MODEL, byte by byte."
+)
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 def command(
@@ -25,6 +44,9 @@ def command(
     overrides: tuple[str, ...],
     vision_tower: str | None,
     output: Path | None,
+    link: bool,
+    check_values: bool,
+    verify: bool,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -40,7 +62,9 @@ def command(
     if recipe is None and overrides:
         recipe = default_recipe(resolve_source(model))
     chosen = load_recipe(recipe, overrides) if recipe else None
-    done = convert(model, chosen, output, force=force, dry_run=dry_run, vision_tower=vision_tower)
+    done = convert(
+        model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify
+    )
 
     if not dry_run:
         workspace.remember(done.output)  # before anything is shown: the reader may be gone
@@ -50,9 +74,10 @@ def command(
     console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
     for note in done.notes:
         console.note(note)
-    how = "written in Hugging Face's layout" if done.rewritten else "copied unchanged"
+    if link and done.placement in ("copied", "rewritten"):
+        console.note("--link: nothing could be linked (another file system, or weights in another format).")
     console.note(
-        f"{done.base_bytes / 1e6:,.1f} MB of tensors {how}, {len(done.added)} tensors "
+        f"{done.base_bytes / 1e6:,.1f} MB of tensors {PLACEMENTS[done.placement]}, {len(done.added)} tensors "
         f"({done.added_parameters:,} parameters) added."
     )
     if dry_run:

@@ -162,7 +162,7 @@ def test_the_vision_tower_that_an_original_names_is_found(
     with pytest.raises(CheckpointError, match=r"needs the vision tower openai/clip-vit-large-patch14-336.*--vision-to"):
         convert(str(original.folder), output=tmp_path / "out")
     put_in_cache(hub_cache, "openai/clip-vit-large-patch14-336", original.clip)
-    assert convert(str(original.folder), output=tmp_path / "out").rewritten
+    assert convert(str(original.folder), output=tmp_path / "out").placement == "rewritten"
 
 
 @pytest.mark.usefixtures("hub_cache")

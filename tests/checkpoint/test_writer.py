@@ -1,10 +1,12 @@
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
-from dpn_cli.checkpoint.writer import copy_file
+from dpn_cli.checkpoint.writer import copy_file, link_file, write_shard
+from dpn_cli.errors import DpnError
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -49,3 +51,37 @@ def test_a_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a").write_bytes(CONTENT)
     with pytest.raises(OSError, match="No space"):
         copy_file(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_link_is_a_second_name_of_what_a_cached_symlink_points_to(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(CONTENT)
+    (tmp_path / "snapshot").symlink_to("blob")
+    placement = link_file(tmp_path / "snapshot", tmp_path / "b")
+    assert placement in ("cloned", "linked")
+    assert not (tmp_path / "b").is_symlink() and (tmp_path / "b").read_bytes() == CONTENT
+    if placement == "linked":
+        assert (tmp_path / "b").samefile(tmp_path / "blob")
+
+
+def test_where_nothing_can_be_linked_the_bytes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "cross-device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    (tmp_path / "a").write_bytes(CONTENT)
+    assert link_file(tmp_path / "a", tmp_path / "b") == "copied"
+    assert (tmp_path / "b").read_bytes() == CONTENT and not (tmp_path / "b").samefile(tmp_path / "a")
+
+
+def test_a_shard_takes_its_tensors_in_any_order(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = {"a": ("F32", (2,)), "b": ("U8", (3,)), "c": ("U8", ())}
+    pieces = [("b", b"\1"), ("c", b"\7"), ("a", bytes(4)), ("b", b"\2\3"), ("a", bytes(4))]
+    write_shard(tmp_path / "x.safetensors", tensors, pieces, {"format": "pt"})
+    read = load_file(tmp_path / "x.safetensors")
+    assert {name: value.tolist() for name, value in read.items()} == {"a": [0, 0], "b": [1, 2, 3], "c": 7}
+    for wrong in (pieces[:-1], [*pieces, ("c", b"\0")]):
+        with pytest.raises(DpnError, match="header promises"):
+            write_shard(tmp_path / f"{len(wrong)}.safetensors", tensors, wrong, {})

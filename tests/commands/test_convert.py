@@ -56,6 +56,19 @@ def test_exit_codes(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["convert", str(tiny_llava), "-o", "out", "--force"]) == 0
 
 
+def test_how_the_weights_came_is_said(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tiny_llava), "-o", "linked", "--link", "--check-values", "--verify"]) == 0
+    assert "shared with the source" in capsys.readouterr().err
+
+
+def test_a_link_that_cannot_be_is_a_copy_and_said(
+    make_original: Callable[..., Original], capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = make_original()
+    assert main(["convert", str(original.folder), "--vision-tower", str(original.clip), "--link"]) == 0
+    assert "--link: nothing could be linked" in capsys.readouterr().err
+
+
 def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
     script = (
         "import os, signal; from dpn_cli import convert, cli\n"

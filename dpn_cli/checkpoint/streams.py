@@ -1,0 +1,94 @@
+"""A tensor's bytes, piece by piece: read, searched for what is no number, compared. No torch."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from dpn_cli.checkpoint.headers import TensorInfo
+from dpn_cli.errors import CheckpointError, DpnError
+
+Piece = bytes | memoryview
+PIECE_BYTES = 16 << 20
+
+# Integers of the same width, and the least of them whose exponent bits are all ones: from there on a value is infinite
+# or NaN. With the sign bit set it is the same number as an unsigned integer, which is larger than all others.
+_NOT_FINITE = {"F64": (64, 0x7FF << 52), "F32": (32, 0xFF << 23), "F16": (16, 0x1F << 10), "BF16": (16, 0xFF << 7)}
+
+
+def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield a tensor's bytes.
+
+    Args:
+        folder: of its file.
+        tensor: from the file's header.
+        piece_bytes: the most that a piece has.
+
+    Raises:
+        CheckpointError: if the file has become shorter than its header says.
+    """
+    left = tensor.nbytes
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.start)
+        while left:
+            piece = file.read(min(left, piece_bytes))
+            if not piece:
+                raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the same line again")
+            left -= len(piece)
+            yield piece
+
+
+def only_finite(pieces: Iterable[Piece], tensor: TensorInfo, file: Path) -> Iterator[Piece]:
+    """Pass a tensor's bytes on, and stop at a NaN or an infinite value.
+
+    Args:
+        pieces: of whole values.
+        tensor: whose bytes they are.
+        file: it comes from.
+
+    Raises:
+        CheckpointError: at the first piece with such a value.
+    """
+    for piece in pieces:
+        if tensor.dtype in _NOT_FINITE and not _is_finite(piece, *_NOT_FINITE[tensor.dtype]):
+            raise CheckpointError(
+                f"{file}: the tensor {tensor.name!r} holds NaN or infinite values, so the model is broken: download it "
+                "again or start from an earlier state of its training"
+            )
+        yield piece
+
+
+def verify_bytes(
+    folder: Path, tensors: Iterable[TensorInfo], original: Callable[[TensorInfo], Iterable[Piece]]
+) -> None:
+    """Read tensors back from the disk and hold them against what they were made from, byte by byte.
+
+    Args:
+        folder: that was written.
+        tensors: of its headers.
+        original: gives the bytes of one of them again.
+
+    Raises:
+        DpnError: if a byte differs.
+    """
+    for file, inside in groupby(sorted(tensors, key=lambda t: (t.file, t.start)), key=lambda t: t.file):
+        with (folder / file).open("rb") as reader:
+            os.fsync(reader.fileno())
+            os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from the memory: from the disk
+            for tensor in inside:
+                reader.seek(tensor.start)
+                if any(reader.read(len(piece)) != piece for piece in original(tensor)):
+                    raise DpnError(
+                        f"the tensor {tensor.name!r} reads back from {file} with other bytes than it was written with: "
+                        "check the disk and the memory, then run the same line again"
+                    )
+
+
+def _is_finite(piece: Piece, bits: int, first: int) -> bool:
+    if not piece:
+        return True
+    values = np.frombuffer(piece, f"<u{bits // 8}")
+    negative = first | 1 << (bits - 1)
+    return bool(values.view(f"<i{bits // 8}").max() < first and values.max() < negative)
