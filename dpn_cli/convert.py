@@ -12,6 +12,7 @@ from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.headers import Checkpoint, read_header
 from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
+from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.rewriting import Written
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
@@ -166,12 +167,16 @@ def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     base = conversion.source.origin
     if conversion.source.revision:
         base += f"@{conversion.source.revision}"
-    return kept | {
-        "model_type": DPN_MODEL_TYPE,
-        "architectures": [DPN_ARCHITECTURE],
-        "base_model": base,
-        "pyramid": conversion.pyramid.to_dict(),
-    }
+    return (
+        kept
+        | read_licence(conversion.source.path)
+        | {
+            "model_type": DPN_MODEL_TYPE,
+            "architectures": [DPN_ARCHITECTURE],
+            "base_model": base,
+            "pyramid": conversion.pyramid.to_dict(),
+        }
+    )
 
 
 def _write_dpe(path: Path, opened: Opened, conversion: Conversion) -> None:

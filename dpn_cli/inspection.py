@@ -6,6 +6,7 @@ from typing import Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
 from dpn_cli.checkpoint.layout import LlavaLayout, open_llava, read_pyramid
+from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
@@ -159,8 +160,8 @@ def _layers(
     grids: tuple[Grid, ...],
     text_tokens: int,
 ) -> tuple[LayerCost, ...]:
-    key = checkpoint.tensors[f"{layout.text_prefix}layers.0.self_attn.k_proj.weight"]
-    value_bytes = BITS[key.dtype] // 8  # the cache is kept in the weights' dtype
+    embedding = checkpoint.tensors[f"{layout.text_prefix}embed_tokens.weight"]
+    value_bytes = BITS[embedding.dtype] // 8  # the cache is kept in the dtype that the model computes in
     tokens = tokens_per_layer(layout.shape, pyramid, route, grids, text_tokens)
     return tuple(
         LayerCost(n - text_tokens, layout.shape.layer_flops(n), layout.shape.kv_bytes(n, value_bytes)) for n in tokens
@@ -171,7 +172,7 @@ def _parts(checkpoint: Checkpoint, layout: LlavaLayout) -> list[Part]:
     totals: dict[str, list[int]] = {}
     for name, tensor in checkpoint.tensors.items():
         total = totals.setdefault(_part(name, layout), [0, 0])
-        total[0] += tensor.num_values
+        total[0] += num_parameters(tensor)
         total[1] += tensor.nbytes
     return [Part(name, parameters, nbytes) for name, (parameters, nbytes) in sorted(totals.items())]
 

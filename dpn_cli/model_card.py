@@ -1,12 +1,18 @@
 """The model card (README.md) of an exported checkpoint. No torch."""
 
+from collections.abc import Iterator
 from typing import Any
+
+import yaml
 
 from dpn_cli import __version__
 from dpn_cli.checkpoint.layout import LlavaLayout
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.checkpoint.licence import KEYS
+from dpn_cli.cost import flops_fraction
+from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate
 
 BUDGETS_SHOWN = 10
+TEXT_TOKENS = 64  # of the prompt that a fixed route's cost is given for
 
 
 def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig) -> str:
@@ -18,37 +24,59 @@ def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: 
         layout: of its decoder.
         pyramid: as exported.
     """
-    base = str(config.get("base_model", "a LLaVA"))
-    parts = [_front_matter(base), f"# {name}", _summary(base, layout), _pyramid(pyramid), _calibration(pyramid)]
-    return "\n\n".join([*parts, _usage(name, pyramid)]) + "\n"
+    parts = [_front_matter(config), f"# {name}", _summary(config, layout, pyramid), _pyramid(pyramid, layout)]
+    if pyramid.static_route is None:
+        parts.append(_calibration(pyramid))
+    return "\n\n".join([*parts, _usage(name, config, pyramid)]) + "\n"
 
 
-def _front_matter(base: str) -> str:
-    repo_id = base.split("@", maxsplit=1)[0]
-    lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "tags: [llava, dpn]"]
+def _front_matter(config: dict[str, Any]) -> str:
+    data: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "dpn"],
+    } | {key: config[key] for key in KEYS if key in config}
+    repo_id = _base(config).split("@", maxsplit=1)[0]
     if "/" in repo_id:
-        lines.append(f"base_model: {repo_id}")
-    return "\n".join(["---", *lines, "---"])
+        data["base_model"] = repo_id
+        if "quantization_config" in config:
+            data["base_model_relation"] = "quantized"
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(base: str, layout: LlavaLayout) -> str:
+def _base(config: dict[str, Any]) -> str:
+    return str(config.get("base_model", "a LLaVA"))
+
+
+def _summary(config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig) -> str:
     height, width = layout.grid
+    rates = "small routers pick for every question" if pyramid.static_route is None else "are the same for every image"
+    licence = f" ({config['license']})" if "license" in config else ""
     return (
-        f"`{base}`, its language model made a dynamic pyramid: the {height}×{width} = {height * width} visual tokens "
-        f"of an image are pooled at a few depths of the {layout.shape.num_layers} decoder layers, at rates that small "
-        "routers pick for every question. Text tokens are untouched. "
-        f"Written by `dpn export` (dpn-cli {__version__}). The licence is the base model's; the code's is Apache-2.0."
+        f"`{_base(config)}`, its language model made a dynamic pyramid: the {height}×{width} = {height * width} visual "
+        f"tokens of an image are pooled at a few depths of the {layout.shape.num_layers} decoder layers, at rates that "
+        f"{rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The licence is the base "
+        f"model's{licence}; the code's is Apache-2.0."
     )
 
 
-def _pyramid(pyramid: PyramidConfig) -> str:
-    rows = [
-        [f"after decoder layer {site.after_layer}", ", ".join(f"{height}×{width}" for height, width in site.rates)]
-        for site in pyramid.sites
-    ]
-    routing = "the routers" if pyramid.static_route is None else f"fixed: experts {list(pyramid.static_route)}"
-    notes = f"Pooling: {pyramid.pooling}. Route: {routing}, λ = {pyramid.trade_off:.4g}."
+def _pyramid(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
+    rows = [[f"after decoder layer {site.after_layer}", ", ".join(map(_rate, site.rates))] for site in pyramid.sites]
+    if pyramid.static_route is None:
+        route = f"the routers', λ = {pyramid.trade_off:.4g}"
+    else:
+        taken = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
+        share = flops_fraction(layout.shape, pyramid, pyramid.static_route, [layout.grid], TEXT_TOKENS)
+        route = (
+            f"fixed, {' → '.join(map(_rate, taken))}, which takes {share:.3f} of the original's prefill FLOPs for one "
+            f"image and {TEXT_TOKENS} text tokens"
+        )
+    notes = f"Pooling: {pyramid.pooling}. Route: {route}."
     return "\n\n".join(["## The pyramid", _table(["site", "rates (tokens merged into one)"], rows), notes])
+
+
+def _rate(rate: Rate) -> str:
+    return "×".join(map(str, rate))
 
 
 def _calibration(pyramid: PyramidConfig) -> str:
@@ -66,16 +94,16 @@ def _calibration(pyramid: PyramidConfig) -> str:
         "fraction of the original language model's prefill FLOPs.",
         _table(["budget", "λ", "KL divergence, nats"], rows),
     ]
-    facts = [[key.replace("_", " "), _value(value)] for key, value in pyramid.calibration.items()]
+    facts = [[name, _value(value)] for name, value in _flat(pyramid.calibration)]
     return "\n\n".join([*parts, *([_table(["calibrated with", ""], facts)] if facts else [])])
 
 
-def _usage(name: str, pyramid: PyramidConfig) -> str:
+def _usage(name: str, config: dict[str, Any], pyramid: PyramidConfig) -> str:
     budget = f"{pyramid.budgets[len(pyramid.budgets) // 2].fraction:.2f}" if pyramid.budgets else None
     choose = f"model.set_budget({budget})  # any budget, no retraining\n" if budget else ""
     return f"""\
 ## Use
-
+{_quantised(config)}
 With dpn-cli installed:
 
 ```python
@@ -96,6 +124,28 @@ processor = AutoProcessor.from_pretrained("{name}")
 ```
 
 `model.last_routes` says which rates the last prompt took; `with model.teacher():` switches the pyramid off."""
+
+
+def _quantised(config: dict[str, Any]) -> str:
+    """Say what a quantised checkpoint needs, as a paragraph; nothing for another."""
+    found = config.get("quantization_config")
+    if found is None:
+        return ""
+    kind = f"4 bits ({found['bnb_4bit_quant_type']})" if found["load_in_4bit"] else "8 bits"
+    return (
+        f"\nThe decoder's linear layers are stored in {kind}: `pip install bitsandbytes accelerate`, and nothing more "
+        "to say on loading. Vision tower, projector, routers, embeddings and `lm_head` are not quantised.\n"
+    )
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield facts, those inside of others with both names; what is None is left out."""
+    for key, value in facts.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}: ")
+        elif value is not None:
+            yield name, value
 
 
 def _value(value: Any) -> str:

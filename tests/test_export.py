@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors import safe_open
 
 from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
-from dpn_cli.errors import CheckpointError, UsageError
-from dpn_cli.export import export, parse_size
+from dpn_cli.errors import CheckpointError, DpnError, UsageError
+from dpn_cli.export import export
+from dpn_cli.exporting.content import write_weights
+from dpn_cli.exporting.plan import parse_size
 from tests.converted import pretend_calibration
-
-QUESTION = "what colour is the small circle ?"
+from tests.exports import QUESTION, answer, stored
 
 # Runs in a process of its own, in which dpn_cli cannot be imported; prints what it found as JSON.
 FRESH = """
@@ -52,26 +54,6 @@ print(json.dumps({
     "piped": piped[0]["generated_text"], "dtype": str(model.dtype),
 }))
 """
-
-
-def stored(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every tensor, by name."""
-    checkpoint = Checkpoint.open(folder)
-    raw = {file: (folder / file).read_bytes() for file in checkpoint.files}
-    return {n: raw[t.file][t.start : t.start + t.nbytes] for n, t in checkpoint.tensors.items()}
-
-
-def answer(model: Any, folder: Path, picture: Path) -> tuple[str, list[list[int]]]:
-    """Return the greedy answer and its routes."""
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=[Image.open(picture)], return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return processor.decode(tokens[0]), [list(route) for route in model.last_routes]
 
 
 def in_fresh_process(folder: Path, picture: Path, tmp_path: Path) -> dict[str, Any]:
@@ -298,3 +280,59 @@ def test_exporting_as_it_is_imports_no_torch(make_converted: Callable[..., Path]
     code = "import sys; from pathlib import Path; from dpn_cli.export import export; export(*map(Path, sys.argv[1:]));"
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(make_converted()), str(tmp_path / "out")], check=True)
+
+
+def test_licence_and_base_model_are_carried_over(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpn_cli.checkpoint.source import Source
+
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    (source / "README.md").write_text("---\nlicense: llama2\nlanguage: en\n---\n# LLaVA\n")
+    monkeypatch.setattr(
+        "dpn_cli.convert.resolve_source", lambda _: Source(source, "llava", "llava-hf/llava-1.5-7b-hf", "abc")
+    )
+    convert("llava", output=tmp_path / "llava-dpn")
+    export(tmp_path / "llava-dpn", tmp_path / "out", quantize="int8")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "llama2" and head["base_model"] == "llava-hf/llava-1.5-7b-hf"
+    assert head["base_model_relation"] == "quantized" and "model's (llama2)" in card
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_a_value_that_is_no_number_is_refused_unless_asked_for(
+    make_converted: Callable[..., Path], tmp_path: Path, dtype: str | None
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_converted()
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    tensors["vision_tower.vision_model.post_layernorm.bias"][1] = np.nan
+    save_file(tensors, file)
+    expected = rf"{file.name}: the tensor 'vision_tower\.vision_model\.post_layernorm\.bias' holds NaN"
+    with pytest.raises(CheckpointError, match=expected):
+        export(folder, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    export(folder, tmp_path / "out", dtype=dtype, check_values=False)
+
+
+def test_what_no_option_changes_is_verified(
+    make_converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_converted()
+    done = export(folder, tmp_path / "out", verify=True)
+    assert done.num_verified == done.num_tensors
+    assert export(folder, tmp_path / "bf16", dtype="bf16", verify=True).num_verified == 18  # the routers'
+
+    def write_badly(stage: Path, *_: Any) -> None:
+        write_weights(stage, *_)
+        with (stage / "model.safetensors").open("r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"\x5a")
+
+    monkeypatch.setattr("dpn_cli.export.write_weights", write_badly)
+    with pytest.raises(DpnError, match="with other bytes than it was written with"):
+        export(folder, tmp_path / "bad", verify=True)
+    assert not (tmp_path / "bad").exists()

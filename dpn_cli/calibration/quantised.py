@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from dpn_cli.checkpoint.quantisation import SKIPPED
 from dpn_cli.modeling.adapter import hush_bitsandbytes
 from dpn_cli.modeling.loading import load_model
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-
-# Matched at the start of a module's name, as a pattern, or at its end. A list replaces transformers' own: lm_head.
-SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\.routers"]
 
 
 def load_frozen(

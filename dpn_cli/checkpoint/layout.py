@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
+from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
@@ -35,6 +36,7 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 VISION_DEFAULTS: dict[str, Any] = {
     "image_size": 224,
+    "num_hidden_layers": 12,
     "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16},
 }
 
@@ -95,7 +97,7 @@ class LlavaLayout:
         for name, size in expected.items():
             tensor = checkpoint.tensors.get(prefix + name)
             found = "no such tensor" if tensor is None else str(list(tensor.shape))
-            if tensor is None or tensor.shape != size:
+            if tensor is None or not has_shape(tensor, size):
                 raise CheckpointError(
                     f"{checkpoint.path}: config.json asks for {prefix}{name} of {list(size)}, found {found}: "
                     "text_config and weights do not belong together"
@@ -134,6 +136,16 @@ def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig
     return checkpoint, layout, read_pyramid(checkpoint)
 
 
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse an export whose weights are quantised, for work that needs the weights themselves.
+
+    Raises:
+        CheckpointError: if they are.
+    """
+    if "quantization_config" in checkpoint.config:
+        raise CheckpointError(f"{checkpoint.path} is a quantised export: start from the folder that it was made from")
+
+
 def read_pyramid(checkpoint: Checkpoint) -> PyramidConfig:
     """Return a checkpoint's pyramid; without sites when it is not converted.
 
@@ -167,7 +179,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
     if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
-    if "quantization_config" in config:
+    if "quantization_config" in config and model_type != DPN_MODEL_TYPE:
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")
     _validate_text(config["text_config"], where)
     _validate_vision(config, where)

@@ -63,12 +63,20 @@ class Lora:
         return cls(folder, alpha / rank, targets)
 
     def merged(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return one of the target weights [out, in] with the adapter in it, in float32."""
+        """Return one of the target weights [out, in] with the adapter in it, in float32.
+
+        Raises:
+            CheckpointError: if the adapter has NaN or infinite values for it.
+        """
         from safetensors import safe_open
 
         stem = _PREFIX + name.removesuffix(".weight")
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
             down, up = (file.get_tensor(stem + part).float() for part in (_DOWN, _UP))
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise CheckpointError(
+                f"{self.folder} has NaN or infinite values for {name}: calibrate the checkpoint again"
+            )
         return weight.float().addmm(up, down, alpha=self.scale)
 
 

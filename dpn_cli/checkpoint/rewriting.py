@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
 from dpn_cli.checkpoint.layout import COMPUTED
+from dpn_cli.checkpoint.streams import tensor_bytes
 from dpn_cli.checkpoint.weights import Weights
 from dpn_cli.checkpoint.writer import Placement, copy_file, side_files, write_shard
 from dpn_cli.modeling.pyramid_config import PyramidConfig
@@ -116,7 +117,7 @@ class Rewritten:
 
     def original(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes that a tensor is to have; the largest tensor is the most that is in memory."""
-        yield _raw(self.planned[name].read())
+        yield tensor_bytes(self.planned[name].read())
 
     def origin(self, name: str) -> Path:
         """Return the file that a tensor comes from."""
@@ -132,10 +133,3 @@ def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights, notes: 
 
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
     return Rewritten.of(folder, config, planned, copy_side_files, notes)
-
-
-def _raw(tensor: "torch.Tensor") -> memoryview:
-    """Return a tensor's bytes, without a copy where it is contiguous."""
-    import torch
-
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

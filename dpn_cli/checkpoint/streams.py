@@ -4,11 +4,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpn_cli.checkpoint.headers import TensorInfo
 from dpn_cli.errors import CheckpointError, DpnError
+
+if TYPE_CHECKING:
+    import torch
 
 Piece = bytes | memoryview
 PIECE_BYTES = 16 << 20
@@ -58,6 +62,13 @@ def only_finite(pieces: Iterable[Piece], tensor: TensorInfo, file: Path) -> Iter
                 "again or start from an earlier state of its training"
             )
         yield piece
+
+
+def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
+    """Return a tensor's bytes, without a copy where it is contiguous."""
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def verify_bytes(

@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
+from dpn_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dpn_cli.export import Export
+    from dpn_cli.exporting.quantise import Scheme
 
 
 @click.command("export")
@@ -24,6 +30,27 @@ from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_
 @click.option(
     "--max-shard-size", default="2GB", show_default=True, metavar="SIZE", help="Of one file, such as 500MB or 2GB."
 )
+@click.option(
+    "--quantize", type=Choice(["int8", "nf4"]),
+    help="Store the decoder's linear layers in 8 or 4 bits (bitsandbytes); default: as they are.",
+)  # fmt: skip
+@click.option(
+    "--static", metavar="ROUTE",
+    help="One fixed route for every image and no routers: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2).",
+)  # fmt: skip
+@click.option(
+    "--drop-unused", is_flag=True, help="Leave out the vision layers behind the last one that is used; same outputs."
+)
+@click.option(
+    "--check-values/--no-check-values", default=True, show_default=True,
+    help="Stop at NaN and infinite values.",
+)  # fmt: skip
+@click.option(
+    "--verify", is_flag=True,
+    help="Read the tensors that no option changes back from the disk and compare them with the checkpoint's.",
+)  # fmt: skip
+@click.option("--push", metavar="REPO", help="Upload the finished folder to this model repository on the hub.")
+@click.option("--private", is_flag=True, help="Make that repository a private one, where it does not exist yet.")
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -32,35 +59,73 @@ def command(
     budget: float | None,
     dtype: str | None,
     max_shard_size: str,
+    quantize: str | None,
+    static: str | None,
+    drop_unused: bool,
+    check_values: bool,
+    verify: bool,
+    push: str | None,
+    private: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write one compact folder of safetensors with its code: it loads with dpn-cli installed or without."""
     from dpn_cli.export import export
+    from dpn_cli.exporting import hub
 
+    if private and not push:
+        raise UsageError("--private is about the repository of --push, which is not given")
+    if push:
+        hub.check_push(push)
     folder = checkpoint_folder(model)
     if output is None:
         output = Path(f"{folder.resolve().name.removesuffix('-dpn')}-dpn-export")
-    done = export(folder, output, dtype, max_shard_size, budget, force)
-    if as_json:
-        report = {
-            "checkpoint": str(done.source),
-            "output": str(done.output),
-            "bytes": done.nbytes,
-            "tensors": done.num_tensors,
-            "files": done.files,
-            "dtype": done.dtype,
-            "budget": budget,
-            "lambda": done.pyramid.trade_off,
-        }
-        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return
-    asked = f"budget {budget:g}, " if budget else "" if done.pyramid.budgets else "not calibrated, "
-    console.table(
-        f"{folder} → {output}",
-        ["tensors", "MB", "files", "dtype", "route"],
-        [(done.num_tensors, f"{done.nbytes / 1e6:,.1f}", len(done.files), done.dtype or "unchanged",
-          f"{asked}λ {done.pyramid.trade_off:.4g}")],
+    done = export(
+        folder, output, dtype, max_shard_size, budget, force,
+        cast("Scheme | None", quantize), static, drop_unused, check_values, verify,
     )  # fmt: skip
+    url = hub.push(output, push, private) if push else None
+    if as_json:
+        _print_json(done, budget, url)
+        return
+    _show(done, budget)
+    if done.num_verified is not None:
+        console.note(f"{done.num_verified} tensors are the checkpoint's, byte for byte.")
+    if url:
+        console.note(f"Uploaded to {url}.")
     console.note(f"Wrote {output}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with")
     console.note(f"AutoModelForImageTextToText.from_pretrained({str(output)!r}, dtype='auto', trust_remote_code=True)")
+
+
+def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
+    report = {
+        "checkpoint": str(done.source),
+        "output": str(done.output),
+        "bytes": done.nbytes,
+        "tensors": done.num_tensors,
+        "files": done.files,
+        "dtype": done.dtype,
+        "quantization": done.scheme,
+        "budget": budget,
+        "lambda": done.pyramid.trade_off,
+        "static_route": done.pyramid.static_route,
+        "verified_tensors": done.num_verified,
+        "url": url,
+    }
+    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def _show(done: "Export", budget: float | None) -> None:
+    pyramid = done.pyramid
+    if pyramid.static_route is not None:
+        rates = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
+        route = f"fixed, {' → '.join(f'{height}×{width}' for height, width in rates)}"
+    else:
+        asked = f"budget {budget:g}, " if budget else "" if pyramid.budgets else "not calibrated, "
+        route = f"{asked}λ {pyramid.trade_off:.4g}"
+    kind = " + ".join(filter(None, (done.dtype, done.scheme))) or "unchanged"
+    console.table(
+        f"{done.source} → {done.output}",
+        ["tensors", "MB", "files", "dtype", "route"],
+        [(done.num_tensors, f"{done.nbytes / 1e6:,.1f}", len(done.files), kind, route)],
+    )

@@ -48,7 +48,7 @@ def _show(found: "Inspection") -> None:
     if pyramid.sites:
         console.table(
             f"Pyramid: {pyramid.pooling} pooling, λ {pyramid.trade_off:g}, "
-            + (f"static route {pyramid.static_route}" if pyramid.static_route else "routed"),
+            + (f"static route {pyramid.static_route}" if pyramid.static_route is not None else "routed"),
             ["site", "rates"],
             [(f"after layer {s.after_layer}", ", ".join(f"{h}×{w}" for h, w in s.rates)) for s in pyramid.sites],
         )

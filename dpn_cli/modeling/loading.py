@@ -12,7 +12,7 @@ from transformers.utils import logging
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.adapter import load_adapter
+from dpn_cli.modeling.adapter import hush_bitsandbytes, load_adapter
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration, DpnLlavaModel
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -40,7 +40,9 @@ def load_model(
         CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.
         MissingExtraError: if it was healed and peft is not installed.
     """
-    _, _, pyramid = open_converted(folder)
+    source, _, pyramid = open_converted(folder)
+    if "quantization_config" in source.config:
+        hush_bitsandbytes()
     with _quietly():
         model, info = DpnLlavaForConditionalGeneration.from_pretrained(
             folder,

@@ -230,6 +230,8 @@ class PyramidConfig:
         """
         if not 0 < budget <= 1:
             raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
+        if self.static_route is not None:
+            raise ValueError(f"this pyramid has no routers, its route is fixed: {list(self.static_route)}")
         if not self.budgets:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
         if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1

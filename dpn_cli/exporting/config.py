@@ -1,0 +1,68 @@
+"""The config.json of an export."""
+
+from typing import Any
+
+from dpn_cli.bundle import BUNDLE_MODULE
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, VISION_DEFAULTS, LlavaLayout
+from dpn_cli.errors import CheckpointError
+from dpn_cli.exporting.plan import DTYPES, TORCH_DTYPES
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+AUTO_MAP = {
+    "AutoConfig": f"{BUNDLE_MODULE}.DpnLlavaConfig",
+    "AutoModel": f"{BUNDLE_MODULE}.DpnLlavaModel",
+    "AutoModelForImageTextToText": f"{BUNDLE_MODULE}.{DPN_ARCHITECTURE}",
+}
+
+
+def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig, dtype: str | None) -> dict[str, Any]:
+    """Return config.json with the export's code, pyramid and dtype.
+
+    Args:
+        source: the converted checkpoint.
+        layout: of its decoder.
+        pyramid: as exported.
+        dtype: that the tensors are converted to, or None.
+    """
+    config = source.config | {"architectures": [DPN_ARCHITECTURE], "auto_map": AUTO_MAP, "pyramid": pyramid.to_dict()}
+    if dtype is None:
+        return {"dtype": stored_dtype(source, layout)} | config
+    for part in ("text_config", "vision_config"):
+        config[part] = {key: value for key, value in config[part].items() if key not in {"dtype", "torch_dtype"}}
+    config.pop("torch_dtype", None)
+    return config | {"dtype": TORCH_DTYPES[DTYPES[dtype]]}
+
+
+def stored_dtype(source: Checkpoint, layout: LlavaLayout) -> str | None:
+    """Return the dtype that a checkpoint is loaded in, in torch's words: its config's, else its embedding's."""
+    stored = source.tensors[f"{layout.text_prefix}embed_tokens.weight"].dtype
+    config = source.config
+    return config.get("dtype") or config.get("torch_dtype") or TORCH_DTYPES.get(stored)
+
+
+def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Leave out the vision tower's layers behind the last one whose features are used.
+
+    CLIP's `post_layernorm` stays: no feature passes it, but transformers builds it and would draw it at random.
+
+    Returns:
+        The config, and the beginnings of the names of the tensors that go.
+
+    Raises:
+        CheckpointError: if config.json does not say which layers are used.
+    """
+    vision, chosen = config["vision_config"], config.get("vision_feature_layer", -2)
+    layers = vision.get("num_hidden_layers", VISION_DEFAULTS["num_hidden_layers"])
+    indices = chosen if isinstance(chosen, list) else [chosen]
+    if type(layers) is not int or not all(type(i) is int and -layers - 1 <= i <= layers for i in indices):
+        raise CheckpointError(f"{source.path}: vision_feature_layer {chosen} does not fit {layers} vision layers")
+    used = [i if i >= 0 else layers + 1 + i for i in indices]  # features 0 are the embeddings, i the i-th layer's
+    count = max(1, *used)
+    renumbered = [i - count - 1 for i in used]
+    config = config | {
+        "vision_config": vision | {"num_hidden_layers": count},
+        "vision_feature_layer": renumbered if isinstance(chosen, list) else renumbered[0],
+    }
+
+    return config, tuple(f"model.vision_tower.encoder.layers.{i}." for i in range(count, layers))

@@ -1,0 +1,115 @@
+"""The bytes of an export's tensors, in small pieces: searched for NaN, merged with an adapter, cast, quantised."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpn_cli.checkpoint.headers import BITS, TensorInfo, read_header
+from dpn_cli.checkpoint.streams import (
+    PIECE_BYTES,
+    Piece,
+    only_finite,
+    read_pieces,
+    tensor_bytes,
+    verify_bytes,
+)
+from dpn_cli.checkpoint.writer import write_index, write_shard
+from dpn_cli.errors import CheckpointError
+from dpn_cli.exporting.plan import TORCH_DTYPES, Move, Plan
+from dpn_cli.exporting.quantise import quantised
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values: bool) -> None:
+    """Write the shards of an export, and their index where there are several.
+
+    Args:
+        stage: the folder.
+        plan: what to write.
+        pyramid: noted in the shards' metadata.
+        check_values: stop at NaN and infinite values.
+
+    Raises:
+        CheckpointError: if a value is none, or too large for its new dtype.
+    """
+    metadata = {"format": "pt", "pyramid": json.dumps(pyramid.to_dict(), ensure_ascii=False)}
+    for file, moves in plan.shards.items():
+        stored = {name: what for move in moves for name, what in move.stored.items()}
+        # Wide dtypes first, as the safetensors library does it: every tensor is aligned to its own elements.
+        ordered = dict(sorted(stored.items(), key=lambda item: -BITS[item[1][0]]))
+        content = (piece for move in moves for piece in _content(plan.source.path, move, check_values))
+        write_shard(stage / file, ordered, content, metadata)
+    if len(plan.shards) > 1:
+        write_index(stage, [tensor for file in plan.shards for tensor in read_header(stage / file).values()])
+
+
+def verify_untouched(stage: Path, plan: Plan) -> int:
+    """Read every tensor that no option changes back from the disk and compare it with the source.
+
+    Returns:
+        How many tensors that are.
+
+    Raises:
+        DpnError: if a byte differs.
+    """
+    sources = {move.name: move.tensor for move in plan.moves if move.is_untouched}
+    written = [tensor for file in plan.shards for tensor in read_header(stage / file).values()]
+    untouched = [tensor for tensor in written if tensor.name in sources]
+    verify_bytes(stage, untouched, lambda tensor: read_pieces(plan.source.path, sources[tensor.name]))
+    return len(untouched)
+
+
+def _content(folder: Path, move: Move, check_values: bool) -> Iterator[tuple[str, Piece]]:
+    """Yield the bytes of the tensors that a move makes, by name."""
+    pieces: Iterator[Piece] = read_pieces(folder, move.tensor, _piece_bytes(move))
+    if check_values:
+        pieces = only_finite(pieces, move.tensor, folder / move.tensor.file)
+    if move.is_untouched:
+        yield from ((move.name, piece) for piece in pieces)
+        return
+    changed = (_changed(move, piece) for piece in pieces)
+    if move.scheme is None:
+        yield from ((move.name, tensor_bytes(values)) for values in changed)
+        return
+    for name, tensor in quantised(move.scheme, move.name, move.tensor.shape, changed):
+        yield name, tensor_bytes(tensor)
+
+
+def _piece_bytes(move: Move) -> int:
+    """Return how much to read at once: all where an adapter goes in, whole rows where rows are quantised."""
+    if move.lora is not None:
+        return move.tensor.nbytes
+    if move.scheme == "int8":
+        row = _row_bytes(move.tensor)
+        return max(1, PIECE_BYTES // row) * row
+    return PIECE_BYTES
+
+
+def _row_bytes(tensor: TensorInfo) -> int:
+    return tensor.shape[-1] * BITS[tensor.dtype] // 8
+
+
+def _changed(move: Move, piece: Piece) -> "torch.Tensor":
+    """Return a piece's values, flat, merged with the adapter and in the new dtype."""
+    import torch
+
+    values = torch.frombuffer(bytearray(piece), dtype=getattr(torch, TORCH_DTYPES[move.tensor.dtype]))
+    if move.lora is not None:
+        values = move.lora.merged(move.name, values.view(move.tensor.shape)).flatten()
+    values = _cast(values, getattr(torch, TORCH_DTYPES[move.dtype]), move)
+    return _cast(values, torch.float16, move) if move.scheme == "int8" else values
+
+
+def _cast(values: "torch.Tensor", dtype: "torch.dtype", move: Move) -> "torch.Tensor":
+    import torch
+
+    cast = values.to(dtype)
+    if (cast.isinf() & ~values.isinf()).any():
+        how = "with --quantize nf4" if move.scheme else "as bf16"
+        limit = torch.finfo(dtype).max
+        raise CheckpointError(f"{move.tensor.name} has values above {limit:g}, the largest of {dtype}: export {how}")
+    return cast

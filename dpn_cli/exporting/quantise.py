@@ -1,0 +1,145 @@
+"""The decoder's linear layers in 8 or 4 bits, by bitsandbytes, in the layout that transformers reads.
+
+A weight is quantised a piece at a time: blocks of 64 values (nf4) and rows (int8) know nothing of each other, so the
+bytes are those that quantising the whole weight on loading gives. Not doubly quantised, as calibration in 4 bits loads
+a model too: routers that were fitted with `load_in: 4bit` meet the very weights they were fitted to.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dpn_cli.checkpoint.quantisation import SKIPPED
+
+if TYPE_CHECKING:
+    import torch
+
+Scheme = Literal["int8", "nf4"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+BLOCK = 64  # values that share a scale in nf4, bitsandbytes' default
+PIECE_VALUES = 1 << 20  # quantised at once
+
+_LAYERS = "model.language_model.layers."
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a tensor is the weight of one of the decoder's linear layers."""
+    return name.startswith(_LAYERS) and len(shape) == 2
+
+
+def takes(scheme: Scheme, shape: tuple[int, ...]) -> bool:
+    """Say whether bitsandbytes takes a weight [out, in]: its 4 bits have limits."""
+    return scheme == "int8" or (shape[1] >= BLOCK and shape[0] % 32 == 0)
+
+
+def stored_tensors(
+    scheme: Scheme, name: str, dtype: str, shape: tuple[int, ...]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype (in safetensors' words) and shape of the tensors that stand for a quantised weight.
+
+    Args:
+        scheme: of its quantisation.
+        name: of the weight.
+        dtype: torch's name for what it is computed in.
+        shape: of the weight, [out, in].
+    """
+    if scheme == "int8":
+        stem = name.removesuffix("weight")
+        return {name: ("I8", shape), f"{stem}SCB": ("F32", (shape[0],)), f"{stem}weight_format": ("U8", ())}
+    import torch
+
+    count = shape[0] * shape[1]
+    state = _state_dict(torch.empty(-(-count // BLOCK)), dtype, shape)
+    dtypes = {torch.float32: "F32", torch.uint8: "U8"}
+    return {name: ("U8", (-(-count // 2), 1))} | {
+        f"{name}.{key}": (dtypes[tensor.dtype], tuple(tensor.shape)) for key, tensor in state.items()
+    }
+
+
+def quantised(
+    scheme: Scheme, name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]"
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield the tensors that stand for a weight, by name; the quantised values in pieces.
+
+    Args:
+        scheme: of the quantisation.
+        name: of the weight.
+        shape: of the weight, [out, in].
+        pieces: its values, flat: whole rows in float16 for int8, whole blocks for nf4.
+    """
+    return _int8(name, shape, pieces) if scheme == "int8" else _nf4(name, shape, pieces)
+
+
+def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict[str, Any]:
+    """Return what config.json tells transformers.
+
+    Args:
+        scheme: of the quantisation.
+        dtype: torch's name for what is computed in.
+        left: names of the decoder's linear weights that are not quantised.
+    """
+    _bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=scheme == "nf4",
+        load_in_8bit=scheme == "int8",
+        llm_int8_skip_modules=[*SKIPPED, *(name.removesuffix(".weight") for name in left)],
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    known: dict[str, Any] = config.to_dict()
+    return {key: value for key, value in known.items() if not key.startswith("_")}
+
+
+def _int8(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
+    import torch
+
+    functional, scales = _bitsandbytes(), []
+    for piece in pieces:
+        for rows in piece.view(-1, shape[1]).split(max(1, PIECE_VALUES // shape[1])):
+            values, scale, _ = functional.int8_vectorwise_quant(rows)
+            scales.append(scale)
+            yield name, values
+    stem = name.removesuffix("weight")
+    yield f"{stem}SCB", torch.cat(scales)
+    yield f"{stem}weight_format", torch.zeros((), dtype=torch.uint8)  # 0 is bitsandbytes' word for rows
+
+
+def _nf4(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
+    import torch
+
+    functional, scales, dtype = _bitsandbytes(), [], ""
+    for piece in pieces:
+        dtype = str(piece.dtype).removeprefix("torch.")
+        for values in piece.flatten().split(PIECE_VALUES):
+            packed, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            scales.append(state.absmax)
+            yield name, packed
+    for key, tensor in _state_dict(torch.cat(scales), dtype, shape).items():
+        yield f"{name}.{key}", tensor
+
+
+def _state_dict(absmax: "torch.Tensor", dtype: str, shape: tuple[int, ...]) -> "dict[str, torch.Tensor]":
+    """Return how bitsandbytes stores what it knows of a weight in nf4."""
+    import torch
+
+    functional = _bitsandbytes()
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        code=functional.get_4bit_type("nf4", device="cpu"),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=getattr(torch, dtype),
+    )
+    packed = state.as_dict(packed=True)
+    return {key: tensor for key, tensor in packed.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _bitsandbytes() -> Any:
+    from dpn_cli.modeling.adapter import hush_bitsandbytes
+
+    hush_bitsandbytes()
+    from bitsandbytes import functional
+
+    return functional

@@ -1,0 +1,66 @@
+"""Which way samples take through an exported pyramid: by the routers at a budget, or one fixed route for all."""
+
+import re
+from dataclasses import replace
+
+from dpn_cli.checkpoint.lora import without_adapter
+from dpn_cli.errors import UsageError
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Rate, Route, Site
+
+_RATE = re.compile(r"(\d+)[x×](\d+)")
+
+
+def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, static: str | None) -> PyramidConfig:
+    """Return the pyramid as an export has it.
+
+    Args:
+        pyramid: of the converted checkpoint.
+        grid: visual tokens of one image.
+        budget: see `export`.
+        static: see `export`.
+
+    Raises:
+        UsageError: if the budget or the route is not one of this pyramid's.
+    """
+    pyramid = replace(pyramid, calibration=without_adapter(pyramid.calibration))
+    if static is None:
+        return pyramid if budget is None else _with_budget(pyramid, budget)
+    if budget is not None:
+        raise UsageError("a budget is met by the routers, which a static route does without: leave one of the two out")
+    route = parse_route(static, pyramid.sites)
+    try:
+        pyramid.walk(route, [grid])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    # What calibration measured is the routers' doing; what it trained is in the weights.
+    trained = {key: value for key, value in pyramid.calibration.items() if key == "training" and value}
+    return replace(pyramid, static_route=route, trade_off=0.0, budgets=(), calibration=trained)
+
+
+def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
+    """Read a route: one expert index (`0,1,2`) or rate (`1x1,1x2,2x2`) per site.
+
+    Raises:
+        UsageError: if it does not fit the sites.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != len(sites):
+        raise UsageError(f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites")
+    return tuple(_expert(part, i, site.rates) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
+
+
+def _expert(part: str, site: int, rates: tuple[Rate, ...]) -> int:
+    rate = _RATE.fullmatch(part)
+    if rate and (int(rate[1]), int(rate[2])) in rates:
+        return rates.index((int(rate[1]), int(rate[2])))
+    if part.isdecimal() and int(part) < len(rates):
+        return int(part)
+    offered = ", ".join(f"{height}x{width}" for height, width in rates)
+    raise UsageError(f"{part!r} is no rate of site {site}: expected one of {offered}, or 0 to {len(rates) - 1}")
+
+
+def _with_budget(pyramid: PyramidConfig, budget: float) -> PyramidConfig:
+    try:
+        return replace(pyramid, trade_off=pyramid.trade_off_for(budget))
+    except ValueError as error:
+        raise UsageError(str(error)) from None

@@ -1,0 +1,78 @@
+"""A fixed route in an export, and the model without routers that takes it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpn_cli.checkpoint.headers import Checkpoint, read_json
+from dpn_cli.errors import UsageError
+from dpn_cli.export import export
+from dpn_cli.exporting.routes import parse_route
+from dpn_cli.modeling.loading import load_model
+from dpn_cli.modeling.pyramid_config import Site
+from tests.exports import question
+from tests.test_export import in_fresh_process
+
+SITES = (Site(1, ((1, 1), (1, 2), (2, 2))), Site(3, ((1, 1), (2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("text", "route"), [("0,1", (0, 1)), ("1x2,2x2", (1, 1)), (" 2×2 , 1x1", (2, 0)), ("2,2x2", (2, 1))]
+)
+def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
+    assert parse_route(text, SITES) == route
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no rate of site 1: expected one of 1x1, 2x2, or 0 to 1"),
+     ("3x3,0", "'3x3' is no rate of site 0"), ("-1,0", "'-1' is no rate"), ("a,b", "'a' is no rate"), ("", "entries")],
+)  # fmt: skip
+def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        parse_route(text, SITES)
+
+
+def test_a_static_export_is_the_model_with_that_route_forced(
+    make_converted: Callable[..., Path], picture: Path, tmp_path: Path
+) -> None:
+    folder = make_converted()
+    done = export(folder, tmp_path / "out", static="1x2,1x1,2x2")
+    assert done.pyramid.static_route == (1, 0, 2) and not done.pyramid.budgets and not done.pyramid.calibration
+    assert not any("routers" in name for name in Checkpoint.open(tmp_path / "out").tensors)
+    inputs = question(folder, picture)
+    routed, static = load_model(folder), load_model(tmp_path / "out")
+    routed.set_route((1, 0, 2))
+    with torch.no_grad():
+        assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
+    assert [tuple(route) for route in static.last_routes] == [(1, 0, 2)]
+    with pytest.raises(ValueError, match="no routers"):
+        static.set_budget(0.7)
+
+
+@pytest.mark.slow
+def test_a_static_export_loads_where_dpn_is_not_installed(
+    make_converted: Callable[..., Path], picture: Path, tmp_path: Path
+) -> None:
+    export(make_converted(), tmp_path / "out", static="1x2,1x1,2x2")
+    found = in_fresh_process(tmp_path / "out", picture, tmp_path)
+    assert not any(found["keys"].values()) and found["routes"] == [[1, 0, 2]]
+
+
+def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable[..., Path], tmp_path: Path) -> None:
+    export(make_converted(), tmp_path / "out", static="0,0,0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Route: fixed, 1×1 → 1×1 → 1×1, which takes 1.000 of the original's prefill FLOPs" in card
+    assert "Calibration" not in card and "set_budget" not in card and "small routers" not in card
+
+
+def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_converted()
+    config = read_json(folder / "config.json")
+    with pytest.raises(UsageError, match="leave one of the two out"):
+        export(folder, tmp_path / "out", static="0,0,0", budget=0.7)
+    with pytest.raises(UsageError, match="min_visual_tokens"):
+        export(folder, tmp_path / "out", static="2x2,2x2,2x2")
+    assert read_json(folder / "config.json") == config
