@@ -110,7 +110,7 @@ class Rewritten:
                 (tensor for tensor in self.checkpoint.tensors.values() if tensor.file == file),
                 key=lambda tensor: -BITS[tensor.dtype],
             )
-            content = ((tensor.name, piece) for tensor in tensors for piece in self.original(tensor.name))
+            content = (piece for tensor in tensors for piece in self.original(tensor.name))
             write_shard(stage / file, {t.name: (t.dtype, t.shape) for t in tensors}, content, {"format": "pt"})
             written += read_header(stage / file).values()
         return Written(written, "rewritten")

@@ -112,7 +112,7 @@ def write_index(folder: Path, tensors: list[TensorInfo]) -> None:
 def write_shard(
     path: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    content: Iterable[tuple[str, bytes | memoryview]],
+    content: Iterable[bytes | memoryview],
     metadata: dict[str, str],
 ) -> None:
     """Write a safetensors file from a stream, so that no more than a piece of it is ever in memory.
@@ -120,26 +120,53 @@ def write_shard(
     Args:
         path: of the file.
         tensors: dtype (in safetensors' words) and shape of every tensor, in the order of their bytes.
-        content: pieces of the tensors, by name; the pieces of one tensor in order, the tensors in any.
+        content: the bytes of all tensors, in pieces of any size.
         metadata: for the header; `format` tells transformers the framework.
+    """
+    with path.open("xb") as file:
+        file.write(_header(tensors, metadata)[0])
+        file.writelines(content)
+
+
+def write_named_pieces(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    content: Iterable[tuple[str, bytes | memoryview]],
+    metadata: dict[str, str],
+) -> None:
+    """Write a safetensors file as `write_shard` does, from pieces that come in another order than the tensors.
+
+    Args:
+        path: of the file.
+        tensors: see `write_shard`.
+        content: pieces by the tensor's name; those of one tensor in order.
+        metadata: see `write_shard`.
 
     Raises:
         DpnError: if the pieces are not exactly the tensors' bytes.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    places: dict[str, tuple[int, int]] = {}
-    stop = 0
-    for name, (dtype, shape) in tensors.items():
-        start, stop = stop, stop + math.prod(shape) * BITS[dtype] // 8
-        places[name] = start, stop
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    header, places = _header(tensors, metadata)
     written = {name: start for name, (start, _) in places.items()}
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(header)
         for name, piece in content:
-            file.seek(8 + len(raw) + written[name])
+            file.seek(written[name])
             written[name] += file.write(piece)
     if written != {name: stop for name, (_, stop) in places.items()}:
         raise DpnError(f"{path.name}: the bytes written are not those that the header promises; please report this")
+
+
+def _header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return a file's first bytes, and the first and the last place of every tensor in it."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name, (dtype, shape) in tensors.items():
+        start, stop = stop, stop + math.prod(shape) * BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    body = 8 + len(raw)
+    places = {name: (body + start, body + stop) for name in tensors for start, stop in [entries[name]["data_offsets"]]}
+    return struct.pack("<Q", len(raw)) + raw, places

@@ -14,7 +14,7 @@ from dpn_cli.checkpoint.streams import (
     tensor_bytes,
     verify_bytes,
 )
-from dpn_cli.checkpoint.writer import write_index, write_shard
+from dpn_cli.checkpoint.writer import write_index, write_named_pieces
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import TORCH_DTYPES, Move, Plan
 from dpn_cli.exporting.quantise import quantised
@@ -42,7 +42,7 @@ def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values:
         # Wide dtypes first, as the safetensors library does it: every tensor is aligned to its own elements.
         ordered = dict(sorted(stored.items(), key=lambda item: -BITS[item[1][0]]))
         content = (piece for move in moves for piece in _content(plan.source.path, move, check_values))
-        write_shard(stage / file, ordered, content, metadata)
+        write_named_pieces(stage / file, ordered, content, metadata)
     if len(plan.shards) > 1:
         write_index(stage, [tensor for file in plan.shards for tensor in read_header(stage / file).values()])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpn_cli.checkpoint.writer import copy_file, link_file, write_shard
+from dpn_cli.checkpoint.writer import copy_file, link_file, write_named_pieces
 from dpn_cli.errors import DpnError
 
 CONTENT = bytes(range(256)) * 1000
@@ -79,9 +79,9 @@ def test_a_shard_takes_its_tensors_in_any_order(tmp_path: Path) -> None:
 
     tensors = {"a": ("F32", (2,)), "b": ("U8", (3,)), "c": ("U8", ())}
     pieces = [("b", b"\1"), ("c", b"\7"), ("a", bytes(4)), ("b", b"\2\3"), ("a", bytes(4))]
-    write_shard(tmp_path / "x.safetensors", tensors, pieces, {"format": "pt"})
+    write_named_pieces(tmp_path / "x.safetensors", tensors, pieces, {"format": "pt"})
     read = load_file(tmp_path / "x.safetensors")
     assert {name: value.tolist() for name, value in read.items()} == {"a": [0, 0], "b": [1, 2, 3], "c": 7}
     for wrong in (pieces[:-1], [*pieces, ("c", b"\0")]):
         with pytest.raises(DpnError, match="header promises"):
-            write_shard(tmp_path / f"{len(wrong)}.safetensors", tensors, wrong, {})
+            write_named_pieces(tmp_path / f"{len(wrong)}.safetensors", tensors, wrong, {})
