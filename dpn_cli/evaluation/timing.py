@@ -1,0 +1,170 @@
+"""What one generation takes: time per phase, memory, cache, and the attention kernels that ran."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.streamers import BaseStreamer
+
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+_CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One generation for a batch, from encoded prompts on.
+
+    Attributes:
+        vision_s: vision tower and projector; 0 without images.
+        prefill_s: from there to the first token of every sample: the language model's prefill and `lm_head`.
+        decode_s: mean per token after the first, for the whole batch; None if there was no other.
+        kv_bytes: of the KV cache at the end.
+        peak_bytes: the most that was allocated on the GPU, or resident in memory; None where the system cannot tell.
+    """
+
+    vision_s: float
+    prefill_s: float
+    decode_s: float | None
+    kv_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def first_token_s(self) -> float:
+        """Time to the first token."""
+        return self.vision_s + self.prefill_s
+
+
+def time_generation(
+    model: DpnLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor], new_tokens: int
+) -> Timing:
+    """Generate exactly `new_tokens` tokens, greedily, and measure it.
+
+    Args:
+        model: in eval mode.
+        inputs: what `generate` takes, on the model's device.
+        new_tokens: at least one.
+    """
+    clock = _TokenClock(model.device)
+    with _vision_clock(model) as vision_s, _peak_memory(model.device) as peak_bytes, torch.inference_mode():
+        start = _now(model.device)
+        output = model.generate(
+            **inputs, streamer=clock, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
+            num_beams=1, use_cache=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    first, last = clock.times[0], clock.times[-1]
+    return Timing(
+        vision_s=sum(vision_s),
+        prefill_s=first - start - sum(vision_s),
+        decode_s=(last - first) / (new_tokens - 1) if new_tokens > 1 else None,
+        kv_bytes=sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values)),
+        peak_bytes=peak_bytes[0] if peak_bytes else None,
+    )
+
+
+def attention_kernels(
+    model: DpnLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
+    """Return the fused attention kernels that the language model's prefill runs; none where it is plain matmuls."""
+    log = _KernelLog()
+    text_model = model.model.language_model
+    hooks = [
+        text_model.register_forward_pre_hook(lambda *_: log.__enter__() and None),
+        text_model.register_forward_hook(lambda *_: log.__exit__(None, None, None), always_call=True),
+    ]
+    try:
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(sorted(log.seen))
+
+
+class _KernelLog(TorchDispatchMode):
+    """Notes the operators whose name speaks of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "attention" in name or "flash_attn" in name:
+            self.seen.add(name.strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+class _TokenClock(BaseStreamer):
+    """Notes when each token has come; `generate` hands it the prompt first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_prompt = True
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then one token of every sample after another."""
+        if not self.is_prompt:
+            self.times.append(_now(self.device))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Do nothing: the last token has been noted."""
+
+
+def _now(device: torch.device) -> float:
+    """Return the time at which all work given to a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _vision_clock(model: DpnLlavaForConditionalGeneration) -> Iterator[list[float]]:
+    """Yield a list that takes, for every use, the seconds from the vision tower's start to the projector's end."""
+    starts: list[float] = []
+    seconds: list[float] = []
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    hooks = [
+        tower.register_forward_pre_hook(lambda *_: starts.append(_now(model.device))),
+        projector.register_forward_hook(lambda *_: seconds.append(_now(model.device) - starts[-1])),
+    ]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Yield a list that holds, in the end, the peak memory in bytes; it stays empty where that cannot be known."""
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device))
+        return
+    known = _reset_peak_rss()
+    yield peak
+    if known:
+        peak.append(_peak_rss())
+
+
+def _reset_peak_rss() -> bool:
+    try:
+        _CLEAR_PEAK.write_text("5")  # proc(5): sets the peak resident set size to the current one
+    except OSError:
+        return False
+    return True
+
+
+def _peak_rss() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
