@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.errors import did_you_mean
+from dpn_cli.errors import UsageError, did_you_mean
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,6 +32,18 @@ def checkpoint_folder(model: Path | None) -> Path:
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder
+
+
+def experts_of(route: str) -> tuple[int, ...]:
+    """Return the experts of a `--route`.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        return tuple(int(expert) for expert in route.split(","))
+    except ValueError:
+        raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
 
 
 class Choice(click.Choice[str]):

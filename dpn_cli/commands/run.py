@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, experts_of, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def command(
     """
     if budget is not None and route is not None:
         raise UsageError("--budget asks the routers and --route goes past them: give one of them")
-    experts = None if route is None else _experts(route)
+    experts = None if route is None else experts_of(route)
     question = question.replace("<image>", "").strip()  # the chat template says where the images go
     if not question:
         raise UsageError("the question is empty")
@@ -64,13 +64,6 @@ def command(
         return
     click.echo()
     console.note(_cost_line(done))
-
-
-def _experts(route: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(expert) for expert in route.split(","))
-    except ValueError:
-        raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
 
 
 def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tuple[int, ...] | None) -> None:

@@ -42,48 +42,52 @@ class Timing:
 
 def time_generation(
     model: DpnLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor], new_tokens: int
-) -> Timing:
+) -> tuple[Timing, torch.Tensor]:
     """Generate exactly `new_tokens` tokens, greedily, and measure it.
 
     Args:
         model: in eval mode.
         inputs: what `generate` takes, on the model's device.
         new_tokens: at least one.
+
+    Returns:
+        What it took, and the logits of the first token [B, vocabulary].
     """
     clock = _TokenClock(model.device)
-    with _vision_clock(model) as vision_s, _peak_memory(model.device) as peak_bytes, torch.inference_mode():
+    with _vision_clock(model) as vision_s, _peak_memory(model.device) as peak_bytes:
         start = _now(model.device)
         output = model.generate(
             **inputs, streamer=clock, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
-            num_beams=1, use_cache=True, return_dict_in_generate=True,
+            num_beams=1, use_cache=True, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     first, last = clock.times[0], clock.times[-1]
-    return Timing(
+    timing = Timing(
         vision_s=sum(vision_s),
         prefill_s=first - start - sum(vision_s),
         decode_s=(last - first) / (new_tokens - 1) if new_tokens > 1 else None,
         kv_bytes=sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values)),
         peak_bytes=peak_bytes[0] if peak_bytes else None,
     )
+    return timing, output.logits[0]
 
 
-def attention_kernels(
-    model: DpnLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor]
-) -> tuple[str, ...]:
-    """Return the fused attention kernels that the language model's prefill runs; none where it is plain matmuls."""
+@contextmanager
+def attention_kernels(model: DpnLlavaForConditionalGeneration) -> Iterator[set[str]]:
+    """Yield a set that takes the names of the fused attention kernels that the language model runs meanwhile.
+
+    It stays empty where attention is plain matrix products.
+    """
     log = _KernelLog()
-    text_model = model.model.language_model
+    text_model: Any = model.model.language_model
     hooks = [
         text_model.register_forward_pre_hook(lambda *_: log.__enter__() and None),
         text_model.register_forward_hook(lambda *_: log.__exit__(None, None, None), always_call=True),
     ]
     try:
-        with torch.no_grad():
-            model(**inputs, logits_to_keep=1)
+        yield log.seen
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(sorted(log.seen))
 
 
 class _KernelLog(TorchDispatchMode):

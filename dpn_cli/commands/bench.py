@@ -1,0 +1,273 @@
+"""`dpn bench`: latency, memory and FLOPs beside the original and what else there is, in one run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dpn_cli import console
+from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, experts_of, model_option
+from dpn_cli.errors import DataError, UsageError
+from dpn_cli.evaluation.contenders import CONTENDERS
+
+if TYPE_CHECKING:
+    from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+    from dpn_cli.evaluation.latency import Inputs, Latency, Measured
+    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+AGAINST = tuple(name for name in CONTENDERS if name != "original")
+PHASE_NAMES = {
+    "vision": "vision tower",
+    "prefill": "prefill",
+    "first_token": "first token",
+    "decode": "decode, a token",
+}
+
+
+class TextTokens(click.ParamType[tuple[int, ...]]):
+    """One number of tokens, or several with commas between them."""
+
+    name = "tokens"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers, or fail."""
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 2:
+            self.fail(f"{value!r} is none: expected numbers of 2 or more, such as 64 or 32,64,128", param, ctx)
+        return numbers
+
+
+@click.command("bench")
+@model_option
+@click.option("--budget", "budgets", type=Fraction(), multiple=True, help="Mean fraction of prefill FLOPs; repeatable.")
+@click.option("--route", "routes", metavar="E,E,…", multiple=True, help="The same experts for all samples; repeatable.")
+@click.option(
+    "--against", type=Choice(AGAINST), multiple=True, help="Another method, at the FLOPs of every --budget; repeatable."
+)
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
+@click.option("--images", type=click.IntRange(0), default=1, show_default=True, help="Of a sample.")
+@click.option(
+    "--text-tokens", type=TextTokens(), default="64", show_default=True, metavar="N[,N…]",
+    help="Of the samples of a batch, in turn.",
+)  # fmt: skip
+@click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
+@click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
+@click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="To generate per sample.")
+@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Behind a warm-up.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture, .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    model: Path | None,
+    budgets: tuple[float, ...],
+    routes: tuple[str, ...],
+    against: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    images: int,
+    text_tokens: tuple[int, ...],
+    data: str | None,
+    image_root: Path | None,
+    new_tokens: int,
+    rounds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure time to the first token, decoding, memory and FLOPs beside the original's, in turns in one process.
+
+    Without --budget and --route the checkpoint runs as it is. Synthetic prompts are noise: what routers make of them
+    says nothing about your data, for that give --data.
+    """
+    if against and not budgets:
+        raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
+    experts = [experts_of(route) for route in routes]
+    if plot is not None:
+        from dpn_cli.evaluation.plots import check_plot
+
+        check_plot(plot)
+    folder = checkpoint_folder(model)
+
+    from transformers import AutoProcessor
+
+    from dpn_cli.evaluation.latency import measure_latency, prompts_of
+    from dpn_cli.modeling.loading import default_device, load_model
+
+    loaded = load_model(folder, device_map=default_device())
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    results = []
+    for batch_size in batch_sizes:
+        if data is None:
+            batches = _synthetic(loaded, processor, images, text_tokens, batch_size, rounds)
+        else:
+            batches = _from_data(loaded, processor, data, image_root, batch_size, rounds)
+        prompts = [prompt for batch in batches for prompt in prompts_of(loaded, batch)]
+        contenders = _contenders(loaded, prompts, budgets, experts, against)
+        with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
+            results.append(measure_latency(loaded, contenders, batches, new_tokens, advance))
+    if as_json:
+        rows = [result.to_dict() for result in results]
+        click.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
+    else:
+        for result in results:
+            _show(result, data is not None)
+    if plot is not None:
+        _draw(plot, results, data is not None)
+
+
+def _synthetic(
+    model: "DpnLlavaForConditionalGeneration",
+    processor: object,
+    images: int,
+    text_tokens: Sequence[int],
+    batch_size: int,
+    rounds: int,
+) -> "list[Inputs]":
+    """Return the same batch for every round: images of noise and random words."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from dpn_cli.evaluation.latency import synthetic_inputs
+
+    noise = np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)
+    encoded = processor.image_processor([Image.fromarray(noise)], return_tensors="pt")["pixel_values"]  # type: ignore[attr-defined]
+    pixels: torch.Tensor = encoded.repeat(images, 1, 1, 1)
+    lengths = [text_tokens[i % len(text_tokens)] for i in range(batch_size)]
+    return [synthetic_inputs(model, pixels, lengths)] * rounds
+
+
+def _from_data(
+    model: "DpnLlavaForConditionalGeneration",
+    processor: object,
+    data: str,
+    image_root: Path | None,
+    batch_size: int,
+    rounds: int,
+) -> "list[Inputs]":
+    """Return a batch of other samples for every round."""
+    from dpn_cli.calibration.data import load_data
+    from dpn_cli.calibration.encoding import prompts
+
+    samples = load_data(data, image_root, split="heldout", limit=batch_size * rounds).samples
+    if len(samples) < batch_size * rounds:
+        raise DataError(
+            f"--data {data} has {len(samples)} samples, {rounds} rounds of {batch_size} need {batch_size * rounds}"
+        )
+    parts = [samples[start : start + batch_size] for start in range(0, batch_size * rounds, batch_size)]
+    return [prompts(part, processor, model.device) for part in parts]
+
+
+def _contenders(
+    model: "DpnLlavaForConditionalGeneration",
+    prompts: "Sequence[Prompt]",
+    budgets: Sequence[float],
+    routes: Sequence[tuple[int, ...]],
+    against: Sequence[str],
+) -> "dict[str, Contender]":
+    """Return what is to be measured, by the names that tables use.
+
+    Raises:
+        UsageError: if a budget or a route is not to be had.
+    """
+    from dpn_cli.evaluation.contenders import make_contender
+    from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
+    from dpn_cli.evaluation.latency import ORIGINAL
+
+    shape, pyramid = model.model.language_model.shape, model.pyramid
+    contenders: dict[str, Contender] = {ORIGINAL: Original()}
+    if not budgets and not routes:
+        contenders["dpn"] = Routed()
+    try:
+        for budget in budgets:
+            pyramid.trade_off_for(budget)
+            contenders[f"dpn at {budget:g}"] = Routed(budget)
+            for name in against:
+                fitted = make_contender(name, pyramid).fit(shape, prompts, budget)
+                contenders[f"{fitted.label} at {budget:g}"] = fitted
+        for route in routes:
+            for prompt in prompts:
+                pyramid.walk(route, prompt.grids)
+            fixed = FixedRoute(pyramid, route)
+            contenders[fixed.label] = fixed
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return contenders
+
+
+def _show(result: "Latency", has_data: bool) -> None:
+    """Print times and, below them, what they were paid for."""
+    threads = f", {result.threads} threads" if result.device == "CPU" else ""
+    console.table(
+        f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
+        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
+        ["contender", "phase", "median, ms", "quartiles, ms", "times faster", "95% interval", "by FLOPs"],
+        [row for each in result.contenders for row in _phase_rows(each)],
+        texts=["phase"],
+    )
+    fidelity = ["KL (nats)", "same first token"] if has_data else []
+    console.table(
+        "What it takes" + (", and what the first token keeps of the original's" if has_data else ""),
+        [
+            "contender",
+            "FLOPs",
+            "prefill GFLOPs",
+            "tokens/s",
+            "KV cache, MB",
+            "peak, MB",
+            *fidelity,
+            "attention kernels",
+        ],
+        [_cost_row(each, result.batch_size, has_data) for each in result.contenders],
+        texts=["attention kernels"],
+    )
+
+
+def _phase_rows(each: "Measured") -> list[tuple[str, ...]]:
+    return [
+        (
+            each.name, PHASE_NAMES[name], f"{phase.median_s * 1e3:.1f}",
+            f"{phase.low_s * 1e3:.1f} – {phase.high_s * 1e3:.1f}", f"{phase.speedup:.2f}",
+            f"{phase.speedup_low:.2f} – {phase.speedup_high:.2f}",
+            f"{each.ideal_speedup:.2f}" if name == "prefill" else "",
+        )
+        for name, phase in each.phases.items()
+    ]  # fmt: skip
+
+
+def _cost_row(each: "Measured", batch_size: int, has_data: bool) -> list[str]:
+    decode = each.phases.get("decode")
+    return [
+        each.name,
+        f"{each.fraction:.3f}",
+        f"{each.flops / 1e9:,.3g}",
+        "" if decode is None else f"{batch_size / decode.median_s:.3g}",
+        f"{each.kv_bytes / 1e6:,.3g}",
+        "" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:,.0f}",
+        *([f"{each.distortion:.4f}", f"{each.agreement:.1%}"] if has_data else []),
+        ", ".join(each.kernels) or "matrix products",
+    ]
+
+
+def _draw(plot: Path, results: "Sequence[Latency]", has_data: bool) -> None:
+    """Draw prefill time against fidelity, where the prompts are real, or else against FLOPs; one panel per batch."""
+    from dpn_cli.evaluation.plots import Point, Series, plot_latency_fidelity, plot_latency_flops
+
+    def point(each: "Measured") -> Point:
+        prefill = each.phases["prefill"]
+        time, interval = 1 / prefill.speedup, (1 / prefill.speedup_high, 1 / prefill.speedup_low)
+        if has_data:
+            return Point(time, each.distortion, x_interval=interval)
+        return Point(each.fraction, time, y_interval=interval)
+
+    panels = {
+        f"batch of {result.batch_size}": [Series(each.name, [point(each)]) for each in result.contenders]
+        for result in results
+    }
+    if has_data:
+        plot_latency_fidelity(plot, panels, "KL of the first token from the original's, nats")
+    else:
+        plot_latency_flops(plot, panels)
+    console.note(f"Picture: {plot}")

@@ -1,0 +1,266 @@
+"""Latency of several ways to run one model, measured in turns in one process.
+
+After a warm-up, every round runs every contender once on the same prompts, in an order that moves on from round to
+round: what else the machine does falls on all of them alike. What is reported as a speed-up is the median, over the
+rounds, of the original's time divided by the contender's in the same round.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from dpn_cli.cost import DecoderShape
+from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.timing import Timing, attention_kernels, time_generation
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+ORIGINAL = "original"
+PHASES = ("vision", "prefill", "first_token", "decode")
+CONFIDENCE = 0.95
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a generation over all rounds, in seconds.
+
+    Attributes:
+        median_s: of the rounds.
+        low_s: their lower quartile.
+        high_s: their upper quartile.
+        speedup: how many times faster than the original, the median of the paired ratios.
+        speedup_low: of a distribution-free interval of that median, of 95% or, in fewer than six rounds, their range.
+        speedup_high: its other end.
+    """
+
+    median_s: float
+    low_s: float
+    high_s: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender over all rounds.
+
+    Attributes:
+        name: what tables call it.
+        fraction: of the original's prefill FLOPs that its samples need; padding is not needed.
+        flops: the same in FLOPs, of the language model for one batch; the mean over the rounds.
+        kv_bytes: of the KV cache at the end of a batch, the mean over the rounds.
+        peak_bytes: the highest of all rounds, or None where it cannot be known.
+        kernels: fused attention kernels of the language model; none for plain matrix products.
+        distortion: KL from the original's distribution of the first token, in nats; the mean over the samples.
+        agreement: share of the samples whose most likely first token is the original's.
+        phases: by their names in `PHASES`; `vision` only with images and `decode` only with several tokens.
+    """
+
+    name: str
+    fraction: float
+    flops: float
+    kv_bytes: float
+    peak_bytes: int | None
+    kernels: tuple[str, ...]
+    distortion: float
+    agreement: float
+    phases: dict[str, Phase]
+
+    @property
+    def ideal_speedup(self) -> float:
+        """How many times faster prefill would be if time were FLOPs."""
+        return 1 / self.fraction
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Contenders on the same prompts.
+
+    Attributes:
+        device: in words.
+        dtype: of the weights.
+        attention: implementation in transformers, such as `sdpa`.
+        threads: that torch uses on the CPU.
+        batch_size: samples of a batch.
+        prompt_tokens: of the longest prompt.
+        new_tokens: generated for every sample.
+        rounds: behind the warm-up.
+        contenders: the original first.
+    """
+
+    device: str
+    dtype: str
+    attention: str
+    threads: int
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    contenders: list[Measured]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        rows = [{**asdict(each), "ideal_speedup": each.ideal_speedup} for each in self.contenders]
+        return {**asdict(self), "contenders": rows}
+
+
+@dataclass(frozen=True)
+class _Run:
+    timing: Timing
+    logits: torch.Tensor
+    fraction: float
+    flops: float
+
+
+def measure_latency(
+    model: DpnLlavaForConditionalGeneration,
+    contenders: Mapping[str, Contender],
+    batches: Sequence[Inputs],
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Latency:
+    """Measure all contenders in turns, one round per batch.
+
+    Args:
+        model: in eval mode.
+        contenders: by name, `ORIGINAL` among them.
+        batches: of one size, as `generate` takes them, on the model's device.
+        new_tokens: to generate for every sample; the answers are not ended by an end-of-sequence token.
+        advance: called with 1 after every generation, the warm-up among them.
+    """
+    names = [ORIGINAL, *(name for name in contenders if name != ORIGINAL)]
+    kernels = {}
+    for name in names:
+        with contenders[name].applied(model), attention_kernels(model) as kernels[name]:
+            time_generation(model, batches[0], min(new_tokens, 2))
+        advance(1)
+    runs: dict[str, list[_Run]] = {name: [] for name in names}
+    for i, inputs in enumerate(batches):
+        prompts = prompts_of(model, inputs)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            runs[name].append(_run(model, contenders[name], inputs, prompts, new_tokens))
+            advance(1)
+    config = model.config.get_text_config()
+    return Latency(
+        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=config._attn_implementation or "eager",
+        threads=torch.get_num_threads(),
+        batch_size=len(batches[0]["input_ids"]),
+        prompt_tokens=max(batch["input_ids"].shape[1] for batch in batches),
+        new_tokens=new_tokens,
+        rounds=len(batches),
+        contenders=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
+    )
+
+
+def prompts_of(model: DpnLlavaForConditionalGeneration, inputs: Inputs) -> list[Prompt]:
+    """Return what the cost of every row of a batch depends on."""
+    grid = model.model.image_grid()
+    class_tokens = int(model.config.vision_feature_select_strategy == "full")
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    images = (is_image.sum(1) // (grid[0] * grid[1] + class_tokens)).tolist()
+    tokens = inputs["attention_mask"].sum(1).tolist()
+    return [Prompt((grid,) * n, total - n * grid[0] * grid[1]) for n, total in zip(images, tokens, strict=True)]
+
+
+def synthetic_inputs(
+    model: DpnLlavaForConditionalGeneration, images: torch.Tensor, text_tokens: Sequence[int], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Return a batch of prompts of wanted lengths, padded on the left: images, then random words.
+
+    Args:
+        model: says how many tokens an image has.
+        images: [images per sample, 3, H, W], the same for every sample.
+        text_tokens: of every sample, at least two each.
+        seed: of the words.
+    """
+    grid, config = model.model.image_grid(), model.config
+    visual = len(images) * (grid[0] * grid[1] + int(config.vision_feature_select_strategy == "full"))
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(
+        config.get_text_config().vocab_size, (len(text_tokens), max(text_tokens)), generator=generator
+    )
+    words[words == config.image_token_id] = 0
+    if model.pyramid.router.token_id is not None:
+        words[:, -1] = model.pyramid.router.token_id
+    ids = torch.full((len(text_tokens), visual + max(text_tokens)), config.image_token_id)
+    mask = torch.ones_like(ids)
+    for i, count in enumerate(text_tokens):
+        start = max(text_tokens) - count
+        mask[i, :start] = ids[i, :start] = 0
+        ids[i, start], ids[i, start + visual + 1 :] = words[i, 0], words[i, start + 1 :]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if visual:
+        batch["pixel_values"] = images.repeat(len(text_tokens), 1, 1, 1).to(model.dtype)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the narrowest distribution-free interval of a median, by order statistics, that has 95% or more.
+
+    Fewer than six values cannot have it; theirs is the whole range.
+
+    Source: David and Nagaraja, Order Statistics, section 7.1: with k values dropped at each end, the others enclose
+    the median unless at most k of all values lie on one side of it.
+    """
+    ordered, count = sorted(values), len(values)
+    dropped, outside = 0, 2 / 2**count  # the chance that the median lies outside when so many are dropped at each end
+    while (outside := outside + 2 * math.comb(count, dropped + 1) / 2**count) <= 1 - CONFIDENCE:
+        dropped += 1
+    return ordered[dropped], ordered[-1 - dropped]
+
+
+def _run(
+    model: DpnLlavaForConditionalGeneration,
+    contender: Contender,
+    inputs: Inputs,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+) -> _Run:
+    with contender.applied(model):
+        timing, logits = time_generation(model, inputs, new_tokens)
+        fractions = contender.fractions(model, prompts)
+    full = [_full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
+    spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))
+    return _Run(timing, logits.float(), spent / sum(full), spent)
+
+
+def _full_flops(shape: DecoderShape, prompt: Prompt) -> int:
+    return shape.num_layers * shape.layer_flops(prompt.visual_tokens + prompt.text_tokens)
+
+
+def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measured:
+    mine, theirs = (torch.cat([run.logits for run in each]).log_softmax(-1) for each in (runs, originals))
+    distortion = (theirs.exp() * (theirs - mine)).sum(-1).mean()
+    peaks = [run.timing.peak_bytes for run in runs]
+    return Measured(
+        name=name,
+        fraction=sum(run.flops for run in runs) / sum(run.flops for run in originals),
+        flops=sum(run.flops for run in runs) / len(runs),
+        kv_bytes=sum(run.timing.kv_bytes for run in runs) / len(runs),
+        peak_bytes=max(peak for peak in peaks if peak is not None) if None not in peaks else None,
+        kernels=tuple(kernels),
+        distortion=distortion.item(),
+        agreement=(mine.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        phases={
+            phase: _phase([_seconds(r, phase) for r in runs], [_seconds(r, phase) for r in originals])
+            for phase in PHASES
+            if _seconds(originals[0], phase)
+        },
+    )
+
+
+def _seconds(run: _Run, phase: str) -> float:
+    return getattr(run.timing, f"{phase}_s") or 0.0
+
+
+def _phase(seconds: Sequence[float], originals: Sequence[float]) -> Phase:
+    ratios = [theirs / mine for mine, theirs in zip(seconds, originals, strict=True)]
+    low, high = quantiles(seconds, n=4, method="inclusive")[::2] if len(seconds) > 1 else (seconds[0], seconds[0])
+    return Phase(median(seconds), low, high, median(ratios), *median_interval(ratios))
