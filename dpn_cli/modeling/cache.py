@@ -1,10 +1,12 @@
 """A KV cache whose layers hold different numbers of tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
+
+from dpn_cli.modeling.grouping import Group
 
 
 class PyramidCache(DynamicCache):
@@ -37,6 +39,25 @@ class PyramidCache(DynamicCache):
         new = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid
         self.masks[segment] = torch.cat([old, new], dim=1)
         return self.masks[segment]
+
+    def join(self, layers: range, batch: int, length: int, parts: Sequence[tuple[Group, "PyramidCache"]]) -> None:
+        """Append a chunk whose rows were run apart, each group with a cache of its own, to the layers of a segment.
+
+        Args:
+            layers: of the segment.
+            batch: B.
+            length: S, of the chunk.
+            parts: the groups, which together have all rows.
+        """
+        for layer in layers:
+            states = []
+            for name in ("keys", "values"):
+                own = [getattr(cache.layers[layer], name) for _, cache in parts]  # [b, heads, k, head size]
+                whole = own[0].new_zeros(batch, own[0].shape[1], length, own[0].shape[3])
+                for (group, _), part in zip(parts, own, strict=True):
+                    whole[group.rows, :, group.columns] = part.transpose(1, 2)
+                states.append(whole)
+            self.update(*states, layer)
 
     def num_valid(self, segment: int) -> int | torch.Tensor:
         """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
 from dpn_cli.modeling.pooling import merge_cells, pool_tokens
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.routers import GATE_TEMPERATURE, Router, decide, router_features
@@ -243,11 +244,14 @@ class PyramidTextMixin:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PyramidState:
-        """Run the decoder layers between two sites, if there are any.
+        """Run the decoder layers between two sites, if there are any; rows of unlike lengths apart.
 
         `attention_mask` is only looked at where the chunk has no pyramid of its own: with a cache that is not a
         `PyramidCache`, or when it is a ready 4-D mask.
         """
+        groups = self._groups(state, segment, cache, kwargs)
+        if len(groups) > 1:
+            return self._run_apart(state, segment, cache, groups, **kwargs)
         hidden_states = state.hidden_states
         batch, length = hidden_states.shape[:2]
         layers = self.segments[segment]
@@ -277,6 +281,44 @@ class PyramidTextMixin:
                 past_key_values=cache,
                 **kwargs,
             )
+        return replace(state, hidden_states=hidden_states)
+
+    def _groups(
+        self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> list[list[int]]:
+        """Return which rows run together: all, unless pooling has left them with unlike lengths in a first chunk."""
+        is_first = cache is None or (isinstance(cache, PyramidCache) and cache.lengths[segment] == 0)
+        if state.valid is None or state.columns is None or not is_first or self._records(kwargs):
+            return [list(range(len(state.hidden_states)))]
+        pass_cost = PASS_COST.get(state.valid.device.type, PASS_COST["cuda"])
+        return split_by_length(state.valid.sum(1).tolist(), pass_cost)
+
+    def _records(self, kwargs: dict[str, Any]) -> bool:
+        """Say whether the outputs of every layer are wanted, which come from one call per layer."""
+        return any(
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        )
+
+    def _run_apart(
+        self, state: PyramidState, segment: int, cache: Cache | None, groups: list[list[int]], **kwargs: Any
+    ) -> PyramidState:
+        """Run a segment for one group of rows after another, and lay the results out as the batch was."""
+        assert state.valid is not None
+        hidden_states = torch.zeros_like(state.hidden_states)
+        parts = []
+        for rows in groups:
+            group = Group.of(rows, state.valid)
+            own = None if cache is None else PyramidCache(self.config, len(self.segments))
+            at = (group.rows, group.columns)
+            part = PyramidState(state.hidden_states[at], state.positions[at], group.valid)
+            hidden_states[at] = self.run_segment(part, segment, own, **kwargs).hidden_states
+            if own is not None:
+                parts.append((group, own))
+        if isinstance(cache, PyramidCache):
+            batch, length = state.valid.shape
+            cache.extend(segment, state.valid, batch, length)
+            cache.join(self.segments[segment], batch, length, parts)
         return replace(state, hidden_states=hidden_states)
 
     def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
