@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import hub_config
+from benchmarks.random_checkpoint import LAYOUTS, hub_config
 from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.layout import TEXT_DEFAULTS
@@ -75,8 +75,14 @@ def test_the_json_form_is_plain(converted: Path) -> None:
     assert data["pyramid"]["sites"][0]["after_layer"] == 1
 
 
-def test_the_7b_model_of_the_hub_is_read_from_its_sparse_config(tmp_path: Path) -> None:
-    config = hub_config({}, {})
+@pytest.mark.parametrize(
+    ("model", "layers", "hidden", "sites"),
+    [("llava-1.5-7b-hf", 32, 4096, [7, 15, 23]), ("llava-1.5-13b-hf", 40, 5120, [9, 19, 29])],
+)
+def test_models_of_the_hub_are_read_from_their_sparse_configs(
+    tmp_path: Path, model: str, layers: int, hidden: int, sites: list[int]
+) -> None:
+    config = hub_config(LAYOUTS[model], {})
     (tmp_path / "config.json").write_text(json.dumps(config))
     header, stop = {}, 0
     for name, shape in llava_tensors(config | {"text_config": TEXT_DEFAULTS["llama"] | config["text_config"]}).items():
@@ -88,10 +94,10 @@ def test_the_7b_model_of_the_hub_is_read_from_its_sparse_config(tmp_path: Path) 
         file.truncate(8 + len(raw) + stop)  # a hole: it takes no disk
 
     found = inspect_checkpoint(tmp_path)
-    assert visual_tokens(found, "full") == [576] * 32
-    assert {layer.kv_bytes for layer in found.routes[0].layers} == {640 * 2 * 4096 * 2}
+    assert visual_tokens(found, "full") == [576] * layers
+    assert {layer.kv_bytes for layer in found.routes[0].layers} == {640 * 2 * hidden * 2}
     plan = convert(str(tmp_path), output=tmp_path.parent / "never-written", dry_run=True)
-    assert [site.after_layer for site in plan.pyramid.sites] == [7, 15, 23]
+    assert [site.after_layer for site in plan.pyramid.sites] == sites
 
 
 @pytest.mark.parametrize("pyramid", [{}, {"version": 2}, {"version": 1}, [], {"version": 1, "sites": [3]}])

@@ -5,6 +5,7 @@ import hashlib
 import os
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -344,6 +345,25 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(undisturbed: Listing, limit:
     assert "make room and run the same command line again" in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert listing(Path()) == before
+    converts(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(
+    here: Path,
+    undisturbed: Listing,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    before, handlers = listing(here), {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr("dpn_cli.convert.write_index", lambda *_: os.kill(os.getpid(), number))
+        assert main(["convert", SOURCE, "-o", OUTPUT]) == 130
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+    assert capsys.readouterr().err.strip() == "Interrupted."
+    assert listing(here) == before
     converts(undisturbed)
 
 
