@@ -20,7 +20,7 @@ from dpn_cli.calibration.data import load_data
 from dpn_cli.calibration.encoding import encode
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
-from dpn_cli.modeling.loading import load_model
+from dpn_cli.modeling.loading import load_model, load_processor
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 RESAMPLES = 2000
@@ -122,10 +122,8 @@ class Row:
 
 def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> tuple[RouteTable, Policy, PyramidConfig]:
     """Send held-out samples down every route; also return what the model's routers make of them."""
-    from transformers import AutoProcessor
-
     network = load_model(model)
-    processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+    processor = load_processor(model)
     held_out = load_data(data, split="heldout", limit=samples).samples
     examples = [encode(sample, processor, answer_tokens=8) for sample in held_out]
     grids = sample_grids(network, examples)

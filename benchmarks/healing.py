@@ -19,7 +19,7 @@ import click
 from dpn_cli import console
 from dpn_cli.calibration.data import load_data
 from dpn_cli.evaluation.fidelity import Fidelity, compare_answers
-from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
 BATCH_SIZE = 32
 NEW_TOKENS = 4  # of the demo's one-word answers
@@ -33,13 +33,11 @@ NEW_TOKENS = 4  # of the demo's one-word answers
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(models: tuple[Path, ...], data: str, questions: int, budgets: tuple[float, ...], as_json: bool) -> None:
     """Ask every model the held-out questions at every budget."""
-    from transformers import AutoProcessor
-
     samples = load_data(data, split="heldout", limit=questions).samples
     figures: dict[tuple[str, float], Fidelity] = {}
     for folder in models:
         model = load_model(folder, device_map=default_device())
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = load_processor(folder)
         for budget in budgets:
             model.set_budget(budget)
             with console.progress(f"{folder.name} at {budget:g}", len(samples)) as advance:

@@ -25,7 +25,7 @@ from dpn_cli.calibration.data import load_data
 from dpn_cli.calibration.encoding import IGNORED, Example, collate, encode
 from dpn_cli.calibration.passes import divergence
 from dpn_cli.calibration.rollout import Batch, measure, plan_batches, sample_grids
-from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.loading import default_device, load_model, load_processor
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 MIB = 1 << 20
@@ -52,10 +52,8 @@ class Job:
 
     def open(self) -> tuple[PyramidGenerationMixin, list[Example], list[Batch], int]:
         """Load the model, and encode and plan the samples; the last item fills up the shorter ones."""
-        from transformers import AutoProcessor
-
         model = load_model(self.model, device_map=default_device())
-        processor = AutoProcessor.from_pretrained(self.model, local_files_only=True)
+        processor = load_processor(self.model)
         rows = load_data(self.data, limit=self.samples).samples
         examples = [encode(sample, processor, answer_tokens=8) for sample in rows if sample.images]
         batches = plan_batches(model.pyramid, sample_grids(model, examples), self.batch_size, None)

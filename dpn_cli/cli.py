@@ -16,6 +16,7 @@ from dpn_cli import __version__
 from dpn_cli.errors import DpnError, did_you_mean
 
 INTERRUPTED = 130
+MAX_SENTENCE = 1000  # characters of an error message
 SHOW_CURSOR = b"\x1b[?25h"
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -116,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if settings.debug:
             raise
-        click.echo(f"Error: {_sentence(error)}", err=True)
+        click.echo(f"Error: {_short(_sentence(error))}", err=True)
         return error.exit_code if isinstance(error, DpnError) else 1
     return result if isinstance(result, int) else 0
 
@@ -132,6 +133,11 @@ def _sentence(error: Exception) -> str:
         return f"{error.strerror}{where} (--debug shows where)"
     first_line = next(iter(str(error).strip().splitlines()), "no message")
     return f"unexpected {type(error).__name__}: {first_line} (dpn --debug COMMAND shows the traceback)"
+
+
+def _short(sentence: str) -> str:
+    """Cut a message that quotes something huge, such as a damaged file's values."""
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]} … (cut)"
 
 
 def _closed_stdout() -> int:

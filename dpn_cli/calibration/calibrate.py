@@ -35,7 +35,7 @@ from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.loading import default_device
+from dpn_cli.modeling.loading import default_device, load_processor
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe
@@ -174,9 +174,7 @@ def _read(
     max_bad: float,
 ) -> tuple[Dataset, Any]:
     """Read the data and check every sample; also return the processor."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
     dataset = load_data(
         data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,

@@ -90,13 +90,11 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
-    from transformers import AutoProcessor
-
     from dpn_cli.evaluation.latency import measure_latency, prompts_of
-    from dpn_cli.modeling.loading import default_device, load_model
+    from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
     loaded = load_model(folder, device_map=default_device())
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     results = []
     for batch_size in batch_sizes:
         if data is None:

@@ -37,8 +37,6 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     console.note(f"1/4 dpn convert demo --output {converted}")
     convert("demo", output=converted, force=True)
 
-    from transformers import AutoProcessor
-
     from dpn_cli.calibration.calibrate import calibrate
     from dpn_cli.calibration.data import load_data
     from dpn_cli.calibration.processes import ALONE
@@ -46,7 +44,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
     from dpn_cli.evaluation.fidelity import Fidelity, by_kind, compare_answers
     from dpn_cli.export import export
-    from dpn_cli.modeling.loading import default_device, load_model
+    from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})
@@ -61,7 +59,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
     model = load_model(exported, device_map=default_device())
-    processor = AutoProcessor.from_pretrained(exported, local_files_only=True)
+    processor = load_processor(exported)
     held_out = load_data("demo", split="heldout", limit=questions).samples
     with console.progress("answering", questions) as advance:
         answers = compare_answers(model, processor, held_out, BATCH_SIZE, max_new_tokens=4, advance=advance)

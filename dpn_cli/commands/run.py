@@ -47,17 +47,15 @@ def command(
         raise UsageError("the question is empty")
     folder = checkpoint_folder(model)
 
-    from transformers import AutoProcessor
-
     from dpn_cli.answering import answer
     from dpn_cli.calibration.data import Sample, Turn
-    from dpn_cli.modeling.loading import default_device, load_model
+    from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
     sample = Sample("question", images, (Turn(question),))
     sample.open_images()  # a missing image is named before the model is loaded
     loaded = load_model(folder, device_map=default_device())
     _choose(loaded, budget, experts)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))

@@ -105,9 +105,7 @@ def plan_export(
     Raises:
         CheckpointError: if the checkpoint has a tensor that the model has not, or lacks one of the adapter.
     """
-    named = {
-        _rename(tensor.name, source): tensor for tensor in source.tensors.values() if not tensor.name.endswith(COMPUTED)
-    }
+    named = {_name(tensor, source): tensor for tensor in source.tensors.values() if not tensor.name.endswith(COMPUTED)}
     if lora and (unknown := lora.targets.difference(named)):
         raise CheckpointError(f"{lora.folder} changes {min(unknown)}, which {source.path} has not: calibrate it again")
     kept = [name for name in sorted(named, key=_natural) if not name.startswith(left_out)]

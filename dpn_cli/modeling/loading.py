@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from dpn_cli.checkpoint.layout import open_converted
@@ -61,6 +61,21 @@ def load_model(
     if healed and (lora := Lora.of(folder, pyramid)):
         load_adapter(model, lora.folder)
     return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a checkpoint; code that it may bring along is never run.
+
+    Raises:
+        CheckpointError: if it is missing or damaged, or needs such code.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "
+            "the model again from a folder that has its tokenizer and processor files"
+        ) from error
 
 
 def default_device() -> str:

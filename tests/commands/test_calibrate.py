@@ -1,6 +1,7 @@
 """`dpn calibrate` on data with faults: what is said before any model is loaded, and what comes of it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
         "1 to be answered by the model itself"
     ) in captured.err
     assert "rows read" not in captured.out and "held-out samples" in captured.out
+
+
+def test_the_source_of_a_linked_checkpoint_stays_as_it_is(rows: list[Any], tiny_llava: Path) -> None:
+    source = Path(shutil.copytree(tiny_llava, "source"))
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert main(["convert", "source", "-o", "tiny-dpn", "--link", "--force"]) == 0
+    assert calibrate(rows) == 0
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
 @pytest.fixture
