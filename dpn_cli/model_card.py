@@ -134,7 +134,7 @@ def _quantised(config: dict[str, Any]) -> str:
     kind = f"4 bits ({found['bnb_4bit_quant_type']})" if found["load_in_4bit"] else "8 bits"
     return (
         f"\nThe decoder's linear layers are stored in {kind}: `pip install bitsandbytes accelerate`, and nothing more "
-        "to say on loading. Vision tower, projector, routers, embeddings and `lm_head` are not quantised.\n"
+        "to say on loading. Everything else (vision tower, projector, embeddings, `lm_head`) is not quantised.\n"
     )
 
 

@@ -2,7 +2,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dpn_cli.cli import main
 from tests.converted import pretend_calibration
@@ -43,6 +45,28 @@ def test_json_says_what_was_written(here: Path, capsys: pytest.CaptureFixture[st
     assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quantize", "nf4", "--static", "1x2,1x1,2x2", "--drop-unused", "--verify", "--max-shard-size", "200KB"]
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
+    captured = capsys.readouterr()
+    assert "fixed, 1×2 → 1×1 → 2×2" in captured.out and "nf4" in captured.out
+    assert "tensors are the checkpoint's, byte for byte" in captured.err
+    assert main(["inspect", "out"]) == 0
+    assert "static route (1, 0, 2)" in capsys.readouterr().out
+    config = json.loads((here / "out" / "config.json").read_text())
+    assert config["vision_config"]["num_hidden_layers"] == 2
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(here / "tiny-dpn" / "dpe.safetensors")
+    next(iter(tensors.values())).flat[0] = np.nan
+    save_file(tensors, here / "tiny-dpn" / "dpe.safetensors")
+    assert main(["export", "--model", "tiny-dpn", "-o", "out"]) == 3
+    assert "dpe.safetensors: the tensor" in capsys.readouterr().err and not (here / "out").exists()
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", "--no-check-values"]) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "code", "complaint"),
     [
@@ -55,6 +79,10 @@ def test_json_says_what_was_written(here: Path, capsys: pytest.CaptureFixture[st
         ("--model tiny-dpn --max-shard-size lots", 2, "no size"),
         ("--model tiny-dpn --budget 0.5", 2, "not calibrated"),
         ("--model tiny-dpn --budget 1.5", 2, "1.5"),
+        ("--model tiny-dpn --quantize nf", 2, "Did you mean 'nf4'?"),
+        ("--model tiny-dpn --static 0,1", 2, "2 entries, the pyramid has 3 sites"),
+        ("--model tiny-dpn --static 0,1,5x5", 2, "expected one of 1x1, 1x2, 2x2, or 0 to 2"),
+        ("--model tiny-dpn --static 0,0,0 --budget 0.5", 2, "leave one of the two out"),
         ("", 2, "no current checkpoint"),
     ],
 )

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.quantisation import SKIPPED
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.export import export
@@ -114,6 +116,29 @@ def test_pieces_quantise_as_the_whole(shape: tuple[int, int], dtype: torch.dtype
     assert all(torch.equal(torch.cat(parts), expected[name]) for name, parts in made.items())
     planned = stored_tensors("nf4", "w", str(dtype).removeprefix("torch."), shape)
     assert {name: shape for name, (_, shape) in planned.items()} == {n: tuple(t.shape) for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_an_adapter_is_merged_before(make_converted: Callable[..., Path], tmp_path: Path, scheme: Any) -> None:
+    folder = make_converted()
+    module = "base_model.model.model.language_model.layers.2.mlp.down_proj"
+    random = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(size, generator=random) for size in ((4, 128), (64, 4)))
+    adapter = folder / "calibration" / "adapter"
+    adapter.mkdir()
+    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, adapter / "adapter_model.safetensors")
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "lora_alpha": 8, "r": 4})
+    config = read_json(folder / "config.json")
+    config["pyramid"]["calibration"]["adapter"] = "calibration/adapter"
+    write_json(folder / "config.json", config)
+    export(folder, tmp_path / "merged")
+    export(tmp_path / "merged", tmp_path / "twice", quantize=scheme)
+    export(folder, tmp_path / "once", quantize=scheme)
+    assert stored(tmp_path / "once") == stored(tmp_path / "twice")
+    up[5, 1] = torch.nan
+    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter has NaN or infinite values for .*layers\.2\.mlp\.down_proj"):
+        export(folder, tmp_path / "broken", quantize=scheme)
 
 
 def test_a_quantised_export_is_no_source(make_converted: Callable[..., Path], tmp_path: Path) -> None:
