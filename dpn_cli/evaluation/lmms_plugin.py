@@ -1,0 +1,121 @@
+"""The model `dpn` of lmms-eval: a converted or exported checkpoint, at a budget or with its pyramid off.
+
+    lmms-eval eval --model dpn --model_args pretrained=DIR,budget=0.44 --tasks gqa,pope --batch_size 8
+
+Installing this package is enough, lmms-eval finds the plugin (see `harness.manifest`).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from transformers import AutoProcessor
+
+from dpn_cli.calibration.data import Sample, Turn
+from dpn_cli.calibration.encoding import prompts
+from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.latency import prompts_of
+from dpn_cli.modeling.loading import default_device, load_model
+
+MAX_NEW_TOKENS = 1024  # where a task does not say
+
+
+class DpnLlava(lmms):
+    """Answers the requests of lmms-eval in batches.
+
+    Args:
+        pretrained: the checkpoint.
+        budget: mean fraction of the prefill FLOPs to spend; None for what the checkpoint is set to.
+        teacher: answer with the pyramid off.
+        batch_size: samples per forward pass.
+        device: None for the first GPU, or this process's in a launch of several, else the CPU.
+        record: a JSON file that takes the mean FLOPs fraction of every task.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        budget: float | None = None,
+        teacher: bool = False,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        record: str | None = None,
+    ) -> None:
+        super().__init__()
+        rank = os.environ.get("LOCAL_RANK")
+        self.device = device or (default_device() if rank is None else f"cuda:{rank}")
+        self.batch_size = int(batch_size)
+        self.contender = Original() if teacher else Routed(None if budget is None else float(budget))
+        self.model = load_model(Path(pretrained), device_map=self.device)
+        self.processor = AutoProcessor.from_pretrained(pretrained, local_files_only=True)
+        self.record = None if record is None else Path(record)
+        self.fractions: dict[str, list[float]] = {}
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer requests, whose arguments are (context, generation settings, document → visuals, id, task, split).
+
+        Greedy, unless a task asks for another temperature. An answer ends before the first of the task's stop strings.
+        """
+        answers: dict[int, str] = {}
+        for batch in self._batches([request.args for request in requests]):
+            settings, task = batch[0][1][1], batch[0][1][4]
+            samples = [self._sample(arguments) for _, arguments in batch]
+            inputs = prompts(samples, self.processor, self.model.device)
+            with self.contender.applied(self.model):
+                texts = self._generate(inputs, settings)
+                fractions = self.contender.fractions(self.model, prompts_of(self.model, inputs))
+            self.fractions.setdefault(task, []).extend(fractions)
+            for (place, _), text in zip(batch, texts, strict=True):
+                answers[place] = _until(text, settings.get("until", ()))
+        if self.record is not None and self.rank == 0:
+            means = {task: sum(values) / len(values) for task, values in self.fractions.items()}
+            self.record.write_text(json.dumps(means))
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refuse tasks that score given continuations."""
+        raise NotImplementedError("dpn answers tasks with output_type generate_until; it has no loglikelihood")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse tasks of several rounds."""
+        raise NotImplementedError("dpn answers tasks with output_type generate_until; it has no rounds")
+
+    def _batches(self, requests: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, tuple[Any, ...]]]]:
+        """Yield numbered requests of one task and with the same settings, longest contexts first."""
+
+        def kind(request: tuple[int, tuple[Any, ...]]) -> tuple[str, str]:
+            return request[1][4], repr(request[1][1])
+
+        order = sorted(enumerate(requests), key=lambda each: (kind(each), -len(each[1][0])))
+        for _, group in groupby(order, key=kind):
+            numbered = list(group)
+            yield from (numbered[i : i + self.batch_size] for i in range(0, len(numbered), self.batch_size))
+
+    def _sample(self, arguments: tuple[Any, ...]) -> Sample:
+        """Return a request's question and images; images go first, where the chat template puts them."""
+        context, _, visuals_of, doc_id, task, split = arguments
+        images = tuple(visuals_of(self.task_dict[task][split][doc_id]) or ())
+        return Sample(f"{task} {doc_id}", images, (Turn(context.replace("<image>", "").strip()),))
+
+    def _generate(self, inputs: Any, settings: dict[str, Any]) -> list[str]:
+        sampled = bool(settings.get("temperature"))
+        generated = self.model.generate(
+            **inputs,
+            max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
+            num_beams=settings.get("num_beams") or 1,
+            do_sample=sampled,
+            temperature=settings["temperature"] if sampled else None,
+            top_p=settings.get("top_p") if sampled else None,
+        )
+        return self.processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    """Cut an answer before the first of its stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop, maxsplit=1)[0] if stop else text
+    return text.strip()
