@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-pytest_plugins = ["tests.converted", "tests.originals", "tests.pyramids"]
+pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids"]
 
 TextType = Literal["llama", "mistral", "qwen2"]
 Layout = Literal["hub", "new"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 TEXT = (
@@ -59,6 +59,18 @@ class Original:
         path = self.folder / "config.json"
         config = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put tensors beside those of the folder, or in the place of them."""
+        whole = self.folder / "model.safetensors"
+        if whole.exists():
+            save_file(load_file(whole) | tensors, whole, metadata={"format": "pt"})
+            return
+        shard, path = (self.folder / f"pytorch_model{end}" for end in ("-00002-of-00002.bin", ".bin.index.json"))
+        torch.save(torch.load(shard) | tensors, shard)
+        index = json.loads(path.read_text())
+        index["weight_map"] |= dict.fromkeys(tensors, shard.name)
+        path.write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="session")

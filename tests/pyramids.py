@@ -38,13 +38,18 @@ def make_pair(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple[An
         )
         assert not info["unexpected_keys"]
         assert all("routers" in key or "poolers" in key for key in info["missing_keys"])
-        torch.manual_seed(7)  # of the first dozen, the one whose routers disagree most
-        for name, parameter in model.named_parameters():
-            if "routers" in name:
-                torch.nn.init.normal_(parameter, std=1.0)
+        scramble_routers(model, seed=7)  # of the first dozen, the one whose routers disagree most
         return stock, model.eval()
 
     return make
+
+
+def scramble_routers(model: Any, seed: int) -> None:
+    """Give the routers random weights."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "routers" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
 
 
 def prompt(num_images: int, before: int, after: int, seed: int) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ from typing import Any
 
 from dpn_cli.cost import DecoderShape
 
+HR_TOWER = "llava_hr_vision"  # the model type of LLaVA-HR's
+
 Shapes = dict[str, tuple[int, ...]]
 
 # Tensor names of checkpoints on the hub → those of transformers 5 in memory; the first match counts.
@@ -44,6 +46,8 @@ def llava_tensors(config: dict[str, Any]) -> Shapes:
     shapes |= projector_tensors(features, decoder.hidden_size, config.get("multimodal_projector_bias", True))
     if not is_tied(config):
         shapes["language_model.lm_head.weight"] = (decoder.vocab_size, decoder.hidden_size)
+    if vision["model_type"] == HR_TOWER:
+        return shapes | {f"vision_tower.{name}": shape for name, shape in hr_tensors(vision).items()}
     tower = {"clip_vision_model": clip_tensors, "siglip_vision_model": siglip_tensors}[vision["model_type"]]
     return shapes | {f"vision_tower.vision_model.{name}": shape for name, shape in tower(vision).items()}
 
@@ -104,6 +108,38 @@ def siglip_tensors(vision: dict[str, Any]) -> Shapes:
     return shapes
 
 
+def hr_tensors(vision: dict[str, Any]) -> Shapes:
+    """Return what LLaVA-HR's tower has: CLIP, ConvNeXt, the adapters between them and the final alignment."""
+    fast, slow = vision["fast_config"]["hidden_size"], vision["slow_config"]["hidden_sizes"][-1]
+    shapes = {f"fast.{name}": shape for name, shape in clip_tensors(vision["fast_config"]).items()}
+    shapes |= {f"slow.{name}": shape for name, shape in convnext_tensors(vision["slow_config"]).items()}
+    shapes |= _linear("alignment.fast_proj", fast, fast) | _linear("alignment.slow_proj", slow, fast)
+    for i in range(3 if vision["has_adapters"] else 0):
+        adapter = _conv("slow_conv", slow, slow, 1) | _conv("slow_proj", slow, fast, 1)
+        adapter |= _conv("fast_conv", 1, fast, 7) | _conv("fast_proj", fast, fast, 1)
+        adapter |= _linear("gate.0", 2 * fast, fast // 2) | _linear("gate.2", fast // 2, 1)
+        shapes |= {f"adapters.{i}.{name}": shape for name, shape in adapter.items()}
+    return shapes
+
+
+def convnext_tensors(slow: dict[str, Any]) -> Shapes:
+    """Return what a ConvNeXt has without its head, each block with a layer scale."""
+    shapes: Shapes = {}
+    before = 3  # channels of a picture
+    for i, (depth, width) in enumerate(zip(slow["depths"], slow["hidden_sizes"], strict=True)):
+        down = f"{i}.downsample_layers"
+        if i == 0:
+            shapes |= _conv(f"{down}.0", before, width, 4) | _norm(f"{down}.1", width)
+        else:
+            shapes |= _norm(f"{down}.0", before) | _conv(f"{down}.1", before, width, 2)
+        for block in (f"{i}.layers.{j}" for j in range(depth)):
+            shapes |= _conv(f"{block}.depthwise_conv", 1, width, 7) | _norm(f"{block}.layer_norm", width)
+            shapes |= _linear(f"{block}.pointwise_conv1", width, 4 * width)
+            shapes |= _linear(f"{block}.pointwise_conv2", 4 * width, width) | {f"{block}.gamma": (width,)}
+        before = width
+    return shapes
+
+
 def _vision_layers(vision: dict[str, Any]) -> Shapes:
     hidden = vision["hidden_size"]
     layer = _norm("layer_norm1", hidden) | _norm("layer_norm2", hidden) | _mlp("mlp", vision)
@@ -124,3 +160,7 @@ def _norm(name: str, size: int) -> Shapes:
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _conv(name: str, inputs: int, outputs: int, kernel: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpn_cli.checkpoint.architecture import Shapes, is_tied, llava_tensors, memory_name
+from dpn_cli.checkpoint.architecture import HR_TOWER, Shapes, is_tied, llava_tensors, memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, check_float
 from dpn_cli.checkpoint.layout import COMPUTED, LlavaLayout
 from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
@@ -53,6 +53,8 @@ def _found(checkpoint: Checkpoint) -> Shapes:
 def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the vision_config with transformers' defaults filled in."""
     where, given = checkpoint.path, checkpoint.config["vision_config"]
+    if given["model_type"] == HR_TOWER:
+        return given  # its sizes were read from the tensors
     defaults = _VISION_DEFAULTS[given["model_type"]]
     vision: dict[str, Any] = defaults | given
     for key in SIGLIP_DEFAULTS:

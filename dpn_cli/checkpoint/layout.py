@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.cost import DecoderShape
@@ -33,11 +34,11 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 # The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
-VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-VISION_DEFAULTS: dict[str, Any] = {
-    "image_size": 224,
-    "num_hidden_layers": 12,
-    "patch_size": {"clip_vision_model": 32, "siglip_vision_model": 16},
+VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full", HR_TOWER: "full"}
+VISION_DEFAULTS: dict[str, dict[str, int]] = {
+    "clip_vision_model": {"image_size": 224, "patch_size": 32, "num_hidden_layers": 12},
+    "siglip_vision_model": {"image_size": 224, "patch_size": 16, "num_hidden_layers": 12},
+    HR_TOWER: {"image_size": 1024, "patch_size": 32},  # of its config class, as the others are
 }
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
@@ -245,9 +246,8 @@ def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
 
 
 def _grid(vision_config: dict[str, Any], prepooling: int, where: Path) -> Grid:
-    kind = vision_config["model_type"]
-    image_size = vision_config.get("image_size", VISION_DEFAULTS["image_size"])
-    patch_size = vision_config.get("patch_size", VISION_DEFAULTS["patch_size"][kind])
+    vision_config = VISION_DEFAULTS[vision_config["model_type"]] | vision_config
+    image_size, patch_size = vision_config["image_size"], vision_config["patch_size"]
     if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
         raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
     side: int = image_size // patch_size // prepooling

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.authors import import_authors
 from dpn_cli.checkpoint.bins import BinWeights
 from dpn_cli.checkpoint.headers import (
@@ -118,6 +119,8 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         return rewrite_original(folder, vision_tower)[0]
     config, notes = without_window(config)
     validate_llava(config, folder)
+    if config["vision_config"]["model_type"] == HR_TOWER:
+        raise CheckpointError(f"{folder} is a LLaVA-HR that was converted before: start from its original checkpoint")
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
     if holds_bins(folder):

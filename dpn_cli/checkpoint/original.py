@@ -1,8 +1,8 @@
 """The original LLaVA layout (`LlavaLlamaForCausalLM`): how it becomes Hugging Face's.
 
-Config, names and tokenizer differ; the vision tower is a repository of its own, unless a fine-tune has saved it along;
-`<image>` and `<pad>` are no tokens yet. A linear projector becomes the first of the two layers that transformers
-expects: the second is the identity, which changes no value.
+Config, names and tokenizer differ; the vision tower is a repository of its own, unless a fine-tune has saved it along
+(as LLaVA-HR has); `<image>` and `<pad>` are no tokens yet. A linear projector becomes the first of the two layers that
+transformers expects: the second is the identity, which changes no value.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.hr import HrTower
 from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 from dpn_cli.checkpoint.rewriting import Planned, Rewritten
-from dpn_cli.checkpoint.tower import Tower
+from dpn_cli.checkpoint.tower import ClipTower, Tower
 from dpn_cli.checkpoint.vocabulary import MULTIPLE, Vocabulary
 from dpn_cli.checkpoint.weights import Weights, open_weights
 from dpn_cli.checkpoint.writer import copy_file, side_files, write_json
@@ -29,14 +30,11 @@ TEXT_TYPES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mist
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _STORED_EMBEDDING = "model.embed_tokens.weight"
-_TOWER = "model.vision_tower.vision_tower."
 _RENAMES = (
     ("model.embed_tokens.", "language_model.model.embed_tokens."),
     ("model.layers.", "language_model.model.layers."),
     ("model.norm.", "language_model.model.norm."),
     ("lm_head.", "language_model.lm_head."),
-    (f"{_TOWER}vision_model.", "vision_tower.vision_model."),
-    (_TOWER, "vision_tower.vision_model."),
 )
 _PROJECTORS = {
     "linear": (("model.mm_projector.", "multi_modal_projector.linear_1."),),
@@ -51,14 +49,14 @@ _TEXT_KEYS = (
     "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
     "sliding_window",
 )  # fmt: skip
-# Values of LLaVA's own config keys that make another model than LLaVA-1.5 of it; None stands for a missing key.
+# Values of LLaVA's own config keys that LLaVA-1.5 and LLaVA-HR have; None stands for a missing key.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": (None, *_PROJECTORS),
     "mm_vision_select_feature": (None, "patch"),
     "mm_use_im_start_end": (None, False),
     "image_aspect_ratio": (None, "pad", "square"),
     "mm_patch_merge_type": (None, "flat"),
-    "is_multipath_encoder": (None, False),
+    "is_multipath_encoder": (None, False, True),
 }
 
 
@@ -94,12 +92,12 @@ def rewrite_original(
     original = read_config(folder)
     _validate(original, folder)
     weights = open_weights(folder)
-    tower = _find_tower(original, folder, vision_tower)
+    tower = _find_tower(original, weights, vision_tower)
     words = Words.of(folder)
     tokens, vocabulary = _grow(words, _num_rows(weights), router_token, folder)
     tokenizer = words.tokenizer(tokens)
     config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights, prepooling))
-    planned = _plan(weights, config, vocabulary, apart, original.get("mm_projector_type") or "linear")
+    planned = _plan(weights, config, vocabulary, tower, apart, original.get("mm_projector_type") or "linear")
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
 
@@ -119,6 +117,7 @@ def rewrite_original(
             vision["patch_size"] * prepooling,
             tower.normalisation(),
             pad_to_square=original.get("image_aspect_ratio") == "pad",
+            strategy=config["vision_feature_select_strategy"],
         )
 
     return Rewritten.of(folder, config, planned, write_side_files, notes), tokenizer
@@ -140,7 +139,8 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
         if config.get(key) not in allowed:
             expected = " or ".join(str(value) for value in allowed if value is not None)
             raise CheckpointError(
-                f"{folder}: config.json has {key} {config[key]!r}, which no LLaVA-1.5 has: expected {expected}"
+                f"{folder}: config.json has {key} {config[key]!r}, which neither LLaVA-1.5 nor LLaVA-HR has: expected "
+                f"{expected}"
             )
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
@@ -154,12 +154,15 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
         raise CheckpointError(f"{folder}: config.json has {layer!r} as mm_vision_select_layer, expected a number")
 
 
-def _find_tower(config: Mapping[str, Any], folder: Path, vision_tower: str | None) -> Tower:
+def _find_tower(config: Mapping[str, Any], weights: Weights, vision_tower: str | None) -> Tower:
+    if config.get("is_multipath_encoder"):
+        return HrTower.of(weights, config, vision_tower)
+    folder = weights.folder
     name = vision_tower or config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder} does not say which vision tower it needs: pass --vision-tower PATH|ID")
     try:
-        return Tower.find(name)
+        return ClipTower.find(name)
     except CheckpointError as error:
         if vision_tower is not None:
             raise
@@ -220,8 +223,7 @@ def _config(
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "image_seq_length": grid**2,
         "projector_hidden_act": "linear" if linear else "gelu",
-        "vision_feature_layer": original.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "default",
+        **tower.features(original),
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
@@ -240,13 +242,19 @@ def _config(
 
 
 def _plan(
-    weights: Weights, config: Mapping[str, Any], vocabulary: Vocabulary, apart: Collection[str], projector: str
+    weights: Weights,
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    tower: Tower,
+    apart: Collection[str],
+    projector: str,
 ) -> dict[str, Planned]:
     """Return every tensor of a folder by its new name, the vocabulary grown and the projector complete."""
     planned: dict[str, Planned] = {}
     for name in weights.tensors:
-        if name not in apart and not name.endswith(COMPUTED):
-            planned[_rename(name, (*_RENAMES, *_PROJECTORS[projector]), weights.folder)] = Planned.of(weights, name)
+        if name not in apart and name not in tower.unused and not name.endswith(COMPUTED):
+            new = tower.renamed(name) or _rename(name, (*_RENAMES, *_PROJECTORS[projector]), weights.folder)
+            planned[new] = Planned.of(weights, name)
     if config["tie_word_embeddings"]:
         planned.pop(_HEAD, None)
     embedding = planned[_EMBEDDING]
@@ -271,7 +279,7 @@ def _rename(name: str, renames: tuple[tuple[str, str], ...], folder: Path) -> st
     for old, new in renames:
         if name.startswith(old):
             return new + name.removeprefix(old)
-    raise CheckpointError(f"{folder} holds the tensor {name!r}, which no LLaVA-1.5 has")
+    raise CheckpointError(f"{folder} holds the tensor {name!r}, which neither LLaVA-1.5 nor LLaVA-HR has")
 
 
 def _identity(shape: tuple[int, ...], dtype: str) -> "torch.Tensor":

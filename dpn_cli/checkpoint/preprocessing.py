@@ -171,6 +171,7 @@ def write_processor(
     patch_size: int,
     normalisation: Mapping[str, Any],
     pad_to_square: bool,
+    strategy: str = "default",
 ) -> None:
     """Write tokenizer, image processor and chat template.
 
@@ -182,6 +183,7 @@ def write_processor(
         patch_size: of the square that becomes one visual token, in pixels.
         normalisation: `image_mean` and `image_std`; CLIP's where they are left out.
         pad_to_square: fill an image up with the mean colour, as LLaVA-1.5 does, or cut its middle out, as CLIP does.
+        strategy: `default` where the tower's features have a class token, which is left out, or `full`.
     """
     from transformers import LlavaImageProcessorPil, LlavaProcessor
 
@@ -195,9 +197,9 @@ def write_processor(
         images,
         tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         chat_template=template,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(strategy == "default"),
     ).save_pretrained(stage)
 
 

@@ -1,9 +1,9 @@
-"""The CLIP model that a LLaVA in the original layout takes its vision tower from. No torch."""
+"""The vision tower of a LLaVA in the original layout: a CLIP model, in a repository of its own as a rule. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpn_cli.checkpoint.headers import read_config, read_json
 from dpn_cli.checkpoint.layout import COMPUTED
@@ -20,17 +20,43 @@ CLIP_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _INSIDE = "vision_model."
+_STORED = "model.vision_tower.vision_tower."
+
+
+class Tower(Protocol):
+    """A vision tower, as the import of an original needs it."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the vision_config, complete."""
+
+    @property
+    def unused(self) -> Collection[str]:
+        """Return the names of the original's tensors that nothing reads."""
+
+    def features(self, original: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of a LLaVA's config that say which features it takes."""
+
+    def renamed(self, name: str) -> str | None:
+        """Return what a tensor of the original is called in a LLaVA, or None if it is not the tower's."""
+
+    def planned(self) -> Iterator[tuple[str, Planned]]:
+        """Yield the tensors that the original does not hold, by their names in a LLaVA."""
+
+    def normalisation(self) -> dict[str, Any]:
+        """Return `image_mean` and `image_std`, where they are not CLIP's."""
 
 
 @dataclass(frozen=True)
-class Tower:
+class ClipTower:
     """A CLIP model's folder and the config of its vision part, complete."""
 
     folder: Path
     config: dict[str, Any]
+    unused: Collection[str] = ()
 
     @classmethod
-    def find(cls, name: str) -> "Tower":
+    def find(cls, name: str) -> "ClipTower":
         """Find a vision tower by folder or hub id.
 
         Raises:
@@ -48,6 +74,17 @@ class Tower:
         if not kinds or any(type(value) is not str and value <= 0 for value in settings.values()):
             raise CheckpointError(f"{folder / 'config.json'} has impossible sizes: download it again")
         return cls(folder, {"model_type": "clip_vision_model", **settings})
+
+    def features(self, original: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the original says about the layer; the class token is left out."""
+        layer = original.get("mm_vision_select_layer", -2)
+        return {"vision_feature_layer": layer, "vision_feature_select_strategy": "default"}
+
+    def renamed(self, name: str) -> str | None:
+        """Return the name of a tensor that a fine-tune has saved along."""
+        if not name.startswith(_STORED):
+            return None
+        return f"vision_tower.{_INSIDE}{name.removeprefix(_STORED).removeprefix(_INSIDE)}"
 
     def planned(self) -> Iterator[tuple[str, Planned]]:
         """Yield the tensors of the vision part, by their names in a LLaVA."""

@@ -53,7 +53,9 @@ def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[d
         CheckpointError: if config.json does not say which layers are used.
     """
     vision, chosen = config["vision_config"], config.get("vision_feature_layer", -2)
-    layers = vision.get("num_hidden_layers", VISION_DEFAULTS["num_hidden_layers"])
+    layers = (VISION_DEFAULTS[vision["model_type"]] | vision).get("num_hidden_layers")
+    if layers is None:  # LLaVA-HR's two towers end in one
+        return config, ()
     indices = chosen if isinstance(chosen, list) else [chosen]
     if type(layers) is not int or not all(type(i) is int and -layers - 1 <= i <= layers for i in indices):
         raise CheckpointError(f"{source.path}: vision_feature_layer {chosen} does not fit {layers} vision layers")

@@ -4,7 +4,6 @@ The reference below is written from the description of their code: one sample, l
 in every layer, and while decoding from the length of that layer's own cache.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,12 +167,7 @@ def make_dpn(make_original: Callable[..., Original], **changes: Any) -> tuple[Or
         if pooling["pooling_function"] == "conv":
             for k, (height, width) in enumerate(KERNELS):
                 add(f"{name}experts.{k}.weight", HIDDEN, 1, height, width, scale=0.2, shift=1 / (height * width))
-    shard = original.folder / "pytorch_model-00002-of-00002.bin"
-    torch.save(torch.load(shard) | tensors, shard)
-    path = original.folder / "pytorch_model.bin.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, shard.name)
-    path.write_text(json.dumps(index))
+    original.add(tensors)
     return original, Reference(original, pooling, tensors)
 
 

@@ -32,13 +32,14 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     assert {key: getattr(config, key) for key in TEXT_DEFAULTS[model_type]} == TEXT_DEFAULTS[model_type]
 
 
-@pytest.mark.parametrize("model_type", VISION_DEFAULTS["patch_size"])
+@pytest.mark.parametrize("model_type", VISION_DEFAULTS)
 def test_vision_defaults_are_those_of_transformers(model_type: str) -> None:
     from transformers import AutoConfig
 
+    import dpn_cli.modeling.llava  # noqa: F401  LLaVA-HR's tower is ours
+
     config = AutoConfig.for_model(model_type)
-    assert config.image_size == VISION_DEFAULTS["image_size"]
-    assert config.patch_size == VISION_DEFAULTS["patch_size"][model_type]
+    assert {key: getattr(config, key) for key in VISION_DEFAULTS[model_type]} == VISION_DEFAULTS[model_type]
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
