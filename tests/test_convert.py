@@ -136,6 +136,8 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
     [
         ("llava-1.5-13b", ALIASES["llava-1.5-13b"], "llava-1.5-13b"),
         ("llava-1.5-13b-hf", ALIASES["llava-1.5-13b"], "llava-1.5-13b"),
+        ("llava-hr-7b", ALIASES["llava-hr-7b"], "llava-hr-7b"),
+        ("llava-hr-13b-x-sft-1024", ALIASES["llava-hr-x-13b"], "llava-hr-x-13b"),
         ("demo", "demo", "demo"),
         ("my-model", "my-model", "llava-1.5-7b"),
     ],

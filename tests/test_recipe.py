@@ -10,7 +10,7 @@ from dpn_cli.recipe import Recipe, available_recipes, load_recipe
 
 
 def test_shipped_recipes_parse_and_are_named_after_their_file() -> None:
-    assert {"demo", "llava-1.5-7b", "llava-1.5-13b"} <= set(available_recipes())
+    assert {"demo", "llava-1.5-7b", "llava-1.5-13b", "llava-hr-7b", "llava-hr-x-13b"} <= set(available_recipes())
     for name in available_recipes():
         recipe = load_recipe(name)
         assert recipe.name == name

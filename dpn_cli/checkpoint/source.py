@@ -14,6 +14,8 @@ ALIASES = {
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
     "bakllava": "llava-hf/bakLlava-v1-hf",
     "llava-llama-3-8b": "xtuner/llava-llama-3-8b-v1_1-transformers",
+    "llava-hr-7b": "favor123/llava-hr-7b-sft-1024",
+    "llava-hr-x-13b": "favor123/llava-hr-13b-x-sft-1024",
 }
 DEMO = "demo"
 

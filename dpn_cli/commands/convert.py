@@ -53,7 +53,7 @@ def command(
     """Make MODEL's language model a pyramid, lossless until calibrated.
 
     MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
-    llava-1.5-7b, llava-1.5-13b, bakllava, llava-llama-3-8b, demo.
+    llava-1.5-7b, llava-1.5-13b, llava-hr-7b, llava-hr-x-13b, bakllava, llava-llama-3-8b, demo.
     """
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.convert import IMPORTED, convert, default_recipe

@@ -10,6 +10,7 @@ from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, resolve_source
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
+from tests.hr import Hr
 from tests.originals import Original
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,7 +93,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", VARIANTS)
 def test_every_alias_converts_to_a_model_with_the_same_logits(
     tiny_llava_factory: Callable[..., Path],
     hub_cache: Path,
@@ -118,6 +119,16 @@ def test_every_alias_converts_to_a_model_with_the_same_logits(
     with torch.inference_mode():
         expected = LlavaForConditionalGeneration.from_pretrained(snapshot)(**inputs).logits
         assert torch.equal(dpn_cli.load(output)(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES.keys() - VARIANTS))
+def test_the_aliases_of_llava_hr_convert_from_the_original_layout(
+    make_hr: Callable[..., Hr], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alias: str
+) -> None:
+    put_in_cache(hub_cache, ALIASES[alias], make_hr().original.folder)
+    monkeypatch.chdir(tmp_path)
+    done = convert(alias)
+    assert (done.output, done.recipe, done.layout.grid) == (Path(f"{alias}-dpn"), alias, (8, 8))
 
 
 @pytest.mark.parametrize("leave_out", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
