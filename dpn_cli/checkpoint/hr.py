@@ -50,8 +50,8 @@ class HrTower:
         Args:
             weights: of the checkpoint.
             original: its config.json.
-            vision_tower: folder or hub id of the CLIP model that the sizes of the fast tower come from; by default
-                they are those of OpenAI's models.
+            vision_tower: folder or hub id of the CLIP model that the fast tower's config comes from; OpenAI's models
+                need none.
 
         Raises:
             CheckpointError: if the tower is not LLaVA-HR's, or takes pictures of an impossible size.
@@ -103,13 +103,18 @@ def _fits(size: int, own: int) -> bool:
 
 def _fast_config(weights: Weights, original: Mapping[str, Any], vision_tower: str | None) -> dict[str, Any]:
     """Return CLIP's config: the sizes as they are stored, the rest as in OpenAI's models."""
-    name = vision_tower or original.get("mm_vision_tower")
+    folder, name = weights.folder, original.get("mm_vision_tower")
+    hidden, _, patch, _ = _shape(weights, f"{_FAST}embeddings.patch_embedding.weight", 4)
     layers = _count(weights, f"{_FAST}encoder.layers.")
     if layers % _STAGES:
-        raise CheckpointError(f"{weights.folder}: CLIP has {layers} layers, expected {_STAGES} stages of equal depth")
-    if vision_tower is not None or not PurePosixPath(str(name)).name.startswith("clip-vit-"):
-        return ClipTower.find(str(name)).config | {"num_hidden_layers": layers}
-    hidden, _, patch, _ = _shape(weights, f"{_FAST}embeddings.patch_embedding.weight", 4)
+        raise CheckpointError(f"{folder}: CLIP has {layers} layers, expected {_STAGES} stages of equal depth")
+    if vision_tower is not None:
+        return ClipTower.find(vision_tower).config | {"num_hidden_layers": layers}
+    if not PurePosixPath(str(name)).name.startswith("clip-vit-") or hidden % _HEAD:
+        raise CheckpointError(
+            f"{folder} has a CLIP of width {hidden} from {name!r}, expected one of OpenAI's: pass as --vision-tower "
+            "PATH|ID the model that it was trained from"
+        )
     positions, _ = _shape(weights, f"{_FAST}embeddings.position_embedding.weight", 2)
     return CLIP_DEFAULTS | {
         "model_type": "clip_vision_model",

@@ -265,7 +265,7 @@ def refused(hr: Hr, tmp_path: Path, message: str) -> None:
 def test_clip_sizes_can_come_from_another_model(make_hr: Callable[..., Hr], tmp_path: Path) -> None:
     hr = make_hr()
     hr.original.edit(mm_vision_tower="someone/fine-tuned")
-    refused(hr, tmp_path, "someone/fine-tuned")
+    refused(hr, tmp_path, "from 'someone/fine-tuned', expected one of OpenAI's: pass as --vision-tower")
     hr.original.edit(input_image_size=384)
     with pytest.raises(CheckpointError, match="do not belong together"):  # the fixture's CLIP is another one
         convert(str(hr.original.folder), output=tmp_path / "out", vision_tower=str(hr.original.clip))

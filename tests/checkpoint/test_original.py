@@ -148,7 +148,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
     "anyres": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
     "start and end tokens": ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
-    "LLaVA-HR's config": ({"is_multipath_encoder": True}, "is_multipath_encoder, but .*slow_vision.* is missing"),
+    "LLaVA-HR's config": ({"is_multipath_encoder": True}, "is_multipath_encoder, but .*fast_vision.* is missing"),
     "language model": ({"architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwenForCausalLM"),
     "quantised": ({"quantization_config": {}}, "quantised"),
     "no sizes": ({"num_hidden_layers": None}, "None as num_hidden_layers"),
