@@ -11,8 +11,8 @@ import torch
 from dpn_cli import __version__
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
-from dpn_cli.calibration.statistics import wilson_interval
 from dpn_cli.cost import DecoderShape, tokens_per_layer
+from dpn_cli.evaluation.statistics import wilson_interval
 from dpn_cli.modeling.pyramid_config import Budget, Grid, PyramidConfig, Route
 
 LIBRARIES = ("torch", "transformers")

@@ -4,14 +4,11 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.calibration.statistics import wilson_interval
 from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig, RouterConfig, Site
 from dpn_cli.modeling.routers import Router, decide
 
@@ -139,16 +136,3 @@ def test_budgets_interpolate_and_refuse_what_is_out_of_reach() -> None:
     for nonsense in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             pyramid.trade_off_for(nonsense)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_interval_holds_the_proportion(case: tuple[int, int]) -> None:
-    successes, count = case
-    low, high = wilson_interval(successes, count)
-    assert 0 <= low <= successes / count + 1e-12 and successes / count - 1e-12 <= high <= 1
-
-
-def test_wilson_interval_known_values() -> None:
-    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
