@@ -28,7 +28,7 @@ def fingerprint(checkpoint: Path, data_digest: str, recipe: CalibrationRecipe) -
         **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
         "healed for": recipe.budget if recipe.heal.method != "none" else None,
         "data": data_digest,
-        "weights": _digest(part for shard in sorted(checkpoint.glob("model*.safetensors")) for part in _edges(shard)),
+        "weights": weights_digest(checkpoint.glob("model*.safetensors")),
         "pyramid": {key: value for key, value in pyramid.items() if key not in _FITTED},
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -54,9 +54,10 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def weights_digest(shards: Iterable[Path]) -> str:
+    """Return a digest of the names, sizes and both ends of some files."""
     digest = hashlib.sha256()
-    for part in parts:
+    for part in (part for shard in sorted(shards) for part in _edges(shard)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

@@ -47,8 +47,32 @@ def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -
         embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
     mask = batch["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    instruction = (batch["labels"] != IGNORED).int().argmax(1) - 1
-    return text_model.start(embeds, mask, positions, coords, instruction)
+    return text_model.start(embeds, mask, positions, coords, _instruction(batch["labels"]))
+
+
+def answer_log_probs(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the log-probabilities [A, V] of a batch's answer tokens, by the model as it is set, in float32."""
+    row, column = answer_positions(batch["labels"])
+    kept, index = column.unique(return_inverse=True)
+    logits = model(
+        **{name: tensor for name, tensor in batch.items() if name != "labels"},
+        position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0),
+        instruction=_instruction(batch["labels"]),
+        logits_to_keep=kept,
+    ).logits
+    return F.log_softmax(logits[row, index].float(), dim=-1)
+
+
+def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions that predict answer tokens, as indices (row [A], column [A]) of [B, L - 1]."""
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row, column
+
+
+def mean_by_row(values: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the mean of values [A] over the answer tokens of every row, [num_rows]."""
+    total = values.new_zeros(num_rows).index_add(0, row, values)
+    return (total / row.bincount(minlength=num_rows)).cpu()
 
 
 def run_trunk(
@@ -63,7 +87,7 @@ def run_trunk(
     labels = batch["labels"]
     with torch.no_grad():
         state = text_model.run_segment(start_batch(model, batch), 0)
-    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    row, column = answer_positions(labels)
     return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device))
 
 
@@ -128,3 +152,8 @@ def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -
 def _logits(model: PyramidGenerationMixin, state: PyramidState, trunk: Trunk) -> torch.Tensor:
     text_model: Any = model.model.language_model
     return model.lm_head(text_model.finish(state)[:, :-1][trunk.answers]).float()
+
+
+def _instruction(labels: torch.Tensor) -> torch.Tensor:
+    """Return the column before every row's first label, [B]."""
+    return (labels != IGNORED).int().argmax(1) - 1

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.encoding import IGNORED, Example, collate
-from dpn_cli.calibration.passes import start_batch
+from dpn_cli.calibration.encoding import Example, collate
+from dpn_cli.calibration.passes import answer_log_probs, answer_positions, mean_by_row, start_batch
 from dpn_cli.calibration.processes import ALONE, Kept, Processes
 from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import DataError
@@ -199,9 +199,9 @@ def _measure_batch(
     size = (len(batch.rows), len(tree.routes))
     distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
-    answers = (inputs["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)  # the positions that predict answer tokens
+    answers = answer_positions(inputs["labels"])
     full_is_teacher = model.pyramid.gate == "none" and not model.is_adapted
-    teacher = None if full_is_teacher else _teacher(model, inputs, answers)  # [A, V]
+    teacher = None if full_is_teacher else _teacher(model, inputs)  # [A, V]
     for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
         if len(prefix) < len(model.pyramid.sites):
@@ -213,8 +213,8 @@ def _measure_batch(
         leaf = tree.routes.index(prefix)
         divergence = (teacher.exp() * (teacher - log_probs)).sum(-1).clamp(min=0)
         same = (teacher.argmax(-1) == log_probs.argmax(-1)).float()
-        distortion[:, leaf] = _mean_by_row(divergence, answers[0], len(batch.rows))
-        agreement[:, leaf] = _mean_by_row(same, answers[0], len(batch.rows))
+        distortion[:, leaf] = mean_by_row(divergence, answers[0], len(batch.rows))
+        agreement[:, leaf] = mean_by_row(same, answers[0], len(batch.rows))
     nowhere = torch.zeros_like(next(f for f in features if f is not None))
     return {
         "features": torch.stack([nowhere if f is None else f for f in features], dim=1),
@@ -268,17 +268,6 @@ def walk(
     return visit(start_batch(model, inputs), routes)
 
 
-def _teacher(
-    model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], answers: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """Return the log-probabilities [A, V] of the model with its pyramid off."""
-    unlabelled = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+def _teacher(model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with model.teacher():
-        logits = model(**unlabelled).logits
-    return F.log_softmax(logits[:, :-1][answers].float(), dim=-1)
-
-
-def _mean_by_row(values: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return the mean of values [A] over the answer tokens of every row, [num_rows]."""
-    total = values.new_zeros(num_rows).index_add(0, row, values)
-    return (total / row.bincount(minlength=num_rows)).cpu()
+        return answer_log_probs(model, inputs)

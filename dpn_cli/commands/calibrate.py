@@ -9,7 +9,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.calibration.launch import is_launched, launch
-from dpn_cli.commands.options import Choice, Fraction, Percent, checkpoint_folder, model_option
+from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.data import OnBadRow
@@ -17,23 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("calibrate")
 @model_option
-@click.option(
-    "--data", required=True, metavar="DATA",
-    help="A LLaVA .json or .jsonl file, a folder of images (the model answers stock prompts), a parquet file, a folder "
-    "from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
-)  # fmt: skip
-@click.option(
-    "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Where the image paths of the data start; default: the folder of the file that has them.",
-)  # fmt: skip
-@click.option(
-    "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
-    help="Rows that cannot be used stop the run, or are left out.",
-)  # fmt: skip
-@click.option(
-    "--max-bad", type=Percent(), default="5%", show_default=True,
-    help="With --on-bad-row skip: the largest share of bad rows that is left out.",
-)  # fmt: skip
+@data_options
 @click.option(
     "--budget",
     type=Fraction(),

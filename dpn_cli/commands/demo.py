@@ -38,13 +38,12 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     convert("demo", output=converted, force=True)
 
     from dpn_cli.calibration.calibrate import calibrate
-    from dpn_cli.calibration.data import load_data
+    from dpn_cli.calibration.data import MAX_BAD
     from dpn_cli.calibration.processes import ALONE
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
-    from dpn_cli.evaluation.fidelity import Fidelity, by_kind, compare_answers
+    from dpn_cli.evaluation.run import evaluate_folder
     from dpn_cli.export import export
-    from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})
@@ -58,20 +57,22 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     export(converted, exported, force=True)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
-    model = load_model(exported, device_map=default_device())
-    processor = load_processor(exported)
-    held_out = load_data("demo", split="heldout", limit=questions).samples
-    with console.progress("answering", questions) as advance:
-        answers = compare_answers(model, processor, held_out, BATCH_SIZE, max_new_tokens=4, advance=advance)
-    groups = {**by_kind(answers), "all": Fidelity.of(answers)}
+    result = evaluate_folder(
+        exported, "demo", None, "fail", MAX_BAD,
+        budgets=(), against=(), metric="exact", samples=questions, seed=0, answer_tokens=4, batch_size=BATCH_SIZE,
+        progress=console.progress, say=lambda line: None,
+    )  # fmt: skip
+    [pyramid] = result.of("dpn")
+    groups = {**pyramid.kinds, "all": pyramid.figures}
     if as_json:
-        result = {"calibration": report.to_dict(), "kinds": {kind: asdict(f) for kind, f in groups.items()}}
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        kinds = {kind: asdict(figures) for kind, figures in groups.items()}
+        click.echo(json.dumps({"calibration": report.to_dict(), "kinds": kinds}, indent=2, ensure_ascii=False))
     else:
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
-        print_routes(answers)
-    everything = groups["all"]
+        print_routes(result)
+    accuracy = pyramid.figures.accuracy
+    assert accuracy is not None
     console.note(
-        f"The pyramid keeps {everything.student_accuracy / everything.teacher_accuracy:.1%} of the teacher's accuracy "
-        f"at {everything.fraction:.1%} of its prefill FLOPs ({time.monotonic() - started:.0f} s in all)."
+        f"The pyramid keeps {accuracy.score.value / accuracy.teacher:.1%} of the teacher's accuracy "
+        f"at {pyramid.figures.fraction:.1%} of its prefill FLOPs ({time.monotonic() - started:.0f} s in all)."
     )

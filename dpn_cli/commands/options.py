@@ -22,6 +22,33 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--data`, `--image-root`, `--on-bad-row` and `--max-bad`, the arguments of `load_data`."""
+    for option in reversed(
+        (
+            click.option(
+                "--data", required=True, metavar="DATA",
+                help="A LLaVA .json or .jsonl file, a folder of images (asked stock prompts, answered by the model), a "
+                "parquet file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
+            ),
+            click.option(
+                "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+                help="Where the image paths of the data start; default: the folder of the file that has them.",
+            ),
+            click.option(
+                "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
+                help="Rows that cannot be used stop the run, or are left out.",
+            ),
+            click.option(
+                "--max-bad", type=Percent(), default="5%", show_default=True,
+                help="With --on-bad-row skip: the largest share of bad rows that is left out.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def checkpoint_folder(model: Path | None) -> Path:
     """Return the checkpoint to act on; say which one when the user named none.
 

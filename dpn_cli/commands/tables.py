@@ -9,7 +9,8 @@ from dpn_cli import console
 if TYPE_CHECKING:
     from dpn_cli.calibration.policy import Outcome
     from dpn_cli.calibration.report import Report
-    from dpn_cli.evaluation.fidelity import Answered, Fidelity
+    from dpn_cli.evaluation.evaluate import Evaluation, Standing
+    from dpn_cli.evaluation.figures import Figures
     from dpn_cli.modeling.pyramid_config import Route
 
 BUDGETS_SHOWN = 10
@@ -43,34 +44,63 @@ def print_calibration(report: "Report") -> None:
     )
 
 
-def print_fidelity(title: str, groups: dict[str, "Fidelity"]) -> None:
+def print_fidelity(title: str, groups: dict[str, "Figures"]) -> None:
     """Print accuracy, agreement and compute per group of samples."""
     rows = [
         (
-            kind, f.count, f"{f.teacher_accuracy:.1%}", f"{f.student_accuracy:.1%}", f"{f.agreement:.1%}",
+            kind, f.count, f"{f.accuracy.teacher:.1%}" if f.accuracy else "",
+            f"{f.accuracy.score.value:.1%}" if f.accuracy else "", f"{f.same_answer.value:.1%}",
             f"{f.fraction:.3f}", f"{f.visual_tokens:.0f}",
         )
         for kind, f in groups.items()
     ]  # fmt: skip
-    columns = [
-        "kind of question",
-        "samples",
-        "teacher",
-        "pyramid",
-        "same answer",
-        "FLOPs",
-        "visual tokens/layer",
-    ]
+    columns = ["kind of question", "samples", "teacher", "pyramid", "same answer", "FLOPs", "visual tokens/layer"]
     console.table(title, columns, rows)
 
 
-def print_routes(answers: "Sequence[Answered]") -> None:
+def print_evaluation(result: "Evaluation") -> None:
+    """Print every contender's standing, then the pyramid's by kind of question."""
+    scored = result.standings[0].figures.accuracy is not None
+    columns = ["budget", "contender", "FLOPs", "KL (nats)", "over dpn, 95%", "top-1", "same answer"]
+    columns += ["accuracy", "change, 95%", "McNemar p"] if scored else []
+    rows = [_standing(standing) for standing in result.standings]
+    console.table(
+        f"{len(result.questions)} samples; the teacher is the original, and every contender spends what dpn does",
+        columns, rows, texts=["contender"],
+    )  # fmt: skip
+    for standing in result.of("dpn"):
+        if len(standing.kinds) > 1:
+            budget = "" if standing.budget is None else f" at budget {standing.budget:g}"
+            print_fidelity(f"dpn{budget}, by kind of question", {**standing.kinds, "all": standing.figures})
+    for reason in result.left_out:
+        console.note(f"Left out: {reason}")
+
+
+def _standing(standing: "Standing") -> tuple[str, ...]:
+    figures, accuracy = standing.figures, standing.figures.accuracy
+    budget = "" if standing.budget is None else f"{standing.budget:g}"
+    over = standing.distortion_over_dpn
+    row = (
+        budget, standing.label, f"{figures.fraction:.3f} ± {figures.fraction_spread:.3f}",
+        f"{figures.distortion.value:.4f}", "" if over is None else f"{over.low:+.4f} … {over.high:+.4f}",
+        f"{figures.agreement.value:.1%}", f"{figures.same_answer.value:.1%}",
+    )  # fmt: skip
+    if accuracy is None:
+        return row
+    change = f"{100 * accuracy.change.low:+.1f} … {100 * accuracy.change.high:+.1f}"
+    return (*row, f"{accuracy.score.value:.1%}", change, f"{accuracy.mcnemar:.2g}")
+
+
+def print_routes(result: "Evaluation") -> None:
     """Print which routes every kind of question takes, the most frequent ones first."""
+    kinds = dict.fromkeys(question.kind for question in result.questions)
     rows = []
-    for kind in dict.fromkeys(a.kind for a in answers):
-        routes = Counter(a.route for a in answers if a.kind == kind)
-        shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
-        rows.append((kind, "   ".join(shares)))
+    for standing in result.of("dpn"):
+        for kind in kinds:
+            pairs = zip(result.questions, standing.outcomes, strict=True)
+            routes = Counter(outcome.route or () for question, outcome in pairs if question.kind == kind)
+            shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
+            rows.append((kind, "   ".join(shares)))
     columns = ["kind of question", "experts per site, most frequent first"]
     console.table("Routes by kind of question", columns, rows, texts=columns)
 

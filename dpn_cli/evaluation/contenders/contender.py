@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.pyramid_config import Grid, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
 
 TOLERANCE = 0.01  # of a FLOPs fraction: a contender that spends more at the least is above a budget
@@ -79,6 +79,10 @@ class Contender(ABC):
     @abstractmethod
     def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer in the last prefill, whose batch the prompts were."""
+
+    def routes(self, model: DpnLlavaForConditionalGeneration) -> list[Route] | None:
+        """Return the routes of the last prefill, or None if this contender has none."""
+        return None
 
     def fractions(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[float]:
         """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""

@@ -138,3 +138,7 @@ class Routed(Contender):
             flops_fraction(shape, model.pyramid, route, prompt.grids, prompt.text_tokens)
             for route, prompt in zip(model.last_routes, prompts, strict=True)
         ]
+
+    def routes(self, model: DpnLlavaForConditionalGeneration) -> list[Route]:
+        """Return the routes of the last prefill."""
+        return model.last_routes

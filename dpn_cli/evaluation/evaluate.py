@@ -1,0 +1,204 @@
+"""Evaluation as one call: what a pyramid loses and gains, and whether another method would have been better."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dpn_cli.calibration.data import Sample
+from dpn_cli.errors import DataError, UsageError
+from dpn_cli.evaluation.contenders import make_contender
+from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.figures import Figures, Question, by_kind
+from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Entry = tuple[float | None, Contender]  # a budget, and who is to spend it
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A contender at a budget.
+
+    Attributes:
+        contender: its name.
+        label: its name and settings.
+        budget: asked for, or None for what the checkpoint is set to.
+        figures: of all samples.
+        kinds: of every kind of question.
+        distortion_over_dpn: its KL less the pyramid's at the same budget, sample by sample, where there is one.
+        outcomes: of every sample.
+    """
+
+    contender: str
+    label: str
+    budget: float | None
+    figures: Figures
+    kinds: dict[str, Figures]
+    distortion_over_dpn: Estimate | None
+    outcomes: tuple[Outcome, ...]
+
+    @classmethod
+    def of(
+        cls,
+        entry: Entry,
+        outcomes: Sequence[Outcome],
+        questions: Sequence[Question],
+        metric: str,
+        dpn: "Standing | None" = None,
+    ) -> "Standing":
+        """Sum up what a contender made of all samples, beside the pyramid at the same budget."""
+        budget, contender = entry
+        pairs = () if dpn is None else zip(outcomes, dpn.outcomes, strict=True)
+        over = [theirs.distortion - ours.distortion for theirs, ours in pairs]
+        return cls(
+            contender=contender.name,
+            label=contender.label,
+            budget=budget,
+            figures=Figures.of(outcomes, questions, metric),
+            kinds=by_kind(outcomes, questions, metric),
+            distortion_over_dpn=bootstrap_mean(over) if over else None,
+            outcomes=tuple(outcomes),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, without the single samples."""
+        data = asdict(replace(self, outcomes=()))
+        del data["outcomes"]
+        return data
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All standings: the original's first, then those of every budget, the pyramid's first.
+
+    Attributes:
+        questions: all of them, as far as figures need them.
+        standings: see above.
+        left_out: why a contender is missing at a budget.
+    """
+
+    questions: tuple[Question, ...]
+    standings: tuple[Standing, ...]
+    left_out: tuple[str, ...]
+
+    def of(self, contender: str) -> list[Standing]:
+        """Return the standings of one contender, in the order of the budgets."""
+        return [standing for standing in self.standings if standing.contender == contender]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "samples": len(self.questions),
+            "standings": [standing.to_dict() for standing in self.standings],
+            "left_out": list(self.left_out),
+        }
+
+
+def evaluate(
+    panel: Panel,
+    samples: Sequence[Sample],
+    budgets: Sequence[float],
+    against: Sequence[str],
+    metric: str,
+    progress: Progress,
+) -> Evaluation:
+    """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
+
+    Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
+    cannot spend so little, to the budget itself.
+
+    Args:
+        panel: the model and how it is asked.
+        samples: each with at least one image.
+        budgets: mean fractions of the prefill FLOPs; none for what the checkpoint is set to.
+        against: of `CONTENDERS`.
+        metric: of `METRICS`, scores answers by their labels.
+        progress: opens a progress bar (description, total) and yields its `advance`.
+
+    Raises:
+        DataError: without samples.
+        UsageError: if a contender cannot handle this model, or the pyramid none of the budgets.
+    """
+    if not samples:
+        raise DataError("the data has no sample with an image: there is nothing to evaluate")
+    with progress("asking the teacher", len(samples)) as advance:
+        teacher = panel.ask_teacher(samples, advance)
+    questions = tuple(
+        Question(sample.kind or "all", sample.turns[sample.asked].answer, answer)
+        for sample, answer in zip(samples, teacher, strict=True)
+    )
+    sizes = panel.sizes(samples)
+    itself = [Outcome(a, 0.0, 1.0, 1.0, size.visual_tokens) for a, size in zip(teacher, sizes, strict=True)]
+    original = Standing.of((None, Original()), itself, questions, metric)
+
+    def stand(what: str, entries: Sequence[Entry], dpn: dict[float | None, Standing]) -> list[Standing]:
+        if not entries:
+            return []
+        with progress(what, len(samples)) as advance:
+            judged = panel.judge([contender for _, contender in entries], samples, teacher, advance)
+        return [Standing.of(e, o, questions, metric, dpn.get(e[0])) for e, o in zip(entries, judged, strict=True)]
+
+    pyramids, refused = _pyramids(panel, budgets)
+    routed = stand("asking the pyramid", pyramids, {})
+    spent = {standing.budget: standing for standing in routed}
+    asked: list[float | None] = [*budgets] or [None]
+    entries, out_of_reach = _rivals(panel, sizes, against, asked, spent)
+    rivals = _best(stand("asking the others", entries, spent))
+    order = [standing for budget in asked for standing in (*routed, *rivals) if standing.budget == budget]
+    return Evaluation(questions, (original, *order), (*refused, *out_of_reach))
+
+
+def _pyramids(panel: Panel, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
+    """Return the pyramid at every budget that it can spend, and why not at the others."""
+    if not budgets:
+        return [(None, Routed())], []
+    entries: list[Entry] = []
+    refused: list[str] = []
+    for budget in budgets:
+        try:
+            panel.model.pyramid.trade_off_for(budget)
+        except ValueError as error:
+            refused.append(f"dpn at {budget:g}: {error}")
+        else:
+            entries.append((budget, Routed(budget)))
+    if not entries:
+        raise UsageError(refused[0].partition(": ")[2])
+    return entries, refused
+
+
+def _rivals(
+    panel: Panel,
+    sizes: Sequence[Prompt],
+    against: Sequence[str],
+    budgets: Sequence[float | None],
+    spent: dict[float | None, Standing],
+) -> tuple[list[Entry], list[str]]:
+    """Return every contender at what the pyramid has spent, and why some are missing."""
+    shape = panel.model.model.language_model.shape
+    names = [name for name in against if name != Original.name]  # which has its place already
+    entries: list[Entry] = []
+    out_of_reach: list[str] = []
+    for budget in budgets:
+        fraction = spent[budget].figures.fraction if budget in spent else budget
+        assert fraction is not None
+        for name in names:
+            try:
+                fitted = make_contender(name, panel.model.pyramid).candidates(shape, sizes, fraction)
+            except ValueError as error:
+                out_of_reach.append(f"{name} at {fraction:.3g}: {error}")
+            else:
+                entries += [(budget, contender) for contender in fitted]
+    return entries, out_of_reach
+
+
+def _best(standings: Iterable[Standing]) -> list[Standing]:
+    """Return of every contender at every budget its settings of least KL."""
+    best: dict[tuple[str, float | None], Standing] = {}
+    for standing in standings:
+        key = (standing.contender, standing.budget)
+        if key not in best or standing.figures.distortion.value < best[key].figures.distortion.value:
+            best[key] = standing
+    return list(best.values())

@@ -1,0 +1,113 @@
+"""From outcomes to figures: means with their 95% intervals, and paired comparisons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+from dpn_cli.evaluation.judging import Outcome
+from dpn_cli.evaluation.metrics import METRICS
+from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean, mcnemar
+
+RIGHT = 0.5  # a score from here on counts as a right answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What figures of a sample need, besides outcomes.
+
+    Attributes:
+        kind: the sample's group.
+        label: the answer in the data, or None.
+        teacher: the teacher's answer.
+    """
+
+    kind: str
+    label: str | None
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well the labels are met.
+
+    Attributes:
+        count: samples with a label.
+        score: mean score of the contender.
+        teacher: mean score of the teacher.
+        change: the contender's score less the teacher's, sample by sample.
+        mcnemar: p-value of both being right equally often.
+    """
+
+    count: int
+    score: Estimate
+    teacher: float
+    change: Estimate
+    mcnemar: float
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> "Accuracy | None":
+        """Score the answers to labelled questions; None if there are none."""
+        score = METRICS[metric]
+        pairs = [(o, q) for o, q in zip(outcomes, questions, strict=True) if q.label is not None]
+        if not pairs:
+            return None
+        mine = [score(o.answer, q.label or "") for o, q in pairs]
+        theirs = [score(q.teacher, q.label or "") for _, q in pairs]
+        return cls(
+            count=len(pairs),
+            score=bootstrap_mean(mine),
+            teacher=fmean(theirs),
+            change=bootstrap_mean([a - b for a, b in zip(mine, theirs, strict=True)]),
+            mcnemar=mcnemar([s >= RIGHT for s in mine], [s >= RIGHT for s in theirs]),
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a contender reached on a group of samples.
+
+    Attributes:
+        count: samples.
+        fraction: mean FLOPs of the prefill, as a fraction of the unpooled one's.
+        fraction_spread: its standard deviation over the samples.
+        visual_tokens: mean over samples and layers.
+        distortion: KL from the teacher, nats per answer token.
+        agreement: share of answer tokens whose most likely token is the teacher's.
+        same_answer: share of greedy answers that are the teacher's, word for word.
+        accuracy: by the labels, where there are any.
+    """
+
+    count: int
+    fraction: float
+    fraction_spread: float
+    visual_tokens: float
+    distortion: Estimate
+    agreement: Estimate
+    same_answer: Estimate
+    accuracy: Accuracy | None
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> "Figures":
+        """Average over at least one sample."""
+        same = [float(o.answer == q.teacher) for o, q in zip(outcomes, questions, strict=True)]
+        return cls(
+            count=len(outcomes),
+            fraction=fmean(o.fraction for o in outcomes),
+            fraction_spread=pstdev(o.fraction for o in outcomes),
+            visual_tokens=fmean(o.visual_tokens for o in outcomes),
+            distortion=bootstrap_mean([o.distortion for o in outcomes]),
+            agreement=bootstrap_mean([o.agreement for o in outcomes]),
+            same_answer=bootstrap_mean(same),
+            accuracy=Accuracy.of(outcomes, questions, metric),
+        )
+
+
+def by_kind(outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> dict[str, Figures]:
+    """Return the figures of every kind of question, in order of appearance."""
+    rows: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        rows.setdefault(question.kind, []).append(i)
+    return {
+        kind: Figures.of([outcomes[i] for i in chosen], [questions[i] for i in chosen], metric)
+        for kind, chosen in rows.items()
+    }

@@ -1,0 +1,173 @@
+"""Letting contenders answer: what each makes of every sample, beside the teacher.
+
+Shapes: B batch, A answer tokens, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dpn_cli.calibration.cases import generate_texts
+from dpn_cli.calibration.data import Sample
+from dpn_cli.calibration.encoding import chat_prompt, collate, encode, prompts
+from dpn_cli.calibration.passes import answer_log_probs, answer_positions, divergence, mean_by_row
+from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contender makes of one sample.
+
+    Attributes:
+        answer: greedy.
+        distortion: KL from the teacher, nats, the mean over the answer tokens.
+        agreement: fraction of the answer tokens on which the most likely token is the teacher's.
+        fraction: FLOPs of the prompt's prefill, as a fraction of the unpooled one's.
+        visual_tokens: the mean over the decoder's layers.
+        route: the experts that a pyramid took; None of a contender that has no routes.
+    """
+
+    answer: str
+    distortion: float
+    agreement: float
+    fraction: float
+    visual_tokens: float
+    route: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Outcome":
+        """Read what `asdict` made of an outcome."""
+        route = data["route"]
+        return cls(**{**data, "route": None if route is None else tuple(route)})
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The model, and how it is asked.
+
+    Attributes:
+        model: in eval mode.
+        processor: of its checkpoint.
+        batch_size: samples per forward pass.
+        answer_tokens: per answer, at most.
+        kept: results of an earlier run, and where new ones go; None to keep nothing.
+    """
+
+    model: DpnLlavaForConditionalGeneration
+    processor: Any
+    batch_size: int
+    answer_tokens: int
+    kept: KeptResults | None = None
+
+    def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """Return what the prefill of every sample's prompt depends on."""
+        grid = self.model.model.image_grid()
+        class_tokens = int(self.model.config.vision_feature_select_strategy == "full")
+        found = []
+        for sample in samples:
+            tokens = len(self.processor.tokenizer(chat_prompt(self.processor, sample, sample.asked))["input_ids"])
+            images = len(sample.images_until(sample.asked))
+            found.append(Prompt((grid,) * images, tokens - images + images * class_tokens))
+        return found
+
+    def ask_teacher(self, samples: Sequence[Sample], advance: Advance) -> list[str]:
+        """Return the teacher's greedy answer to what every sample asks."""
+        answers: list[str] = []
+        for number, batch in enumerate(self._batches(samples)):
+            found = self._load("teacher", number)
+            if found is None:
+                with self.model.teacher():
+                    found = self._answers(batch)
+                self._keep("teacher", number, found)
+            answers += found
+            advance(len(batch))
+        return answers
+
+    def judge(
+        self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
+    ) -> list[list[Outcome]]:
+        """Return what every contender makes of every sample.
+
+        Args:
+            contenders: fitted.
+            samples: each with at least one image.
+            teacher: its answers, which are the target where the data has none.
+            advance: called with the number of samples done after each batch.
+
+        Raises:
+            UsageError: if a contender cannot handle this model.
+        """
+        outcomes: list[list[Outcome]] = [[] for _ in contenders]
+        names = [hashlib.sha256(repr(contender).encode()).hexdigest()[:16] for contender in contenders]
+        for number, batch in enumerate(self._batches(list(zip(samples, teacher, strict=True)))):
+            found = [self._load(name, number) for name in names]
+            missing = [i for i, results in enumerate(found) if results is None]
+            if missing:
+                pending = [contenders[i] for i in missing]
+                judged = self._judge_batch(pending, [sample for sample, _ in batch], [answer for _, answer in batch])
+                for i, new in zip(missing, judged, strict=True):
+                    found[i] = new
+                    self._keep(names[i], number, new)
+            for all_results, results in zip(outcomes, found, strict=True):
+                all_results += [Outcome.from_dict(each) for each in results or []]
+            advance(len(batch))
+        return outcomes
+
+    def _judge_batch(
+        self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield every contender's outcomes on one batch, as plain data; the teacher runs once for all."""
+        complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
+        examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
+        batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
+        inputs = prompts(samples, self.processor, self.model.device)
+        sizes = self.sizes(samples)
+        with torch.inference_mode(), self.model.teacher():
+            theirs = answer_log_probs(self.model, batch)
+        for contender in contenders:
+            with torch.inference_mode(), contender.applied(self.model):
+                ours = answer_log_probs(self.model, batch)
+                answers = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
+            yield [asdict(each) for each in self._outcomes(contender, answers, ours, theirs, batch["labels"], sizes)]
+
+    def _outcomes(
+        self,
+        contender: Contender,
+        answers: Sequence[str],
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        labels: torch.Tensor,
+        sizes: Sequence[Prompt],
+    ) -> list[Outcome]:
+        """Compare the log-probabilities [A, V] of a contender with the teacher's, row by row."""
+        row, num_layers = answer_positions(labels)[0], self.model.model.language_model.shape.num_layers
+        columns: tuple[Sequence[Any], ...] = (
+            answers,
+            mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), row, len(labels)).tolist(),
+            mean_by_row((ours.argmax(-1) == theirs.argmax(-1)).float(), row, len(labels)).tolist(),
+            contender.fractions(self.model, sizes),
+            [sum(layers) / num_layers for layers in contender.visual_tokens(self.model, sizes)],
+            contender.routes(self.model) or [None for _ in labels],
+        )
+        return [Outcome(*values) for values in zip(*columns, strict=True)]
+
+    def _answers(self, samples: Sequence[Sample]) -> list[str]:
+        inputs = prompts(samples, self.processor, self.model.device)
+        return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
+
+    def _load(self, name: str, number: int) -> list[Any] | None:
+        return self.kept.load(f"{name}-{number:06d}") if self.kept else None
+
+    def _keep(self, name: str, number: int, results: list[Any]) -> None:
+        if self.kept:
+            self.kept.keep(f"{name}-{number:06d}", results)

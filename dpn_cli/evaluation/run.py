@@ -1,0 +1,95 @@
+"""Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from dpn_cli.calibration.data import Dataset, OnBadRow, load_data
+from dpn_cli.calibration.encoding import token_limit
+from dpn_cli.calibration.fingerprint import weights_digest
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
+from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+
+def evaluate_folder(
+    folder: Path,
+    data: str,
+    image_root: Path | None,
+    on_bad_row: OnBadRow,
+    max_bad: float,
+    *,
+    budgets: Sequence[float],
+    against: Sequence[str],
+    metric: str,
+    samples: int | None,
+    seed: int,
+    answer_tokens: int,
+    batch_size: int,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Evaluation:
+    """Evaluate a converted or exported checkpoint; nothing is written into it.
+
+    Results are kept in `.dpn/evaluation` while it runs, so that the same call goes on after a kill.
+
+    Args:
+        folder: the checkpoint.
+        data: see `load_data`; of the demo, the held-out pictures.
+        image_root: see `load_data`.
+        on_bad_row: see `load_data`.
+        max_bad: see `load_data`.
+        budgets: see `evaluate`.
+        against: see `evaluate`.
+        metric: see `evaluate`.
+        samples: to draw; None for all.
+        seed: of the draw.
+        answer_tokens: per answer, at most.
+        batch_size: samples per forward pass.
+        progress: see `evaluate`.
+        say: told what goes on, a sentence at a time.
+    """
+    from transformers import AutoProcessor
+
+    checkpoint, _, pyramid = open_converted(folder)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
+    dataset = load_data(
+        data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
+        check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
+    )  # fmt: skip
+    for line in dataset.scan.lines():
+        say(line)
+    shown = [sample for sample in dataset.samples if sample.images]
+    model = load_model(folder, device_map=default_device())
+    say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
+    for line in _caveats(model, pyramid, dataset):
+        say(line)
+    depends_on = {
+        "data": dataset.digest, "answer_tokens": answer_tokens, "batch_size": batch_size, "pyramid": pyramid.to_dict(),
+        "weights": weights_digest(folder.rglob("*.safetensors")), "model": f"{model.dtype} {model.device}",
+        "versions": [version(package) for package in ("dpn-cli", "torch", "transformers")],
+    }  # fmt: skip
+    kept = KeptResults(depends_on)
+    result = evaluate(
+        Panel(model, processor, batch_size, answer_tokens, kept), shown, budgets, against, metric, progress
+    )
+    kept.drop()
+    return result
+
+
+def _caveats(model: DpnLlavaForConditionalGeneration, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:
+    """Say what a reader of the figures should know."""
+    if dataset.digest == pyramid.calibration.get("data_digest"):
+        yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
+    if model.is_adapted:
+        yield "Note: the checkpoint is healed: its pyramid runs with the adapter, teacher and contenders without."
+    elif pyramid.calibration.get("training"):
+        yield (
+            "Note: this export is healed: its teacher is its own weights without pooling. Evaluate the converted "
+            "folder to compare it with the original."
+        )
