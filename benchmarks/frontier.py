@@ -1,0 +1,107 @@
+"""What would another method have given for the same compute? The pyramid and every contender, budget by budget.
+
+Run it on a calibrated folder, and on one that was healed from the same model if there is one:
+
+    python benchmarks/frontier.py --model dpn-demo/demo-dpn --healed healed-dpn --data demo --samples 700
+
+All contenders answer the same held-out samples and spend what the pyramid spends on them; the teacher is the original,
+and contenders run on its weights. Intervals are 95%, of a paired bootstrap over the samples.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from dpn_cli import console
+from dpn_cli.calibration.data import MAX_BAD
+from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.evaluate import Evaluation, Standing
+from dpn_cli.evaluation.run import evaluate_folder
+from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
+
+BUDGETS = (0.8, 0.65, 0.5, 0.44, 0.36)
+
+
+def over(standing: Standing, pyramid: Standing) -> Estimate:
+    """Return how much more KL a contender has than the pyramid, sample by sample."""
+    pairs = zip(standing.outcomes, pyramid.outcomes, strict=True)
+    return bootstrap_mean([theirs.distortion - ours.distortion for theirs, ours in pairs])
+
+
+def verdict(standing: Standing, pyramid: Standing | None) -> str:
+    """Say whether a contender is better or worse than the pyramid, or tied with it."""
+    if pyramid is None or standing is pyramid:
+        return ""
+    difference = over(standing, pyramid)
+    if not difference.excludes_zero:
+        return "tied"
+    return "worse" if difference.low > 0 else "better"
+
+
+def show(estimate: Estimate, scale: float, digits: int) -> str:
+    """Return an estimate and its interval."""
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} … {high})"
+
+
+def row(budget: float, name: str, standing: Standing, pyramid: Standing | None) -> tuple[str, ...]:
+    """Return a line of the table."""
+    figures = standing.figures
+    accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, 100, 1)
+    kl = show(figures.distortion, 1, 4)
+    return (f"{budget:g}", name, f"{figures.fraction:.3f}", kl, accuracy, verdict(standing, pyramid))
+
+
+def table(plain: Evaluation, healed: Evaluation | None) -> list[tuple[str, ...]]:
+    """Return one block of rows per budget, the pyramids first."""
+    rows = [row(1.0, "original", plain.standings[0], None)]
+    for budget in BUDGETS:
+        here = [standing for standing in plain.standings if standing.budget == budget]
+        pyramid = next((standing for standing in here if standing.contender == "dpn"), None)
+        after = [s for s in healed.of("dpn") if s.budget == budget] if healed else []
+        rows += [row(budget, "dpn", pyramid, None)] if pyramid else []
+        rows += [row(budget, "dpn, healed", standing, pyramid) for standing in after]
+        rows += [row(budget, standing.label, standing, pyramid) for standing in here if standing is not pyramid]
+    return rows
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
+@click.option("--healed", type=click.Path(path_type=Path), help="The same, calibrated with --heal lora.")
+@click.option("--data", default="demo", show_default=True)
+@click.option("--samples", default=700, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--max-new-tokens", default=4, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(
+    model: Path,
+    healed: Path | None,
+    data: str,
+    samples: int,
+    batch_size: int,
+    max_new_tokens: int,
+    json_file: Path | None,
+) -> None:
+    """Print the table, one block of rows per budget."""
+
+    def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
+        return evaluate_folder(
+            folder, data, None, "fail", MAX_BAD,
+            budgets=BUDGETS, against=against, metric="exact", samples=samples, seed=0, answer_tokens=max_new_tokens,
+            batch_size=batch_size, progress=console.progress, say=console.note,
+        )  # fmt: skip
+
+    plain = run(model, CONTENDERS)
+    after = run(healed, ()) if healed else None
+    if json_file:
+        results = {"plain": plain.to_dict(), "healed": after and after.to_dict()}
+        json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    columns = ["budget", "contender", "FLOPs", "KL, nats (95%)", "accuracy, % (95%)", "KL beside dpn"]
+    console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after), texts=["contender"])
+    for reason in plain.left_out:
+        console.note(f"Left out: {reason}")
+
+
+if __name__ == "__main__":
+    main()

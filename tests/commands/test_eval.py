@@ -1,0 +1,103 @@
+"""`dpn eval`, from the command line to its table and JSON."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpn_cli.cli import main
+from dpn_cli.evaluation.judging import Panel
+
+
+@pytest.fixture
+def data(make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight labelled rows and one without an image, beside a `tiny-dpn` that looks calibrated."""
+    folder = make_converted().parent
+    monkeypatch.chdir(folder)
+    pixels = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = [
+        {"conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]}
+    ]
+    for i in range(8):
+        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        chat = [{"from": "human", "value": "<image>\nwhat is this ?"}, {"from": "gpt", "value": "red circle"}]
+        rows.append({"id": i, "image": f"{i}.png", "conversations": chat})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder
+
+
+def evaluate(*options: str) -> int:
+    return main(["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3", *options])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_contenders_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digests(data)
+    assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--json") == 0
+    assert digests(data) == before, "nothing is written into the checkpoint, and nothing is left in .dpn"
+    result = json.loads(capsys.readouterr().out)
+    original, *others = result["standings"]
+    assert (original["contender"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
+    assert original["figures"]["accuracy"]["mcnemar"] == 1.0
+    names = [standing["contender"] for standing in others if standing["budget"] == 0.6]
+    assert names == ["dpn", "fixed", "random", "downsample", "prepool", "fastv", "pyramiddrop", "visionzip"]
+    for budget in (0.8, 0.6):
+        dpn, *rivals = [standing for standing in others if standing["budget"] == budget]
+        for rival in rivals:
+            near = 0.25 if rival["contender"] == "fixed" else 0.04
+            assert rival["figures"]["fraction"] == pytest.approx(dpn["figures"]["fraction"], abs=near)
+            over = rival["figures"]["distortion"]["value"] - dpn["figures"]["distortion"]["value"]
+            assert rival["distortion_over_dpn"]["value"] == pytest.approx(over)
+
+
+def test_the_table_names_what_is_out_of_reach(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--budget", "0.7", "--budget", "0.2", "--against", "fastv,original") == 0
+    captured = capsys.readouterr()
+    assert "dpn at budget 0.7" not in captured.out, "there is one kind of question only"
+    [fastv] = [line for line in captured.out.splitlines() if "fastv" in line]
+    assert fastv.split()[0] == "0.7"
+    assert "Left out: dpn at 0.2: budget 0.2 is out of reach: this pyramid's cheapest is 0.600" in captured.err
+    assert "Left out: fastv at 0.2: fastv cannot spend less than 0.2" in captured.err
+
+
+def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--against", "fastw") == 2
+    assert "'fastw' is not one of original, fixed" in capsys.readouterr().err
+    assert evaluate("--budget", "0.2") == 2
+    assert "out of reach" in capsys.readouterr().err
+    (data / "data.json").write_text(json.dumps(json.loads((data / "data.json").read_text())[:1]))
+    assert evaluate() == 4
+    assert "no sample with an image" in capsys.readouterr().err
+    assert main(["eval", "--model", "nowhere", "--data", "data.json"]) == 3
+
+
+def test_an_interrupted_run_goes_on(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
+    undisturbed = capsys.readouterr().out
+    batches: list[int] = []
+    judge = Panel._judge_batch
+
+    def interrupted(self: Panel, contenders: Any, samples: Any, teacher: Any) -> Any:
+        batches.append(len(samples))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return judge(self, contenders, samples, teacher)
+
+    monkeypatch.setattr(Panel, "_judge_batch", interrupted)
+    assert evaluate("--json", "--batch-size", "3", "--against", "random") == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
+    assert capsys.readouterr().out == undisturbed
+    assert batches == [3, 3, 2, 2, 3, 3, 2], "the first two batches of the pyramid are not judged again"
+    assert not (data / ".dpn" / "evaluation").exists()

@@ -1,0 +1,130 @@
+"""Outcomes against stock transformers, batches against single samples, and going on after a kill."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from dpn_cli.calibration.data import Sample, Turn
+from dpn_cli.calibration.encoding import prompts
+from dpn_cli.evaluation.contenders.fastv import FastV
+from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.modeling.loading import load_model
+
+
+def questions(count: int = 5) -> list[Sample]:
+    """Return samples of different lengths: labelled or not, one with two images, one with an earlier turn."""
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (count + 1, 48, 48, 3), dtype=torch.uint8, generator=noise).numpy()
+    images = [Image.fromarray(each) for each in pixels]
+    found = [Sample(str(i), (images[i],), (Turn("what is " * (i + 1), "red circle", 1),), "even") for i in range(count)]
+    found[1] = Sample("1", (images[1],), (Turn("which colour ?", None, 1),), "odd")
+    found[2] = Sample("2", (images[2], images[-1]), (Turn("what are these ?", "blue", 2),), "even")
+    found[3] = Sample("3", (images[3],), (Turn("what ?", "circle", 1), Turn("how many ?", None)), "odd")
+    return found
+
+
+@pytest.fixture
+def folder(make_converted: Callable[..., Path]) -> Path:
+    return make_converted()
+
+
+def panel(folder: Path, batch_size: int = 2, kept: KeptResults | None = None) -> Panel:
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return Panel(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
+
+
+def judge(asked: Panel, contenders: Any, samples: list[Sample]) -> list[list[Outcome]]:
+    teacher = asked.ask_teacher(samples, lambda done: None)
+    return asked.judge(contenders, samples, teacher, lambda done: None)
+
+
+def test_outcomes_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
+    asked, sample = panel(folder), questions()[0]
+    contender = FixedRoute(asked.model.pyramid, (1, 0, 1))
+    [[outcome]] = judge(asked, [contender], [sample])
+
+    stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
+    inputs = prompts([sample], asked.processor)
+    answer = asked.processor.tokenizer(" red circle", add_special_tokens=False, return_tensors="pt").input_ids
+    answer = torch.cat([answer, torch.tensor([[asked.processor.tokenizer.eos_token_id]])], 1)
+    ids, count = torch.cat([inputs["input_ids"], answer], 1), answer.shape[1]
+    asked.model.set_route((1, 0, 1))
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
+    with torch.no_grad():
+        theirs = stock(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -count - 1 : -1].log_softmax(-1)
+        ours = asked.model(input_ids=ids, pixel_values=inputs["pixel_values"], labels=labels).logits
+        generated = asked.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    ours = ours[0, -count - 1 : -1].log_softmax(-1)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert outcome.distortion == pytest.approx(expected, rel=1e-3) and expected > 0.01
+    assert outcome.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+    text = asked.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert outcome.answer == text.strip()
+    assert outcome.visual_tokens == (144 * 2 + 72 * 4 + 36 * 2) / 8
+
+
+def test_the_teacher_loses_nothing(folder: Path) -> None:
+    asked = panel(folder)
+    [outcomes] = judge(asked, [Original()], questions())
+    assert [(o.distortion, o.agreement, o.fraction) for o in outcomes] == [(0.0, 1.0, 1.0)] * 5
+    assert [o.answer for o in outcomes] == asked.ask_teacher(questions(), lambda done: None)
+
+
+def test_batches_do_not_matter(folder: Path) -> None:
+    contenders = [Routed(0.7), FastV(0.4)]
+    alone, together = (judge(panel(folder, size), contenders, questions()) for size in (1, 5))
+    for one, five in zip(alone, together, strict=True):
+        for a, b in zip(one, five, strict=True):
+            assert (a.answer, a.agreement, a.fraction, a.route) == (b.answer, b.agreement, b.fraction, b.route)
+            assert a.distortion == pytest.approx(b.distortion, abs=1e-4)
+
+
+def test_sizes_are_what_the_model_sees(folder: Path) -> None:
+    asked, samples = panel(folder), questions()
+    seen: list[Any] = []
+    text_model = asked.model.model.language_model
+    text_model.reduce = lambda state, site: seen.append(state) or state
+    with torch.no_grad():
+        asked.model(**prompts(samples, asked.processor))
+    sizes = asked.sizes(samples)
+    assert tuple(size.grids for size in sizes) == seen[0].image_grids
+    assert tuple(size.text_tokens for size in sizes) == seen[0].text_tokens
+
+
+def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, contenders = questions(), [Routed(0.7), FastV(0.4)]
+    undisturbed = judge(panel(folder), contenders, samples)
+    kept = KeptResults({"a": 1}, tmp_path / "kept")
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    first = panel(folder, kept=kept)
+    teacher = first.ask_teacher(samples, lambda done: None)
+    with pytest.raises(KeyboardInterrupt):
+        first.judge(contenders, samples, teacher, interrupt)
+    files = sorted(kept.folder.iterdir())
+    assert len(files) == 3 + 2, "three batches of the teacher, one of either contender"
+    files[0].write_text("{")  # a damaged one
+
+    second = panel(folder, kept=kept)
+    asked: list[int] = []
+    generate = second.model.generate
+    monkeypatch.setattr(
+        second.model, "generate", lambda **inputs: asked.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    resumed = judge(second, contenders, samples)
+    assert resumed == undisturbed
+    assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
+    assert judge(panel(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), contenders[:1], samples)
+    assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
+    kept.drop()
+    assert not kept.folder.exists()
