@@ -5,8 +5,9 @@ from pathlib import Path
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from dpn_cli.demo.evaluate import SITES, Rate, greedy_accuracy, pooled_accuracy
+from dpn_cli.demo.evaluate import SITES, accuracy
 from dpn_cli.demo.pictures import GRAINS, KINDS, samples
+from dpn_cli.modeling.pyramid_config import Rate
 
 PER_KIND = 100
 ROUTES: tuple[tuple[Rate, Rate, Rate], ...] = (
@@ -43,7 +44,7 @@ download would be too much: in `dpn demo` and in the tests. It can do nothing el
 
 ## What pooling costs
 
-Accuracy of the first answer token when the visual tokens are average-pooled (rows×columns) after layers
+The same accuracy when the visual tokens are average-pooled (rows×columns) after layers
 {sites}, nothing retrained, on the same samples:
 
 | route | {kinds} |
@@ -73,8 +74,8 @@ def write_card(
         folder: The checkpoint folder.
     """
     held_out = list(samples("heldout", PER_KIND * len(KINDS), seed=1))
-    accuracy = greedy_accuracy(model, processor, held_out)
-    pooled = {route: pooled_accuracy(model, processor, held_out, route) for route in ROUTES}
+    whole = accuracy(model, processor, held_out)
+    pooled = {route: accuracy(model, processor, held_out, route) for route in ROUTES}
     last = {str(record["stage"]): record["step"] for record in records}
     thinned = [*records[:: max(1, len(records) // _LOG_LINES)], records[-1]]
     card = _CARD.format(
@@ -85,7 +86,7 @@ def write_card(
         seconds=records[-1]["seconds"],
         steps=" and ".join(f"{step} {stage} steps" for stage, step in last.items()),
         count=PER_KIND,
-        accuracy="\n".join(f"| {kind} | {GRAINS[kind]} | {accuracy[kind]:.3f} |" for kind in KINDS),
+        accuracy="\n".join(f"| {kind} | {GRAINS[kind]} | {whole[kind]:.3f} |" for kind in KINDS),
         sites=", ".join(map(str, SITES)),
         kinds=" | ".join(KINDS),
         dashes="---|" * len(KINDS),
@@ -95,6 +96,6 @@ def write_card(
     (folder / "README.md").write_text(card)
 
 
-def _row(route: tuple[Rate, Rate, Rate], accuracy: dict[str, float]) -> str:
+def _row(route: tuple[Rate, Rate, Rate], found: dict[str, float]) -> str:
     name = ", ".join(f"{rows}×{columns}" for rows, columns in route)
-    return f"| {name} | " + " | ".join(f"{accuracy[kind]:.3f}" for kind in KINDS) + " |"
+    return f"| {name} | " + " | ".join(f"{found[kind]:.3f}" for kind in KINDS) + " |"

@@ -1,116 +1,58 @@
 """What the teacher's model card says: held-out accuracy per kind, whole and under fixed pooling."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
-import torch
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from dpn_cli.demo.assembly import prompt
-from dpn_cli.demo.pictures import GRID, KINDS, Sample
+from dpn_cli.calibration.data import Sample as Asked
+from dpn_cli.calibration.data import Turn
+from dpn_cli.demo.pictures import KINDS, Sample
+from dpn_cli.evaluation.contenders.routes import FixedRoute
+from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.metrics import exact_match
+from dpn_cli.modeling.configuration import DpnLlavaConfig
+from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate, Site
 
 SITES = (1, 4, 7)
 """The layers at a quarter, a half and three quarters of the depth after which the card pools."""
 
-Rate = tuple[int, int]
+RATES: tuple[Rate, ...] = ((1, 1), (1, 2), (2, 2))
+WHOLE: tuple[Rate, Rate, Rate] = ((1, 1), (1, 1), (1, 1))
+PYRAMID = PyramidConfig(tuple(Site(layer, RATES) for layer in SITES), min_visual_tokens=1, static_route=(0, 0, 0))
 
 
-@torch.no_grad()
-def greedy_accuracy(
+def accuracy(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     samples: Sequence[Sample],
-    batch: int = 64,
+    route: Sequence[Rate] = WHOLE,
+    batch_size: int = 64,
 ) -> dict[str, float]:
-    """Measure per kind how often greedy decoding gives exactly the answer.
-
-    Args:
-        model: The teacher.
-        processor: Its processor.
-        samples: Pictures with one question each.
-        batch: Samples per call of ``generate``.
-
-    Returns:
-        Accuracy by kind, as a fraction.
-    """
-    right = []
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        inputs = processor(
-            images=[sample.image for sample in part],
-            text=[prompt(sample.question) for sample in part],
-            padding=True,
-            return_tensors="pt",
-        ).to(model.dtype)
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [text.strip() == sample.answer for text, sample in zip(texts, part, strict=True)]
-    return _by_kind(samples, right)
-
-
-@torch.no_grad()
-def pooled_accuracy(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    samples: Sequence[Sample],
-    route: Sequence[Rate],
-) -> dict[str, float]:
-    """Measure per kind how often the first answer token is right under a fixed route.
+    """Measure per kind how often greedy decoding gives the answer.
 
     Args:
         model: The teacher.
         processor: Its processor.
         samples: Pictures with one question each.
         route: Average pooling (rows, columns) of the visual tokens after each layer of ``SITES``.
+        batch_size: Samples per forward pass.
 
     Returns:
         Accuracy by kind, as a fraction.
     """
-    texts = [prompt(sample.question) for sample in samples]
-    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
-    order = sorted(range(len(samples)), key=lambda i: lengths[i])
-    right = [False] * len(samples)
-    for _, group in groupby(order, key=lambda i: lengths[i]):
-        indices = list(group)
-        inputs = processor(
-            images=[samples[i].image for i in indices], text=[texts[i] for i in indices], return_tensors="pt"
-        ).to(model.dtype)
-        predicted = _pooled_logits(model, inputs["input_ids"], inputs["pixel_values"], route).argmax(-1)
-        for i, token in zip(indices, predicted, strict=True):
-            right[i] = processor.decode(token).strip() == samples[i].answer
-    return _by_kind(samples, right)
+    asked = [Asked(s.id, (s.image,), (Turn(s.question, s.answer, images=1),), s.kind) for s in samples]
+    contender = FixedRoute(PYRAMID, tuple(RATES.index(rate) for rate in route))
+    panel = Panel(_pyramid_of(model), processor, batch_size, answer_tokens=4)
+    answers = panel.ask(contender, asked, lambda done: None)
+    scores = [(s.kind, exact_match(answer, s.answer)) for s, answer in zip(samples, answers, strict=True)]
+    by_kind = {kind: [score for other, score in scores if other == kind] for kind in KINDS}
+    return {kind: sum(found) / len(found) for kind, found in by_kind.items() if found}
 
 
-def _pooled_logits(
-    model: LlavaForConditionalGeneration, input_ids: Tensor, pixels: Tensor, route: Sequence[Rate]
-) -> Tensor:
-    language, image = model.model.language_model, input_ids[0] == model.config.image_token_id
-    images = model.model.get_image_features(pixels).pooler_output
-    hidden = language.embed_tokens(input_ids)
-    hidden[:, image] = torch.stack(list(images)).to(hidden)
-    positions = torch.arange(hidden.shape[1], dtype=hidden.dtype)
-    start, shape = int(image.nonzero()[0]), (GRID, GRID)
-    for index, layer in enumerate(language.layers):
-        rotary = language.rotary_emb(hidden, positions[None])
-        hidden = layer(hidden, attention_mask=None, position_ids=positions[None], position_embeddings=rotary)
-        if index in SITES:
-            rate = route[SITES.index(index)]
-            end = start + shape[0] * shape[1]
-            visual = _pool(hidden[:, start:end].transpose(1, 2).unflatten(2, shape), rate)
-            places = _pool(positions[start:end].view(1, 1, *shape), rate)
-            shape = (visual.shape[2], visual.shape[3])
-            hidden = torch.cat([hidden[:, :start], visual.flatten(2).transpose(1, 2), hidden[:, end:]], dim=1)
-            positions = torch.cat([positions[:start], places.flatten(), positions[end:]])
-    logits: Tensor = model.lm_head(language.norm(hidden[:, -1]))
-    return logits
-
-
-def _pool(grid: Tensor, rate: Rate) -> Tensor:
-    return avg_pool2d(grid, rate, ceil_mode=True, count_include_pad=False)
-
-
-def _by_kind(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
-    counts = {kind: [r for s, r in zip(samples, right, strict=True) if s.kind == kind] for kind in KINDS}
-    return {kind: sum(hits) / len(hits) for kind, hits in counts.items() if hits}
+def _pyramid_of(model: LlavaForConditionalGeneration) -> DpnLlavaForConditionalGeneration:
+    """Return a pyramid with a teacher's weights."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    pyramid = DpnLlavaForConditionalGeneration(DpnLlavaConfig(**settings, pyramid=PYRAMID.to_dict()))
+    pyramid.load_state_dict(model.state_dict())
+    return pyramid.to(model.dtype).eval()

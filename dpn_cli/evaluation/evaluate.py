@@ -125,7 +125,7 @@ def evaluate(
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
     with progress("asking the teacher", len(samples)) as advance:
-        teacher = panel.ask_teacher(samples, advance)
+        teacher = panel.ask(Original(), samples, advance)
     questions = tuple(
         Question(sample.kind or "all", sample.turns[sample.asked].answer, answer)
         for sample, answer in zip(samples, teacher, strict=True)

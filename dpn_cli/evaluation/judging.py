@@ -77,15 +77,17 @@ class Panel:
             found.append(Prompt((grid,) * images, tokens - images + images * class_tokens))
         return found
 
-    def ask_teacher(self, samples: Sequence[Sample], advance: Advance) -> list[str]:
-        """Return the teacher's greedy answer to what every sample asks."""
+    def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:
+        """Return a contender's greedy answer to what every sample asks."""
         answers: list[str] = []
+        name = f"answers-{_name(contender)}"
         for number, batch in enumerate(self._batches(samples)):
-            found = self._load("teacher", number)
+            found = self._load(name, number)
             if found is None:
-                with self.model.teacher():
-                    found = self._answers(batch)
-                self._keep("teacher", number, found)
+                inputs = prompts(batch, self.processor, self.model.device)
+                with contender.applied(self.model):
+                    found = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
+                self._keep(name, number, found)
             answers += found
             advance(len(batch))
         return answers
@@ -105,7 +107,7 @@ class Panel:
             UsageError: if a contender cannot handle this model.
         """
         outcomes: list[list[Outcome]] = [[] for _ in contenders]
-        names = [hashlib.sha256(repr(contender).encode()).hexdigest()[:16] for contender in contenders]
+        names = [_name(contender) for contender in contenders]
         for number, batch in enumerate(self._batches(list(zip(samples, teacher, strict=True)))):
             found = [self._load(name, number) for name in names]
             missing = [i for i, results in enumerate(found) if results is None]
@@ -158,10 +160,6 @@ class Panel:
         )
         return [Outcome(*values) for values in zip(*columns, strict=True)]
 
-    def _answers(self, samples: Sequence[Sample]) -> list[str]:
-        inputs = prompts(samples, self.processor, self.model.device)
-        return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-
     def _batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
 
@@ -171,3 +169,8 @@ class Panel:
     def _keep(self, name: str, number: int, results: list[Any]) -> None:
         if self.kept:
             self.kept.keep(f"{name}-{number:06d}", results)
+
+
+def _name(contender: Contender) -> str:
+    """Return a name for a contender's results that changes with any of its settings."""
+    return f"{contender.name}-{hashlib.sha256(repr(contender).encode()).hexdigest()[:16]}"

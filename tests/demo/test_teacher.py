@@ -6,7 +6,7 @@ from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGen
 
 from dpn_cli.demo import teacher_path
 from dpn_cli.demo.assembly import prompt
-from dpn_cli.demo.evaluate import greedy_accuracy, pooled_accuracy
+from dpn_cli.demo.evaluate import accuracy
 from dpn_cli.demo.packing import Packer
 from dpn_cli.demo.pictures import GRAINS, KINDS, Sample, answers, samples
 from dpn_cli.demo.train_vision import pixel_batch, scenes
@@ -96,15 +96,15 @@ def test_packed_rows_spell_the_prompt(processor: LlavaProcessor) -> None:
 def test_accuracy_of_every_kind(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, held_out: list[Sample]
 ) -> None:
-    accuracy = greedy_accuracy(model, processor, held_out)
-    assert set(accuracy) == set(KINDS) and min(accuracy.values()) >= 0.95, accuracy
+    found = accuracy(model, processor, held_out)
+    assert set(found) == set(KINDS) and min(found.values()) >= 0.95, found
 
 
 def test_strong_pooling_costs_fine_questions(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, held_out: list[Sample]
 ) -> None:
     few = held_out[: 20 * len(KINDS)]
-    whole = pooled_accuracy(model, processor, few, ((1, 1), (1, 1), (1, 1)))
-    pooled = pooled_accuracy(model, processor, few, ((2, 2), (1, 2), (1, 1)))
+    whole = accuracy(model, processor, few)
+    pooled = accuracy(model, processor, few, ((2, 2), (1, 2), (1, 1)))
     loss = {kind: whole[kind] - pooled[kind] for kind in KINDS}
     assert max(loss[kind] for kind in KINDS if GRAINS[kind] == "fine") >= 0.1, loss

@@ -147,6 +147,17 @@ def test_fit_says_what_is_out_of_reach(make_pair: Any) -> None:
         FastV().fit(model.model.language_model.shape, [Prompt(((12, 12),), 9)], 0.1)
 
 
+def test_fastv_is_tried_with_every_depth_that_can_spend_so_little(make_pair: Any) -> None:
+    _, model = make_pair()
+    shape, prompts = model.model.language_model.shape, [Prompt(((12, 12),), 9)]
+    depths = {
+        budget: [each.first_layers for each in FastV().candidates(shape, prompts, budget)] for budget in (0.8, 0.5)
+    }
+    assert depths == {0.8: [2, 3, 5], 0.5: [2, 3]}
+    with pytest.raises(ValueError, match=r"fastv cannot spend less than 0\.283"):
+        FastV().candidates(shape, prompts, 0.2)
+
+
 def test_fit_on_the_original_shape_matches_fastv_at_half(tiny_llava_factory: Callable[..., Path]) -> None:
     """FastV's headline: K = 2 and half of the tokens is about 55% of LLaVA-1.5-7B's FLOPs."""
     from dpn_cli.cost import DecoderShape

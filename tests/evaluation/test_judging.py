@@ -42,7 +42,7 @@ def panel(folder: Path, batch_size: int = 2, kept: KeptResults | None = None) ->
 
 
 def judge(asked: Panel, contenders: Any, samples: list[Sample]) -> list[list[Outcome]]:
-    teacher = asked.ask_teacher(samples, lambda done: None)
+    teacher = asked.ask(Original(), samples, lambda done: None)
     return asked.judge(contenders, samples, teacher, lambda done: None)
 
 
@@ -75,7 +75,7 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
     asked = panel(folder)
     [outcomes] = judge(asked, [Original()], questions())
     assert [(o.distortion, o.agreement, o.fraction) for o in outcomes] == [(0.0, 1.0, 1.0)] * 5
-    assert [o.answer for o in outcomes] == asked.ask_teacher(questions(), lambda done: None)
+    assert [o.answer for o in outcomes] == asked.ask(Original(), questions(), lambda done: None)
 
 
 def test_batches_do_not_matter(folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     first = panel(folder, kept=kept)
-    teacher = first.ask_teacher(samples, lambda done: None)
+    teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
         first.judge(contenders, samples, teacher, interrupt)
     files = sorted(kept.folder.iterdir())

@@ -1,13 +1,19 @@
 """FastV: after an early layer, keep the visual tokens that the last token attended to."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.attention import instruction_attention
+from dpn_cli.evaluation.contenders.contender import Fixed, Prompt
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.pyramid_text import PyramidState
+
+PAPER_K = (2, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,19 @@ class FastV(Dropping):
 
     name: ClassVar[str] = "fastv"
     first_layers: int = 2
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.name} K={self.first_layers}"
+
+    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> list[Fixed]:
+        """Return it with every K of the paper's table 1 that can spend so little."""
+        found: list[Fixed] = []
+        for first_layers in PAPER_K:
+            with suppress(ValueError):
+                found.append(replace(self, first_layers=first_layers).fit(shape, prompts, budget))
+        return found or [replace(self, first_layers=PAPER_K[0]).fit(shape, prompts, budget)]
 
     @property
     def after_layers(self) -> tuple[int, ...]:
