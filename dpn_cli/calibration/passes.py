@@ -50,7 +50,7 @@ def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -
     return text_model.start(embeds, mask, positions, coords, _instruction(batch["labels"]))
 
 
-def answer_log_probs(model: DpnLlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_log_probs(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probabilities [A, V] of a batch's answer tokens, by the model as it is set, in float32."""
     row, column = answer_positions(batch["labels"])
     kept, index = column.unique(return_inverse=True)

@@ -120,7 +120,7 @@ def evaluate(
 
     Raises:
         DataError: without samples.
-        UsageError: if a contender cannot handle this model, or the pyramid none of the budgets.
+        UsageError: if the pyramid can spend none of the budgets.
     """
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
@@ -187,7 +187,10 @@ def _rivals(
         for name in names:
             try:
                 fitted = make_contender(name, panel.model.pyramid).candidates(shape, sizes, fraction)
-            except ValueError as error:
+                for contender in fitted:
+                    with contender.applied(panel.model):  # says whether this model is of a kind that it can handle
+                        pass
+            except (ValueError, UsageError) as error:
                 out_of_reach.append(f"{name} at {fraction:.3g}: {error}")
             else:
                 entries += [(budget, contender) for contender in fitted]

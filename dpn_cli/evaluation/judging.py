@@ -16,7 +16,7 @@ from dpn_cli.calibration.encoding import chat_prompt, collate, encode, prompts
 from dpn_cli.calibration.passes import answer_log_probs, answer_positions, divergence, mean_by_row
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 Advance = Callable[[int], None]
 
@@ -60,21 +60,19 @@ class Panel:
         kept: results of an earlier run, and where new ones go; None to keep nothing.
     """
 
-    model: DpnLlavaForConditionalGeneration
+    model: PyramidGenerationMixin
     processor: Any
     batch_size: int
     answer_tokens: int
     kept: KeptResults | None = None
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
-        """Return what the prefill of every sample's prompt depends on."""
-        grid = self.model.model.image_grid()
-        class_tokens = int(self.model.config.vision_feature_select_strategy == "full")
+        """Return what the prefill of every sample's prompt depends on, without opening its images."""
         found = []
         for sample in samples:
             tokens = len(self.processor.tokenizer(chat_prompt(self.processor, sample, sample.asked))["input_ids"])
             images = len(sample.images_until(sample.asked))
-            found.append(Prompt((grid,) * images, tokens - images + images * class_tokens))
+            found.append(Prompt(tuple(self.model.model.image_grids(images)), tokens - images))
         return found
 
     def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:

@@ -11,9 +11,9 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.loading import default_device, load_model
 from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 def evaluate_folder(
@@ -82,7 +82,7 @@ def evaluate_folder(
     return result
 
 
-def _caveats(model: DpnLlavaForConditionalGeneration, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:
+def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:
     """Say what a reader of the figures should know."""
     if dataset.digest == pyramid.calibration.get("data_digest"):
         yield "Note: the routers were calibrated on these very samples; figures on others may be worse."

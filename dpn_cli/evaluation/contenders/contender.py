@@ -16,9 +16,9 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Grid, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 TOLERANCE = 0.01  # of a FLOPs fraction: a contender that spends more at the least is above a budget
 
@@ -69,7 +69,7 @@ class Contender(ABC):
         return [self.fit(shape, prompts, budget)]
 
     @abstractmethod
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> AbstractContextManager[None]:
+    def applied(self, model: PyramidGenerationMixin) -> AbstractContextManager[None]:
         """Let a model run this way for the duration, `generate` included.
 
         Raises:
@@ -77,14 +77,14 @@ class Contender(ABC):
         """
 
     @abstractmethod
-    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer in the last prefill, whose batch the prompts were."""
 
-    def routes(self, model: DpnLlavaForConditionalGeneration) -> list[Route] | None:
+    def routes(self, model: PyramidGenerationMixin) -> list[Route] | None:
         """Return the routes of the last prefill, or None if this contender has none."""
         return None
 
-    def fractions(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[float]:
+    def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
         """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""
         shape = model.model.language_model.shape
         return [
@@ -104,7 +104,7 @@ class Fixed(Contender):
     def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> "Sequence[Fixed]":
         """Return this contender in all its settings, by rising cost."""
 
-    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer for every prompt."""
         shape = model.model.language_model.shape
         return [self.layer_tokens(shape, prompt) for prompt in prompts]
@@ -137,7 +137,7 @@ def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range
 
 @contextmanager
 def taken_over(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     after_layers: Sequence[int],
     reduce: Callable[[PyramidState, int], PyramidState],
 ) -> Iterator[None]:

@@ -20,9 +20,9 @@ from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over
 from dpn_cli.evaluation.contenders.dropping import keep_tokens
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import Grid
 from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Coarser(Fixed):
         return self.name if self.size is None else f"{self.name} {self.size[0]}×{self.size[1]}"
 
     @abstractmethod
-    def hook(self, model: DpnLlavaForConditionalGeneration, size: Grid) -> RemovableHandle:
+    def hook(self, model: PyramidGenerationMixin, size: Grid) -> RemovableHandle:
         """Let the model make a coarse grid of an image."""
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
@@ -63,7 +63,7 @@ class Coarser(Fixed):
         return [replace(self, size=size) for size in sorted(sizes, key=lambda size: size[0] * size[1])]
 
     @contextmanager
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Let a model see coarser images for the duration.
 
         Raises:
@@ -92,7 +92,7 @@ class ImageDownsampling(Coarser):
 
     name: ClassVar[str] = "downsample"
 
-    def hook(self, model: DpnLlavaForConditionalGeneration, size: Grid) -> RemovableHandle:
+    def hook(self, model: PyramidGenerationMixin, size: Grid) -> RemovableHandle:
         """Resize what goes into the vision tower."""
         patch = model.config.vision_config.patch_size
 
@@ -113,24 +113,22 @@ class FeaturePooling(Coarser):
 
     name: ClassVar[str] = "prepool"
 
-    def hook(self, model: DpnLlavaForConditionalGeneration, size: Grid) -> RemovableHandle:
+    def hook(self, model: PyramidGenerationMixin, size: Grid) -> RemovableHandle:
         """Pool what goes into the projector."""
         grid = model.model.image_grid()
 
         def pool(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            extra, features = args[0].split([args[0].shape[1] - grid[0] * grid[1], grid[0] * grid[1]], dim=1)
-            pooled = F.adaptive_avg_pool2d(features.transpose(1, 2).unflatten(2, grid), size)
-            return (torch.cat([extra, pooled.flatten(2).transpose(1, 2)], dim=1),)
+            pooled = F.adaptive_avg_pool2d(args[0].transpose(1, 2).unflatten(2, grid), size)
+            return (pooled.flatten(2).transpose(1, 2),)
 
         return model.model.multi_modal_projector.register_forward_pre_hook(pool)
 
 
-def _pad_features(model: DpnLlavaForConditionalGeneration, grid: Grid) -> RemovableHandle:
+def _pad_features(model: PyramidGenerationMixin, grid: Grid) -> RemovableHandle:
     """Give every image as many features as the prompt has places for, the surplus zero."""
-    places = grid[0] * grid[1] + (model.config.vision_feature_select_strategy == "full")
 
     def pad(_: Any, args: Any, features: torch.Tensor) -> torch.Tensor:
-        return F.pad(features, (0, 0, 0, places - features.shape[1]))
+        return F.pad(features, (0, 0, 0, grid[0] * grid[1] - features.shape[1]))
 
     return model.model.multi_modal_projector.register_forward_hook(pad)
 

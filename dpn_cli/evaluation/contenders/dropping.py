@@ -16,8 +16,8 @@ import torch
 
 from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, segments_between, taken_over
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Dropping(Fixed):
         most = max(prompt.visual_tokens for prompt in prompts)
         return [replace(self, keep=count / most) for count in range(1, most + 1)]
 
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> AbstractContextManager[None]:
+    def applied(self, model: PyramidGenerationMixin) -> AbstractContextManager[None]:
         """Let a model drop tokens for the duration."""
         return taken_over(model, self.after_layers, partial(self.reduce, model.model.language_model))
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape, flops_fraction, tokens_per_layer
 from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 ROUTES_WITHIN = 0.02  # of the FLOPs fraction of the cheapest route that spends a budget
 
@@ -32,7 +32,7 @@ class Original(Fixed):
         return self
 
     @contextmanager
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Switch the pyramid and its adapter off for the duration."""
         with model.teacher():
             yield
@@ -80,7 +80,7 @@ class FixedRoute(Fixed):
         return [route for route, cost in zip(routes, costs, strict=True) if least <= cost <= least + ROUTES_WITHIN]
 
     @contextmanager
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Force the route for the duration."""
         text_model: Any = model.model.language_model
         before = text_model.forced_routes
@@ -108,7 +108,7 @@ class Routed(Contender):
         return Routed(budget)
 
     @contextmanager
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Set the budget for the duration.
 
         Raises:
@@ -123,7 +123,7 @@ class Routed(Contender):
         finally:
             text_model.trade_off = before
 
-    def visual_tokens(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer along the routes of the last prefill."""
         shape = model.model.language_model.shape
         return [
@@ -131,7 +131,7 @@ class Routed(Contender):
             for route, prompt in zip(model.last_routes, prompts, strict=True)
         ]
 
-    def fractions(self, model: DpnLlavaForConditionalGeneration, prompts: Sequence[Prompt]) -> list[float]:
+    def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
         """Return the FLOPs fractions, routers included."""
         shape = model.model.language_model.shape
         return [
@@ -139,6 +139,6 @@ class Routed(Contender):
             for route, prompt in zip(model.last_routes, prompts, strict=True)
         ]
 
-    def routes(self, model: DpnLlavaForConditionalGeneration) -> list[Route]:
+    def routes(self, model: PyramidGenerationMixin) -> list[Route]:
         """Return the routes of the last prefill."""
         return model.last_routes

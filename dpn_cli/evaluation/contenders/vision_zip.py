@@ -14,8 +14,8 @@ from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders.contender import Prompt, taken_over
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 CONTEXTUAL_SHARE = 10 / 64  # of the kept patches, as in the authors' settings
 
@@ -56,7 +56,7 @@ class VisionZip(Dropping):
         raise NotImplementedError
 
     @contextmanager
-    def applied(self, model: DpnLlavaForConditionalGeneration) -> Iterator[None]:
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Watch the tower, merge before the projector, and drop before the first layer, for the duration.
 
         Raises:
@@ -87,10 +87,8 @@ class VisionZip(Dropping):
         if contextual == 0:
             return features
         seen.kept = seen.kept.scatter(1, targets, 1.0)
-        patches = features[:, -seen.attention.shape[1] :]
-        means = _means(patches, seen.keys, targets, merged)
-        patches = patches.scatter(1, targets[..., None].expand(-1, -1, patches.shape[-1]), means)
-        return torch.cat([features[:, : -patches.shape[1]], patches], dim=1)
+        means = _means(features, seen.keys, targets, merged)
+        return features.scatter(1, targets[..., None].expand(-1, -1, features.shape[-1]), means)
 
     def _drop(self, state: PyramidState, seen: _Seen) -> PyramidState:
         """Leave the kept patches, which are equally many of every image."""
@@ -102,7 +100,7 @@ class VisionZip(Dropping):
         return keep_best(state, scores, counts)
 
 
-def _selected_attention(model: DpnLlavaForConditionalGeneration) -> torch.nn.Module:
+def _selected_attention(model: PyramidGenerationMixin) -> torch.nn.Module:
     """Return the attention of the layer whose output the projector takes; of several, the last."""
     layers = model.model.vision_tower.encoder.layers
     chosen = model.config.vision_feature_layer
