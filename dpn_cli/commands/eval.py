@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     "--metric", type=Choice(["exact", "choice", "anls"]), default="exact", show_default=True,
     help="How answers are scored by labels: normalised exact match (VQA), letter of the option, or edit distance.",
 )  # fmt: skip
+@click.option("--by", "kind_field", default="kind", show_default=True, help="The data's field to group figures by.")
 @click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all, of the demo 512.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per answer.")
@@ -44,6 +45,7 @@ def command(
     budgets: tuple[float, ...],
     against: str,
     metric: str,
+    kind_field: str,
     samples: int | None,
     seed: int,
     max_new_tokens: int,
@@ -62,8 +64,8 @@ def command(
     try:
         result = evaluate_folder(
             folder, data, image_root, on_bad_row, max_bad,
-            budgets=budgets, against=names, metric=metric, samples=samples, seed=seed, answer_tokens=max_new_tokens,
-            batch_size=batch_size, progress=console.progress, say=console.note,
+            budgets=budgets, against=names, metric=metric, kind_field=kind_field, samples=samples, seed=seed,
+            answer_tokens=max_new_tokens, batch_size=batch_size, progress=console.progress, say=console.note,
         )  # fmt: skip
     except KeyboardInterrupt:
         console.note("What was found is kept: the same command line goes on from there.")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from dpn_cli.calibration.data import Dataset, OnBadRow, load_data
+from dpn_cli.calibration.data import KIND_FIELD, Dataset, OnBadRow, load_data
 from dpn_cli.calibration.encoding import token_limit
 from dpn_cli.calibration.fingerprint import weights_digest
 from dpn_cli.checkpoint.layout import open_converted
@@ -32,6 +32,7 @@ def evaluate_folder(
     batch_size: int,
     progress: Progress,
     say: Callable[[str], None],
+    kind_field: str = KIND_FIELD,
 ) -> Evaluation:
     """Evaluate a converted or exported checkpoint; nothing is written into it.
 
@@ -52,6 +53,7 @@ def evaluate_folder(
         batch_size: samples per forward pass.
         progress: see `evaluate`.
         say: told what goes on, a sentence at a time.
+        kind_field: of the data, groups the figures.
     """
     from transformers import AutoProcessor
 
@@ -60,7 +62,7 @@ def evaluate_folder(
     max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
     dataset = load_data(
         data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-        check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
+        kind_field=kind_field, check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
     )  # fmt: skip
     for line in dataset.scan.lines():
         say(line)

@@ -26,7 +26,7 @@ def data(make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
     for i in range(8):
         Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         chat = [{"from": "human", "value": "<image>\nwhat is this ?"}, {"from": "gpt", "value": "red circle"}]
-        rows.append({"id": i, "image": f"{i}.png", "conversations": chat})
+        rows.append({"id": i, "image": f"{i}.png", "conversations": chat, "level": i % 3})
     (folder / "data.json").write_text(json.dumps(rows))
     return folder
 
@@ -67,6 +67,14 @@ def test_the_table_names_what_is_out_of_reach(data: Path, capsys: pytest.Capture
     assert fastv.split()[0] == "0.7"
     assert "Left out: dpn at 0.2: budget 0.2 is out of reach: this pyramid's cheapest is 0.600" in captured.err
     assert "Left out: fastv at 0.2: fastv cannot spend less than 0.2" in captured.err
+
+
+def test_figures_are_grouped_by_a_field_of_the_data(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--json", "--by", "level") == 0
+    for standing in json.loads(capsys.readouterr().out)["standings"]:
+        assert {kind: figures["count"] for kind, figures in standing["kinds"].items()} == {"0": 3, "1": 3, "2": 2}
+    assert evaluate("--by", "level") == 0
+    assert "dpn, by kind of question" in capsys.readouterr().out
 
 
 def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import CAPTION_KEYS, CHAT_KEYS, is_readable, mapping, read_row
+from dpn_cli.calibration.data.rows import CAPTION_KEYS, CHAT_KEYS, KIND_FIELD, is_readable, mapping, read_row
 from dpn_cli.calibration.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError, MissingExtraError
 
@@ -35,7 +35,7 @@ def table_files(folder: Path) -> list[Path]:
 class Table:
     """The rows of a data set, images undecoded."""
 
-    def __init__(self, name: str, image_root: Path, prompts: Sequence[str]) -> None:
+    def __init__(self, name: str, image_root: Path, prompts: Sequence[str], kind_field: str = KIND_FIELD) -> None:
         """Open a data set.
 
         Args:
@@ -43,6 +43,7 @@ class Table:
                 owner/name[:configuration[:split]]; without a split, `train` or else the first one.
             image_root: where the paths of images that are not in the table start.
             prompts: questions for captions and for images alone, in turn.
+            kind_field: holds a row's group.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
@@ -52,6 +53,7 @@ class Table:
         self.name = name
         self.image_root = image_root
         self.prompts = prompts
+        self.kind_field = kind_field
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
         columns = dataset.column_names
         if not is_readable(columns):
@@ -84,7 +86,14 @@ class Table:
             return StoredImage(f"image {place + 1} of row {self.number(index)}", lambda: self._image(index, place))
 
         row = self.rows[index].to_pylist()[0]
-        return read_row(row, self.number(index), open_image, self.prompts, without_text=self.images_alone)
+        return read_row(
+            row,
+            self.number(index),
+            open_image,
+            self.prompts,
+            without_text=self.images_alone,
+            kind_field=self.kind_field,
+        )
 
     def _image(self, index: int, place: int) -> bytes:
         """Fetch the encoded bytes of one image; samples do not hold on to them."""

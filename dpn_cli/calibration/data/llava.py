@@ -9,7 +9,7 @@ from typing import Any
 
 from dpn_cli.calibration.data.faults import RowError
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import mapping, read_row
+from dpn_cli.calibration.data.rows import KIND_FIELD, mapping, read_row
 from dpn_cli.calibration.data.samples import Sample
 from dpn_cli.errors import DataError
 
@@ -33,7 +33,7 @@ def holds_rows(path: Path) -> bool:
 class LlavaFile:
     """The rows of a .json or .jsonl file, kept as text and decoded one at a time."""
 
-    def __init__(self, path: Path, image_root: Path, prompts: Sequence[str]) -> None:
+    def __init__(self, path: Path, image_root: Path, prompts: Sequence[str], kind_field: str = KIND_FIELD) -> None:
         """Read the file and find where its rows are.
 
         Raises:
@@ -42,6 +42,7 @@ class LlavaFile:
         self.name = str(path)
         self.image_root = image_root
         self.prompts = prompts
+        self.kind_field = kind_field
         try:
             self.text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -70,7 +71,8 @@ class LlavaFile:
 
     def sample(self, index: int) -> Sample:
         """Read one row."""
-        return read_row(self._row(index), self.number(index), partial(image_path, self.image_root), self.prompts)
+        open_image = partial(image_path, self.image_root)
+        return read_row(self._row(index), self.number(index), open_image, self.prompts, kind_field=self.kind_field)
 
     def _row(self, index: int) -> Any:
         _, start, end = self.spans[index]

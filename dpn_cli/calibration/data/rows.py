@@ -12,6 +12,7 @@ IMAGE_KEYS = ("images", "image", "file_name")
 CHAT_KEYS = ("conversations", "messages")
 ANSWER_KEYS = ("answer", "answers", "multiple_choice_answer")
 CAPTION_KEYS = ("caption", "captions", "text")
+KIND_FIELD = "kind"
 PLACEHOLDER = "<image>"
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -42,7 +43,13 @@ def is_readable(keys: Iterable[str]) -> bool:
 
 
 def read_row(
-    row: Any, number: int, open_image: OpenImage, prompts: Sequence[str], *, without_text: bool = False
+    row: Any,
+    number: int,
+    open_image: OpenImage,
+    prompts: Sequence[str],
+    *,
+    without_text: bool = False,
+    kind_field: str = KIND_FIELD,
 ) -> Sample:
     """Read a row of a table.
 
@@ -53,6 +60,7 @@ def read_row(
         open_image: called for every image.
         prompts: questions for captions and for images alone, in turn.
         without_text: whether a row may be an image alone.
+        kind_field: holds the sample's group, a text, a number or a truth value.
 
     Raises:
         RowError: if it makes no sample.
@@ -68,12 +76,12 @@ def read_row(
         images = images or [open_image(image) for image in inline]
     else:
         system, turns = "", [_single_turn(row, prompts[(number - 1) % len(prompts)], without_text)]
-    kind = row.get("kind")
+    kind = row.get(kind_field)
     return Sample(
         _identity(row.get("id"), number),
         tuple(images),
         tuple(_place(turns, len(images))),
-        kind if isinstance(kind, str) else None,
+        str(kind) if isinstance(kind, str | int) else None,
         system,
     )
 
