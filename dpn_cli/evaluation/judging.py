@@ -77,18 +77,14 @@ class Panel:
 
     def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:
         """Return a contender's greedy answer to what every sample asks."""
-        answers: list[str] = []
-        name = f"answers-{_name(contender)}"
-        for number, batch in enumerate(self._batches(samples)):
-            found = self._load(name, number)
-            if found is None:
-                inputs = prompts(batch, self.processor, self.model.device)
-                with contender.applied(self.model):
-                    found = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-                self._keep(name, number, found)
-            answers += found
-            advance(len(batch))
-        return answers
+
+        def ask_batch(batch: Sequence[Sample]) -> list[str]:
+            inputs = prompts(batch, self.processor, self.model.device)
+            with contender.applied(self.model):
+                return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
+
+        batches = self._each_batch(f"answers of {contender}", samples, ask_batch, advance)
+        return [answer for answers in batches for answer in answers]
 
     def judge(
         self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
@@ -104,26 +100,19 @@ class Panel:
         Raises:
             UsageError: if a contender cannot handle this model.
         """
-        outcomes: list[list[Outcome]] = [[] for _ in contenders]
-        names = [_name(contender) for contender in contenders]
-        for number, batch in enumerate(self._batches(list(zip(samples, teacher, strict=True)))):
-            found = [self._load(name, number) for name in names]
-            missing = [i for i, results in enumerate(found) if results is None]
-            if missing:
-                pending = [contenders[i] for i in missing]
-                judged = self._judge_batch(pending, [sample for sample, _ in batch], [answer for _, answer in batch])
-                for i, new in zip(missing, judged, strict=True):
-                    found[i] = new
-                    self._keep(names[i], number, new)
-            for all_results, results in zip(outcomes, found, strict=True):
-                all_results += [Outcome.from_dict(each) for each in results or []]
-            advance(len(batch))
-        return outcomes
+
+        def judge_batch(pairs: Sequence[tuple[Sample, str]]) -> list[list[dict[str, Any]]]:
+            judged = self._judge_batch(contenders, [sample for sample, _ in pairs], [answer for _, answer in pairs])
+            return [[asdict(outcome) for outcome in outcomes] for outcomes in judged]
+
+        pairs = list(zip(samples, teacher, strict=True))
+        batches = self._each_batch(f"outcomes of {list(contenders)}", pairs, judge_batch, advance)
+        return [[Outcome.from_dict(o) for batch in batches for o in batch[i]] for i in range(len(contenders))]
 
     def _judge_batch(
         self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str]
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Yield every contender's outcomes on one batch, as plain data; the teacher runs once for all."""
+    ) -> Iterator[list[Outcome]]:
+        """Yield every contender's outcomes on one batch; the teacher runs once for all."""
         complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
         examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
@@ -135,7 +124,7 @@ class Panel:
             with torch.inference_mode(), contender.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
                 answers = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-            yield [asdict(each) for each in self._outcomes(contender, answers, ours, theirs, batch["labels"], sizes)]
+            yield self._outcomes(contender, answers, ours, theirs, batch["labels"], sizes)
 
     def _outcomes(
         self,
@@ -158,17 +147,19 @@ class Panel:
         )
         return [Outcome(*values) for values in zip(*columns, strict=True)]
 
-    def _batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
-
-    def _load(self, name: str, number: int) -> list[Any] | None:
-        return self.kept.load(f"{name}-{number:06d}") if self.kept else None
-
-    def _keep(self, name: str, number: int, results: list[Any]) -> None:
-        if self.kept:
-            self.kept.keep(f"{name}-{number:06d}", results)
-
-
-def _name(contender: Contender) -> str:
-    """Return a name for a contender's results that changes with any of its settings."""
-    return f"{contender.name}-{hashlib.sha256(repr(contender).encode()).hexdigest()[:16]}"
+    def _each_batch(
+        self, what: str, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]], advance: Advance
+    ) -> list[list[Any]]:
+        """Return what `work` makes of every batch, but for those that an earlier run has done the same to."""
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        done = []
+        for number, start in enumerate(range(0, len(items), self.batch_size)):
+            batch = items[start : start + self.batch_size]
+            results = self.kept.load(f"{name}-{number:06d}") if self.kept else None
+            if results is None:
+                results = work(batch)
+                if self.kept:
+                    self.kept.keep(f"{name}-{number:06d}", results)
+            done.append(results)
+            advance(len(batch))
+        return done

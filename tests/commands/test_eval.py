@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,4 +111,23 @@ def test_an_interrupted_run_goes_on(
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
     assert capsys.readouterr().out == undisturbed
     assert batches == [3, 3, 2, 2, 3, 3, 2], "the first two batches of the pyramid are not judged again"
+    assert not (data / ".dpn" / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--json", "--batch-size", "1", "--against", "random,fastv") == 0
+    undisturbed = capsys.readouterr().out
+    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "dpn_cli", *line, "--json", "--batch-size", "1", "--against", "random,fastv"]
+    for wanted in (3, 11, 17):  # while the teacher, the pyramid and its contenders are asked
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(Path(".dpn", "evaluation").glob("*/*.json"))) < wanted:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == undisturbed
+    assert "asking the teacher: 8/8" in found.stderr
     assert not (data / ".dpn" / "evaluation").exists()
