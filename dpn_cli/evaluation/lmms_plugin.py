@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.model import lmms
-from transformers import AutoProcessor
 
 from dpn_cli.calibration.data import Sample, Turn
 from dpn_cli.calibration.encoding import prompts
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
-from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 
@@ -51,7 +50,7 @@ class DpnLlava(lmms):
         self.batch_size = int(batch_size)
         self.contender = Original() if teacher else Routed(None if budget is None else float(budget))
         self.model = load_model(Path(pretrained), device_map=self.device)
-        self.processor = AutoProcessor.from_pretrained(pretrained, local_files_only=True)
+        self.processor = load_processor(Path(pretrained))
         self.record = None if record is None else Path(record)
         self.fractions: dict[str, list[float]] = {}
 

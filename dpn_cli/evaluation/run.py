@@ -11,7 +11,7 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.modeling.loading import default_device, load_model
+from dpn_cli.modeling.loading import default_device, load_model, load_processor
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -55,10 +55,8 @@ def evaluate_folder(
         say: told what goes on, a sentence at a time.
         kind_field: of the data, groups the figures.
     """
-    from transformers import AutoProcessor
-
     checkpoint, _, pyramid = open_converted(folder)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
     dataset = load_data(
         data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
