@@ -37,10 +37,11 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
     with (folder / tensor.file).open("rb") as file:
         file.seek(tensor.start)
         while left:
-            piece = file.read(min(left, piece_bytes))
-            if not piece:
+            size = min(left, piece_bytes)
+            piece = file.read(size)
+            if len(piece) < size:
                 raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the same line again")
-            left -= len(piece)
+            left -= size
             yield piece
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpn_cli.checkpoint.headers import BITS, TensorInfo, read_header
+from dpn_cli.checkpoint.headers import BITS, read_header
 from dpn_cli.checkpoint.streams import (
     PIECE_BYTES,
     Piece,
@@ -84,13 +84,9 @@ def _piece_bytes(move: Move) -> int:
     if move.lora is not None:
         return move.tensor.nbytes
     if move.scheme == "int8":
-        row = _row_bytes(move.tensor)
+        row = move.tensor.shape[1] * BITS[move.tensor.dtype] // 8
         return max(1, PIECE_BYTES // row) * row
     return PIECE_BYTES
-
-
-def _row_bytes(tensor: TensorInfo) -> int:
-    return tensor.shape[-1] * BITS[tensor.dtype] // 8
 
 
 def _changed(move: Move, piece: Piece) -> "torch.Tensor":
@@ -100,16 +96,17 @@ def _changed(move: Move, piece: Piece) -> "torch.Tensor":
     values = torch.frombuffer(bytearray(piece), dtype=getattr(torch, TORCH_DTYPES[move.tensor.dtype]))
     if move.lora is not None:
         values = move.lora.merged(move.name, values.view(move.tensor.shape)).flatten()
-    values = _cast(values, getattr(torch, TORCH_DTYPES[move.dtype]), move)
-    return _cast(values, torch.float16, move) if move.scheme == "int8" else values
+    values = _cast(values, getattr(torch, TORCH_DTYPES[move.dtype]), move, "as bf16")
+    return _cast(values, torch.float16, move, "with --quantize nf4") if move.scheme == "int8" else values
 
 
-def _cast(values: "torch.Tensor", dtype: "torch.dtype", move: Move) -> "torch.Tensor":
+def _cast(values: "torch.Tensor", dtype: "torch.dtype", move: Move, otherwise: str) -> "torch.Tensor":
     import torch
 
     cast = values.to(dtype)
     if (cast.isinf() & ~values.isinf()).any():
-        how = "with --quantize nf4" if move.scheme else "as bf16"
         limit = torch.finfo(dtype).max
-        raise CheckpointError(f"{move.tensor.name} has values above {limit:g}, the largest of {dtype}: export {how}")
+        raise CheckpointError(
+            f"{move.tensor.name} has values above {limit:g}, the largest of {dtype}: export {otherwise}"
+        )
     return cast
