@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from dpn_cli.checkpoint.lora import without_adapter
 from dpn_cli.errors import UsageError
@@ -22,7 +24,7 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     Raises:
         UsageError: if the budget or the route is not one of this pyramid's.
     """
-    pyramid = replace(pyramid, calibration=without_adapter(pyramid.calibration))
+    pyramid = replace(pyramid, calibration=_for_others(without_adapter(pyramid.calibration)))
     if static is None:
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
@@ -47,6 +49,14 @@ def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
     if len(parts) != len(sites):
         raise UsageError(f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites")
     return tuple(_expert(part, i, site.rates) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
+
+
+def _for_others(calibration: dict[str, Any]) -> dict[str, Any]:
+    """Keep the places of somebody's disk out of a folder that may be published: of a data path, its last name."""
+    data = calibration.get("data")
+    if isinstance(data, str) and Path(data).expanduser().is_absolute():
+        return calibration | {"data": Path(data).name}
+    return calibration
 
 
 def _expert(part: str, site: int, rates: tuple[Rate, ...]) -> int:

@@ -9,9 +9,9 @@ import torch
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.errors import UsageError
 from dpn_cli.export import export
-from dpn_cli.exporting.routes import parse_route
+from dpn_cli.exporting.routes import exported_pyramid, parse_route
 from dpn_cli.modeling.loading import load_model
-from dpn_cli.modeling.pyramid_config import Site
+from dpn_cli.modeling.pyramid_config import PyramidConfig, Site
 from tests.exports import question
 from tests.test_export import in_fresh_process
 
@@ -76,3 +76,12 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     with pytest.raises(UsageError, match="min_visual_tokens"):
         export(folder, tmp_path / "out", static="2x2,2x2,2x2")
     assert read_json(folder / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("data", "exported"),
+    [("/home/me/secret/my.json", "my.json"), ("owner/data", "owner/data"), ("demo", "demo"), (None, None)],
+)
+def test_a_path_of_somebodys_disk_is_not_published(data: str | None, exported: str | None) -> None:
+    pyramid = PyramidConfig(sites=SITES, calibration={"data": data, "agreement": 0.9})
+    assert exported_pyramid(pyramid, (12, 12), None, None).calibration == {"data": exported, "agreement": 0.9}
