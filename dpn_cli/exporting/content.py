@@ -103,9 +103,8 @@ def _changed(move: Move, piece: Piece) -> "torch.Tensor":
 def _cast(values: "torch.Tensor", dtype: "torch.dtype", move: Move, otherwise: str) -> "torch.Tensor":
     import torch
 
-    cast = values.to(dtype)
-    if (cast.isinf() & ~values.isinf()).any():
-        limit = torch.finfo(dtype).max
+    cast, limit = values.to(dtype), torch.finfo(dtype).max
+    if limit < torch.finfo(values.dtype).max and (cast.isinf() & ~values.isinf()).any():
         raise CheckpointError(
             f"{move.tensor.name} has values above {limit:g}, the largest of {dtype}: export {otherwise}"
         )
