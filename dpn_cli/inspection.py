@@ -103,7 +103,7 @@ def inspect_checkpoint(folder: Path, text_tokens: int = 64, images: int = 1) -> 
     checkpoint, layout = open_llava(folder)
     grids = (layout.grid,) * images
     _check_length(layout, grids, text_tokens)
-    pyramid = read_pyramid(checkpoint)
+    pyramid = read_pyramid(checkpoint, layout)
     routes = {"full": pyramid.full_route}
     for expert in range(1, max((len(site.rates) for site in pyramid.sites), default=0)):
         routes[f"{_rate_name(pyramid, expert)} wherever offered"] = _uniform(pyramid, expert, grids)

@@ -1,6 +1,7 @@
 """Is this checkpoint a LLaVA that can become a pyramid, and how are its tensors named? No torch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig
         validate_llava(config, folder)
         raise CheckpointError(f"{folder} has no pyramid yet: run `dpn convert {folder}` first")
     checkpoint, layout = open_llava(folder)
-    return checkpoint, layout, read_pyramid(checkpoint)
+    return checkpoint, layout, read_pyramid(checkpoint, layout)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -147,18 +148,23 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} is a quantised export: start from the folder that it was made from")
 
 
-def read_pyramid(checkpoint: Checkpoint) -> PyramidConfig:
+def read_pyramid(checkpoint: Checkpoint, layout: LlavaLayout) -> PyramidConfig:
     """Return a checkpoint's pyramid; without sites when it is not converted.
 
     Raises:
-        CheckpointError: if config.json holds one that this version does not read.
+        CheckpointError: if config.json holds one that this version does not read, or that does not fit the decoder.
     """
     if "pyramid" not in checkpoint.config:
         return PyramidConfig(sites=())
+    where = checkpoint.path / "config.json"
     try:
-        return PyramidConfig.from_dict(checkpoint.config["pyramid"])
+        pyramid = PyramidConfig.from_dict(checkpoint.config["pyramid"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
+    layers = [-1, *(site.after_layer for site in pyramid.sites), layout.shape.num_layers]
+    if any(later <= earlier for earlier, later in pairwise(layers)):
+        raise CheckpointError(f"{where}: pyramid sites after layers {layers[1:-1]} do not fit {layers[-1]} layers")
+    return pyramid
 
 
 def validate_llava(config: dict[str, Any], where: Path) -> None:

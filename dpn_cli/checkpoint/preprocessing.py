@@ -87,12 +87,14 @@ class Words:
             added = _added_tokens(folder, config, files[0])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"{folder} has a damaged list of added tokens: download it again") from None
-        legacy = config.get("legacy")
+        legacy, max_length = config.get("legacy"), config.get("model_max_length")
+        if not (max_length is None or (type(max_length) in (int, float) and max_length > 0)):
+            raise CheckpointError(f"{path} has an impossible model_max_length: {max_length!r}")
         return cls(
             file=files[0],
             legacy=True if legacy is None else bool(legacy),  # as in transformers 4.31
             added=added,
-            max_length=config.get("model_max_length"),
+            max_length=max_length,
         )
 
     def tokenizer(self, added: list[str]) -> "PreTrainedTokenizerFast":
@@ -211,6 +213,8 @@ def _added_tokens(folder: Path, config: dict[str, Any], vocabulary: Path) -> dic
     added |= {int(i): entry["content"] for i, entry in config.get("added_tokens_decoder", {}).items()}
     if vocabulary.suffix == ".json":
         added |= {entry["id"]: entry["content"] for entry in read_json(vocabulary).get("added_tokens", [])}
+    if not all(isinstance(token, str) for token in added.values()):
+        raise TypeError("a token is no text")
     return {i: token for i, token in added.items() if token not in {"<unk>", "<s>", "</s>"}}
 
 
@@ -229,7 +233,7 @@ def _check_sentencepiece(path: Path) -> None:
 
     try:
         SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise CheckpointError(_unreadable(path)) from None
 
 

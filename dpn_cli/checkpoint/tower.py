@@ -98,4 +98,8 @@ class ClipTower:
         """Return `image_mean` and `image_std`, where they are noted."""
         path = self.folder / "preprocessor_config.json"
         data = read_json(path) if path.is_file() else {}
-        return {key: data[key] for key in ("image_mean", "image_std") if key in data}
+        found: dict[str, Any] = {key: data[key] for key in ("image_mean", "image_std") if key in data}
+        for key, values in found.items():
+            if not isinstance(values, list) or len(values) != 3 or not {type(v) for v in values} <= {int, float}:
+                raise CheckpointError(f"{path} has an impossible {key}: {values!r}, expected three numbers")
+        return found

@@ -128,10 +128,6 @@ class PyramidConfig:
             Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"]))
             for site in data.pop("sites")
         )
-        if any(site.rates[0] != (1, 1) for site in sites):
-            raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
-        if any(min(rate) < 1 for site in sites for rate in site.rates):
-            raise ValueError("the rates of every pyramid site must be positive")
         route = data.pop("static_route", None)
         config = cls(
             sites=sites,
@@ -141,9 +137,23 @@ class PyramidConfig:
             budgets=tuple(Budget(*row) for row in data.pop("budgets", [])),
             **data,
         )
-        for part in (config, config.router, *config.budgets):
-            _check_fields(part)
+        config._check()
         return config
+
+    def _check(self) -> None:
+        """Raise ValueError for what a pyramid cannot be."""
+        for part in (self, self.router, *self.budgets):
+            _check_fields(part)
+        for site in self.sites:
+            if site.rates[:1] != ((1, 1),):
+                raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
+            if any(side < 1 for rate in site.rates for side in rate):
+                raise ValueError(f"a pyramid site has impossible rates: {site.rates}")
+        route, rates = self.static_route, [len(site.rates) for site in self.sites]
+        if route is not None:
+            fits = len(route) == len(rates) and all(0 <= k < n for k, n in zip(route, rates, strict=True))
+            if not fits:
+                raise ValueError(f"the static route {list(route)} does not fit the pyramid's sites")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; the inverse of `from_dict`."""
