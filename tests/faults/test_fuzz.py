@@ -24,6 +24,7 @@ from dpn_cli.inspection import inspect_checkpoint
 from tests.converted import pretend_calibration
 from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
 from tests.faults.mutation import mutated
+from tests.hr import Hr
 from tests.originals import Original
 
 SEED = 4
@@ -37,9 +38,10 @@ FILES = {
     "converted": (CONFIG, INDEX, OTHER_SHARD, "dpe.safetensors"),
     "original": (CONFIG, BIN_INDEX, BIN_SHARD, "tokenizer_config.json", "added_tokens.json", "tokenizer.model"),
     "tower": (CONFIG, "preprocessor_config.json", "pytorch_model.bin"),
+    "hr": (CONFIG, BIN_INDEX, BIN_SHARD),
 }
-CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500}
-QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10}
+CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000}
+QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10, "hr": 20}
 
 
 class Hang(BaseException):
@@ -51,6 +53,7 @@ def subject(
     request: pytest.FixtureRequest,
     tiny_llava_factory: Callable[..., Path],
     make_original: Callable[..., Original],
+    make_hr: Callable[..., Hr],
     tmp_path: Path,
 ) -> tuple[str, Path, Callable[[], Any]]:
     """A kind, the folder to damage, and what is done with it: it may write to `out` beside the folder."""
@@ -73,6 +76,9 @@ def subject(
         convert(str(tiny_llava_factory(shards=2)), output=folder)
         pretend_calibration(folder)
         return kind, folder, read_and_export
+    if kind == "hr":
+        folder = make_hr().original.folder
+        return kind, folder, lambda: convert(str(folder), output=out)
     original = make_original(added=("<im_patch>",))
     folder = original.clip if kind == "tower" else original.folder
     return kind, folder, lambda: convert(str(original.folder), output=out, vision_tower=str(original.clip))
