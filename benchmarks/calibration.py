@@ -20,10 +20,10 @@ from dpn_cli.calibration.data import load_data
 from dpn_cli.calibration.encoding import encode
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
+from dpn_cli.evaluation.statistics import bootstrap_mean
 from dpn_cli.modeling.loading import load_model, load_processor
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
-RESAMPLES = 2000
 BUDGETS = (0.8, 0.65, 0.55, 0.5, 0.44, 0.4)  # and the cheapest
 
 
@@ -73,11 +73,9 @@ def oracle(table: RouteTable, fraction: float) -> Contender:
 
 
 def interval(differences: torch.Tensor) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of a mean of per-sample differences."""
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=generator)
-    low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+    """Return the 95% interval of a mean of per-sample differences."""
+    estimate = bootstrap_mean(differences.tolist())
+    return estimate.low, estimate.high
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import click
 
 from dpn_cli import console
 from dpn_cli.calibration.data import MAX_BAD
+from dpn_cli.calibration.processes import ALONE
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
+from dpn_cli.evaluation.pictures import plot_evaluation
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
 
@@ -74,6 +76,7 @@ def table(plain: Evaluation, healed: Evaluation | None) -> list[tuple[str, ...]]
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--max-new-tokens", default=4, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw KL over FLOPs here.")
 def main(
     model: Path,
     healed: Path | None,
@@ -82,21 +85,27 @@ def main(
     batch_size: int,
     max_new_tokens: int,
     json_file: Path | None,
+    plot: Path | None,
 ) -> None:
     """Print the table, one block of rows per budget."""
 
     def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
-        return evaluate_folder(
+        result = evaluate_folder(
             folder, data, None, "fail", MAX_BAD,
             budgets=BUDGETS, against=against, metric="exact", samples=samples, seed=0, answer_tokens=max_new_tokens,
-            batch_size=batch_size, progress=console.progress, say=console.note,
+            batch_size=batch_size, progress=console.progress, say=console.note, processes=ALONE,
         )  # fmt: skip
+        assert result is not None, "alone, this process is the main one"
+        return result
 
     plain = run(model, CONTENDERS)
     after = run(healed, ()) if healed else None
     if json_file:
         results = {"plain": plain.to_dict(), "healed": after and after.to_dict()}
         json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if plot:
+        pair = (plain, after) if after else (plain,)
+        plot_evaluation(plot, *pair, names=("dpn", "dpn, healed")[: len(pair)])
     columns = ["budget", "contender", "FLOPs", "KL, nats (95%)", "accuracy, % (95%)", "KL beside dpn"]
     console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after), texts=["contender"])
     for reason in plain.left_out:

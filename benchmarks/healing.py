@@ -6,7 +6,7 @@ Calibrate one checkpoint twice, then compare the two:
     dpn convert demo --output healed && dpn calibrate --model healed --data demo --budget 0.44 --heal lora
     python benchmarks/healing.py --model plain --model healed
 
-Every answer is greedy, and right where it is the label, spelling aside; agreement is with the same model's own answer
+Every answer is greedy, and right where it is the label, as VQA compares; agreement is with the same model's own answer
 where it pools nothing and no adapter is on.
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.calibration.data import load_data
-from dpn_cli.evaluation.fidelity import Fidelity, compare_answers
-from dpn_cli.modeling.loading import default_device, load_model, load_processor
+from dpn_cli.calibration.data import MAX_BAD
+from dpn_cli.calibration.processes import ALONE
+from dpn_cli.evaluation.figures import Figures
+from dpn_cli.evaluation.run import evaluate_folder
 
 BATCH_SIZE = 32
 NEW_TOKENS = 4  # of the demo's one-word answers
@@ -33,28 +34,28 @@ NEW_TOKENS = 4  # of the demo's one-word answers
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(models: tuple[Path, ...], data: str, questions: int, budgets: tuple[float, ...], as_json: bool) -> None:
     """Ask every model the held-out questions at every budget."""
-    samples = load_data(data, split="heldout", limit=questions).samples
-    figures: dict[tuple[str, float], Fidelity] = {}
+    figures: dict[tuple[str, float], Figures] = {}
     for folder in models:
-        model = load_model(folder, device_map=default_device())
-        processor = load_processor(folder)
-        for budget in budgets:
-            model.set_budget(budget)
-            with console.progress(f"{folder.name} at {budget:g}", len(samples)) as advance:
-                answers = compare_answers(model, processor, samples, BATCH_SIZE, NEW_TOKENS, advance)
-            figures[str(folder), budget] = Fidelity.of(answers)
+        result = evaluate_folder(
+            folder, data, None, "fail", MAX_BAD,
+            budgets=budgets, against=(), metric="exact", samples=questions, seed=0, answer_tokens=NEW_TOKENS,
+            batch_size=BATCH_SIZE, progress=console.progress, say=console.note, processes=ALONE,
+        )  # fmt: skip
+        assert result is not None, "alone, this process is the main one"
+        figures |= {(str(folder), standing.budget or 1.0): standing.figures for standing in result.of("dpn")}
     if as_json:
         click.echo(json.dumps([{"model": m, "budget": b, **asdict(f)} for (m, b), f in figures.items()], indent=2))
         return
     rows = [
         (
-            model, f"{budget:g}", f"{f.fraction:.3f}", f"{f.teacher_accuracy:.1%}", f"{f.student_accuracy:.1%}",
-            f"{f.agreement:.1%}",
+            model, f"{budget:g}", f"{f.fraction:.3f}", f"{f.accuracy.teacher:.1%}", f"{f.accuracy.score.value:.1%}",
+            f"{f.same_answer.value:.1%}",
         )
         for (model, budget), f in figures.items()
+        if f.accuracy
     ]  # fmt: skip
     columns = ["model", "budget", "FLOPs", "teacher", "pyramid", "same answer"]
-    console.table(f"{len(samples)} held-out questions", columns, rows)
+    console.table(f"{questions} held-out questions", columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """`dpn calibrate`: fit the routers of a converted checkpoint."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dpn_cli import console
-from dpn_cli.calibration.launch import is_launched, launch
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option
+from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.data import OnBadRow
@@ -31,10 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--load-in", type=Choice(["4bit", "8bit"]), help="Hold the frozen model quantised; default: the recipe's."
 )
-@click.option(
-    "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Share the work among processes of this machine, one per GPU where there are GPUs.",
-)  # fmt: skip
+@processes_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
 @click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -49,7 +44,6 @@ def command(
     seed: int | None,
     heal: str | None,
     load_in: str | None,
-    num_processes: int,
     overrides: tuple[str, ...],
     restart: bool,
     as_json: bool,
@@ -60,8 +54,6 @@ def command(
     After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
     For several machines: `accelerate launch -m dpn_cli calibrate ...` on each.
     """
-    if num_processes > 1 and not is_launched():
-        click.get_current_context().exit(launch(sys.argv[1:], num_processes))
     folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import calibration_recipe
 

@@ -60,8 +60,9 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     result = evaluate_folder(
         exported, "demo", None, "fail", MAX_BAD,
         budgets=(), against=(), metric="exact", samples=questions, seed=0, answer_tokens=4, batch_size=BATCH_SIZE,
-        progress=console.progress, say=lambda line: None,
+        progress=console.progress, say=lambda line: None, processes=ALONE,
     )  # fmt: skip
+    assert result is not None, "alone, this process is the main one"
     [pyramid] = result.of("dpn")
     groups = {**pyramid.kinds, "all": pyramid.figures}
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option
+from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per answer.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
+@processes_option
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw KL over FLOPs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path | None,
@@ -50,17 +52,22 @@ def command(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Compare the pyramid with its teacher, the model that pools nothing, and with other methods at equal FLOPs.
 
     Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
-    command line goes on where it stopped.
+    command line goes on where it stopped, with any number of processes.
     """
     names = _names(against)
     folder = checkpoint_folder(model)
+    from dpn_cli.evaluation.pictures import plot_evaluation
+    from dpn_cli.evaluation.plots import check_plot
     from dpn_cli.evaluation.run import evaluate_folder
 
+    if plot is not None:
+        check_plot(plot)
     try:
         result = evaluate_folder(
             folder, data, image_root, on_bad_row, max_bad,
@@ -70,6 +77,10 @@ def command(
     except KeyboardInterrupt:
         console.note("What was found is kept: the same command line goes on from there.")
         raise
+    if result is None:
+        return
+    if plot is not None:
+        plot_evaluation(plot, result)
     if as_json:
         click.echo(
             json.dumps({"checkpoint": str(folder), "data": data} | result.to_dict(), indent=2, ensure_ascii=False)

@@ -1,13 +1,16 @@
 """What several commands share: the option that names a checkpoint, and stricter parameter types."""
 
 import math
+import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dpn_cli import console, workspace
+from dpn_cli.calibration.launch import is_launched, launch
 from dpn_cli.errors import UsageError, did_you_mean
 
 
@@ -47,6 +50,22 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--num-processes`: the command line runs in so many processes, which the command itself does not see."""
+
+    @click.option(
+        "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Share the work among processes of this machine, one per GPU where there are GPUs.",
+    )  # fmt: skip
+    @wraps(command)
+    def launched(*args: Any, num_processes: int, **kwargs: Any) -> Any:
+        if num_processes > 1 and not is_launched():
+            click.get_current_context().exit(launch(sys.argv[1:], num_processes))
+        return command(*args, **kwargs)
+
+    return launched
 
 
 def checkpoint_folder(model: Path | None) -> Path:

@@ -3,7 +3,6 @@
 Shapes: B batch, A answer tokens, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from dpn_cli.calibration.cases import generate_texts
 from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.encoding import chat_prompt, collate, encode, prompts
 from dpn_cli.calibration.passes import answer_log_probs, answer_positions, divergence, mean_by_row
+from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -58,6 +58,7 @@ class Panel:
         batch_size: samples per forward pass.
         answer_tokens: per answer, at most.
         kept: results of an earlier run, and where new ones go; None to keep nothing.
+        processes: that share the work, each with the same panel.
     """
 
     model: PyramidGenerationMixin
@@ -65,6 +66,7 @@ class Panel:
     batch_size: int
     answer_tokens: int
     kept: KeptResults | None = None
+    processes: Processes = ALONE
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
         """Return what the prefill of every sample's prompt depends on, without opening its images."""
@@ -150,16 +152,15 @@ class Panel:
     def _each_batch(
         self, what: str, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]], advance: Advance
     ) -> list[list[Any]]:
-        """Return what `work` makes of every batch, but for those that an earlier run has done the same to."""
-        name = hashlib.sha256(what.encode()).hexdigest()[:16]
-        done = []
-        for number, start in enumerate(range(0, len(items), self.batch_size)):
-            batch = items[start : start + self.batch_size]
-            results = self.kept.load(f"{name}-{number:06d}") if self.kept else None
-            if results is None:
-                results = work(batch)
-                if self.kept:
-                    self.kept.keep(f"{name}-{number:06d}", results)
-            done.append(results)
-            advance(len(batch))
-        return done
+        """Return what `work` makes of every batch, in whatever process, or has made of it in an earlier run."""
+        starts = range(0, len(items), self.batch_size)
+        batches = [items[start : start + self.batch_size] for start in starts]
+        done: dict[int, list[Any]] = {}
+
+        def take(number: int, results: list[Any]) -> None:
+            done[number] = results
+            advance(len(batches[number]))
+
+        kept = self.kept.of(what) if self.kept else None
+        self.processes.share(len(batches), lambda number: work(batches[number]), take, kept)
+        return self.processes.agree([done[number] for number in sorted(done)])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dpn_cli.calibration.data import KIND_FIELD, Dataset, OnBadRow, load_data
 from dpn_cli.calibration.encoding import token_limit
-from dpn_cli.calibration.fingerprint import weights_digest
+from dpn_cli.calibration.fingerprint import validate_same, weights_digest
+from dpn_cli.calibration.processes import Processes
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
@@ -33,7 +34,8 @@ def evaluate_folder(
     progress: Progress,
     say: Callable[[str], None],
     kind_field: str = KIND_FIELD,
-) -> Evaluation:
+    processes: Processes | None = None,
+) -> Evaluation | None:
     """Evaluate a converted or exported checkpoint; nothing is written into it.
 
     Results are kept in `.dpn/evaluation` while it runs, so that the same call goes on after a kill.
@@ -54,30 +56,38 @@ def evaluate_folder(
         progress: see `evaluate`.
         say: told what goes on, a sentence at a time.
         kind_field: of the data, groups the figures.
+        processes: that evaluate together, each with this call; by default those that a launcher has started.
+
+    Returns:
+        The evaluation; None in all processes but the main one.
     """
-    checkpoint, _, pyramid = open_converted(folder)
-    processor = load_processor(folder)
-    max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
-    dataset = load_data(
-        data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-        kind_field=kind_field, check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
-    )  # fmt: skip
-    for line in dataset.scan.lines():
-        say(line)
-    shown = [sample for sample in dataset.samples if sample.images]
-    model = load_model(folder, device_map=default_device())
-    say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
-    for line in _caveats(model, pyramid, dataset):
-        say(line)
-    depends_on = {
-        "data": dataset.digest, "answer_tokens": answer_tokens, "batch_size": batch_size, "pyramid": pyramid.to_dict(),
-        "weights": weights_digest(folder.rglob("*.safetensors")), "model": f"{model.dtype} {model.device}",
-        "versions": [version(package) for package in ("dpn-cli", "torch", "transformers")],
-    }  # fmt: skip
+    processes = processes or Processes.join()
+    with processes.as_one():
+        checkpoint, _, pyramid = open_converted(folder)
+        processor = load_processor(folder)
+        max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
+        dataset = load_data(
+            data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
+            kind_field=kind_field, check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
+        )  # fmt: skip
+        for line in dataset.scan.lines():
+            say(line)
+        shown = [sample for sample in dataset.samples if sample.images]
+        model = load_model(folder, device_map=default_device())
+        say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
+        for line in _caveats(model, pyramid, dataset):
+            say(line)
+        depends_on = {
+            "data": dataset.digest, "weights": weights_digest(folder.rglob("*.safetensors")),
+            "pyramid": pyramid.to_dict(), "settings": [answer_tokens, batch_size, str(model.dtype), model.device.type],
+            "versions": [version(package) for package in ("dpn-cli", "torch", "transformers")],
+        }  # fmt: skip
+    validate_same(processes.gather(depends_on))
     kept = KeptResults(depends_on)
-    result = evaluate(
-        Panel(model, processor, batch_size, answer_tokens, kept), shown, budgets, against, metric, progress
-    )
+    panel = Panel(model, processor, batch_size, answer_tokens, kept if processes.is_main else None, processes)
+    result = evaluate(panel, shown, budgets, against, metric, progress)
+    if not processes.is_main:
+        return None
     kept.drop()
     return result
 

@@ -131,3 +131,14 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found.stdout == undisturbed
     assert "asking the teacher: 8/8" in found.stderr
     assert not (data / ".dpn" / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_processes_find_together_what_one_finds(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
+    alone = capsys.readouterr().out
+    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3", "--json"]
+    command = [sys.executable, "-m", "dpn_cli", *line, "--batch-size", "3", "--against", "random"]
+    together = subprocess.run([*command, "--num-processes", "2"], capture_output=True, text=True, check=True)
+    assert together.stdout == alone
+    assert together.stderr.count("8 samples from data.json") == 1, "the main process alone speaks"
