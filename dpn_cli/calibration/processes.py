@@ -7,7 +7,7 @@ started by none of them is alone, and nothing here makes a difference to it.
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -115,18 +115,18 @@ class Processes:
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Make a failure of one process within the block a failure of all."""
-        mine: Exception | None = None
+        """Make a failure of one process within the block a failure of all; nothing is exchanged inside of it."""
+        failure: _Failure | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - it is raised below, when the others know
-            mine = error
-        failures = self.gather(mine and _Failure.of(mine, self.index))
-        if mine:
-            raise mine
-        for failure in failures:
-            if failure:
-                raise failure.error()
+        except Exception as error:
+            failure = _Failure.of(error, self.index)
+            with suppress(DpnError):  # another one may be gone by now
+                self.gather(failure)
+            raise
+        for other in self.gather(failure):
+            if other:
+                raise other.error()
 
     def share(
         self,

@@ -170,7 +170,9 @@ def children(process: "subprocess.Popen[str]") -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_process_goes_on_where_two_were_killed(copy: Callable[[str], Path], pictures: Path, killed: int) -> None:
+def test_one_process_goes_on_where_two_were_killed(
+    copy: Callable[[str], Path], pictures: Path, alone: dict[str, str], killed: int
+) -> None:
     folder = copy("killed")
     process = start([*arguments(folder, pictures), "--num-processes", "2"])
     wait_for(process, lambda: measured(folder, 2))
