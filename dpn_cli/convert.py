@@ -100,7 +100,7 @@ def convert(
     checkpoint = opened.checkpoint
     validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
-    check_complete(checkpoint, layout)
+    check_complete(checkpoint, layout, added={})
     pyramid = opened.pyramid or recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
@@ -110,7 +110,7 @@ def convert(
         recipe=IMPORTED if opened.pyramid else recipe.name,
         pyramid=pyramid,
         layout=layout,
-        added={layout.text_prefix + n: s for n, s in pyramid.dpe_tensors(layout.shape.hidden_size).items()},
+        added=layout.added_tensors(pyramid),
         base_bytes=checkpoint.nbytes,
         placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
         notes=opened.notes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
+from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
@@ -129,6 +130,7 @@ def _draft(
 ) -> _Draft:
     source, layout, pyramid = open_converted(checkpoint)
     refuse_quantised(source)
+    check_complete(source, layout, layout.added_tensors(pyramid))
     for what, choice, known in (("dtype", dtype, DTYPES), ("quantisation", scheme, SCHEMES)):
         if choice is not None and choice not in known:
             raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")

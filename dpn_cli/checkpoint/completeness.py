@@ -4,26 +4,24 @@ from typing import Any
 
 from dpn_cli.checkpoint.architecture import HR_TOWER, Shapes, is_tied, llava_tensors, memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, check_float
-from dpn_cli.checkpoint.layout import COMPUTED, LlavaLayout
-from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
+from dpn_cli.checkpoint.layout import COMPUTED, VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
 
-# What transformers assumes for keys that a vision_config leaves out (a test compares).
-SIGLIP_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16,
-}  # fmt: skip
-_VISION_DEFAULTS = {"clip_vision_model": CLIP_DEFAULTS, "siglip_vision_model": SIGLIP_DEFAULTS}
 
+def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:
+    """Hold the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
 
-def check_complete(checkpoint: Checkpoint, layout: LlavaLayout) -> None:
-    """Hold the tensors of a LLaVA without a pyramid, in either of Hugging Face's layouts, against its architecture.
+    Args:
+        checkpoint: in safetensors, or as it will be.
+        layout: of the checkpoint.
+        added: the pyramid's tensors, where it has one.
 
     Raises:
         CheckpointError: with the first one that is missing, there twice, not known, of another shape, or not of
             floating-point numbers.
     """
     config = checkpoint.config | {"text_config": layout.text_config, "vision_config": _vision(checkpoint)}
-    expected = {memory_name(name) or name: shape for name, shape in llava_tensors(config).items()}
+    expected = {memory_name(name) or name: shape for name, shape in (llava_tensors(config) | added).items()}
     found = _found(checkpoint)
     if is_tied(config):
         found.pop("lm_head.weight", None)
@@ -55,9 +53,9 @@ def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
     where, given = checkpoint.path, checkpoint.config["vision_config"]
     if given["model_type"] == HR_TOWER:
         return given  # its sizes were read from the tensors
-    defaults = _VISION_DEFAULTS[given["model_type"]]
+    defaults = VISION_DEFAULTS[given["model_type"]]
     vision: dict[str, Any] = defaults | given
-    for key in SIGLIP_DEFAULTS:
+    for key in defaults:
         if type(vision[key]) is not int or vision[key] < 1:
             raise CheckpointError(f"{where}: vision_config has an impossible {key}: {vision[key]!r}")
     count = vision["num_hidden_layers"]

@@ -37,10 +37,14 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
 VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full", HR_TOWER: "full"}
 VISION_DEFAULTS: dict[str, dict[str, int]] = {
-    "clip_vision_model": {"image_size": 224, "patch_size": 32, "num_hidden_layers": 12},
-    "siglip_vision_model": {"image_size": 224, "patch_size": 16, "num_hidden_layers": 12},
+    "clip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 32,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16,
+    },
     HR_TOWER: {"image_size": 1024, "patch_size": 32},  # of its config class, as the others are
-}
+}  # fmt: skip
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
@@ -86,6 +90,10 @@ class LlavaLayout:
                 f"{layout.shape.vocab_size - 1}"
             )
         return layout
+
+    def added_tensors(self, pyramid: PyramidConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that a pyramid adds, by their full name."""
+        return {self.text_prefix + n: shape for n, shape in pyramid.dpe_tensors(self.shape.hidden_size).items()}
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         """Compare the decoder's sizes with its tensors: transformers loads a bad config silently."""

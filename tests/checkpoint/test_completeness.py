@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 
 from dpn_cli.checkpoint.architecture import llava_tensors, memory_name
-from dpn_cli.checkpoint.completeness import SIGLIP_DEFAULTS
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -40,9 +39,3 @@ def test_the_tensors_are_those_of_transformers(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = llava_tensors({"text_config": text, "vision_config": vision, **options})
     assert {memory_name(name): shape for name, shape in found.items()} == expected
-
-
-def test_the_defaults_of_siglip_are_those_of_transformers() -> None:
-    from transformers import SiglipVisionConfig
-
-    assert {key: getattr(SiglipVisionConfig(), key) for key in SIGLIP_DEFAULTS} == SIGLIP_DEFAULTS

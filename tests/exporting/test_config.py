@@ -37,5 +37,5 @@ def test_without_unused_layers_the_outputs_are_the_same(
 def test_a_feature_layer_that_is_not_there_is_refused(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_converted()
     write_json(folder / "config.json", read_json(folder / "config.json") | {"vision_feature_layer": -9})
-    with pytest.raises(CheckpointError, match="vision_feature_layer -9 does not fit 3 vision layers"):
+    with pytest.raises(CheckpointError, match="has no feature layer -9"):
         export(folder, tmp_path / "out", drop_unused=True)

@@ -204,12 +204,14 @@ def test_a_bad_checkpoint_is_refused_and_a_mended_one_converted(
     converts(undisturbed)
 
 
-@pytest.mark.parametrize("fault", [fault for fault in HEADERS if not fault.startswith(("LoRA", "empty", "config of"))])
+@pytest.mark.parametrize(
+    "fault", [f for f in HEADERS | TENSORS if not f.startswith(("LoRA", "empty folder", "config of", ".bin"))]
+)
 def test_export_refuses_what_convert_refuses(here: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     from dpn_cli.convert import convert
 
     convert(SOURCE, output=here / "pyramid")
-    harm, message = HEADERS[fault]
+    harm, message = (HEADERS | TENSORS)[fault]
     harm(here / "pyramid")
     refused(["export", "--model", "pyramid", "-o", OUTPUT], 3, message, capsys)
 
