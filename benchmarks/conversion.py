@@ -8,8 +8,9 @@ Every round copies and converts once, in turns first and second. Both write a si
 of the source in memory and no dirty page of this program's on the way to the disk, and end when all that they wrote is
 on it: `cp -r SOURCE COPY && sync COPY COPY/*` (every file and the folder; not the whole machine's dirty pages, which
 could be anybody's) against the whole process `dpn convert SOURCE`, Python's start, the checks before and the check
-after included. The ratio is taken within each round. Peak memory is the kernel's count for the process and its
-children. What was written is deleted at once, so the disk has to hold the source twice.
+after included. The ratio is taken within each round. `dpn convert --link` and `dpn inspect` are timed after. Peak
+memory is the kernel's count for the process. What was written is deleted at once, so the disk has to hold the source
+twice.
 """
 
 import os
@@ -70,6 +71,11 @@ def convert(source: Path, target: Path) -> Run:
     return run(*DPN, "--quiet", "convert", source, "--output", target)
 
 
+def link(source: Path, target: Path) -> Run:
+    """Convert a folder without copying its shards."""
+    return run(*DPN, "--quiet", "convert", source, "--output", target, "--link")
+
+
 def measure(source: Path, target: Path, write: Callable[[Path, Path], Run]) -> Run:
     """Measure one way to write `target` from a cold start, and delete it."""
     cold(source)
@@ -79,15 +85,19 @@ def measure(source: Path, target: Path, write: Callable[[Path, Path], Run]) -> R
         shutil.rmtree(target, ignore_errors=True)
 
 
+def beside(source: Path) -> Path:
+    """Return where to write."""
+    return source.with_name(f"{source.name}.benchmark")
+
+
 def paired(source: Path, rounds: int) -> tuple[list[Run], list[Run]]:
     """Copy and convert in turns; return the runs of each."""
     copies: list[Run] = []
     conversions: list[Run] = []
     ways = [(copy, copies), (convert, conversions)]
-    target = source.with_name(f"{source.name}.benchmark")
     for i in range(rounds):
         for write, found in ways[:: -1 if i % 2 else 1]:
-            found.append(measure(source, target, write))
+            found.append(measure(source, beside(source), write))
         ratio = conversions[-1].seconds / copies[-1].seconds
         click.echo(f"round {i + 1}: {copies[-1].seconds:.1f} s, {conversions[-1].seconds:.1f} s, {ratio:.3f}", err=True)
     return copies, conversions
@@ -101,17 +111,19 @@ def seconds(runs: Sequence[Run]) -> str:
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--rounds", default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True)
 def main(source: Path, rounds: int) -> None:
     """Measure conversions of SOURCE."""
     copies, conversions = paired(source, rounds)
     ratios = [conversion.seconds / copied.seconds for copied, conversion in zip(copies, conversions, strict=True)]
+    links = [measure(source, beside(source), link) for _ in range(rounds)]
     inspections = [run(*DPN, "inspect", source, "--json") for _ in range(5)]
     size = sum(path.stat().st_size for path in source.iterdir())
     click.echo(f"{source.name}, {size / 1e9:.2f} GB, {rounds} rounds: median (range)")
     click.echo(f"cp -r and sync    {seconds(copies)}")
     click.echo(f"dpn convert       {seconds(conversions)}, peak {max(r.peak_bytes for r in conversions) / 1e6:.0f} MB")
     click.echo(f"convert / copy    {statistics.median(ratios):.3f} ({min(ratios):.3f}…{max(ratios):.3f})")
+    click.echo(f"convert --link    {seconds(links)}")
     click.echo(f"dpn inspect       {seconds(inspections)}")
 
 
