@@ -162,9 +162,8 @@ def measure_latency(
 def prompts_of(model: DpnLlavaForConditionalGeneration, inputs: Inputs) -> list[Prompt]:
     """Return what the cost of every row of a batch depends on."""
     grid = model.model.image_grid()
-    class_tokens = int(model.config.vision_feature_select_strategy == "full")
     is_image = inputs["input_ids"] == model.config.image_token_id
-    images = (is_image.sum(1) // (grid[0] * grid[1] + class_tokens)).tolist()
+    images = (is_image.sum(1) // (grid[0] * grid[1])).tolist()
     tokens = inputs["attention_mask"].sum(1).tolist()
     return [Prompt((grid,) * n, total - n * grid[0] * grid[1]) for n, total in zip(images, tokens, strict=True)]
 
@@ -181,7 +180,7 @@ def synthetic_inputs(
         seed: of the words.
     """
     grid, config = model.model.image_grid(), model.config
-    visual = len(images) * (grid[0] * grid[1] + int(config.vision_feature_select_strategy == "full"))
+    visual = len(images) * grid[0] * grid[1]
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(
         config.get_text_config().vocab_size, (len(text_tokens), max(text_tokens)), generator=generator

@@ -20,6 +20,7 @@ from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
+from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.export import export
 from dpn_cli.inspection import inspect_checkpoint
 from dpn_cli.recipe import CalibrationRecipe, load_recipe
@@ -100,6 +101,17 @@ def test_pixels_and_prompts_are_those_of_the_original_code(
     assert np.array_equal(found["pixel_values"][0], reference_pixels(Image.fromarray(pixels), SIZE))
     assert (found["input_ids"] == ROWS).sum() == VISUAL
     assert text.startswith("A chat between a curious user") and text.endswith("ASSISTANT:")
+
+
+@torch.inference_mode()
+def test_prompts_to_measure_it_by_have_the_tokens_of_its_grid(make_hr: Callable[..., Hr], tmp_path: Path) -> None:
+    model = dpn_cli.load(convert(str(make_hr().original.folder), output=tmp_path / "out").output)
+    batch = synthetic_inputs(model, pictures(0, 2), text_tokens=[9, 4])
+    assert [(prompt.grids, prompt.text_tokens) for prompt in prompts_of(model, batch)] == [
+        (((8, 8), (8, 8)), 9),
+        (((8, 8), (8, 8)), 4),
+    ]
+    assert model(**batch).logits.shape[1] == 2 * VISUAL + 9
 
 
 @torch.inference_mode()
