@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dpn_cli.calibration.data import Sample
@@ -124,31 +125,61 @@ def evaluate(
     """
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
+    budgets = list(dict.fromkeys(budgets))
+    pyramids, refused = _pyramids(panel, budgets)
     with progress("asking the teacher", len(samples)) as advance:
         teacher = panel.ask(Original(), samples, advance)
-    questions = tuple(
-        Question(sample.kind or "all", sample.turns[sample.asked].answer, answer)
-        for sample, answer in zip(samples, teacher, strict=True)
-    )
-    sizes = panel.sizes(samples)
-    itself = [Outcome(a, 0.0, 1.0, 1.0, size.visual_tokens) for a, size in zip(teacher, sizes, strict=True)]
-    original = Standing.of((None, Original()), itself, questions, metric)
-
-    def stand(what: str, entries: Sequence[Entry], dpn: dict[float | None, Standing]) -> list[Standing]:
-        if not entries:
-            return []
-        with progress(what, len(samples)) as advance:
-            judged = panel.judge([contender for _, contender in entries], samples, teacher, advance)
-        return [Standing.of(e, o, questions, metric, dpn.get(e[0])) for e, o in zip(entries, judged, strict=True)]
-
-    pyramids, refused = _pyramids(panel, budgets)
-    routed = stand("asking the pyramid", pyramids, {})
+    hearing = _Hearing(panel, samples, teacher, metric, progress)
+    routed = hearing.stand("asking the pyramid", pyramids)
     spent = {standing.budget: standing for standing in routed}
     asked: list[float | None] = [*budgets] or [None]
-    entries, out_of_reach = _rivals(panel, sizes, against, asked, spent)
-    rivals = _best(stand("asking the others", entries, spent))
+    entries, out_of_reach = _rivals(panel, hearing.sizes, against, asked, spent)
+    rivals = _best(hearing.stand("asking the others", entries, spent))
     order = [standing for budget in asked for standing in (*routed, *rivals) if standing.budget == budget]
-    return Evaluation(questions, (original, *order), (*refused, *out_of_reach))
+    return Evaluation(hearing.questions, (hearing.original(), *order), (*refused, *out_of_reach))
+
+
+@dataclass(frozen=True)
+class _Hearing:
+    """What all standings of an evaluation share."""
+
+    panel: Panel
+    samples: Sequence[Sample]
+    teacher: Sequence[str]
+    metric: str
+    progress: Progress
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """What was asked, and what the data and the teacher answer."""
+        return tuple(
+            Question(sample.kind or "all", sample.turns[sample.asked].answer, answer)
+            for sample, answer in zip(self.samples, self.teacher, strict=True)
+        )
+
+    @cached_property
+    def sizes(self) -> list[Prompt]:
+        """What the prefill of every prompt depends on."""
+        return self.panel.sizes(self.samples)
+
+    def original(self) -> Standing:
+        """Return the standing of the teacher, which loses nothing and needs not be asked again."""
+        pairs = zip(self.teacher, self.sizes, strict=True)
+        outcomes = [Outcome(answer, 0.0, 1.0, 1.0, size.visual_tokens) for answer, size in pairs]
+        return Standing.of((None, Original()), outcomes, self.questions, self.metric)
+
+    def stand(
+        self, what: str, entries: Sequence[Entry], dpn: dict[float | None, Standing] | None = None
+    ) -> list[Standing]:
+        """Let contenders answer; compare them with the pyramid's standings by budget, if given."""
+        if not entries:
+            return []
+        with self.progress(what, len(self.samples)) as advance:
+            judged = self.panel.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
+        return [
+            Standing.of(entry, outcomes, self.questions, self.metric, (dpn or {}).get(entry[0]))
+            for entry, outcomes in zip(entries, judged, strict=True)
+        ]
 
 
 def _pyramids(panel: Panel, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
