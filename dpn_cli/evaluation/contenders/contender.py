@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape
+from dpn_cli.errors import UsageError
+from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.pyramid_config import Grid, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -152,6 +154,17 @@ def taken_over(
     finally:
         text_model.segments = before
         del text_model.reduce
+
+
+def validate_clip(model: PyramidGenerationMixin, name: str) -> None:
+    """Check that an image is one grid of patches of a CLIP vision tower, with its class token.
+
+    Raises:
+        UsageError: naming the contender that needs it.
+    """
+    is_clip = model.config.vision_config.model_type == "clip_vision_model"
+    if not is_clip or model.config.model_type != DpnLlavaConfig.model_type or model.pyramid.prepooling != 1:
+        raise UsageError(f"{name} needs a LLaVA-1.5: a CLIP vision tower whose patches go on one by one")
 
 
 def _fraction(shape: DecoderShape, visual_tokens: Sequence[int], prompt: Prompt) -> float:

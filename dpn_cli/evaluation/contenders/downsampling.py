@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dpn_cli.cost import DecoderShape
-from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over
+from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over, validate_clip
 from dpn_cli.evaluation.contenders.dropping import keep_tokens
 from dpn_cli.modeling.pyramid_config import Grid
 from dpn_cli.modeling.pyramid_text import PyramidState
@@ -71,8 +70,7 @@ class Coarser(Fixed):
         """
         grid = model.model.image_grid()
         size = self.size or grid
-        if model.pyramid.prepooling != 1 or model.config.vision_config.model_type != "clip_vision_model":
-            raise UsageError(f"{self.name} needs a CLIP vision tower without pooling behind it")
+        validate_clip(model, self.name)
         hooks = [self.hook(model, size), _pad_features(model, grid)] if size != grid else []
         try:
             with taken_over(model, (-1,), lambda state, site: _shrink(state, grid, size)):

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from dpn_cli.cost import DecoderShape
-from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders.contender import Prompt, taken_over
+from dpn_cli.evaluation.contenders.contender import Prompt, taken_over, validate_clip
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.pyramid_text import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -62,8 +61,7 @@ class VisionZip(Dropping):
         Raises:
             UsageError: if the vision tower has no class token.
         """
-        if model.pyramid.prepooling != 1 or model.config.vision_config.model_type != "clip_vision_model":
-            raise UsageError(f"{self.name} needs a CLIP vision tower, with its class token, and no pooling behind it")
+        validate_clip(model, self.name)
         seen = _Seen()
         hooks = [
             _selected_attention(model).register_forward_pre_hook(_watch(seen), with_kwargs=True),
