@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,15 +15,9 @@ from dpn_cli.evaluation.contenders import CONTENDERS
 if TYPE_CHECKING:
     from dpn_cli.evaluation.contenders.contender import Contender, Prompt
     from dpn_cli.evaluation.latency import Inputs, Latency, Measured
-    from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+    from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 AGAINST = tuple(name for name in CONTENDERS if name != "original")
-PHASE_NAMES = {
-    "vision": "vision tower",
-    "prefill": "prefill",
-    "first_token": "first token",
-    "decode": "decode, a token",
-}
 
 
 class TextTokens(click.ParamType[tuple[int, ...]]):
@@ -90,6 +84,7 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
+    from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.latency import measure_latency, prompts_of
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
 
@@ -110,14 +105,14 @@ def command(
         click.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
     else:
         for result in results:
-            _show(result, data is not None)
+            print_latency(result, data is not None)
     if plot is not None:
         _draw(plot, results, data is not None)
 
 
 def _synthetic(
-    model: "DpnLlavaForConditionalGeneration",
-    processor: object,
+    model: "PyramidGenerationMixin",
+    processor: Any,
     images: int,
     text_tokens: Sequence[int],
     batch_size: int,
@@ -125,21 +120,20 @@ def _synthetic(
 ) -> "list[Inputs]":
     """Return the same batch for every round: images of noise and random words."""
     import numpy as np
-    import torch
     from PIL import Image
 
     from dpn_cli.evaluation.latency import synthetic_inputs
 
     noise = np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)
-    encoded = processor.image_processor([Image.fromarray(noise)], return_tensors="pt")["pixel_values"]  # type: ignore[attr-defined]
-    pixels: torch.Tensor = encoded.repeat(images, 1, 1, 1)
+    pictures = [Image.fromarray(noise)] * images
+    encoded = processor(text=processor.image_token * images, images=pictures or None, return_tensors="pt")
     lengths = [text_tokens[i % len(text_tokens)] for i in range(batch_size)]
-    return [synthetic_inputs(model, pixels, lengths)] * rounds
+    return [synthetic_inputs(model, encoded, lengths)] * rounds
 
 
 def _from_data(
-    model: "DpnLlavaForConditionalGeneration",
-    processor: object,
+    model: "PyramidGenerationMixin",
+    processor: Any,
     data: str,
     image_root: Path | None,
     batch_size: int,
@@ -159,7 +153,7 @@ def _from_data(
 
 
 def _contenders(
-    model: "DpnLlavaForConditionalGeneration",
+    model: "PyramidGenerationMixin",
     prompts: "Sequence[Prompt]",
     budgets: Sequence[float],
     routes: Sequence[tuple[int, ...]],
@@ -193,60 +187,6 @@ def _contenders(
     except ValueError as error:
         raise UsageError(str(error)) from None
     return contenders
-
-
-def _show(result: "Latency", has_data: bool) -> None:
-    """Print times and, below them, what they were paid for."""
-    threads = f", {result.threads} threads" if result.device == "CPU" else ""
-    console.table(
-        f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
-        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
-        ["contender", "phase", "median, ms", "quartiles, ms", "times faster", "95% interval", "by FLOPs"],
-        [row for each in result.contenders for row in _phase_rows(each)],
-        texts=["phase"],
-    )
-    fidelity = ["KL (nats)", "same first token"] if has_data else []
-    console.table(
-        "What it takes" + (", and what the first token keeps of the original's" if has_data else ""),
-        [
-            "contender",
-            "FLOPs",
-            "prefill GFLOPs",
-            "tokens/s",
-            "KV cache, MB",
-            "peak, MB",
-            *fidelity,
-            "attention kernels",
-        ],
-        [_cost_row(each, result.batch_size, has_data) for each in result.contenders],
-        texts=["attention kernels"],
-    )
-
-
-def _phase_rows(each: "Measured") -> list[tuple[str, ...]]:
-    return [
-        (
-            each.name, PHASE_NAMES[name], f"{phase.median_s * 1e3:.1f}",
-            f"{phase.low_s * 1e3:.1f} – {phase.high_s * 1e3:.1f}", f"{phase.speedup:.2f}",
-            f"{phase.speedup_low:.2f} – {phase.speedup_high:.2f}",
-            f"{each.ideal_speedup:.2f}" if name == "prefill" else "",
-        )
-        for name, phase in each.phases.items()
-    ]  # fmt: skip
-
-
-def _cost_row(each: "Measured", batch_size: int, has_data: bool) -> list[str]:
-    decode = each.phases.get("decode")
-    return [
-        each.name,
-        f"{each.fraction:.3f}",
-        f"{each.flops / 1e9:,.3g}",
-        "" if decode is None else f"{batch_size / decode.median_s:.3g}",
-        f"{each.kv_bytes / 1e6:,.3g}",
-        "" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:,.0f}",
-        *([f"{each.distortion:.4f}", f"{each.agreement:.1%}"] if has_data else []),
-        ", ".join(each.kernels) or "matrix products",
-    ]
 
 
 def _draw(plot: Path, results: "Sequence[Latency]", has_data: bool) -> None:

@@ -11,8 +11,15 @@ if TYPE_CHECKING:
     from dpn_cli.calibration.report import Report
     from dpn_cli.evaluation.evaluate import Evaluation, Standing
     from dpn_cli.evaluation.figures import Figures
+    from dpn_cli.evaluation.latency import Latency, Measured
     from dpn_cli.modeling.pyramid_config import Route
 
+PHASE_NAMES = {
+    "vision": "vision tower",
+    "prefill": "prefill",
+    "first_token": "first token",
+    "decode": "decode, a token",
+}
 BUDGETS_SHOWN = 10
 ROUTES_PER_KIND = 3
 
@@ -103,6 +110,63 @@ def print_routes(result: "Evaluation") -> None:
             rows.append((kind, "   ".join(shares)))
     columns = ["kind of question", "experts per site, most frequent first"]
     console.table("Routes by kind of question", columns, rows, texts=columns)
+
+
+def print_latency(result: "Latency", has_data: bool) -> None:
+    """Print what every phase takes and, below, memory and FLOPs; with real prompts also what the first token keeps."""
+    threads = f", {result.threads} threads" if result.device == "CPU" else ""
+    console.table(
+        f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
+        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
+        ["contender", "phase", "median, ms", "quartiles, ms", "times faster", "95% interval", "by FLOPs", "reached"],
+        [row for each in result.contenders for row in _phase_rows(each)],
+        texts=["phase"],
+    )
+    fidelity = ["KL (nats)", "same first token"] if has_data else []
+    console.table(
+        "What it takes" + (", and what the first token keeps of the original's" if has_data else ""),
+        [
+            "contender",
+            "FLOPs",
+            "prefill GFLOPs",
+            "tokens/s",
+            "KV cache, MB",
+            "peak, MB",
+            *fidelity,
+            "attention kernels",
+        ],
+        [_cost_row(each, result.batch_size, has_data) for each in result.contenders],
+        texts=["attention kernels"],
+    )
+
+
+def _phase_rows(each: "Measured") -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, phase in each.phases.items():
+        ideal, reached = f"{each.ideal_speedup:.2f}", f"{phase.speedup / each.ideal_speedup:.0%}"
+        rows.append(
+            (
+                each.name, PHASE_NAMES[name], f"{phase.median_s * 1e3:.1f}",
+                f"{phase.low_s * 1e3:.1f} – {phase.high_s * 1e3:.1f}", f"{phase.speedup:.2f}",
+                f"{phase.speedup_low:.2f} – {phase.speedup_high:.2f}",
+                *((ideal, reached) if name == "prefill" else ("", "")),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _cost_row(each: "Measured", batch_size: int, has_data: bool) -> list[str]:
+    decode = each.phases.get("decode")
+    return [
+        each.name,
+        f"{each.fraction:.3f}",
+        f"{each.flops / 1e9:,.3g}",
+        "" if decode is None else f"{batch_size / decode.median_s:.3g}",
+        f"{each.kv_bytes / 1e6:,.3g}",
+        "" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:,.0f}",
+        *([f"{each.distortion:.4f}", f"{each.agreement:.1%}"] if has_data else []),
+        ", ".join(each.kernels) or "matrix products",
+    ]
 
 
 def route_name(route: "Route | Sequence[int]") -> str:

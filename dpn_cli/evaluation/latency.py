@@ -6,6 +6,7 @@ rounds, of the original's time divided by the contender's in the same round.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
@@ -15,8 +16,9 @@ import torch
 
 from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
-from dpn_cli.evaluation.timing import Timing, attention_kernels, time_generation
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
+from dpn_cli.modeling.pyramid_text import visual_grids
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 ORIGINAL = "original"
 PHASES = ("vision", "prefill", "first_token", "decode")
@@ -118,11 +120,12 @@ class _Run:
 
 
 def measure_latency(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     contenders: Mapping[str, Contender],
     batches: Sequence[Inputs],
     new_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
+    clock: Clock = time.perf_counter,
 ) -> Latency:
     """Measure all contenders in turns, one round per batch.
 
@@ -132,6 +135,7 @@ def measure_latency(
         batches: of one size, as `generate` takes them, on the model's device.
         new_tokens: to generate for every sample; the answers are not ended by an end-of-sequence token.
         advance: called with 1 after every generation, the warm-up among them.
+        clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.
     """
     names = [ORIGINAL, *(name for name in contenders if name != ORIGINAL)]
     kernels = {}
@@ -143,7 +147,7 @@ def measure_latency(
     for i, inputs in enumerate(batches):
         prompts = prompts_of(model, inputs)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            runs[name].append(_run(model, contenders[name], inputs, prompts, new_tokens))
+            runs[name].append(_run(model, contenders[name], inputs, prompts, new_tokens, clock))
             advance(1)
     config = model.config.get_text_config()
     return Latency(
@@ -159,44 +163,45 @@ def measure_latency(
     )
 
 
-def prompts_of(model: DpnLlavaForConditionalGeneration, inputs: Inputs) -> list[Prompt]:
+def prompts_of(model: PyramidGenerationMixin, inputs: Inputs) -> list[Prompt]:
     """Return what the cost of every row of a batch depends on."""
-    grid = model.model.image_grid()
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    images = (is_image.sum(1) // (grid[0] * grid[1])).tolist()
     tokens = inputs["attention_mask"].sum(1).tolist()
-    return [Prompt((grid,) * n, total - n * grid[0] * grid[1]) for n, total in zip(images, tokens, strict=True)]
+    if "pixel_values" not in inputs:
+        return [Prompt((), total) for total in tokens]
+    grids = visual_grids(model.model.locate(inputs_embeds=None, **dict[str, Any](inputs)))
+    return [
+        Prompt(sample, total - sum(height * width for height, width in sample))
+        for sample, total in zip(grids, tokens, strict=True)
+    ]
 
 
 def synthetic_inputs(
-    model: DpnLlavaForConditionalGeneration, images: torch.Tensor, text_tokens: Sequence[int], seed: int = 0
+    model: PyramidGenerationMixin, images: Inputs, text_tokens: Sequence[int], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return a batch of prompts of wanted lengths, padded on the left: images, then random words.
+    """Return a batch of prompts of wanted lengths, padded on the left: a word, the images, and the other words.
 
     Args:
-        model: says how many tokens an image has.
-        images: [images per sample, 3, H, W], the same for every sample.
-        text_tokens: of every sample, at least two each.
-        seed: of the words.
+        model: says which token stands for an image.
+        images: of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels and sizes.
+        text_tokens: of every sample, at least two.
+        seed: of the words, which are random.
     """
-    grid, config = model.model.image_grid(), model.config
-    visual = len(images) * grid[0] * grid[1]
+    config, longest = model.config, max(text_tokens)
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(
-        config.get_text_config().vocab_size, (len(text_tokens), max(text_tokens)), generator=generator
-    )
+    words = torch.randint(config.get_text_config().vocab_size, (len(text_tokens), longest), generator=generator)
     words[words == config.image_token_id] = 0
     if model.pyramid.router.token_id is not None:
         words[:, -1] = model.pyramid.router.token_id
-    ids = torch.full((len(text_tokens), visual + max(text_tokens)), config.image_token_id)
-    mask = torch.ones_like(ids)
-    for i, count in enumerate(text_tokens):
-        start = max(text_tokens) - count
-        mask[i, :start] = ids[i, :start] = 0
-        ids[i, start], ids[i, start + visual + 1 :] = words[i, 0], words[i, start + 1 :]
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if visual:
-        batch["pixel_values"] = images.repeat(len(text_tokens), 1, 1, 1).to(model.dtype)
+    places = images["input_ids"][images["input_ids"] == config.image_token_id]
+    rows = [torch.cat([row[:1], places, row[1 - count :]]) for row, count in zip(words, text_tokens, strict=True)]
+    gaps = [longest - count for count in text_tokens]
+    pad = torch.nn.functional.pad
+    batch = {
+        "input_ids": torch.stack([pad(row, (gap, 0)) for row, gap in zip(rows, gaps, strict=True)]),
+        "attention_mask": torch.stack([pad(torch.ones_like(r), (g, 0)) for r, g in zip(rows, gaps, strict=True)]),
+    }
+    for name in images.keys() - batch.keys():
+        batch[name] = torch.cat([images[name]] * len(text_tokens))
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -216,14 +221,15 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _run(
-    model: DpnLlavaForConditionalGeneration,
+    model: PyramidGenerationMixin,
     contender: Contender,
     inputs: Inputs,
     prompts: Sequence[Prompt],
     new_tokens: int,
+    clock: Clock,
 ) -> _Run:
     with contender.applied(model):
-        timing, logits = time_generation(model, inputs, new_tokens)
+        timing, logits = time_generation(model, inputs, new_tokens, clock)
         fractions = contender.fractions(model, prompts)
     full = [_full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
     spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))

@@ -1,9 +1,10 @@
 """What one generation takes: time per phase, memory, cache, and the attention kernels that ran."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
+Clock = Callable[[], float]
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -41,7 +43,7 @@ class Timing:
 
 
 def time_generation(
-    model: DpnLlavaForConditionalGeneration, inputs: Mapping[str, torch.Tensor], new_tokens: int
+    model: PyramidGenerationMixin, inputs: Mapping[str, torch.Tensor], new_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[Timing, torch.Tensor]:
     """Generate exactly `new_tokens` tokens, greedily, and measure it.
 
@@ -49,18 +51,20 @@ def time_generation(
         model: in eval mode.
         inputs: what `generate` takes, on the model's device.
         new_tokens: at least one.
+        clock: returns seconds.
 
     Returns:
         What it took, and the logits of the first token [B, vocabulary].
     """
-    clock = _TokenClock(model.device)
-    with _vision_clock(model) as vision_s, _peak_memory(model.device) as peak_bytes:
-        start = _now(model.device)
+    now = partial(_now, model.device, clock)
+    tokens = _TokenClock(now)
+    with _vision_clock(model, now) as vision_s, _peak_memory(model.device) as peak_bytes:
+        start = now()
         output = model.generate(
-            **inputs, streamer=clock, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
+            **inputs, streamer=tokens, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
             num_beams=1, use_cache=True, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-    first, last = clock.times[0], clock.times[-1]
+    first, last = tokens.times[0], tokens.times[-1]
     timing = Timing(
         vision_s=sum(vision_s),
         prefill_s=first - start - sum(vision_s),
@@ -72,7 +76,7 @@ def time_generation(
 
 
 @contextmanager
-def attention_kernels(model: DpnLlavaForConditionalGeneration) -> Iterator[set[str]]:
+def attention_kernels(model: PyramidGenerationMixin) -> Iterator[set[str]]:
     """Yield a set that takes the names of the fused attention kernels that the language model runs meanwhile.
 
     It stays empty where attention is plain matrix products.
@@ -107,37 +111,37 @@ class _KernelLog(TorchDispatchMode):
 class _TokenClock(BaseStreamer):
     """Notes when each token has come; `generate` hands it the prompt first."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, now: Clock) -> None:
+        self.now = now
         self.is_prompt = True
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then one token of every sample after another."""
         if not self.is_prompt:
-            self.times.append(_now(self.device))
+            self.times.append(self.now())
         self.is_prompt = False
 
     def end(self) -> None:
         """Do nothing: the last token has been noted."""
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device, clock: Clock) -> float:
     """Return the time at which all work given to a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock()
 
 
 @contextmanager
-def _vision_clock(model: DpnLlavaForConditionalGeneration) -> Iterator[list[float]]:
+def _vision_clock(model: PyramidGenerationMixin, now: Clock) -> Iterator[list[float]]:
     """Yield a list that takes, for every use, the seconds from the vision tower's start to the projector's end."""
     starts: list[float] = []
     seconds: list[float] = []
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     hooks = [
-        tower.register_forward_pre_hook(lambda *_: starts.append(_now(model.device))),
-        projector.register_forward_hook(lambda *_: seconds.append(_now(model.device) - starts[-1])),
+        tower.register_forward_pre_hook(lambda *_: starts.append(now())),
+        projector.register_forward_hook(lambda *_: seconds.append(now() - starts[-1])),
     ]
     try:
         yield seconds

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-PASS_COST = {"cpu": 32, "cuda": 256}
+PASS_COST = {"cpu": 64, "cuda": 256}
 """Tokens whose work takes as long as reading a layer's weights once more, about, by type of device; ours."""
 
 
