@@ -61,7 +61,7 @@ def time_generation(
     with _vision_clock(model, now) as vision_s, _peak_memory(model.device) as peak_bytes:
         start = now()
         output = model.generate(
-            **inputs, streamer=tokens, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
+            **inputs, streamer=tokens, eos_token_id=None, max_new_tokens=new_tokens, do_sample=False,
             num_beams=1, use_cache=True, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     first, last = tokens.times[0], tokens.times[-1]

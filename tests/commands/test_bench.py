@@ -1,0 +1,64 @@
+"""`dpn bench`: what it prints, and what it refuses before anything is measured."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.cli import main
+
+QUICK = ("--rounds", "2", "--new-tokens", "2")
+
+
+def test_contenders_at_a_budget(
+    make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, picture = make_converted(), tmp_path / "latency.svg"
+    command = ["bench", "--model", str(folder), "--budget", "0.6", "--route", "2,0,1", "--against", "fastv,prepool"]
+    sizes = ["--batch-size", "1", "--batch-size", "3", "--text-tokens", "4,16"]
+    assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [run["batch_size"] for run in data["runs"]] == [1, 3]
+    assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
+    for run in data["runs"]:
+        original, dpn, fastv, prepool, fixed = run["contenders"]
+        assert (original["name"], original["fraction"], original["ideal_speedup"]) == ("original", 1.0, 1.0)
+        assert (dpn["name"], fixed["name"]) == ("dpn at 0.6", "fixed 2×2 · 1×1 · 1×2")
+        assert fastv["fraction"] == pytest.approx(0.6, abs=0.02)
+        assert prepool["kv_bytes"] < original["kv_bytes"]
+        assert original["phases"].keys() == {"vision", "prefill", "first_token", "decode"}
+    assert ">fixed 2×2 · 1×1 · 1×2<" in picture.read_text()
+
+
+def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_converted()
+    assert main(["bench", "--model", str(folder), "--data", "demo", *QUICK]) == 0
+    out = capsys.readouterr().out
+    for text in ("KL (nats)", "same first token", "vision tower", "decode, a token", "100.0%", "dpn"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "fastv"], "--budget"),
+        (["--budget", "0.6", "--against", "fastw"], "Did you mean 'fastv'?"),
+        (["--budget", "0.01"], "out of reach"),
+        (["--route", "2,2"], "3 sites"),
+        (["--route", "a"], "0,1,2"),
+        (["--text-tokens", "1"], "32,64,128"),
+        (["--plot", "picture.bmp"], ".png"),
+        (["--data", "demo", "--text-tokens", "4"], "--text-tokens"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    make_converted: Callable[..., Path],
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["bench", "--model", str(make_converted()), *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
