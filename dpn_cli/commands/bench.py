@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, experts_of, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, contender_names, experts_of, model_option
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dpn_cli.evaluation.latency import Inputs, Latency, Measured
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
-AGAINST = tuple(name for name in CONTENDERS if name != "original")
+
+TEXT_TOKENS = 64
 
 
 class TextTokens(click.ParamType[tuple[int, ...]]):
@@ -41,14 +42,14 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option("--budget", "budgets", type=Fraction(), multiple=True, help="Mean fraction of prefill FLOPs; repeatable.")
 @click.option("--route", "routes", metavar="E,E,…", multiple=True, help="The same experts for all samples; repeatable.")
 @click.option(
-    "--against", type=Choice(AGAINST), multiple=True, help="Another method, at the FLOPs of every --budget; repeatable."
-)
-@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
-@click.option("--images", type=click.IntRange(0), default=1, show_default=True, help="Of a sample.")
-@click.option(
-    "--text-tokens", type=TextTokens(), default="64", show_default=True, metavar="N[,N…]",
-    help="Of the samples of a batch, in turn.",
+    "--against", metavar="NAME,NAME,…", default="",
+    help=f"Other methods, at the FLOPs of every --budget: {', '.join(CONTENDERS[1:])}, or all.",
 )  # fmt: skip
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
+@click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
+@click.option(
+    "--text-tokens", type=TextTokens(), metavar="N[,N…]", help="Of a batch's synthetic samples, in turn; default: 64."
+)
 @click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
 @click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
 @click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="To generate per sample.")
@@ -59,10 +60,10 @@ def command(
     model: Path | None,
     budgets: tuple[float, ...],
     routes: tuple[str, ...],
-    against: tuple[str, ...],
+    against: str,
     batch_sizes: tuple[int, ...],
-    images: int,
-    text_tokens: tuple[int, ...],
+    images: int | None,
+    text_tokens: tuple[int, ...] | None,
     data: str | None,
     image_root: Path | None,
     new_tokens: int,
@@ -75,8 +76,11 @@ def command(
     Without --budget and --route the checkpoint runs as it is. Synthetic prompts are noise: what routers make of them
     says nothing about your data, for that give --data.
     """
-    if against and not budgets:
+    names = contender_names(against)
+    if names and not budgets:
         raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
+    if data is not None and (images is not None or text_tokens is not None):
+        raise UsageError("--data brings its own prompts: leave out --images and --text-tokens")
     experts = [experts_of(route) for route in routes]
     if plot is not None:
         from dpn_cli.evaluation.plots import check_plot
@@ -93,11 +97,12 @@ def command(
     results = []
     for batch_size in batch_sizes:
         if data is None:
-            batches = _synthetic(loaded, processor, images, text_tokens, batch_size, rounds)
+            lengths = text_tokens or (TEXT_TOKENS,)
+            batches = _synthetic(loaded, processor, images or 1, lengths, batch_size, rounds)
         else:
             batches = _from_data(loaded, processor, data, image_root, batch_size, rounds)
         prompts = [prompt for batch in batches for prompt in prompts_of(loaded, batch)]
-        contenders = _contenders(loaded, prompts, budgets, experts, against)
+        contenders = _contenders(loaded, prompts, budgets, experts, names)
         with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
             results.append(measure_latency(loaded, contenders, batches, new_tokens, advance))
     if as_json:
@@ -176,7 +181,7 @@ def _contenders(
         for budget in budgets:
             pyramid.trade_off_for(budget)
             contenders[f"dpn at {budget:g}"] = Routed(budget)
-            for name in against:
+            for name in (name for name in against if name != ORIGINAL):
                 fitted = make_contender(name, pyramid).fit(shape, prompts, budget)
                 contenders[f"{fitted.label} at {budget:g}"] = fitted
         for route in routes:

@@ -1,15 +1,26 @@
 """`dpn eval`: what the pyramid lost and gained, and whether another method would have been better."""
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
-from dpn_cli.errors import UsageError, did_you_mean
+from dpn_cli.commands.options import (
+    Choice,
+    Fraction,
+    checkpoint_folder,
+    contender_names,
+    data_options,
+    model_option,
+    processes_option,
+)
+from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.harness import PAPER_TASKS
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.data import OnBadRow
@@ -17,7 +28,15 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @model_option
-@data_options
+@partial(data_options, required=False)
+@click.option(
+    "--tasks", metavar="TASK,TASK,…",
+    help=f"In place of --data: public benchmarks, by their names in lmms-eval; paper for {', '.join(PAPER_TASKS)}.",
+)  # fmt: skip
+@click.option(
+    "--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="With --tasks: a folder with tasks of your own.",
+)  # fmt: skip
 @click.option(
     "--budget", "budgets", type=Fraction(), multiple=True,
     help="Mean fraction of the original's prefill FLOPs to spend; repeatable; default: what the checkpoint is set to.",
@@ -40,7 +59,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path | None,
-    data: str,
+    data: str | None,
+    tasks: str | None,
+    include_path: Path | None,
     image_root: Path | None,
     on_bad_row: "OnBadRow",
     max_bad: float,
@@ -60,7 +81,14 @@ def command(
     Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
     command line goes on where it stopped, with any number of processes.
     """
-    names = _names(against)
+    names = contender_names(against)
+    if tasks is not None:
+        if data is not None or names:
+            raise UsageError("--tasks brings its own questions and no other methods: leave out --data and --against")
+        _run_benchmarks(checkpoint_folder(model), tasks, budgets, batch_size, samples, include_path, as_json)
+        return
+    if data is None:
+        raise UsageError("say what is to be asked: your own questions with --data, or public benchmarks with --tasks")
     folder = checkpoint_folder(model)
     from dpn_cli.evaluation.pictures import plot_evaluation
     from dpn_cli.evaluation.plots import check_plot
@@ -91,15 +119,26 @@ def command(
     print_evaluation(result)
 
 
-def _names(against: str) -> tuple[str, ...]:
-    """Read the names of contenders.
+def _run_benchmarks(
+    folder: Path,
+    tasks: str,
+    budgets: Sequence[float],
+    batch_size: int,
+    samples: int | None,
+    include_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Let lmms-eval put the questions, to the teacher and to the pyramid."""
+    from dpn_cli.evaluation.harness import run_benchmarks
 
-    Raises:
-        UsageError: for one that is unknown.
-    """
-    names = [name.strip() for name in against.split(",") if name.strip()]
-    for name in names:
-        if name not in (*CONTENDERS, "all"):
-            known = ", ".join((*CONTENDERS, "all"))
-            raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, CONTENDERS)}")
-    return CONTENDERS if "all" in names else tuple(dict.fromkeys(names))
+    names = [
+        name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
+    ]
+    rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note)
+    if as_json:
+        found = {"checkpoint": str(folder), "benchmarks": [row.to_dict() for row in rows]}
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from dpn_cli.commands.tables import print_benchmarks
+
+    print_benchmarks(rows)

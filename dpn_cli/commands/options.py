@@ -12,6 +12,7 @@ import click
 from dpn_cli import console, workspace
 from dpn_cli.calibration.launch import is_launched, launch
 from dpn_cli.errors import UsageError, did_you_mean
+from dpn_cli.evaluation.contenders import CONTENDERS
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,12 +26,12 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
-def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
     """Add `--data`, `--image-root`, `--on-bad-row` and `--max-bad`, the arguments of `load_data`."""
     for option in reversed(
         (
             click.option(
-                "--data", required=True, metavar="DATA",
+                "--data", required=required, metavar="DATA",
                 help="A LLaVA .json or .jsonl file, a folder of images (asked stock prompts, answered by the model), a "
                 "parquet file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
             ),
@@ -90,6 +91,20 @@ def experts_of(route: str) -> tuple[int, ...]:
         return tuple(int(expert) for expert in route.split(","))
     except ValueError:
         raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
+
+
+def contender_names(against: str) -> tuple[str, ...]:
+    """Read the names of contenders in an `--against`.
+
+    Raises:
+        UsageError: for one that is unknown.
+    """
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    for name in names:
+        if name not in (*CONTENDERS, "all"):
+            known = ", ".join((*CONTENDERS, "all"))
+            raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, CONTENDERS)}")
+    return CONTENDERS if "all" in names else tuple(dict.fromkeys(names))
 
 
 class Choice(click.Choice[str]):

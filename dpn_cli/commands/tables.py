@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dpn_cli.calibration.report import Report
     from dpn_cli.evaluation.evaluate import Evaluation, Standing
     from dpn_cli.evaluation.figures import Figures
+    from dpn_cli.evaluation.harness import Benchmark
     from dpn_cli.evaluation.latency import Latency, Measured
     from dpn_cli.modeling.pyramid_config import Route
 
@@ -110,6 +111,23 @@ def print_routes(result: "Evaluation") -> None:
             rows.append((kind, "   ".join(shares)))
     columns = ["kind of question", "experts per site, most frequent first"]
     console.table("Routes by kind of question", columns, rows, texts=columns)
+
+
+def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
+    """Print the metrics of public benchmarks, teacher and pyramid side by side, each with its FLOPs."""
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    console.table(
+        "Benchmarks, by lmms-eval, in its units; beside each figure the fraction of the prefill FLOPs that it took",
+        ["task", "metric", "samples", *(column for name in names for column in (name, "FLOPs"))],
+        [
+            (
+                row.task, row.metric, row.samples,
+                *(cell for name in names for cell in (f"{row.scores[name]:.4g}", f"{row.fractions.get(name, 1):.3f}")),
+            )
+            for row in rows
+        ],
+        texts=["metric"],
+    )  # fmt: skip
 
 
 def print_latency(result: "Latency", has_data: bool) -> None:
