@@ -15,7 +15,7 @@ from dpn_cli import __version__
 BUNDLE_MODULE = "modeling_dpn_llava"
 
 _PACKAGE = "dpn_cli"
-_ROOT = "dpn_cli.modeling.llava"
+_ROOT = "dpn_cli.modeling.families"
 _WIDTH = 120
 _HEADER = f"""\
 # LLaVA with a dynamic pyramid: visual tokens are pooled at a few depths of the decoder, at rates that small

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids"]
+pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.tiled"]
 
 TextType = Literal["llama", "mistral", "qwen2"]
 Layout = Literal["hub", "new"]
@@ -53,23 +53,29 @@ def tiny_llava_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     return make
 
 
-def _save_processor(folder: Path) -> None:
+def tiny_tokenizer(**special: str) -> Any:
+    """Return a tokenizer that knows few words, some of them special under these names."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL_TOKENS, *WORDS.split()]
     words += [f"word{i}" for i in range(VOCAB_SIZE - len(words))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+        extra_special_tokens={"image_token": "<image>", **special}, padding_side="left",
     )  # fmt: skip
+
+
+def _save_processor(folder: Path) -> None:
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
     size = {"height": 48, "width": 48}
     LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=size),
-        tokenizer,
+        tiny_tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
@@ -80,20 +86,14 @@ def _save_processor(folder: Path) -> None:
 def _save_model(folder: Path, text: TextType, layout: Layout, shards: int) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    extra: dict[str, Any] = {"sliding_window": None} if text == "mistral" else {}
-    text_config = AutoConfig.for_model(
-        text, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False, **extra,
-    )  # fmt: skip
     vision_config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=48,
         patch_size=4, projection_dim=32, initializer_factor=4.0,
     )  # fmt: skip
     config = LlavaConfig(
-        text_config=text_config, vision_config=vision_config, image_token_index=4,
+        text_config=tiny_text_config(text), vision_config=vision_config, image_token_index=4,
         image_seq_length=144, tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -104,7 +104,7 @@ def _save_model(folder: Path, text: TextType, layout: Layout, shards: int) -> No
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
-    rename = {"hub": _hub_name, "new": str}[layout]
+    rename = {"hub": hub_name, "new": str}[layout]
     tensors = {rename(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -120,12 +120,25 @@ def _save_model(folder: Path, text: TextType, layout: Layout, shards: int) -> No
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _hub_name(name: str) -> str:
+def tiny_text_config(text: TextType) -> Any:
+    """Return the config of a decoder of 8 layers of width 64."""
+    from transformers import AutoConfig
+
+    extra: dict[str, Any] = {"sliding_window": None} if text == "mistral" else {}
+    return AutoConfig.for_model(
+        text, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False, **extra,
+    )  # fmt: skip
+
+
+def hub_name(name: str) -> str:
     """Return the name that llava-hf checkpoints on the hub give to a tensor of transformers 5."""
     for new, hub in (
         ("model.language_model.", "language_model.model."),
         ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.image_newline", "image_newline"),
         ("lm_head.", "language_model.lm_head."),
     ):
         if name.startswith(new):

@@ -46,10 +46,6 @@ class DpnLlavaModel(PyramidModelMixin, LlavaModel):
         side = vision.image_size // vision.patch_size // self.language_model.pyramid.prepooling
         return side, side
 
-    def image_grids(self, num_images: int, **sizes: torch.Tensor) -> tuple[Grid, ...]:
-        """Return one grid per image, of whatever size the image was."""
-        return (self.image_grid(),) * num_images
-
 
 class DpnLlavaForConditionalGeneration(PyramidGenerationMixin, LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` with a pyramid, routed per sample."""

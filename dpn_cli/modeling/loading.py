@@ -9,20 +9,23 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.adapter import hush_bitsandbytes, load_adapter
-from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration, DpnLlavaModel
+from dpn_cli.modeling.configuration import DpnLlavaOnevisionConfig
+from dpn_cli.modeling.families import MODELS
+from dpn_cli.modeling.onevision_processor import OnevisionImages
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 def register() -> None:
-    """Teach transformers' Auto classes the model type `dpn_llava`."""
-    AutoConfig.register(DpnLlavaConfig.model_type, DpnLlavaConfig, exist_ok=True)
-    AutoModel.register(DpnLlavaConfig, DpnLlavaModel, exist_ok=True)
-    AutoModelForImageTextToText.register(DpnLlavaConfig, DpnLlavaForConditionalGeneration, exist_ok=True)
+    """Teach transformers' Auto classes our model types."""
+    for config, model in MODELS.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model.inner_class, exist_ok=True)
+        AutoModelForImageTextToText.register(config, model, exist_ok=True)
 
 
 def load_model(
@@ -41,10 +44,11 @@ def load_model(
         MissingExtraError: if it was healed and peft is not installed.
     """
     source, _, pyramid = open_converted(folder)
+    [model_class] = [each for config, each in MODELS.items() if config.model_type == source.config["model_type"]]
     if "quantization_config" in source.config:
         hush_bitsandbytes()
     with _quietly():
-        model, info = DpnLlavaForConditionalGeneration.from_pretrained(
+        model, info = model_class.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -69,8 +73,11 @@ def load_processor(folder: Path) -> Any:
     Raises:
         CheckpointError: if it is missing or damaged, or needs such code.
     """
+    onevision = read_config(folder).get("model_type") == DpnLlavaOnevisionConfig.model_type
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return (OnevisionImages if onevision else AutoProcessor).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "

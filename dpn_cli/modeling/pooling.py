@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dpn_cli.modeling.pyramid_config import Grid, Rate
+from dpn_cli.modeling.pyramid_config import Grid, Rate, kernel_on
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def _is_complete(
     """Say which tokens, [B, S], belong to a cell that lies whole inside its grid; text always does."""
     table = torch.zeros(*grid.shape, 2, dtype=torch.long)  # rows and columns of complete cells; S bounds the grids
     for b, sample in enumerate(grids):
-        for g, (height, width) in enumerate(sample):
-            table[b, g] = torch.tensor([height // rates[b][0], width // rates[b][1]])
+        for g, size in enumerate(sample):
+            kernel = kernel_on(size, rates[b])
+            table[b, g] = torch.tensor([size[0] // kernel[0], size[1] // kernel[1]])
     sizes = table.to(cell.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
     return (grid < 0) | (cell < sizes).all(-1)
 

@@ -2,6 +2,10 @@
 
 A *site* sits after a decoder layer and offers *rates*; a *route* is one rate (an expert index) per site; a
 sample's visual tokens are one or several *grids* (H, W). All of it is plain data, stored as `pyramid` in config.json.
+
+Some families end every row of a mosaic of tiles with a newline token. The newlines of H rows are a grid (H, 1) of
+their own, behind the mosaic's: when rows merge, so do their newlines, and each stands behind its merged row. A column
+is never narrowed, and no rate is withheld for its sake.
 """
 
 from collections.abc import Iterator, Sequence
@@ -177,7 +181,7 @@ class PyramidConfig:
     def pooled(self, grid: Grid, rate: Rate) -> Grid:
         """Return the size of `grid` after pooling at `rate`."""
         up = self.rounding == "ceil"
-        height, width = (-(-n // k) if up else n // k for n, k in zip(grid, rate, strict=True))
+        height, width = (-(-n // k) if up else n // k for n, k in zip(grid, kernel_on(grid, rate), strict=True))
         return height, width
 
     def takes(self, grids: Sequence[Grid]) -> bool:
@@ -190,7 +194,7 @@ class PyramidConfig:
             return [0]
         experts = []
         for k, rate in enumerate(self.sites[site].rates):
-            sizes = [h * w for h, w in (self.pooled(grid, rate) for grid in grids)]
+            sizes = [h * w for h, w in (self.pooled(grid, rate) for grid in _without_newlines(grids))]
             if rate == (1, 1) or (sizes and min(sizes) >= self.min_visual_tokens):
                 experts.append(k)
         return experts
@@ -214,7 +218,7 @@ class PyramidConfig:
             if grids and expert not in self.offered(site, stages[-1]):
                 kernel, small = (
                     "×".join(map(str, rates[expert])),
-                    min(stages[-1], key=lambda grid: grid[0] * grid[1]),
+                    min(_without_newlines(stages[-1]), key=lambda grid: grid[0] * grid[1], default=(0, 0)),
                 )
                 raise ValueError(
                     f"route {route}: {kernel} at site {site} would leave an image of {small[0]}×{small[1]} tokens "
@@ -287,3 +291,13 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
+
+
+def kernel_on(grid: Grid, rate: Rate) -> Rate:
+    """Return the kernel of a rate on a grid: a column, such as that of newlines, is not narrowed."""
+    return (rate[0], 1) if grid[1] == 1 else rate
+
+
+def _without_newlines(grids: Sequence[Grid]) -> list[Grid]:
+    """Return the grids of more than one column: those of pictures."""
+    return [grid for grid in grids if grid[1] > 1]

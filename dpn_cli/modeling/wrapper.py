@@ -44,7 +44,7 @@ def visual_coordinates(is_image: torch.Tensor, grids: Sequence[Grid]) -> torch.T
     Raises:
         ValueError: if there are not as many placeholders as tokens in the grids.
     """
-    tokens = torch.cat([_cells(*numbered).flatten(0, 1) for numbered in enumerate(grids)]).to(is_image.device)
+    tokens = torch.cat([rows.flatten(0, 1) for rows in _rows(grids)]).to(is_image.device)
     if len(tokens) != is_image.sum():
         raise ValueError(
             f"the prompt has {int(is_image.sum())} image tokens, its images have {len(tokens)}: encode text and images "
@@ -57,11 +57,17 @@ def visual_coordinates(is_image: torch.Tensor, grids: Sequence[Grid]) -> torch.T
     return coords
 
 
-def _cells(number: int, grid: Grid) -> torch.Tensor:
-    """Return (number, row, col) of the tokens of a grid, [H, W, 3]."""
-    height, width = grid
-    axes = torch.tensor([number]), torch.arange(height), torch.arange(width)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[0]
+def _rows(grids: Sequence[Grid]) -> list[torch.Tensor]:
+    """Return (grid, row, col) of the tokens in their order: [H, W, 3], newlines at the ends of the rows before them."""
+    rows: list[torch.Tensor] = []
+    for number, (height, width) in enumerate(grids):
+        axes = torch.tensor([number]), torch.arange(height), torch.arange(width)
+        cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[0]
+        if width == 1 and rows and len(rows[-1]) == height:
+            rows[-1] = torch.cat([rows[-1], cells], dim=1)
+        else:
+            rows.append(cells)
+    return rows
 
 
 def _brings_images(
@@ -84,14 +90,20 @@ class PyramidModelMixin(PreTrainedModel):
         """Return the visual tokens of a whole image, (H, W)."""
         raise NotImplementedError
 
-    def image_grids(self, num_images: int, **sizes: torch.Tensor) -> tuple[Grid, ...]:
-        """Return the visual grids of some images, in the order of their tokens.
+    def image_grids(
+        self,
+        num_images: int,
+        image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
+    ) -> tuple[Grid, ...]:
+        """Return the visual grids of some images, in the order of their tokens: one per image, whatever its size.
 
         Args:
             num_images: how many images there are.
-            **sizes: what the processor says of them (`GRID_INPUTS`), if anything.
+            image_sizes: [images, 2] their heights and widths in pixels, where the processor gives them.
+            batch_num_images: how many images each sample with images has, likewise.
         """
-        raise NotImplementedError
+        return (self.image_grid(),) * num_images
 
     def build_language_model(self) -> PyramidTextMixin:
         """Return the pyramid that the config describes, with fresh weights.
@@ -233,6 +245,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         visual_coords: torch.Tensor | None = None,
         prompt_length: int | None = None,
@@ -252,6 +265,8 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         elif prompt_length is not None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             kwargs["instruction"] = torch.tensor([prompt_length - 1 - past], device=self.device)
+        if batch_num_images is not None:  # one family's alone
+            kwargs["batch_num_images"] = batch_num_images
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,

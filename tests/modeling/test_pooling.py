@@ -66,7 +66,8 @@ def pool_one_by_one(
             continue
         height, width = sample_grids[g]
         plane = value[start : start + height * width].T.view(1, SIZE, height, width)
-        pieces.append(pool_plane(plane, rate, mode, rounding == "ceil"))
+        kernel = (rate[0], 1) if width == 1 else rate  # a column of newlines is not narrowed
+        pieces.append(pool_plane(plane, kernel, mode, rounding == "ceil"))
         start += height * width
     return torch.cat(pieces)
 
