@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
-from dpn_cli.checkpoint.headers import Checkpoint, read_header
+from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family
+from dpn_cli.checkpoint.headers import Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.initial import initial_values
-from dpn_cli.checkpoint.layout import DPE_FILE, DPN_ARCHITECTURE, DPN_MODEL_TYPE, LlavaLayout, validate_llava
+from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.rewriting import Written
@@ -115,13 +116,13 @@ def convert(
         placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
         notes=opened.notes,
     )
-    check_target(conversion.output, force, DPN_MODEL_TYPE, source.path)
+    check_target(conversion.output, force, CONVERTED, source.path)
     if check_values:
         _check_values(opened)
     if dry_run:
         return conversion
     check_space(conversion.output, _needed_bytes(opened, conversion))
-    with staged_folder(conversion.output, force, DPN_MODEL_TYPE, source.path) as stage:
+    with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
         written = _write(stage, opened, conversion, recipe)
         if verify and written.placement != "linked":  # a hard link is the very same file
             verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
@@ -129,10 +130,17 @@ def convert(
 
 
 def default_recipe(source: Source) -> str:
-    """Return the name of the recipe made for a model, or of the general one."""
+    """Return the name of the recipe made for a model, or of its family's.
+
+    Raises:
+        CheckpointError: if the model has no config.json that can be read.
+    """
     by_origin = {repo_id: alias for alias, repo_id in ALIASES.items()}
     name = by_origin.get(source.origin, source.name)
-    return name if name in available_recipes() else DEFAULT_RECIPE
+    if name in available_recipes():
+        return name
+    family = FAMILIES.get(str(read_config(source.path).get("model_type")))
+    return family.recipe if family else DEFAULT_RECIPE
 
 
 def _check_values(opened: Opened) -> None:
@@ -164,6 +172,7 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}}
+    family = Family.of(config)
     base = conversion.source.origin
     if conversion.source.revision:
         base += f"@{conversion.source.revision}"
@@ -171,8 +180,8 @@ def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
         kept
         | read_licence(conversion.source.path)
         | {
-            "model_type": DPN_MODEL_TYPE,
-            "architectures": [DPN_ARCHITECTURE],
+            "model_type": family.converted_type,
+            "architectures": [family.architecture],
             "base_model": base,
             "pyramid": conversion.pyramid.to_dict(),
         }

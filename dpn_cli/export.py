@@ -10,7 +10,8 @@ from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
 from dpn_cli.checkpoint.completeness import check_complete
-from dpn_cli.checkpoint.layout import DPN_MODEL_TYPE, LlavaLayout, open_converted, refuse_quantised
+from dpn_cli.checkpoint.family import CONVERTED
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import copy_file, side_files, write_json
@@ -89,9 +90,9 @@ def export(
     """
     draft = _draft(checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused)
     plan = draft.plan
-    check_target(output, force, DPN_MODEL_TYPE, plan.source.path)
+    check_target(output, force, CONVERTED, plan.source.path)
     check_space(output, plan.nbytes)
-    with staged_folder(output, force, DPN_MODEL_TYPE, plan.source.path) as stage:
+    with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
         _write_side_files(stage, draft, output.resolve().name)
         write_weights(stage, plan, draft.pyramid, check_values)
         _reopen(stage, plan, output)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
-from dpn_cli.checkpoint.layout import LlavaLayout, open_llava, read_pyramid
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout, open_llava, read_pyramid
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
@@ -88,20 +88,23 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(folder: Path, text_tokens: int = 64, images: int = 1) -> Inspection:
+def inspect_checkpoint(
+    folder: Path, text_tokens: int = 64, images: int = 1, image_size: tuple[int, int] = IMAGE_SIZE
+) -> Inspection:
     """Read a LLaVA, converted or not.
 
     Args:
         folder: the checkpoint.
         text_tokens: text tokens of the sample whose cost is shown.
         images: images of that sample.
+        image_size: their height and width in pixels, which only matter where images are cut into tiles.
 
     Raises:
         CheckpointError: if it is missing, damaged, or no LLaVA.
         UsageError: if the sample does not fit the model's positions.
     """
     checkpoint, layout = open_llava(folder)
-    grids = (layout.grid,) * images
+    grids = layout.image_grids([image_size] * images)
     _check_length(layout, grids, text_tokens)
     pyramid = read_pyramid(checkpoint, layout)
     routes = {"full": pyramid.full_route}
@@ -178,7 +181,7 @@ def _parts(checkpoint: Checkpoint, layout: LlavaLayout) -> list[Part]:
 
 
 def _part(name: str, layout: LlavaLayout) -> str:
-    for part in ("vision_tower", "multi_modal_projector", "lm_head"):
+    for part in ("vision_tower", "multi_modal_projector", "image_newline", "lm_head"):
         if part in name.split("."):
             return part
     inside = name.removeprefix(layout.text_prefix)

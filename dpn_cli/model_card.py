@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from dpn_cli import __version__
-from dpn_cli.checkpoint.layout import LlavaLayout
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate
@@ -50,13 +50,14 @@ def _base(config: dict[str, Any]) -> str:
 
 def _summary(config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig) -> str:
     height, width = layout.grid
+    tiles = "" if layout.tiling is None else " as a whole, and those of its tiles,"
     rates = "small routers pick for every question" if pyramid.static_route is None else "are the same for every image"
     licence = f" ({config['license']})" if "license" in config else ""
     return (
         f"`{_base(config)}`, its language model made a dynamic pyramid: the {height}×{width} = {height * width} visual "
-        f"tokens of an image are pooled at a few depths of the {layout.shape.num_layers} decoder layers, at rates that "
-        f"{rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The licence is the base "
-        f"model's{licence}; the code's is Apache-2.0."
+        f"tokens of an image{tiles} are pooled at a few depths of the {layout.shape.num_layers} decoder layers, at "
+        f"rates that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
+        f"licence is the base model's{licence}; the code's is Apache-2.0."
     )
 
 
@@ -66,10 +67,13 @@ def _pyramid(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
         route = f"the routers', λ = {pyramid.trade_off:.4g}"
     else:
         taken = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
-        share = flops_fraction(layout.shape, pyramid, pyramid.static_route, [layout.grid], TEXT_TOKENS)
+        size = "" if layout.tiling is None else " of {}×{} pixels".format(*IMAGE_SIZE)
+        share = flops_fraction(
+            layout.shape, pyramid, pyramid.static_route, layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS
+        )
         route = (
             f"fixed, {' → '.join(map(_rate, taken))}, which takes {share:.3f} of the original's prefill FLOPs for one "
-            f"image and {TEXT_TOKENS} text tokens"
+            f"image{size} and {TEXT_TOKENS} text tokens"
         )
     notes = f"Pooling: {pyramid.pooling}. Route: {route}."
     return "\n\n".join(["## The pyramid", _table(["site", "rates (tokens merged into one)"], rows), notes])

@@ -11,6 +11,7 @@ from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig
+from dpn_cli.recipe import load_recipe
 
 
 @pytest.fixture
@@ -23,12 +24,20 @@ def picture(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_converted(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """Return `make(text, layout, shards, calibrated) -> Path`, a folder whose routers disagree when calibrated."""
+def make_converted(
+    tiny_llava_factory: Callable[..., Path], tiny_tiled: Callable[..., Path], tmp_path: Path
+) -> Callable[..., Path]:
+    """Return `make(text, layout, shards, calibrated, family) -> Path`; calibrated, its routers disagree."""
 
-    def make(text: str = "llama", layout: str = "hub", shards: int = 1, calibrated: bool = True) -> Path:
+    def make(
+        text: str = "llama", layout: str = "hub", shards: int = 1, calibrated: bool = True, family: str = "llava"
+    ) -> Path:
         folder = tmp_path / "tiny-dpn"
-        convert(str(tiny_llava_factory(text=text, layout=layout, shards=shards)), output=folder)
+        if family == "llava":
+            convert(str(tiny_llava_factory(text=text, layout=layout, shards=shards)), output=folder)
+        else:
+            recipe = load_recipe("llava-next", ["pyramid.min_visual_tokens=4"])
+            convert(str(tiny_tiled(family, text, layout)), recipe, folder)
         if calibrated:
             pretend_calibration(folder)
         return folder

@@ -140,10 +140,14 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
         ("llava-hr-13b-x-sft-1024", ALIASES["llava-hr-x-13b"], "llava-hr-x-13b"),
         ("demo", "demo", "demo"),
         ("my-model", "my-model", "llava-1.5-7b"),
+        ("llava-1.6-vicuna-7b", ALIASES["llava-1.6-vicuna-7b"], "llava-next"),
+        ("llava-onevision-7b", ALIASES["llava-onevision-7b"], "llava-onevision"),
     ],
 )
-def test_the_recipe_follows_the_model(name: str, origin: str, recipe: str) -> None:
-    assert default_recipe(Source(Path(), name, origin)) == recipe
+def test_the_recipe_follows_the_model(tmp_path: Path, name: str, origin: str, recipe: str) -> None:
+    model_type = {"llava-next": "llava_next", "llava-onevision": "llava_onevision"}.get(recipe, "llava")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert default_recipe(Source(tmp_path, name, origin)) == recipe
 
 
 def fingerprint(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import yaml
 from safetensors import safe_open
 
 from dpn_cli.checkpoint.architecture import memory_name
+from dpn_cli.checkpoint.family import FAMILIES
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
@@ -24,15 +25,20 @@ from dpn_cli.exporting.content import write_weights
 from dpn_cli.exporting.plan import parse_size
 from tests.converted import pretend_calibration
 from tests.exports import QUESTION, answer, stored
+from tests.tiled import collate_tiled, tiled_prompt
 
-# Runs in a process of its own, in which dpn_cli cannot be imported; prints what it found as JSON.
-FRESH = """
+# Run in a process of its own, in which dpn_cli cannot be imported; print what they found as JSON.
+BLOCKED = """
 import json, sys
 class Blocker:
     def find_spec(self, name, *args):
         if name.split(".")[0] == "dpn_cli":
             raise ModuleNotFoundError("dpn_cli is not here")
 sys.meta_path.insert(0, Blocker())
+"""
+FRESH = (
+    BLOCKED
+    + """
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 folder, image, question = sys.argv[1:]
@@ -54,13 +60,31 @@ print(json.dumps({
     "piped": piped[0]["generated_text"], "dtype": str(model.dtype),
 }))
 """
+)
+
+# The same without a processor, which for LLaVA-OneVision needs torchvision: on inputs that were saved.
+FRESH_ON_INPUTS = (
+    BLOCKED
+    + """
+import torch
+from transformers import AutoModelForImageTextToText
+folder, file, _ = sys.argv[1:]
+model, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+tokens = model.generate(**torch.load(file), max_new_tokens=8, do_sample=False)
+print(json.dumps({
+    "keys": [sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")],
+    "type": type(model).__name__, "module": type(model).__module__, "tokens": tokens.tolist(),
+    "routes": model.last_routes,
+}))
+"""
+)
 
 
-def in_fresh_process(folder: Path, picture: Path, tmp_path: Path) -> dict[str, Any]:
+def in_fresh_process(folder: Path, file: Path, tmp_path: Path, code: str = FRESH) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(folder), str(picture), QUESTION],
+        [sys.executable, "-c", code, str(folder), str(file), QUESTION],
         env=env, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -68,22 +92,52 @@ def in_fresh_process(folder: Path, picture: Path, tmp_path: Path) -> dict[str, A
     return found
 
 
-@pytest.mark.parametrize(("text", "layout"), [("llama", "hub"), ("qwen2", "new")])
+@pytest.mark.parametrize(
+    ("family", "text", "layout"),
+    [
+        ("llava", "llama", "hub"),
+        ("llava", "qwen2", "new"),
+        pytest.param("llava_next", "mistral", "hub", marks=pytest.mark.slow),
+    ],
+)
 def test_an_export_answers_alike_where_dpn_is_not_installed(
-    make_converted: Callable[..., Path], picture: Path, tmp_path: Path, text: str, layout: str
+    make_converted: Callable[..., Path], picture: Path, tmp_path: Path, family: str, text: str, layout: str
 ) -> None:
     from dpn_cli.modeling.loading import load_model
 
-    folder = make_converted(text, layout)
+    folder = make_converted(text, layout, family=family)
     expected, routes = answer(load_model(folder), folder, picture)
     assert any(routes[0]), "the routers must pool for this test to mean something"
     export(folder, tmp_path / "out", max_shard_size="500KB")
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
     assert found["keys"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-    assert found["bare_missing"] == [] and found["bare"] == "DpnLlavaModel"
+    assert found["bare_missing"] == [] and found["bare"] == f"{FAMILIES[family].stem}Model"
     assert found["module"].endswith("modeling_dpn_llava") and "dpn_cli" not in found["module"]
     assert (found["text"], found["routes"]) == (expected, routes)
     assert found["piped"].strip() == expected
+
+
+@pytest.mark.slow
+def test_onevision_answers_alike_where_dpn_is_not_installed(
+    make_converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two tile layouts and two images at once, in one batch."""
+    import torch
+
+    from dpn_cli.modeling.loading import load_model
+
+    model = load_model(make_converted("qwen2", family="llava_onevision"))
+    sizes = [[(30, 70)], [(90, 31)], [(40, 40), (20, 33)]]
+    batch = collate_tiled([tiled_prompt(model, each, 3, 5, seed) for seed, each in enumerate(sizes)])
+    torch.save(batch, tmp_path / "batch.pt")
+    expected = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert any(map(any, model.last_routes)), "the routers must pool for this test to mean something"
+    export(tmp_path / "tiny-dpn", tmp_path / "out")
+    found = in_fresh_process(tmp_path / "out", tmp_path / "batch.pt", tmp_path, FRESH_ON_INPUTS)
+    assert found["keys"] == [[], [], []] and found["type"] == "DpnLlavaOnevisionForConditionalGeneration"
+    assert "dpn_cli" not in found["module"]
+    assert found["tokens"] == expected.tolist()
+    assert found["routes"] == [list(route) for route in model.last_routes]
 
 
 @pytest.mark.parametrize("layout", ["hub", "new"])

@@ -1,7 +1,9 @@
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,18 @@ def test_samples_without_and_with_several_images(converted: Path) -> None:
         inspect_checkpoint(converted, text_tokens=2000)
 
 
+def test_tiles_depend_on_the_size_and_number_of_images(tiny_tiled: Callable[..., Path], tmp_path: Path) -> None:
+    onevision = convert(str(tiny_tiled("llava_onevision", "qwen2")), output=tmp_path / "out").output
+    found = inspect_checkpoint(onevision, image_size=(30, 70))
+    assert found.grids == ((5, 5), (6, 15), (6, 1))
+    # any pooling would leave the whole with fewer than 16 tokens
+    assert visual_tokens(found, "cheapest") == visual_tokens(found, "full") == [25 + 6 * 16] * 8
+    assert inspect_checkpoint(onevision, images=2).grids == ((5, 5), (1, 1)) * 2
+    next_one = inspect_checkpoint(tiny_tiled("llava_next"), images=2, image_size=(90, 31))
+    assert next_one.grids == ((6, 6), (18, 6), (18, 1)) * 2
+    assert {part.name for part in next_one.parts} >= {"image_newline"}
+
+
 def test_the_json_form_is_plain(converted: Path) -> None:
     data = json.loads(json.dumps(inspect_checkpoint(converted).to_dict()))
     assert data["decoder"]["num_layers"] == 8
@@ -75,17 +89,61 @@ def test_the_json_form_is_plain(converted: Path) -> None:
     assert data["pyramid"]["sites"][0]["after_layer"] == 1
 
 
+CLIP, SIGLIP = (
+    {
+        "hidden_size": 1024, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    },
+    {
+        "hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_hidden_layers": 26,
+        "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
+    },
+)  # fmt: skip
+HUB: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": hub_config(LAYOUTS["llava-1.5-7b-hf"], {}),
+    "llava-1.5-13b": hub_config(LAYOUTS["llava-1.5-13b-hf"], {}),
+    "llava-1.6-vicuna-7b": {
+        "model_type": "llava_next", "image_token_index": 32000, "vision_config": CLIP,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+    },
+    "llava-1.6-mistral-7b": {
+        "model_type": "llava_next", "image_token_index": 32000, "vision_config": CLIP,
+        "text_config": {
+            "model_type": "mistral", "max_position_embeddings": 32768, "vocab_size": 32064,
+            "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": None,
+        },
+    },
+    "llava-onevision-7b": {
+        "model_type": "llava_onevision", "image_token_index": 151646, "video_token_index": 151647,
+        "vision_config": SIGLIP,
+        "text_config": {
+            "model_type": "qwen2", "max_position_embeddings": 32768, "vocab_size": 152000, "hidden_size": 3584,
+            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "use_sliding_window": False,
+        },
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("model", "layers", "hidden", "sites"),
-    [("llava-1.5-7b-hf", 32, 4096, [7, 15, 23]), ("llava-1.5-13b-hf", 40, 5120, [9, 19, 29])],
+    ("model", "tokens", "key_width", "sites"),
+    [
+        ("llava-1.5-7b", 24**2, 4096, [7, 15, 23]),
+        ("llava-1.5-13b", 24**2, 5120, [9, 19, 29]),
+        # a square of 672 pixels is four tiles beside the whole; every row of theirs ends with a newline
+        ("llava-1.6-vicuna-7b", 24**2 + 48 * 49, 4096, [7, 15, 23]),
+        ("llava-1.6-mistral-7b", 24**2 + 48 * 49, 1024, [7, 15, 23]),
+        ("llava-onevision-7b", 27**2 + 54 * 55, 512, [6, 13, 20]),
+    ],
 )
-def test_models_of_the_hub_are_read_from_their_sparse_configs(
-    tmp_path: Path, model: str, layers: int, hidden: int, sites: list[int]
+def test_the_models_of_the_hub_are_read_from_their_headers(
+    tmp_path: Path, model: str, tokens: int, key_width: int, sites: list[int]
 ) -> None:
-    config = hub_config(LAYOUTS[model], {})
+    config = HUB[model]
     (tmp_path / "config.json").write_text(json.dumps(config))
+    text = TEXT_DEFAULTS[config["text_config"]["model_type"]] | config["text_config"]
     header, stop = {}, 0
-    for name, shape in llava_tensors(config | {"text_config": TEXT_DEFAULTS["llama"] | config["text_config"]}).items():
+    for name, shape in llava_tensors(config | {"text_config": text}).items():
         start, stop = stop, stop + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, stop]}
     raw = json.dumps(header).encode()
@@ -94,8 +152,8 @@ def test_models_of_the_hub_are_read_from_their_sparse_configs(
         file.truncate(8 + len(raw) + stop)  # a hole: it takes no disk
 
     found = inspect_checkpoint(tmp_path)
-    assert visual_tokens(found, "full") == [576] * layers
-    assert {layer.kv_bytes for layer in found.routes[0].layers} == {640 * 2 * hidden * 2}
+    assert set(visual_tokens(found, "full")) == {tokens}
+    assert {layer.kv_bytes for layer in found.routes[0].layers} == {2 * (tokens + 64) * key_width * 2}
     plan = convert(str(tmp_path), output=tmp_path.parent / "never-written", dry_run=True)
     assert [site.after_layer for site in plan.pyramid.sites] == sites
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dpn_cli.checkpoint.family import Family
 from dpn_cli.cost import DecoderShape
 
 HR_TOWER = "llava_hr_vision"  # the model type of LLaVA-HR's
@@ -20,6 +21,8 @@ RENAMES = (
     ("model.vision_tower.", "model.vision_tower."),
     ("model.multi_modal_projector.", "model.multi_modal_projector."),
     ("lm_head.", "lm_head."),
+    ("image_newline", "model.image_newline"),
+    ("model.image_newline", "model.image_newline"),
 )
 
 
@@ -46,6 +49,8 @@ def llava_tensors(config: dict[str, Any]) -> Shapes:
     shapes |= projector_tensors(features, decoder.hidden_size, config.get("multimodal_projector_bias", True))
     if not is_tied(config):
         shapes["language_model.lm_head.weight"] = (decoder.vocab_size, decoder.hidden_size)
+    if Family.of(config).cuts_images:
+        shapes["image_newline"] = (decoder.hidden_size,)
     if vision["model_type"] == HR_TOWER:
         return shapes | {f"vision_tower.{name}": shape for name, shape in hr_tensors(vision).items()}
     tower = {"clip_vision_model": clip_tensors, "siglip_vision_model": siglip_tensors}[vision["model_type"]]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dpn_cli.checkpoint.architecture import HR_TOWER, Shapes, is_tied, llava_tensors, memory_name
+from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import Checkpoint, check_float
 from dpn_cli.checkpoint.layout import COMPUTED, VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
@@ -61,7 +62,7 @@ def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
     count = vision["num_hidden_layers"]
     if count > len(checkpoint.tensors):  # before every layer is listed
         raise CheckpointError(f"{where}: vision_config has more layers than the weights: they do not belong together")
-    layers = checkpoint.config.get("vision_feature_layer", -2)
+    layers = checkpoint.config.get("vision_feature_layer", Family.of(checkpoint.config).feature_layer)
     for layer in layers if isinstance(layers, list) else [layers]:
         if type(layer) is not int or not -count <= layer + 1 <= count + 1:  # 0 is the embeddings
             raise CheckpointError(f"{where}: a vision tower of {count} layers has no feature layer {layer!r}")

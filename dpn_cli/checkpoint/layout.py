@@ -1,20 +1,23 @@
 """Is this checkpoint a LLaVA that can become a pyramid, and how are its tensors named? No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.architecture import HR_TOWER
+from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
+from dpn_cli.modeling.tiling import Tiling
 
-DPN_MODEL_TYPE = "dpn_llava"
 DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
-DPN_ARCHITECTURE = "DpnLlavaForConditionalGeneration"
+
+IMAGE_SIZE = (672, 672)  # height and width of the image that costs are shown for where nobody says
 
 # What transformers' config classes assume for keys that a text_config leaves out (tests compare).
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -59,13 +62,15 @@ class LlavaLayout:
         text_prefix: what stands before `layers.0…` in tensor names.
         text_config: with transformers' defaults filled in.
         shape: sizes of the decoder.
-        grid: visual tokens of one image.
+        grid: visual tokens of a whole image.
+        tiling: how images are cut into tiles beside that, or None where they are not.
     """
 
     text_prefix: str
     text_config: dict[str, Any]
     shape: DecoderShape
     grid: Grid
+    tiling: Tiling | None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "LlavaLayout":
@@ -76,11 +81,13 @@ class LlavaLayout:
         """
         config, where = checkpoint.config, checkpoint.path
         text_config = TEXT_DEFAULTS[config["text_config"].get("model_type", "llama")] | config["text_config"]
+        grid = _grid(config["vision_config"], _prepooling(config), where)
         layout = cls(
             text_prefix=_text_prefix(checkpoint),
             text_config=text_config,
             shape=_shape(text_config, where),
-            grid=_grid(config["vision_config"], _prepooling(config), where),
+            grid=grid,
+            tiling=_tiling(config, grid, where),
         )
         layout._check_shapes(checkpoint)
         token: int = config.get("image_token_index", config.get("image_token_id", -1))
@@ -94,6 +101,14 @@ class LlavaLayout:
     def added_tensors(self, pyramid: PyramidConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that a pyramid adds, by their full name."""
         return {self.text_prefix + n: shape for n, shape in pyramid.dpe_tensors(self.shape.hidden_size).items()}
+
+    def image_grids(self, sizes: Sequence[tuple[int, int]]) -> tuple[Grid, ...]:
+        """Return the visual grids of a sample from the heights and widths of its images, in pixels."""
+        if self.tiling is None:
+            return (self.grid,) * len(sizes)
+        if len(sizes) > 1 and not self.tiling.cuts_several:
+            return self.tiling.grids_beside_others() * len(sizes)
+        return tuple(grid for size in sizes for grid in self.tiling.grids(*size))
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         """Compare the decoder's sizes with its tensors: transformers loads a bad config silently."""
@@ -139,7 +154,7 @@ def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig
         CheckpointError: if it is missing, damaged, or not converted.
     """
     config = read_config(folder)
-    if config.get("model_type") != DPN_MODEL_TYPE:
+    if not is_converted(config):
         validate_llava(config, folder)
         raise CheckpointError(f"{folder} has no pyramid yet: run `dpn convert {folder}` first")
     checkpoint, layout = open_llava(folder)
@@ -186,15 +201,17 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where} is in the original LLaVA layout: convert it with `dpn convert {where} --vision-tower PATH|ID`"
         )
-    if model_type not in ("llava", DPN_MODEL_TYPE):  # what it is may be unhashable
+    if str(model_type).removeprefix(CONVERTED) not in FAMILIES:
         kind = "another kind of vision model" if "vision_config" in config else "no vision tower"
-        raise CheckpointError(f"{where} has model type {model_type!r} ({kind}): expected a LLaVA (model type 'llava')")
+        raise CheckpointError(
+            f"{where} has model type {model_type!r} ({kind}): expected a LLaVA ({', '.join(FAMILIES)})"
+        )
     for key in ("text_config", "vision_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
     if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
-    if "quantization_config" in config and model_type != DPN_MODEL_TYPE:
+    if "quantization_config" in config and not is_converted(config):
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")
     _validate_text(config["text_config"], where)
     _validate_vision(config, where)
@@ -243,7 +260,7 @@ def _validate_vision(config: dict[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where} has a vision tower of type {model_type!r}: expected one of {', '.join(VISION_STRATEGY)}"
         )
-    strategy = config.get("vision_feature_select_strategy", "default")
+    strategy = config.get("vision_feature_select_strategy", Family.of(config).select_strategy)
     if strategy != VISION_STRATEGY[model_type]:
         raise CheckpointError(
             f"{where} selects the {strategy!r} features of its {model_type}, which are not a square grid: "
@@ -273,6 +290,20 @@ def _prepooling(config: dict[str, Any]) -> int:
     pyramid = config.get("pyramid")
     side = pyramid.get("prepooling", 1) if isinstance(pyramid, dict) else 1
     return side if type(side) is int and side > 0 else 1
+
+
+def _tiling(config: dict[str, Any], grid: Grid, where: Path) -> Tiling | None:
+    if not Family.of(config).cuts_images:
+        return None
+    try:
+        tiling = Tiling.of(config, grid[0])
+        tiling.grids(1, 1)
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError):
+        raise CheckpointError(
+            f"{where}: config.json does not say how images are cut into tiles: expected image_size in vision_config, "
+            f"image_grid_pinpoints as [height, width] pairs and, for OneVision, a vision_aspect_ratio like anyres_max_9"
+        ) from None
+    return tiling
 
 
 def _text_prefix(checkpoint: Checkpoint) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.authors import import_authors
 from dpn_cli.checkpoint.bins import BinWeights
+from dpn_cli.checkpoint.family import is_converted
 from dpn_cli.checkpoint.headers import (
     SINGLE_FILE,
     Checkpoint,
@@ -16,7 +17,7 @@ from dpn_cli.checkpoint.headers import (
     read_config,
     read_header,
 )
-from dpn_cli.checkpoint.layout import DPE_FILE, DPN_MODEL_TYPE, validate_llava, without_window
+from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
 from dpn_cli.checkpoint.original import is_original, rewrite_original
 from dpn_cli.checkpoint.rewriting import Written, rewrite_bins
 from dpn_cli.checkpoint.streams import Piece, read_pieces
@@ -111,7 +112,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     config = read_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(adapter_refusal(folder))
-    if config.get("model_type") == DPN_MODEL_TYPE:
+    if is_converted(config):
         raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
     if is_original(config):
         if "pooling" in config:

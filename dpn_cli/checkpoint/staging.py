@@ -29,7 +29,7 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     Args:
         target: the folder to write; its parents are made.
         force: replace a target that exists, once the new one is complete.
-        may_replace: the model_type of the folders that `force` may replace.
+        may_replace: what the model types of the folders that `force` may replace start with.
         source: the input, which the target must not touch.
 
     Raises:
@@ -98,9 +98,9 @@ def _existing_parent(target: Path) -> Path:
     return folder
 
 
-def _is_ours(folder: Path, model_type: str) -> bool:
+def _is_ours(folder: Path, prefix: str) -> bool:
     try:
-        return read_config(folder).get("model_type") == model_type or not any(folder.iterdir())
+        return str(read_config(folder).get("model_type")).startswith(prefix) or not any(folder.iterdir())
     except CheckpointError:
         return not any(folder.iterdir())
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import checkpoint_folder, model_option
+from dpn_cli.commands.options import Size, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 @model_option
 @click.option("--text-tokens", type=click.IntRange(1), default=64, show_default=True, help="Text tokens of a sample.")
 @click.option("--images", type=click.IntRange(0), default=1, show_default=True, help="Images of a sample.")
+@click.option(
+    "--image-size",
+    type=Size(),
+    default="672x672",
+    show_default=True,
+    help="Height and width of the images, for models that cut them into tiles.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str | None, model: Path | None, text_tokens: int, images: int, as_json: bool) -> None:
+def command(
+    name: str | None, model: Path | None, text_tokens: int, images: int, image_size: tuple[int, int], as_json: bool
+) -> None:
     """Show sites, rates, budgets, and per layer tokens, FLOPs and KV bytes, without loading the model.
 
     MODEL may be all that `dpn convert` takes, converted or not.
@@ -31,7 +40,7 @@ def command(name: str | None, model: Path | None, text_tokens: int, images: int,
     if name and model:
         raise UsageError("give MODEL or --model, not both")
     folder = resolve_source(name).path if name else checkpoint_folder(model)
-    found = inspect_checkpoint(folder, text_tokens, images)
+    found = inspect_checkpoint(folder, text_tokens, images, image_size)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

@@ -1,6 +1,7 @@
 """What several commands share: the option that names a checkpoint, and stricter parameter types."""
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -147,3 +148,16 @@ class Percent(click.ParamType[float]):
         if not 0 <= share <= 1:
             self.fail(f"{value!r} is no share: expected something like 5% or 0.05", param, ctx)
         return share
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """Height and width in pixels, as 672x672."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return both, or fail."""
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no size: expected height and width in pixels, such as 480x640", param, ctx)
+        return int(match[1]), int(match[2])

@@ -3,17 +3,12 @@
 from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE
+from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import Checkpoint
-from dpn_cli.checkpoint.layout import DPN_ARCHITECTURE, VISION_DEFAULTS, LlavaLayout
+from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES, TORCH_DTYPES
 from dpn_cli.modeling.pyramid_config import PyramidConfig
-
-AUTO_MAP = {
-    "AutoConfig": f"{BUNDLE_MODULE}.DpnLlavaConfig",
-    "AutoModel": f"{BUNDLE_MODULE}.DpnLlavaModel",
-    "AutoModelForImageTextToText": f"{BUNDLE_MODULE}.{DPN_ARCHITECTURE}",
-}
 
 
 def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig, dtype: str | None) -> dict[str, Any]:
@@ -25,7 +20,12 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
         pyramid: as exported.
         dtype: that the tensors are converted to, or None.
     """
-    config = source.config | {"architectures": [DPN_ARCHITECTURE], "auto_map": AUTO_MAP, "pyramid": pyramid.to_dict()}
+    family = Family.of(source.config)
+    config = source.config | {
+        "architectures": [family.architecture],
+        "auto_map": family.auto_map(BUNDLE_MODULE),
+        "pyramid": pyramid.to_dict(),
+    }
     if dtype is None:
         return {"dtype": stored_dtype(source, layout)} | config
     for part in ("text_config", "vision_config"):
@@ -52,7 +52,7 @@ def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[d
     Raises:
         CheckpointError: if config.json does not say which layers are used.
     """
-    vision, chosen = config["vision_config"], config.get("vision_feature_layer", -2)
+    vision, chosen = config["vision_config"], config.get("vision_feature_layer", Family.of(config).feature_layer)
     layers = (VISION_DEFAULTS[vision["model_type"]] | vision).get("num_hidden_layers")
     if layers is None:  # LLaVA-HR's two towers end in one
         return config, ()

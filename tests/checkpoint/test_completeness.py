@@ -17,6 +17,12 @@ VISION = {
 @pytest.mark.parametrize(
     ("text", "vision", "options"),
     [
+        ({"model_type": "mistral"}, {"model_type": "clip_vision_model"}, {"model_type": "llava_next"}),
+        (
+            {"model_type": "qwen2", "tie_word_embeddings": True},
+            {"model_type": "siglip_vision_model", "vision_use_head": False},
+            {"model_type": "llava_onevision", "tie_word_embeddings": True},
+        ),
         ({"model_type": "llama"}, {"model_type": "clip_vision_model"}, {}),
         ({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, {"model_type": "clip_vision_model"}, {}),
         ({"model_type": "mistral"}, {"model_type": "clip_vision_model"}, {"multimodal_projector_bias": False}),
@@ -28,14 +34,16 @@ def test_the_tensors_are_those_of_transformers(
     text: dict[str, Any], vision: dict[str, Any], options: dict[str, Any]
 ) -> None:
     import torch
-    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    text, vision = TEXT | text, VISION | vision
-    config = LlavaConfig(
+    text, vision, options = TEXT | text, VISION | vision, {"model_type": "llava"} | options
+    config = AutoConfig.for_model(
         text_config=AutoConfig.for_model(**text), vision_config=AutoConfig.for_model(**vision), **options
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if options.get("tie_word_embeddings"):
+        del expected["lm_head.weight"]
     found = llava_tensors({"text_config": text, "vision_config": vision, **options})
     assert {memory_name(name): shape for name, shape in found.items()} == expected

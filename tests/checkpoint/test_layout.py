@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dpn_cli.checkpoint.family import FAMILIES, Family
 from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, VISION_DEFAULTS, open_llava, validate_llava
 from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
 from dpn_cli.errors import CheckpointError
@@ -48,7 +49,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "original LLaVA",
     ),
     "text only": ({"model_type": "llama", "vision_config": None}, "expected a LLaVA"),
-    "another vision model": ({"model_type": "llava_next"}, "'llava_next'"),
+    "another vision model": ({"model_type": "idefics3"}, "'idefics3'"),
     "no text_config": ({"text_config": None}, "no text_config"),
     "no vision_config": ({"vision_config": None}, "no vision_config"),
     "no image token": ({"image_token_index": None}, "no image_token_index"),
@@ -95,6 +96,30 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
         open_llava(folder)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_grid_pinpoints": [[24, 48], [24]]},
+        {"image_grid_pinpoints": 48},
+        {"image_grid_pinpoints": [[24.5, 48]]},
+        {"image_grid_pinpoints": [[12, 48]]},
+        {"vision_aspect_ratio": "square"},
+        {"vision_aspect_ratio": "anyres_max_0"},
+        {"vision_aspect_ratio": 9},
+        {"vision_config": {"model_type": "siglip_vision_model", "patch_size": 4}},
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(
+    tiny_tiled: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(tiny_tiled("llava_onevision", "qwen2"), tmp_path / "copy"))
+    assert open_llava(folder)[1].image_grids([(50, 70)]) == ((5, 5), (8, 11), (8, 1))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match="how images are cut into tiles"):
+        open_llava(folder)
+
+
 def test_the_defaults_of_a_vision_tower_are_those_of_transformers() -> None:
     from transformers import CLIPVisionConfig
 
@@ -106,3 +131,12 @@ def test_an_adapter_beside_the_weights_is_refused(tiny_llava: Path, tmp_path: Pa
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="merge it"):
         open_llava(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+def test_the_defaults_of_a_family_are_those_of_transformers(family: Family) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family.model_type)
+    assert config.vision_feature_select_strategy == family.select_strategy
+    assert config.vision_feature_layer == family.feature_layer

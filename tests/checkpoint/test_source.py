@@ -12,6 +12,8 @@ from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
 from tests.hr import Hr
 from tests.originals import Original
+from tests.pyramids import prompt
+from tests.tiled import tiled_prompt
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,6 +88,9 @@ def test_a_model_of_the_hub_is_converted_under_its_short_name(
 
 # What the text_config of each model on the hub says beside the sizes; None stands for what it leaves out.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava-1.6-vicuna-7b": ("llama", {"max_position_embeddings": 4096}),
+    "llava-1.6-mistral-7b": ("mistral", {"max_position_embeddings": 32768, "sliding_window": None}),
+    "llava-onevision-7b": ("qwen2", {"max_position_embeddings": 32768, "use_sliding_window": False}),
     "llava-1.5-7b": ("llama", {"max_position_embeddings": 4096}),
     "llava-1.5-13b": ("llama", {"max_position_embeddings": 4096}),
     "bakllava": ("mistral", {"max_position_embeddings": 32768, "sliding_window": None}),
@@ -96,18 +101,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("alias", VARIANTS)
 def test_every_alias_converts_to_a_model_with_the_same_logits(
     tiny_llava_factory: Callable[..., Path],
+    tiny_tiled: Callable[..., Path],
     hub_cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     alias: str,
 ) -> None:
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     import dpn_cli
 
     text, changes = VARIANTS[alias]
-    folder = Path(shutil.copytree(tiny_llava_factory(text=text, shards=2), tmp_path / "made"))
+    family = {"llava-1.6": "llava_next", "llava-one": "llava_onevision"}.get(alias[:9])
+    made = tiny_tiled(family, text) if family else tiny_llava_factory(text=text, shards=2)
+    folder = Path(shutil.copytree(made, tmp_path / "made"))
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] = {k: v for k, v in (config["text_config"] | changes).items() if v is not None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -115,10 +123,11 @@ def test_every_alias_converts_to_a_model_with_the_same_logits(
     monkeypatch.chdir(tmp_path)
     output = convert(alias).output
     assert output == Path(f"{alias}-dpn")
-    inputs = {"input_ids": torch.tensor([[1, *[4] * 144, 9, 8, 7]]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    model = dpn_cli.load(output)
+    inputs = tiled_prompt(model, [(30, 70)], 3, 4, seed=0) if family else prompt(1, 3, 4, seed=0)
     with torch.inference_mode():
-        expected = LlavaForConditionalGeneration.from_pretrained(snapshot)(**inputs).logits
-        assert torch.equal(dpn_cli.load(output)(**inputs).logits, expected)
+        expected = AutoModelForImageTextToText.from_pretrained(snapshot)(**inputs).logits
+        assert torch.equal(model(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES.keys() - VARIANTS))

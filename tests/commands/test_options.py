@@ -2,7 +2,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dpn_cli.commands.options import Choice, Fraction, Percent
+from dpn_cli.commands.options import Choice, Fraction, Percent, Size
 
 
 @click.command()
@@ -36,3 +36,13 @@ def test_a_percent_is_a_share(value: str, share: float) -> None:
 def test_what_is_no_share_is_refused(value: str) -> None:
     with pytest.raises(click.BadParameter, match=r"expected something like 5% or 0\.05"):
         Percent().convert(value, None, None)
+
+
+def test_a_size_is_height_and_width() -> None:
+    assert Size().convert("480x640", None, None) == (480, 640)
+
+
+@pytest.mark.parametrize("value", ["", "480", "0x10", "480x", "-1x5", "480×640", "1e3x5", "480x640x3", "999999x1"])
+def test_what_is_no_size_is_refused(value: str) -> None:
+    with pytest.raises(click.BadParameter, match="such as 480x640"):
+        Size().convert(value, None, None)

@@ -119,8 +119,8 @@ TENSORS: dict[str, tuple[Harm, str]] = {
     ),
     "tensor outside the index": (set_tensor("../../x", np.ones(1, np.float32), SHARD), "have [1]: '../../x'"),
     "tensor of no LLaVA": (
-        both(set_tensor("image_newline", np.ones(64, np.float32), SHARD), place("image_newline", SHARD)),
-        "'image_newline'",
+        both(set_tensor("extra_row", np.ones(64, np.float32), SHARD), place("extra_row", SHARD)),
+        "'extra_row'",
     ),
     "tensor under two names": (
         both(
