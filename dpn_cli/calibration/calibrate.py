@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
-from dpn_cli.calibration.encoding import encode, prompt_tokens, token_limit
+from dpn_cli.calibration.encoding import encode, expected_grids, prompt_tokens, token_limit
 from dpn_cli.calibration.fingerprint import fingerprint, validate_same
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
@@ -34,7 +35,6 @@ from dpn_cli.calibration.tuning import (
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.errors import DataError, UsageError
-from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.loading import default_device, load_processor
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -174,11 +174,12 @@ def _read(
     max_bad: float,
 ) -> tuple[Dataset, Any]:
     """Read the data and check every sample; also return the processor."""
-    processor = load_processor(folder)
-    max_tokens = DpnLlavaConfig.from_pretrained(folder).text_config.max_position_embeddings
+    processor, (_, layout, _) = load_processor(folder), open_converted(folder)
+    max_tokens = AutoConfig.from_pretrained(folder, local_files_only=True).text_config.max_position_embeddings
+    check = token_limit(processor, layout, max_tokens, recipe.answer_tokens)
     dataset = load_data(
         data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
-        seed=recipe.seed, check=token_limit(processor, max_tokens, recipe.answer_tokens), progress=progress,
+        seed=recipe.seed, check=check, progress=progress,
     )  # fmt: skip
     for line in dataset.scan.lines():
         say(line)
@@ -194,7 +195,7 @@ def _validate(folder: Path, data: str, samples: Sequence[Sample], processor: Any
         raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
     held = [samples[i] for i in _split(len(samples), recipe)[0]]  # those that the budget table is made of
     lengths = [
-        ((layout.grid,) * len(sample.images), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
+        (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
     ]
     validate_budget(recipe, layout.shape, pyramid, lengths)
 

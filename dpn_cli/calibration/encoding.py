@@ -3,7 +3,7 @@
 Shapes: B batch, L sequence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,19 +14,30 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dpn_cli.calibration.data import RowError, Sample
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.errors import DataError
+from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.wrapper import GRID_INPUTS
 
 IGNORED = -100  # the label of tokens that are not part of an answer
-NO_PIXELS = torch.zeros(0, 3, 1, 1)
+VISUAL = ("pixel_values", *GRID_INPUTS)  # what the processors of all families return for images
 
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded sample: ids [L], labels [L], pixels [images, 3, H, W] (or `NO_PIXELS`), a name for messages."""
+    """An encoded sample.
+
+    Attributes:
+        input_ids: [L].
+        labels: [L].
+        visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
+            [images, tiles, 3, H, W] with the sizes of the images; empty without images.
+        name: for messages.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    pixel_values: torch.Tensor
+    visual: Mapping[str, torch.Tensor]
     name: str = "a sample"
 
 
@@ -73,36 +84,38 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
     """
     if any(turn.answer is None for turn in sample.turns):
         raise ValueError(f"sample {sample.id} has an unanswered turn")
-    images = sample.open_images()
+    pieces = list(_pieces(sample, processor, answer_tokens))
+    images = sample.open_images()[: sum(piece.images for piece in pieces)]
+    visual = _visual(images, processor) if images else {}
+    counts = (processor.replace_image_token(visual, i).count(processor.image_token) for i in range(len(images)))
     ids: list[int] = []
     labels: list[int] = []
-    pixels: list[torch.Tensor] = []
-    for piece in _pieces(sample, processor, answer_tokens):
-        if piece.images:
-            shown, images = images[: piece.images], images[piece.images :]
-            inputs = processor(
-                text=piece.text, images=shown, add_special_tokens=not ids, return_tensors="pt", padding=False
-            )
-            tokens = inputs["input_ids"][0].tolist()
-            pixels.append(inputs["pixel_values"])
-        else:
-            tokens = piece.tokens
+    for piece in pieces:
+        tokens: list[int] = []
+        for token in piece.tokens:
+            tokens += [token] * (next(counts) if piece.images and token == processor.image_token_id else 1)
         ids += tokens
         labels += tokens if piece.labelled else [IGNORED] * len(tokens)
     name = f"row {sample.row}" if sample.row else f"sample {sample.id}"
-    return Example(torch.tensor(ids), torch.tensor(labels), torch.cat(pixels) if pixels else NO_PIXELS, name)
+    return Example(torch.tensor(ids), torch.tensor(labels), visual, name)
 
 
-def token_limit(processor: Any, max_tokens: int, answer_tokens: int) -> Callable[[Sample], None]:
+def _visual(images: Sequence[Image.Image], processor: Any) -> dict[str, torch.Tensor]:
+    """Return what the processor makes of the images of one sample, whose number may decide how they are cut."""
+    text = processor.image_token * len(images)
+    inputs = processor(text=text, images=[images], add_special_tokens=False, return_tensors="pt")
+    return {name: inputs[name] for name in VISUAL if name in inputs}
+
+
+def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tokens: int) -> Callable[[Sample], None]:
     """Return a check that refuses samples of more tokens than the model takes, for `load_data`.
 
     Args:
         processor: the checkpoint's.
+        layout: likewise.
         max_tokens: positions of the language model.
         answer_tokens: as for `encode`; also left free for answers to come.
     """
-    blank = processor(text=processor.image_token, images=Image.new("RGB", (8, 8)), add_special_tokens=False)
-    image_tokens = len(blank["input_ids"][0])
 
     def check(sample: Sample) -> None:
         try:
@@ -112,7 +125,8 @@ def token_limit(processor: Any, max_tokens: int, answer_tokens: int) -> Callable
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
             shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
             raise RowError("image tokens", f"its text has {shown} image tokens, the row {len(sample.images)} images")
-        total = sum(len(piece.tokens) + piece.images * (image_tokens - 1) for piece in pieces)
+        visual = sum(height * width for height, width in expected_grids(sample, layout))
+        total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
         total += answer_tokens if sample.turns[-1].answer is None else 0
         if total > max_tokens:
             raise RowError("over-long", f"{total} tokens with its images, the model takes {max_tokens}")
@@ -124,6 +138,12 @@ def prompt_tokens(sample: Sample, processor: Any, answer_tokens: int) -> int:
     """Return the text tokens before the first answer that `encode` labels: those that a router decides after."""
     pieces = takewhile(lambda piece: not piece.labelled, _pieces(sample, processor, answer_tokens))
     return sum(len(piece.tokens) - piece.images for piece in pieces)
+
+
+def expected_grids(sample: Sample, layout: LlavaLayout) -> tuple[Grid, ...]:
+    """Return the visual grids of a sample without decoding its images."""
+    sizes = sample.image_sizes() if layout.tiling else [(1, 1)] * len(sample.images)  # else they do not matter
+    return layout.image_grids(sizes)
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,7 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Pad examples on the left into one batch of `input_ids`, `labels`, `attention_mask` and any `pixel_values`."""
+    """Pad examples on the left into one batch of `input_ids`, `labels`, `attention_mask` and what is visual."""
     longest = max(len(example.input_ids) for example in examples)
 
     def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
@@ -177,16 +197,25 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
         "labels": pad([e.labels for e in examples], IGNORED),
         "attention_mask": pad([torch.ones_like(e.input_ids) for e in examples], 0),
     }
-    if pixels := [e.pixel_values for e in examples if len(e.pixel_values)]:
-        batch["pixel_values"] = torch.cat(pixels)
+    for name in VISUAL:
+        if tensors := [example.visual[name] for example in examples if name in example.visual]:
+            batch[name] = _cat(tensors)
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join what the images of several samples are, with empty tiles where one has fewer than another."""
+    if tensors[0].ndim == 5:
+        most = max(tensor.shape[1] for tensor in tensors)
+        tensors = [torch.nn.functional.pad(tensor, (*[0] * 7, most - tensor.shape[1])) for tensor in tensors]
+    return torch.cat(list(tensors))
 
 
 def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | str = "cpu") -> Any:
     """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left."""
     return processor(
         text=[chat_prompt(processor, sample, sample.asked) for sample in samples],
-        images=[image for sample in samples for image in sample.open_images(sample.asked)] or None,
+        images=[images for sample in samples if (images := sample.open_images(sample.asked))] or None,
         return_tensors="pt",
         padding=True,
         padding_side="left",

@@ -130,9 +130,10 @@ def draw_route(
     if full or not samples:
         return model.pyramid.full_route
     shape = model.model.language_model.shape
+    offered = set.intersection(*(set(model.pyramid.routes(grids)) for grids in {grids for grids, _ in samples}))
 
     def distance(route: Route) -> float:
         fractions = [flops_fraction(shape, model.pyramid, route, grids, text) for grids, text in samples]
         return abs(sum(fractions) / len(fractions) - wanted)
 
-    return min(model.pyramid.routes(samples[0][0]), key=distance)
+    return min(sorted(offered), key=distance)

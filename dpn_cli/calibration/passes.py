@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.encoding import IGNORED, Example, collate
+from dpn_cli.calibration.encoding import IGNORED, VISUAL, Example, collate
 from dpn_cli.modeling.pyramid_text import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -41,8 +41,8 @@ class Trunk:
 def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -> PyramidState:
     """Return a collated batch, with images or without, before the first layer; routers read before the first label."""
     text_model: Any = model.model.language_model
-    if "pixel_values" in batch:
-        embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
+    if visual := {name: batch[name] for name in VISUAL if name in batch}:
+        embeds, coords = model.model.embed(batch["input_ids"], **visual)
     else:
         embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
     mask = batch["attention_mask"]

@@ -22,7 +22,7 @@ from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
-from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.modeling.wrapper import GRID_INPUTS, PyramidGenerationMixin
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,11 @@ class Batch:
 
 def sample_grids(model: PyramidGenerationMixin, examples: Sequence[Example]) -> list[tuple[Grid, ...]]:
     """Return the visual grids of every example."""
-    return [model.model.image_grids(len(example.pixel_values)) for example in examples]
+    grids = []
+    for example in examples:
+        sizes = {name: tensor for name, tensor in example.visual.items() if name in GRID_INPUTS}
+        grids.append(model.model.image_grids(len(example.visual.get("pixel_values", ())), **sizes))
+    return grids
 
 
 def plan_batches(
@@ -106,18 +110,18 @@ def plan_batches(
 
     Args:
         pyramid: offers the routes.
-        grids: of every sample; only samples with equal grids share a batch.
+        grids: of every sample; only samples that are offered the same routes share a batch.
         batch_size: samples per batch, at most.
         num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
         complete: samples that are sent down all routes nevertheless.
     """
     batches = []
     seen: Counter[tuple[int, int]] = Counter()
-    groups: dict[tuple[bool, tuple[Grid, ...]], list[int]] = {}
-    for i, grid in enumerate(grids):
-        groups.setdefault((i in complete, grid), []).append(i)
-    for (all_routes, grid), rows in sorted(groups.items()):
-        routes = tuple(pyramid.routes(grid))
+    offered = {grid: tuple(pyramid.routes(grid)) for grid in set(grids)}
+    groups: dict[tuple[bool, tuple[Route, ...]], list[int]] = {}
+    for i in sorted(range(len(grids)), key=lambda i: sum(height * width for height, width in grids[i])):
+        groups.setdefault((i in complete, offered[grids[i]]), []).append(i)
+    for (all_routes, routes), rows in sorted(groups.items()):
         for start in range(0, len(rows), batch_size):
             some = all_routes or num_routes is None or num_routes >= len(routes)
             chosen = routes if some else _stratified(routes, num_routes or len(routes), seen)

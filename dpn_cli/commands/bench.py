@@ -131,7 +131,9 @@ def _synthetic(
 
     noise = np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise)] * images
-    encoded = processor(text=processor.image_token * images, images=pictures or None, return_tensors="pt")
+    encoded = processor(
+        text=processor.image_token * images, images=[pictures] if pictures else None, return_tensors="pt"
+    )
     lengths = [text_tokens[i % len(text_tokens)] for i in range(batch_size)]
     return [synthetic_inputs(model, encoded, lengths)] * rounds
 

@@ -69,12 +69,13 @@ class Panel:
     processes: Processes = ALONE
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
-        """Return what the prefill of every sample's prompt depends on, without opening its images."""
+        """Return what the prefill of every sample's prompt depends on, without decoding its images."""
         found = []
         for sample in samples:
             tokens = len(self.processor.tokenizer(chat_prompt(self.processor, sample, sample.asked))["input_ids"])
-            images = len(sample.images_until(sample.asked))
-            found.append(Prompt(tuple(self.model.model.image_grids(images)), tokens - images))
+            shown = sample.image_sizes(sample.asked)
+            grids = self.model.model.image_grids(len(shown), torch.tensor(shown), torch.tensor([len(shown)]))
+            found.append(Prompt(grids, tokens - len(shown)))
         return found
 
     def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:

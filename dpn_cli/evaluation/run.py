@@ -63,12 +63,12 @@ def evaluate_folder(
     """
     processes = processes or Processes.join()
     with processes.as_one():
-        checkpoint, _, pyramid = open_converted(folder)
+        checkpoint, layout, pyramid = open_converted(folder)
         processor = load_processor(folder)
         max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
         dataset = load_data(
             data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-            kind_field=kind_field, check=token_limit(processor, max_tokens, answer_tokens), progress=progress,
+            kind_field=kind_field, check=token_limit(processor, layout, max_tokens, answer_tokens), progress=progress,
         )  # fmt: skip
         for line in dataset.scan.lines():
             say(line)

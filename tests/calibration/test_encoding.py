@@ -9,6 +9,7 @@ from PIL import Image
 
 from dpn_cli.calibration.data import RowError, Sample, Turn
 from dpn_cli.calibration.encoding import IGNORED, Example, chat_prompt, collate, encode, prompts, token_limit
+from dpn_cli.checkpoint.layout import LlavaLayout, open_llava
 from dpn_cli.errors import DataError
 
 RED, BLUE = Image.new("RGB", (50, 40), (200, 30, 30)), Image.new("RGB", (40, 50), (30, 30, 200))
@@ -20,6 +21,11 @@ def processor(tiny_llava: Path) -> Any:
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def layout(tiny_llava: Path) -> LlavaLayout:
+    return open_llava(tiny_llava)[1]
 
 
 def text_of(processor: Any, tokens: torch.Tensor) -> str:
@@ -40,7 +46,7 @@ def test_labels_are_the_answers_and_the_prompt_is_the_processors(processor: Any)
     prompt = processor(text="USER: <image>\nwhat colour is this ? ASSISTANT:", images=RED, return_tensors="pt")
     length = prompt["input_ids"].shape[1]
     assert (example.input_ids[:length] == prompt["input_ids"][0]).all()
-    assert (example.pixel_values == prompt["pixel_values"]).all()
+    assert (example.visual["pixel_values"] == prompt["pixel_values"]).all()
     rest = processor.tokenizer.decode(example.input_ids[length:])
     assert rest == "red </s> USER : which shape ? ASSISTANT : blue circle </s>"
 
@@ -59,7 +65,7 @@ def test_an_image_of_a_later_turn_stands_there_and_labels_follow_it(processor: A
     )
     assert labels_of(processor, example) == "top </s> <unk> </s>"
     expected = processor.image_processor(images=[RED, BLUE], return_tensors="pt")["pixel_values"]
-    assert torch.equal(example.pixel_values, expected)
+    assert torch.equal(example.visual["pixel_values"], expected)
 
 
 def test_long_answers_are_shortened_without_an_end(processor: Any) -> None:
@@ -109,29 +115,31 @@ def test_a_system_message_is_never_lost(
     assert chat_prompt(processor, Sample("x", (), (Turn("what ?"),), system="say red"), 0) == expected
 
 
-def test_a_template_that_refuses_a_conversation_is_named(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_refuses_a_conversation_is_named(
+    processor: Any, layout: LlavaLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('never') }}")
     sample = Sample("x", (), (Turn("what ?", "red"),))
     with pytest.raises(DataError, match="sample x: the chat template refuses it: never"):
         encode(sample, processor, 8)
     with pytest.raises(RowError, match="never"):
         monkeypatch.undo()
-        check = token_limit(processor, 300, 8)
+        check = token_limit(processor, layout, 300, 8)
         monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('never') }}")
         check(sample)
 
 
 @pytest.mark.parametrize("answer", ["red green blue", None])
-def test_the_token_limit_counts_what_is_encoded(processor: Any, answer: str | None) -> None:
+def test_the_token_limit_counts_what_is_encoded(processor: Any, layout: LlavaLayout, answer: str | None) -> None:
     sample = Sample("x", (RED, BLUE), (Turn("what ?", "red", 1), Turn("which ?", answer, 1)), system="say")
     length = len(encode(sample.answered("red green blue") if answer is None else sample, processor, 2).input_ids)
-    token_limit(processor, length, 2)(sample)
+    token_limit(processor, layout, length, 2)(sample)
     with pytest.raises(RowError, match=f"{length} tokens with its images, the model takes {length - 1}"):
-        token_limit(processor, length - 1, 2)(sample)
+        token_limit(processor, layout, length - 1, 2)(sample)
 
 
-def test_text_that_reads_as_an_image_token_is_refused(processor: Any) -> None:
-    check = token_limit(processor, 2048, 8)
+def test_text_that_reads_as_an_image_token_is_refused(processor: Any, layout: LlavaLayout) -> None:
+    check = token_limit(processor, layout, 2048, 8)
     for sample in (
         Sample("x", (RED,), (Turn("what is <image> ?", "red"),)),
         Sample("x", (RED,), (Turn("what ?", "an <image>"),)),

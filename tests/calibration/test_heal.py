@@ -34,7 +34,7 @@ def examples() -> list[Example]:
         ids = torch.cat([sample["input_ids"][0], torch.arange(50, 53 + seed % 2)])
         labels = ids.clone()
         labels[: len(sample["input_ids"][0])] = IGNORED
-        result.append(Example(ids, labels, sample.get("pixel_values", torch.zeros(0, 3, 48, 48))))
+        result.append(Example(ids, labels, {name: sample[name] for name in sample if name == "pixel_values"}))
     return result
 
 
@@ -49,7 +49,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 def forward(model: Any, example: Example) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=example.input_ids[None], pixel_values=example.pixel_values).logits
+        return model(input_ids=example.input_ids[None], **example.visual).logits
 
 
 def test_teacher_and_student_are_the_stock_model_and_the_forced_route(make_pair: Any, examples: list[Example]) -> None:
@@ -67,9 +67,7 @@ def test_teacher_and_student_are_the_stock_model_and_the_forced_route(make_pair:
         at += len(answers)
         assert torch.allclose(teacher[here], forward(stock, example)[0, answers], atol=1e-3)
         with torch.no_grad():
-            forced = model(
-                input_ids=example.input_ids[None], pixel_values=example.pixel_values, labels=example.labels[None]
-            )
+            forced = model(input_ids=example.input_ids[None], **example.visual, labels=example.labels[None])
         assert torch.allclose(student[here], forced.logits[0, answers], atol=1e-3)
         assert trunk.targets[here].tolist() == example.labels[answers + 1].tolist()
 

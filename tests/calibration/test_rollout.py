@@ -24,12 +24,12 @@ def examples() -> list[Example]:
         ids = torch.cat([sample["input_ids"][0], torch.arange(50, 50 + answer)])
         labels = torch.full_like(ids, IGNORED)
         labels[-answer:] = ids[-answer:]
-        result.append(Example(ids, labels, sample["pixel_values"]))
+        result.append(Example(ids, labels, {"pixel_values": sample["pixel_values"]}))
     return result
 
 
 def measured(model: Any, samples: list[Example], batch_size: int = 2, **kwargs: Any) -> RouteTable:
-    grids = [((12, 12),) * len(sample.pixel_values) for sample in samples]
+    grids = [((12, 12),) * len(sample.visual["pixel_values"]) for sample in samples]
     batches = plan_batches(model.pyramid, grids, batch_size, None)
     return measure(model, samples, batches, pad_token_id=3, **kwargs)
 
@@ -41,7 +41,7 @@ def test_every_route_equals_a_forced_forward(make_pair: Any, gate: str) -> None:
     table = measured(model, samples)
     checked = 0
     for i, sample in enumerate(samples):
-        inputs = {"input_ids": sample.input_ids[None], "pixel_values": sample.pixel_values}
+        inputs = {"input_ids": sample.input_ids[None], "pixel_values": sample.visual["pixel_values"]}
         answers = (sample.labels[1:] != IGNORED).nonzero()[:, 0]
         with torch.no_grad():
             teacher = stock(**inputs).logits[0, answers].log_softmax(-1)
@@ -71,7 +71,7 @@ def test_features_are_what_the_router_reads(make_pair: Any) -> None:
     seen = []
     text_model.routers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        model(input_ids=sample.input_ids[None], pixel_values=sample.pixel_values, labels=sample.labels[None])
+        model(input_ids=sample.input_ids[None], pixel_values=sample.visual["pixel_values"], labels=sample.labels[None])
     prefix = model.last_routes[0][:1]
     stored = table.features[0, table.tree.prefixes.index(prefix)]
     assert torch.allclose(stored.float(), seen[0][0].float(), rtol=1e-3, atol=1e-2)
@@ -94,7 +94,7 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
             for sample, column in zip(samples, taken, strict=True):
                 model(
                     input_ids=sample.input_ids[None],
-                    pixel_values=sample.pixel_values,
+                    pixel_values=sample.visual["pixel_values"],
                     labels=sample.labels[None],
                 )
                 assert model.last_routes == [table.tree.routes[column]]
@@ -106,7 +106,7 @@ def test_a_part_of_the_routes_is_measured_like_the_whole(make_pair: Any) -> None
     _, model = make_pair()
     samples = examples()
     whole = measured(model, samples)
-    grids = [((12, 12),) * len(sample.pixel_values) for sample in samples]
+    grids = [((12, 12),) * len(sample.visual["pixel_values"]) for sample in samples]
     batches = plan_batches(model.pyramid, grids, 2, num_routes=4, complete={1})
     part = measure(model, samples, batches, pad_token_id=3)
     assert part.measured.sum(1).tolist() == [4, len(whole.tree.routes), 4, 4]

@@ -1,6 +1,8 @@
 """Reading images that may be anything: checked by their headers before a pixel is decoded."""
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -87,12 +89,30 @@ def open_image(image: Path | bytes | Image.Image) -> Image.Image:
     Raises:
         DataError: if it cannot be read.
     """
+    with _opened(image) as opened:
+        return opened.convert("RGB")
+
+
+def image_size(image: Path | bytes | Image.Image) -> tuple[int, int]:
+    """Return an image's height and width, from its header.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    with _opened(image) as opened:
+        return opened.height, opened.width
+
+
+@contextmanager
+def _opened(image: Path | bytes | Image.Image) -> Iterator[Image.Image]:
+    """Open an image, and say which one it is if it cannot be read."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        yield image
+        return
     name = "an image in a table" if isinstance(image, bytes) else printable(image)
     try:
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
-            return opened.convert("RGB")
+            yield opened
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise DataError(f"{name} is no image that can be read ({_reason(error)})") from None
 

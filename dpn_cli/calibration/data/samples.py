@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpn_cli.calibration.data.images import open_image
+from dpn_cli.calibration.data.images import image_size, open_image
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,15 @@ class Sample:
         """
         sources = self.images if turn == -1 else self.images_until(turn)
         return [open_image(source.read() if isinstance(source, StoredImage) else source) for source in sources]
+
+    def image_sizes(self, turn: int = -1) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images in pixels, from their headers; see `open_images`.
+
+        Raises:
+            DataError: if one cannot be read.
+        """
+        sources = self.images if turn == -1 else self.images_until(turn)
+        return [image_size(source.read() if isinstance(source, StoredImage) else source) for source in sources]
 
     def answered(self, answer: str) -> "Sample":
         """Return the conversation up to the turn that was asked, with this answer to it."""
