@@ -17,7 +17,7 @@ from dpn_cli.calibration.data import RowError, Sample
 from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.pyramid_config import Grid
-from dpn_cli.modeling.wrapper import GRID_INPUTS
+from dpn_cli.modeling.visual import GRID_INPUTS
 
 IGNORED = -100  # the label of tokens that are not part of an answer
 VISUAL = ("pixel_values", *GRID_INPUTS)  # what the processors of all families return for images

@@ -22,7 +22,8 @@ from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidState
-from dpn_cli.modeling.wrapper import GRID_INPUTS, PyramidGenerationMixin
+from dpn_cli.modeling.visual import GRID_INPUTS
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ class LlavaLayout:
         """Return the visual grids of a sample from the heights and widths of its images, in pixels."""
         if self.tiling is None:
             return (self.grid,) * len(sizes)
-        if len(sizes) > 1 and not self.tiling.cuts_several:
-            return self.tiling.grids_beside_others() * len(sizes)
-        return tuple(grid for size in sizes for grid in self.tiling.grids(*size))
+        cut = len(sizes) == 1 or self.tiling.cuts_several
+        blocks = [self.tiling.blocks(*size) if cut else self.tiling.blocks_beside_others() for size in sizes]
+        return tuple(grid for block in chain(*blocks) for grid in block)
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         """Compare the decoder's sizes with its tensors: transformers loads a bad config silently."""
@@ -297,7 +297,7 @@ def _tiling(config: dict[str, Any], grid: Grid, where: Path) -> Tiling | None:
         return None
     try:
         tiling = Tiling.of(config, grid[0])
-        tiling.grids(1, 1)
+        tiling.blocks(1, 1)
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError):
         raise CheckpointError(
             f"{where}: config.json does not say how images are cut into tiles: expected image_size in vision_config, "

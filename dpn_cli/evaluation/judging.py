@@ -74,8 +74,8 @@ class Panel:
         for sample in samples:
             tokens = len(self.processor.tokenizer(chat_prompt(self.processor, sample, sample.asked))["input_ids"])
             shown = sample.image_sizes(sample.asked)
-            grids = self.model.model.image_grids(len(shown), torch.tensor(shown), torch.tensor([len(shown)]))
-            found.append(Prompt(grids, tokens - len(shown)))
+            sizes = {"image_sizes": torch.tensor(shown), "batch_num_images": torch.tensor([len(shown)])}
+            found.append(Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown)))
         return found
 
     def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:

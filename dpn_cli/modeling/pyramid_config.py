@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
+Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
 
 PYRAMID_VERSION = 1

@@ -16,9 +16,10 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from dpn_cli.modeling.configuration import DpnLlavaNextConfig, DpnLlavaOnevisionConfig
-from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.pyramid_config import Block, Grid
 from dpn_cli.modeling.tiling import Tiling
-from dpn_cli.modeling.wrapper import PyramidGenerationMixin, PyramidModelMixin, rename_keys_as
+from dpn_cli.modeling.visual import PyramidModelMixin
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
 
 NO_VIDEO = "a pyramid takes images, not videos: pass frames of the video as images, or use the original model"
 
@@ -42,12 +43,12 @@ class TiledModelMixin(PyramidModelMixin):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return side, side
 
-    def image_grids(
+    def image_blocks(
         self,
         num_images: int,
         image_sizes: torch.Tensor | None = None,
         batch_num_images: torch.Tensor | None = None,
-    ) -> tuple[Grid, ...]:
+    ) -> tuple[Block, ...]:
         """Return the visual grids of some images; where a sample has several, these are not cut (OneVision).
 
         Raises:
@@ -58,10 +59,10 @@ class TiledModelMixin(PyramidModelMixin):
         tiling = Tiling.of(self.config.to_dict(), self.image_grid()[0])
         counts = [1] * num_images if batch_num_images is None else batch_num_images.tolist()
         is_cut = [tiling.cuts_several or count == 1 for count in counts for _ in range(count)]
-        grids: tuple[Grid, ...] = ()
+        blocks: tuple[Block, ...] = ()
         for size, cut in zip(torch.as_tensor(image_sizes).tolist(), is_cut, strict=True):
-            grids += tiling.grids(*size) if cut else tiling.grids_beside_others()
-        return grids
+            blocks += tiling.blocks(*size) if cut else tiling.blocks_beside_others()
+        return blocks
 
 
 class DpnLlavaNextModel(TiledModelMixin, LlavaNextModel):

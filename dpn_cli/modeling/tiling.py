@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from dpn_cli.modeling.pyramid_config import Grid
+from dpn_cli.modeling.pyramid_config import Block, Grid
 
 # What transformers' config classes assume where image_grid_pinpoints is missing (tests compare).
 RESOLUTIONS: dict[str, list[list[int]]] = {
@@ -65,19 +65,20 @@ class Tiling:
             max_tiles=None if limit is None else int(limit.removeprefix("anyres_max_")),
         )
 
-    def grids(self, height: int, width: int) -> tuple[Grid, ...]:
-        """Return the grids of an image: the whole, the mosaic, the newlines of its rows.
+    def blocks(self, height: int, width: int) -> tuple[Block, ...]:
+        """Return the grids of an image: the whole, then the mosaic with the newlines of its rows.
 
         Args:
             height: of the image, in pixels.
-            width: likewise.
+            width: likewise; of a very thin one nothing but the newlines may be left.
         """
-        whole, (rows, cols) = (self.tokens, self.tokens), self._mosaic(height, width)
-        return (whole, (rows, cols), (rows, 1)) if cols else (whole, (rows, 1))
+        rows, cols = self._mosaic(height, width)
+        newlines = (rows, 1)
+        return ((self.tokens, self.tokens),), ((rows, cols), newlines) if cols else (newlines,)
 
-    def grids_beside_others(self) -> tuple[Grid, ...]:
+    def blocks_beside_others(self) -> tuple[Block, ...]:
         """Return the grids of one of several images, where these are not cut: the whole and one newline."""
-        return (self.tokens, self.tokens), (1, 1)
+        return ((self.tokens, self.tokens),), ((1, 1),)
 
     def _mosaic(self, height: int, width: int) -> Grid:
         tall, wide = self._best_resolution(height, width)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlavaNextConfig, LlavaNextModel, LlavaOnevisionConfig, LlavaOnevisionModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from dpn_cli.modeling.pyramid_config import Block
 from dpn_cli.modeling.tiling import RESOLUTIONS, Tiling
 
 NEXT, ONEVISION = LlavaNextConfig(), LlavaOnevisionConfig()
@@ -30,12 +31,11 @@ def packed(config: Any, height: int, width: int, patches: int | None = None) -> 
     return images[0][:, 0]
 
 
-def tokens(grids: tuple[tuple[int, int], ...]) -> list[float]:
+def tokens(blocks: tuple[Block, ...]) -> list[float]:
     """Return the same for the grids: the whole, then rows that end with a newline."""
-    (height, width), *mosaic = grids
-    rows = mosaic[-1][0]
-    cols = mosaic[0][1] if len(mosaic) == 2 else 0
-    return [1.0] * (height * width) + ([1.0] * cols + [2.0]) * rows
+    [[(height, width)], [*mosaic, (rows, _)]] = blocks
+    assert all(grid[0] == rows for grid in mosaic)
+    return [1.0] * (height * width) + ([1.0] * sum(cols for _, cols in mosaic) + [2.0]) * rows
 
 
 def tiling(config: Any) -> Tiling:
@@ -51,11 +51,12 @@ def test_resolutions_are_those_of_transformers(config: Any) -> None:
 @example(height=900, width=5)  # a mosaic of newlines alone
 @example(height=336, width=336)
 @example(height=1, width=200)
+@example(height=30, width=1)  # a mosaic as high as the whole, of one column or none
 @pytest.mark.parametrize("config", [NEXT, ONEVISION])
 def test_grids_have_the_tokens_that_transformers_packs(config: Any, height: int, width: int) -> None:
     assume(max(height, width) <= 200 * min(height, width))  # a thinner one is refused before
-    assert packed(config, height, width).tolist() == tokens(tiling(config).grids(height, width))
+    assert packed(config, height, width).tolist() == tokens(tiling(config).blocks(height, width))
 
 
 def test_one_of_several_images_is_not_cut() -> None:
-    assert packed(ONEVISION, 500, 300, patches=1).tolist() == tokens(tiling(ONEVISION).grids_beside_others())
+    assert packed(ONEVISION, 500, 300, patches=1).tolist() == tokens(tiling(ONEVISION).blocks_beside_others())

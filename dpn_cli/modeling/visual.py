@@ -1,0 +1,199 @@
+"""What the inner models of every family share: they tell a pyramid where each visual token stands in its image.
+
+A family's own inner model builds the vision tower and the projector, and says which visual grids images have.
+
+Shapes: B batch, L sequence, D hidden.
+"""
+
+from collections.abc import Sequence
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dpn_cli.modeling.pyramid_config import Block, Grid
+from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
+
+GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
+
+
+def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
+    """Return (grid, row, col) of every image token, -1 elsewhere.
+
+    Args:
+        is_image: [B, L] bool, the image placeholders, in the order of the images.
+        blocks: of all images of the batch, in their order; every sample's grids are counted from 0.
+
+    Returns:
+        [B, L, 3], long.
+
+    Raises:
+        ValueError: if there are not as many placeholders as tokens in the grids.
+    """
+    number = count()
+    rows = [torch.cat([_cells(next(number), grid) for grid in block], dim=1) for block in blocks]
+    tokens = torch.cat([each.flatten(0, 1) for each in rows]).to(is_image.device)
+    if len(tokens) != is_image.sum():
+        raise ValueError(
+            f"the prompt has {int(is_image.sum())} image tokens, its images have {len(tokens)}: encode text and images "
+            "together, with the checkpoint's own processor"
+        )
+    coords = torch.full((*is_image.shape, 3), -1, device=is_image.device)
+    coords[is_image] = tokens
+    first = torch.where(is_image, coords[..., 0], next(number)).amin(1)
+    coords[..., 0] -= first[:, None] * is_image
+    return coords
+
+
+def _cells(number: int, grid: Grid) -> torch.Tensor:
+    """Return (number, row, col) of the tokens of a grid, [H, W, 3]."""
+    height, width = grid
+    axes = torch.tensor([number]), torch.arange(height), torch.arange(width)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[0]
+
+
+def brings_images(
+    pixel_values: torch.Tensor | None = None,
+    mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Say whether a model's inputs hold images, as pixels or encoded."""
+    return pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
+
+
+class PyramidModelMixin(PreTrainedModel):
+    """Makes the inner model of a family hand the place of each visual token in its image to a pyramid."""
+
+    _keep_in_fp32_modules_strict = ["routers"]
+
+    language_model: PyramidTextMixin
+
+    def image_grid(self) -> Grid:
+        """Return the visual tokens of a whole image, (H, W)."""
+        raise NotImplementedError
+
+    def image_blocks(
+        self,
+        num_images: int,
+        image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
+    ) -> tuple[Block, ...]:
+        """Return the visual grids of some images, in the order of their tokens: one per image, whatever its size.
+
+        Args:
+            num_images: how many images there are.
+            image_sizes: [images, 2] their heights and widths in pixels, where the processor gives them.
+            batch_num_images: how many images each sample with images has, likewise.
+        """
+        return ((self.image_grid(),),) * num_images
+
+    def image_grids(self, num_images: int, **sizes: torch.Tensor) -> tuple[Grid, ...]:
+        """Return the same as one list of grids, as routes and costs need it."""
+        return tuple(chain(*self.image_blocks(num_images, **sizes)))
+
+    def build_language_model(self) -> PyramidTextMixin:
+        """Return the pyramid that the config describes, with fresh weights.
+
+        Raises:
+            ValueError: if there is none for the text model's type.
+        """
+        text_config = self.config.text_config
+        if text_config.model_type not in PYRAMID_TEXT_MODELS:
+            raise ValueError(
+                f"text model type {text_config.model_type!r} has no pyramid; there is one for "
+                f"{list(PYRAMID_TEXT_MODELS)}"
+            )
+        return PYRAMID_TEXT_MODELS[text_config.model_type]._from_config(
+            text_config, pyramid=self.config.pyramid_config()
+        )
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> tuple[Any, Any]:
+        """Return embeddings [B, L, D] with the images in place, and visual coordinates [B, L, 3]."""
+        embeds = self.get_input_embeddings()(input_ids)
+        images = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True).pooler_output
+        is_image = self._is_image(input_ids, None)
+        coords = visual_coordinates(is_image, self.image_blocks(len(images), **sizes))
+        features = torch.cat(list(images)).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(is_image[..., None], features), coords
+
+    def locate(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the visual coordinates [B, L, 3] of a prompt; its images are pixels or encoded ones."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        num_images = len(pixel_values if encoded is None else encoded.pooler_output)  # type: ignore[arg-type]
+        sizes = {name: kwargs[name] for name in GRID_INPUTS if kwargs.get(name) is not None}
+        return visual_coordinates(self._is_image(input_ids, inputs_embeds), self.image_blocks(num_images, **sizes))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        visual_coords: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the original's forward with the visual coordinates handed on to the language model.
+
+        Args:
+            visual_coords: of the prompt's images, which come along with it; by default they are looked up.
+        """
+        if brings_images(pixel_values, mm_encoder_outputs):
+            if visual_coords is None:
+                visual_coords = self.locate(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, **kwargs)
+            is_image = self._is_image(input_ids, inputs_embeds)
+            drafted = is_image.shape[1] - visual_coords.shape[1]  # or generated, where there is no cache
+            kwargs["visual_coords"] = F.pad(visual_coords, (0, 0, 0, drafted), value=-1)
+            kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+    def _is_image(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Return the image placeholders, [B, L] bool."""
+        return self._is_token(self.config.image_token_id, input_ids, inputs_embeds)
+
+    def _router_tokens(
+        self, has_image: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return the columns [B, R] of the token that the routers read, -1 where a sample has fewer.
+
+        None where they read no special token.
+
+        Raises:
+            ValueError: if a sample with an image, [B] bool, has none.
+        """
+        token_id = self.language_model.pyramid.router.token_id
+        if token_id is None:
+            return None
+        is_read = self._is_token(token_id, input_ids, inputs_embeds)
+        count = is_read.sum(1)
+        if not count[has_image].all():
+            raise ValueError(
+                f"the routers of this model read the token {token_id}, which a prompt has not: put it at the end of "
+                "the question, as the chat template does"
+            )
+        columns = is_read.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
+        return torch.where(torch.arange(columns.shape[1], device=columns.device) < count[:, None], columns, -1)
+
+    def _is_token(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Say where a token stands, [B, L] bool."""
+        if input_ids is not None:
+            return input_ids == token_id
+        return (inputs_embeds == self.get_input_embeddings().weight[token_id]).all(-1)
