@@ -80,6 +80,18 @@ def test_figures_are_grouped_by_a_field_of_the_data(data: Path, capsys: pytest.C
     assert "dpn, by kind of question" in capsys.readouterr().out
 
 
+def test_without_labels_the_teacher_is_the_measure(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "data.json").unlink()
+    line = ["eval", "--model", "tiny-dpn", "--data", ".", "--max-new-tokens", "3", "--samples", "4"]
+    assert main(line) == 0
+    table = capsys.readouterr().out
+    assert "same answer" in table and "accuracy" not in table and "McNemar" not in table
+    assert main([*line, "--json"]) == 0
+    original, dpn = json.loads(capsys.readouterr().out)["standings"]
+    assert original["figures"]["accuracy"] is dpn["figures"]["accuracy"] is None
+    assert original["figures"]["same_answer"]["value"] == 1.0 and dpn["figures"]["distortion"]["value"] > 0
+
+
 def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--against", "fastw") == 2
     assert "'fastw' is not one of original, fixed" in capsys.readouterr().err
