@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
+from dpn_cli.calibration.launch import is_launched
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
@@ -80,16 +81,16 @@ def command(
 
     Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
     command line goes on where it stopped, with any number of processes.
+
+    With --tasks the program lmms-eval asks, once the teacher and once the pyramid at every budget.
     """
     names = contender_names(against)
-    if tasks is not None:
-        if data is not None or names:
-            raise UsageError("--tasks brings its own questions and no other methods: leave out --data and --against")
-        _run_benchmarks(checkpoint_folder(model), tasks, budgets, batch_size, samples, include_path, as_json)
-        return
-    if data is None:
-        raise UsageError("say what is to be asked: your own questions with --data, or public benchmarks with --tasks")
+    if (data is None) == (tasks is None):
+        raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
     folder = checkpoint_folder(model)
+    if data is None:
+        _run_benchmarks(folder, tasks or "", names, budgets, batch_size, samples, include_path, as_json)
+        return
     from dpn_cli.evaluation.pictures import plot_evaluation
     from dpn_cli.evaluation.plots import check_plot
     from dpn_cli.evaluation.run import evaluate_folder
@@ -122,15 +123,24 @@ def command(
 def _run_benchmarks(
     folder: Path,
     tasks: str,
+    against: Sequence[str],
     budgets: Sequence[float],
     batch_size: int,
     samples: int | None,
     include_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Let lmms-eval put the questions, to the teacher and to the pyramid."""
+    """Let lmms-eval put the questions, to the teacher and to the pyramid.
+
+    Raises:
+        UsageError: with what it cannot do.
+    """
     from dpn_cli.evaluation.harness import run_benchmarks
 
+    if against:
+        raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
+    if is_launched():
+        raise UsageError("--tasks runs in one process; for several: accelerate launch -m lmms_eval eval --model dpn …")
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]

@@ -94,6 +94,7 @@ def test_what_is_missing_or_in_the_way_is_said(
     monkeypatch.setattr(harness, "find_spec", lambda name: sys)
     with pytest.raises(UsageError, match="comma"):
         run_benchmarks(tmp_path / "a,b", ["gqa"])
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     for options in ([], ["--tasks", "gqa", "--data", "demo"], ["--tasks", "gqa", "--against", "fastv"]):
         assert main(["eval", "--model", str(tmp_path), *options]) == 2
         assert "--tasks" in capsys.readouterr().err
