@@ -31,6 +31,7 @@ from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
+from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Route, Site
@@ -150,8 +151,15 @@ def measure(
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.35), show_default=True)
 @click.option("--shared", is_flag=True, help="Count the CPU seconds of one thread: other programs run here, too.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw them, .png or .svg.")
 def main(
-    layers: int, rounds: int, batch_sizes: tuple[str, ...], budgets: tuple[float, ...], shared: bool, path: Path | None
+    layers: int,
+    rounds: int,
+    batch_sizes: tuple[str, ...],
+    budgets: tuple[float, ...],
+    shared: bool,
+    path: Path | None,
+    plot: Path | None,
 ) -> None:
     """Measure a batch of one, and a ragged batch of four with a route of its own for every sample."""
     torch.manual_seed(0)
@@ -166,6 +174,8 @@ def main(
         print_latency(result, has_data=False)
     if path is not None:
         path.write_text(json.dumps([result.to_dict() for result in results], indent=2))
+    if plot is not None:
+        plot_latency(plot, results, has_data=False)
 
 
 if __name__ == "__main__":

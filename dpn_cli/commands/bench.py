@@ -14,7 +14,7 @@ from dpn_cli.evaluation.contenders import CONTENDERS
 
 if TYPE_CHECKING:
     from dpn_cli.evaluation.contenders.contender import Contender, Prompt
-    from dpn_cli.evaluation.latency import Inputs, Latency, Measured
+    from dpn_cli.evaluation.latency import Inputs
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
@@ -112,7 +112,10 @@ def command(
         for result in results:
             print_latency(result, data is not None)
     if plot is not None:
-        _draw(plot, results, data is not None)
+        from dpn_cli.evaluation.pictures import plot_latency
+
+        plot_latency(plot, results, has_data=data is not None)
+        console.note(f"Picture: {plot}")
 
 
 def _synthetic(
@@ -194,25 +197,3 @@ def _contenders(
     except ValueError as error:
         raise UsageError(str(error)) from None
     return contenders
-
-
-def _draw(plot: Path, results: "Sequence[Latency]", has_data: bool) -> None:
-    """Draw prefill time against fidelity, where the prompts are real, or else against FLOPs; one panel per batch."""
-    from dpn_cli.evaluation.plots import Point, Series, plot_latency_fidelity, plot_latency_flops
-
-    def point(each: "Measured") -> Point:
-        prefill = each.phases["prefill"]
-        time, interval = 1 / prefill.speedup, (1 / prefill.speedup_high, 1 / prefill.speedup_low)
-        if has_data:
-            return Point(time, each.distortion, x_interval=interval)
-        return Point(each.fraction, time, y_interval=interval)
-
-    panels = {
-        f"batch of {result.batch_size}": [Series(each.name, [point(each)]) for each in result.contenders]
-        for result in results
-    }
-    if has_data:
-        plot_latency_fidelity(plot, panels, "KL of the first token from the original's, nats")
-    else:
-        plot_latency_flops(plot, panels)
-    console.note(f"Picture: {plot}")

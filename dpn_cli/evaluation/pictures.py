@@ -1,10 +1,11 @@
-"""An evaluation as a picture."""
+"""An evaluation, or a measurement of latency, as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
-from dpn_cli.evaluation.plots import Point, Series, plot_frontier
+from dpn_cli.evaluation.latency import Latency, Measured
+from dpn_cli.evaluation.plots import Point, Series, plot_frontier, plot_latency_fidelity, plot_latency_flops
 
 SMALLEST = 1e-6  # nats: what a logarithmic axis can still show
 
@@ -22,6 +23,34 @@ def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] =
     series = [Series(name, _points(each.of("dpn"))) for name, each in zip(names, evaluations, strict=True)]
     series += [Series(name, _points(first.of(name))) for name in others if name not in ("original", "dpn")]
     plot_frontier(path, series, "KL from the original, nats per answer token", log=True)
+
+
+def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None:
+    """Draw the prefill time of every contender, one panel per batch, against its fidelity or else its FLOPs.
+
+    Args:
+        path: of the picture.
+        results: by batch size.
+        has_data: whether the prompts were real, so that fidelity says something.
+    """
+
+    def point(each: Measured) -> Point:
+        prefill = each.phases["prefill"]
+        time, interval = 1 / prefill.speedup, (1 / prefill.speedup_high, 1 / prefill.speedup_low)
+        if has_data:
+            return Point(time, each.distortion, x_interval=interval)
+        return Point(each.fraction, time, y_interval=interval)
+
+    panels = {}
+    for result in results:
+        points: dict[str, list[Point]] = {}  # a contender's at several budgets belong together
+        for each in result.contenders:
+            points.setdefault(each.name.partition(" at ")[0], []).append(point(each))
+        panels[f"batch of {result.batch_size}"] = [Series(*item) for item in points.items()]
+    if has_data:
+        plot_latency_fidelity(path, panels, "KL of the first token from the original's, nats")
+    else:
+        plot_latency_flops(path, panels)
 
 
 def _points(standings: Sequence[Standing]) -> list[Point]:

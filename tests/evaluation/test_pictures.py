@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dpn_cli.evaluation import pictures
 from dpn_cli.evaluation.contenders.contender import Contender
 from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.evaluation.contenders.fastv import FastV
@@ -12,7 +13,9 @@ from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.figures import Question
 from dpn_cli.evaluation.judging import Outcome
-from dpn_cli.evaluation.pictures import plot_evaluation
+from dpn_cli.evaluation.latency import Latency, Measured, Phase
+from dpn_cli.evaluation.pictures import plot_evaluation, plot_latency
+from dpn_cli.evaluation.plots import Point
 
 QUESTIONS = tuple(Question("all", "red", "red") for _ in range(4))
 
@@ -40,3 +43,24 @@ def test_every_contender_is_named_but_the_original(tmp_path: Path, suffix: str) 
         text = path.read_text()
         assert all(f">{name}<" in text for name in ("dpn", "dpn, healed", "random", "fastv"))
         assert ">original<" not in text
+
+
+def test_a_contender_at_several_budgets_is_one_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, fraction: float, speedup: float) -> Measured:
+        prefill = Phase(1.0, 1.0, 1.0, speedup, speedup / 2, speedup * 2)
+        return Measured(name, fraction, 1.0, 1.0, None, (), 0.1, 1.0, {"prefill": prefill})
+
+    contenders = [measured("original", 1.0, 1.0), measured("dpn at 0.5", 0.5, 2.0), measured("dpn at 0.4", 0.4, 2.5)]
+    result = Latency("CPU", "float32", "sdpa", 1, 3, 100, 4, 6, contenders)
+    drawn = []
+    monkeypatch.setattr(pictures, "plot_latency_flops", lambda path, panels: drawn.append(panels))
+    monkeypatch.setattr(pictures, "plot_latency_fidelity", lambda path, panels, what: drawn.append(panels))
+    for has_data in (False, True):
+        plot_latency(Path("unused.png"), [result], has_data)
+    flops, fidelity = (panels["batch of 3"] for panels in drawn)
+    assert [(each.name, [(p.x, p.y) for p in each.points]) for each in flops] == [
+        ("original", [(1.0, 1.0)]),
+        ("dpn", [(0.5, 0.5), (0.4, 0.4)]),
+    ]
+    assert flops[1].points[0].y_interval == (0.25, 1.0)
+    assert fidelity[1].points[0] == Point(0.5, 0.1, x_interval=(0.25, 1.0))
