@@ -174,11 +174,10 @@ def _contenders(
     Raises:
         UsageError: if a budget or a route is not to be had.
     """
-    from dpn_cli.evaluation.contenders import make_contender
     from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
     from dpn_cli.evaluation.latency import ORIGINAL
 
-    shape, pyramid = model.model.language_model.shape, model.pyramid
+    pyramid = model.pyramid
     contenders: dict[str, Contender] = {ORIGINAL: Original()}
     if not budgets and not routes:
         contenders["dpn"] = Routed()
@@ -186,9 +185,7 @@ def _contenders(
         for budget in budgets:
             pyramid.trade_off_for(budget)
             contenders[f"dpn at {budget:g}"] = Routed(budget)
-            for name in (name for name in against if name != ORIGINAL):
-                fitted = make_contender(name, pyramid).fit(shape, prompts, budget)
-                contenders[f"{fitted.label} at {budget:g}"] = fitted
+            contenders |= _rivals(model, prompts, budget, [name for name in against if name != ORIGINAL])
         for route in routes:
             for prompt in prompts:
                 pyramid.walk(route, prompt.grids)
@@ -197,3 +194,20 @@ def _contenders(
     except ValueError as error:
         raise UsageError(str(error)) from None
     return contenders
+
+
+def _rivals(
+    model: "PyramidGenerationMixin", prompts: "Sequence[Prompt]", budget: float, names: Sequence[str]
+) -> "dict[str, Contender]":
+    """Return other methods at a budget; say which cannot spend so little, or cannot handle such a model."""
+    from dpn_cli.evaluation.contenders import make_contender
+
+    found: dict[str, Contender] = {}
+    for name in names:
+        try:
+            contender = make_contender(name, model.pyramid).fit(model.model.language_model.shape, prompts, budget)
+            with contender.applied(model):
+                found[f"{contender.label} at {budget:g}"] = contender
+        except (ValueError, UsageError) as error:
+            console.note(f"Left out, {name} at {budget:g}: {error}")
+    return found

@@ -9,6 +9,7 @@ import pytest
 from dpn_cli.cli import main
 
 QUICK = ("--rounds", "2", "--new-tokens", "2")
+SHORT = (*QUICK, "--text-tokens", "4")
 
 
 def test_contenders_at_a_budget(
@@ -37,6 +38,23 @@ def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys
     out = capsys.readouterr().out
     for text in ("KL (nats)", "same first token", "vision tower", "decode, a token", "100.0%", "dpn"):
         assert text in out
+
+
+def test_a_method_that_cannot_spend_so_little_is_left_out(
+    make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (folder := make_converted()) / "config.json"
+    data = json.loads(config.read_text())
+    data["pyramid"]["budgets"].append([0.2, 9.0, 0.2])
+    config.write_text(json.dumps(data))
+    assert (
+        main(["bench", "--model", str(folder), "--budget", "0.2", "--against", "fastv,prepool", *SHORT, "--json"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert "Left out, fastv at 0.2" in captured.err
+    names = [each["name"] for each in json.loads(captured.out)["runs"][0]["contenders"]]
+    assert names[:2] == ["original", "dpn at 0.2"]
+    assert [name.split()[0] for name in names[2:]] == ["prepool"]
 
 
 @pytest.mark.parametrize(
