@@ -49,7 +49,7 @@ def run(*args: str | Path) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise click.ClickException(said)
+        raise click.ClickException(f"{' '.join(map(str, args))} ended with {process.returncode}: {said}")
     return Run(time.perf_counter() - start, usage.ru_maxrss * 1024)
 
 
