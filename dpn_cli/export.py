@@ -11,6 +11,7 @@ from typing import Any
 from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.family import CONVERTED
+from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
@@ -18,7 +19,7 @@ from dpn_cli.checkpoint.writer import copy_file, side_files, write_json
 from dpn_cli.errors import DpnError, UsageError
 from dpn_cli.exporting.config import export_config, stored_dtype, without_unused_layers
 from dpn_cli.exporting.content import verify_untouched, write_weights
-from dpn_cli.exporting.plan import DTYPES, ROUTERS, TORCH_DTYPES, Plan, parse_size, plan_export
+from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.model_card import model_card

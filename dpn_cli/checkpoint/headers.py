@@ -23,7 +23,8 @@ BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-FLOATS = {"F16", "BF16", "F32", "F64"}
+TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # of the floats
+FLOATS = set(TORCH_DTYPES)
 
 
 @dataclass(frozen=True)

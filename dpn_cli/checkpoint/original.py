@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, read_config
 from dpn_cli.checkpoint.hr import HrTower
 from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
@@ -213,7 +213,7 @@ def _config(
 ) -> dict[str, Any]:
     """Return config.json in Hugging Face's layout."""
     text = {key: original[key] for key in _TEXT_KEYS if key in original}
-    dtype = original.get("torch_dtype") or _torch_name(weights.tensors[_STORED_EMBEDDING].dtype)
+    dtype = original.get("torch_dtype") or TORCH_DTYPES[weights.tensors[_STORED_EMBEDDING].dtype]
     linear = (original.get("mm_projector_type") or "linear") == "linear"
     grid = tower.config["image_size"] // tower.config["patch_size"] // prepooling
     tied = bool(original.get("tie_word_embeddings", False))
@@ -285,9 +285,5 @@ def _rename(name: str, renames: tuple[tuple[str, str], ...], folder: Path) -> st
 def _identity(shape: tuple[int, ...], dtype: str) -> "torch.Tensor":
     import torch
 
-    kind = getattr(torch, _torch_name(dtype))
+    kind = getattr(torch, TORCH_DTYPES[dtype])
     return torch.eye(shape[0], dtype=kind) if len(shape) == 2 else torch.zeros(shape, dtype=kind)
-
-
-def _torch_name(dtype: str) -> str:
-    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[dtype]

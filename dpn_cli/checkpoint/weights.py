@@ -10,6 +10,7 @@ from dpn_cli.checkpoint.headers import (
     BIN_INDEX_FILE,
     INDEX_FILE,
     SINGLE_FILE,
+    TORCH_DTYPES,
     Checkpoint,
     TensorInfo,
 )
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Weights(Protocol):
-    """Where tensors come from; `tensors` says which there are, in which file, of which dtype and shape."""
+    """Where tensors of floats come from; `tensors` says which there are, in which file, of which dtype and shape."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
@@ -37,11 +38,16 @@ class SafetensorsWeights:
         self.tensors: Mapping[str, TensorInfo] = Checkpoint.open(folder).tensors
 
     def read(self, name: str) -> "torch.Tensor":
-        """Return one tensor."""
-        from safetensors import safe_open
+        """Return one tensor: no whole file is mapped, which may be larger than the memory."""
+        import torch
 
-        with safe_open(self.folder / self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        info = self.tensors[name]
+        values = bytearray(info.nbytes)
+        with (self.folder / info.file).open("rb") as file:
+            file.seek(info.start)
+            if file.readinto(values) < info.nbytes:
+                raise CheckpointError(f"{self.folder / info.file} became shorter meanwhile: run the same line again")
+        return torch.frombuffer(values, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(info.shape)
 
 
 def open_weights(folder: Path) -> Weights:

@@ -4,10 +4,10 @@ from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE
 from dpn_cli.checkpoint.family import Family
-from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
 from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
-from dpn_cli.exporting.plan import DTYPES, TORCH_DTYPES
+from dpn_cli.exporting.plan import DTYPES
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 

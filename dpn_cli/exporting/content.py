@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpn_cli.checkpoint.headers import BITS, read_header
+from dpn_cli.checkpoint.headers import BITS, TORCH_DTYPES, read_header
 from dpn_cli.checkpoint.streams import (
     PIECE_BYTES,
     Piece,
@@ -16,7 +16,7 @@ from dpn_cli.checkpoint.streams import (
 )
 from dpn_cli.checkpoint.writer import write_index, write_named_pieces
 from dpn_cli.errors import CheckpointError
-from dpn_cli.exporting.plan import TORCH_DTYPES, Move, Plan
+from dpn_cli.exporting.plan import Move, Plan
 from dpn_cli.exporting.quantise import quantised
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 

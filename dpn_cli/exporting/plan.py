@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 
 from dpn_cli.checkpoint.architecture import memory_name
-from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, Checkpoint, TensorInfo
+from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, TORCH_DTYPES, Checkpoint, TensorInfo
 from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError, UsageError
@@ -15,7 +15,6 @@ from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # what the user says, what safetensors says
 ROUTERS = "model.language_model.routers."
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
