@@ -1,5 +1,6 @@
 """LLaVA-HR in its original layout converts to a LLaVA that answers alike, and goes through everything a LLaVA does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.cli import main
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
-from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.export import export
 from dpn_cli.inspection import inspect_checkpoint
 from dpn_cli.recipe import CalibrationRecipe, load_recipe
@@ -103,15 +104,15 @@ def test_pixels_and_prompts_are_those_of_the_original_code(
     assert text.startswith("A chat between a curious user") and text.endswith("ASSISTANT:")
 
 
-@torch.inference_mode()
-def test_prompts_to_measure_it_by_have_the_tokens_of_its_grid(make_hr: Callable[..., Hr], tmp_path: Path) -> None:
-    model = dpn_cli.load(convert(str(make_hr().original.folder), output=tmp_path / "out").output)
-    batch = synthetic_inputs(model, pictures(0, 2), text_tokens=[9, 4])
-    assert [(prompt.grids, prompt.text_tokens) for prompt in prompts_of(model, batch)] == [
-        (((8, 8), (8, 8)), 9),
-        (((8, 8), (8, 8)), 4),
-    ]
-    assert model(**batch).logits.shape[1] == 2 * VISUAL + 9
+def test_it_is_measured_beside_its_original(
+    make_hr: Callable[..., Hr], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = convert(str(make_hr().original.folder), output=tmp_path / "out").output
+    line = ["bench", "--model", str(folder), "--route", "1,1,0", "--rounds", "1", "--new-tokens", "2", "--json"]
+    assert main(line) == 0
+    fixed = json.loads(capsys.readouterr().out)["runs"][0]["contenders"][1]
+    route = next(each for each in inspect_checkpoint(folder).routes if each.route == (1, 1, 0))
+    assert fixed["fraction"] == pytest.approx(route.fraction, abs=0.02)  # of the same 64 words and 64 patches
 
 
 @torch.inference_mode()
