@@ -214,12 +214,12 @@ def write_hugging_face(original: Original, folder: Path, layout: str, files: str
         layout: `hub`, or `new` for names as transformers 5 has them in memory.
         files: see `write_original`.
     """
-    from tests.conftest import _hub_name
+    from tests.conftest import hub_name
 
     folder.mkdir()
     original.config.architectures = ["LlavaForConditionalGeneration"]
     original.config.save_pretrained(folder)
-    renamed = {_hub_name(name) if layout == "hub" else name: tensor for name, tensor in original.tensors.items()}
+    renamed = {hub_name(name) if layout == "hub" else name: tensor for name, tensor in original.tensors.items()}
     if original.config.tie_word_embeddings:
         renamed.pop("language_model.lm_head.weight" if layout == "hub" else "lm_head.weight")
     _write_weights(folder, renamed, files)
