@@ -68,13 +68,16 @@ class Tiling:
     def blocks(self, height: int, width: int) -> tuple[Block, ...]:
         """Return the grids of an image: the whole, then the mosaic with the newlines of its rows.
 
+        Of a very tall image nothing but the newlines may be left, of a very wide one not even these.
+
         Args:
             height: of the image, in pixels.
-            width: likewise; of a very thin one nothing but the newlines may be left.
+            width: likewise.
         """
         rows, cols = self._mosaic(height, width)
-        newlines = (rows, 1)
-        return ((self.tokens, self.tokens),), ((rows, cols), newlines) if cols else (newlines,)
+        mosaic = tuple(grid for grid in ((rows, cols), (rows, 1)) if grid[0] * grid[1])
+        whole = ((self.tokens, self.tokens),)
+        return (whole, mosaic) if mosaic else (whole,)
 
     def blocks_beside_others(self) -> tuple[Block, ...]:
         """Return the grids of one of several images, where these are not cut: the whole and one newline."""

@@ -14,7 +14,7 @@ ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
 
 def ragged(model: Any) -> list[dict[str, torch.Tensor]]:
     """Return six samples: wide, square and tiny images, two that leave hardly a mosaic, none, and two at once."""
-    sizes: list[list[tuple[int, int]]] = [[(30, 70)], [(90, 3)], [], [(50, 50), (20, 33)], [(7, 9)], [(30, 1)]]
+    sizes: list[list[tuple[int, int]]] = [[(30, 70)], [(90, 3)], [], [(1, 99), (20, 33)], [(7, 9)], [(30, 1)]]
     words = [(3, 5), (9, 2), (4, 9), (2, 6), (1, 17), (5, 5)]
     return [tiled_prompt(model, s, *w, seed=i) for i, (s, w) in enumerate(zip(sizes, words, strict=True))]
 

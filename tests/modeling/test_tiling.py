@@ -33,9 +33,13 @@ def packed(config: Any, height: int, width: int, patches: int | None = None) -> 
 
 def tokens(blocks: tuple[Block, ...]) -> list[float]:
     """Return the same for the grids: the whole, then rows that end with a newline."""
-    [[(height, width)], [*mosaic, (rows, _)]] = blocks
-    assert all(grid[0] == rows for grid in mosaic)
-    return [1.0] * (height * width) + ([1.0] * sum(cols for _, cols in mosaic) + [2.0]) * rows
+    assert all(height * width for block in blocks for height, width in block)
+    [[(height, width)], *mosaics] = blocks
+    result = [1.0] * (height * width)
+    for *mosaic, (rows, _) in mosaics:
+        assert all(grid[0] == rows for grid in mosaic)
+        result += ([1.0] * sum(cols for _, cols in mosaic) + [2.0]) * rows
+    return result
 
 
 def tiling(config: Any) -> Tiling:
