@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dpn_cli.checkpoint.headers import SINGLE_FILE
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.convert import convert
 from dpn_cli.errors import DpnError
@@ -39,9 +40,10 @@ FILES = {
     "original": (CONFIG, BIN_INDEX, BIN_SHARD, "tokenizer_config.json", "added_tokens.json", "tokenizer.model"),
     "tower": (CONFIG, "preprocessor_config.json", "pytorch_model.bin"),
     "hr": (CONFIG, BIN_INDEX, BIN_SHARD),
+    "tiled": (CONFIG, SINGLE_FILE),
 }
-CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000}
-QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10, "hr": 20}
+CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000, "tiled": 1500}
+QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10, "hr": 20, "tiled": 60}
 
 
 class Hang(BaseException):
@@ -54,6 +56,7 @@ def subject(
     tiny_llava_factory: Callable[..., Path],
     make_original: Callable[..., Original],
     make_hr: Callable[..., Hr],
+    tiny_tiled: Callable[..., Path],
     tmp_path: Path,
 ) -> tuple[str, Path, Callable[[], Any]]:
     """A kind, the folder to damage, and what is done with it: it may write to `out` beside the folder."""
@@ -71,6 +74,9 @@ def subject(
 
     if kind == "hub":
         shutil.copytree(tiny_llava_factory(shards=2), folder)
+        return kind, folder, read_and_convert
+    if kind == "tiled":
+        shutil.copytree(tiny_tiled("llava_onevision", "qwen2"), folder)
         return kind, folder, read_and_convert
     if kind == "converted":
         convert(str(tiny_llava_factory(shards=2)), output=folder)
