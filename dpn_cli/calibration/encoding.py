@@ -167,22 +167,30 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
     """Yield the questions and answers of a conversation, up to one without an answer or a shortened one."""
     tokenizer = processor.tokenizer
     last_shown = max((i for i, turn in enumerate(sample.turns) if turn.images), default=0)
-    before = ""
+    text = ""
     for i, turn in enumerate(sample.turns):
-        text = chat_prompt(processor, sample, i)
-        if not text.startswith(before):
+        before, text = text, chat_prompt(processor, sample, i)
+        question = text if i == 0 else _behind(text, before, str(sample.turns[i - 1].answer))
+        if question is None:
             raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
-        question = text.removeprefix(before).removeprefix(tokenizer.eos_token if i else "")  # the answer has it
+        question = question.removeprefix(tokenizer.eos_token if i else "")  # the answer has it
         yield _Piece(question, tokenizer.encode(question, add_special_tokens=i == 0), turn.images)
         if turn.answer is None:
             return
-        answer = tokenizer.encode(f" {turn.answer}", add_special_tokens=False)
+        gap = "" if text[-1:].isspace() else " "
+        answer = tokenizer.encode(f"{gap}{turn.answer}", add_special_tokens=False)
         labelled = i >= last_shown
         if labelled and len(answer) > answer_tokens:
             yield _Piece("", answer[:answer_tokens], labelled=True)
             return
         yield _Piece("", [*answer, tokenizer.eos_token_id], labelled=labelled)
-        before = f"{text} {turn.answer}"
+
+
+def _behind(text: str, before: str, answer: str) -> str | None:
+    """Return what follows an answer in a longer prompt; None if the prompt before it is not there, blanks aside."""
+    kept = before.rstrip()
+    rest = text[len(kept) :].lstrip()
+    return rest.removeprefix(answer) if text.startswith(kept) and rest.startswith(answer) else None
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -115,6 +115,29 @@ def test_a_system_message_is_never_lost(
     assert chat_prompt(processor, Sample("x", (), (Turn("what ?"),), system="say red"), 0) == expected
 
 
+ONEVISION = (  # the cue is "assistant" and a newline, an answered turn has a blank between them
+    "{% for m in messages %}[{{ m['role'] }} {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ '\n' + part['text'] }}{% endif %}"
+    "{% endfor %}]{% endfor %}{% if add_generation_prompt %}[assistant\n{% endif %}"
+)
+
+
+def test_blanks_before_an_answer_are_the_templates_own(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "chat_template", ONEVISION)
+    seen: list[str] = []
+    tokenise = processor.tokenizer.encode
+    monkeypatch.setattr(
+        processor.tokenizer, "encode", lambda text, **kwargs: seen.append(text) or tokenise(text, **kwargs)
+    )
+    encode(Sample("x", (RED,), (Turn("what ?", "red"), Turn("which ?", "blue"))), processor, answer_tokens=8)
+    assert seen == [
+        "[user <image>\nwhat ?][assistant\n", "red", "][user \nwhich ?][assistant\n", "blue",
+    ]  # fmt: skip
+    monkeypatch.setattr(processor, "chat_template", ONEVISION.replace("[{{ m['role'] }}", "[{{ loop.revindex }}"))
+    with pytest.raises(DataError, match="does not keep earlier turns"):
+        encode(Sample("x", (RED,), (Turn("what ?", "red"), Turn("which ?", "blue"))), processor, answer_tokens=8)
+
+
 def test_a_template_that_refuses_a_conversation_is_named(
     processor: Any, layout: LlavaLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
