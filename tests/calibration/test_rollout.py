@@ -139,7 +139,8 @@ def test_kept_batches_are_not_measured_again(make_pair: Any, tmp_path: Path) -> 
 def test_a_sample_whose_answers_are_no_numbers_is_named(make_pair: Any) -> None:
     _, model = make_pair()
     samples = examples()
-    samples[3] = replace(samples[3], pixel_values=samples[3].pixel_values * torch.nan, name="row 4")
+    noise = {"pixel_values": samples[3].visual["pixel_values"] * torch.nan}
+    samples[3] = replace(samples[3], visual=noise, name="row 4")
     with pytest.raises(DataError, match="row 4: the model's answers are no finite numbers"):
         measured(model, samples)
 
