@@ -103,27 +103,36 @@ def test_measured_routes_equal_forced_forwards(converted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("llava_next", ["--heal", "lora", "--set", "calibration.heal.steps=3"]),
+        ("llava_onevision", ["--load-in", "4bit"]),
+    ],
+)
 def test_it_calibrates_exports_and_answers(
     tiny_tiled: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    family: str,
+    how: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     for i in range(16):
         (WIDE, TALL, SQUARE)[i % 3].rotate(i).save(f"pictures/{i}.png")
-    assert main(["convert", str(tiny_tiled("llava_next")), "-o", "out", "--set", SMALL]) == 0
+    assert main(["convert", str(tiny_tiled(family, FAMILIES[family])), "-o", "out", "--set", SMALL]) == 0
     settings = {"samples": 16, "epochs": 3, "batch_size": 4, "answer_tokens": 2}
     options = [word for key, value in settings.items() for word in ("--set", f"calibration.{key}={value}")]
-    assert main(["calibrate", "--data", "pictures", "--budget", "0.7", *options]) == 0
+    assert main(["calibrate", "--data", "pictures", "--budget", "0.7", *options, *how]) == 0
     assert main(["export", "-o", "exported"]) == 0
     capsys.readouterr()
     asked = [
         "run",
         "what is this ?",
         "--image",
-        "pictures/1.png",
+        "pictures/0.png",
         "--max-new-tokens",
         "3",
         "--route",
@@ -134,8 +143,11 @@ def test_it_calibrates_exports_and_answers(
     for folder in ("out", "exported"):
         assert main([*asked, "--model", folder]) == 0
         answers.append(json.loads(capsys.readouterr().out))
-    assert answers[0]["visual_tokens"] == [36 + 18 * 7, 9 + 9 * 4, 9 + 9 * 4, 9 + 9 * 4]
+    grids = open_converted(Path("out"))[1].image_grids([(30, 70)])
+    assert len(grids) == 3
+    full, pooled = (sum(-(-h // k) * -(-w // k) for h, w in grids) for k in (1, 2))
+    assert answers[0]["visual_tokens"] == [full, pooled, pooled, pooled]
     for key in ("text", "route", "visual_tokens", "flops_fraction"):
         assert answers[0][key] == answers[1][key]
     report: dict[str, Any] = json.loads(Path("out/calibration/report.json").read_text())
-    assert report["visual_tokens_full"][0] > 36
+    assert report["visual_tokens_full"][0] > grids[0][0] * grids[0][1]
