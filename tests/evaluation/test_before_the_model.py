@@ -152,3 +152,11 @@ def test_towers_that_cannot_are_refused(make_pair: Any) -> None:
     for contender in CONTENDERS:
         with pytest.raises(UsageError, match="CLIP"), contender.applied(model):
             pass
+
+
+@pytest.mark.parametrize("contender", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
+def test_tiles_are_refused(make_pair: Any, contender: Fixed) -> None:
+    _, model = make_pair()
+    prompts = [Prompt(((6, 6), (8, 12), (8, 1)), 9)]
+    with pytest.raises(ValueError, match=f"{contender.name} needs images that are not cut into tiles"):
+        contender.fit(model.model.language_model.shape, prompts, 0.5)

@@ -52,7 +52,10 @@ class Coarser(Fixed):
 
     def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list[Self]:
         """Return all coarser grids of about the same shape, and the full one."""
-        [(height, width)] = {grid for prompt in prompts for grid in prompt.grids}
+        grids = {grid for prompt in prompts for grid in prompt.grids}
+        if len(grids) != 1:
+            raise ValueError(f"{self.name} needs images that are not cut into tiles")
+        [(height, width)] = grids
         sizes = {
             (h, w)
             for h in range(1, height + 1)
