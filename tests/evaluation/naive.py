@@ -4,7 +4,11 @@ from typing import Any
 
 import torch
 
+from dpn_cli.cost import DecoderShape
 from tests.pyramids import IMAGE
+
+SHAPE = DecoderShape(8, 64, 128, 4, 2, 16, 304)
+"""Of the tiny model's decoder."""
 
 
 class Naive:

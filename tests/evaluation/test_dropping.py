@@ -1,18 +1,17 @@
 """Dropping visual tokens against a naive reference: eager attention maps of the stock model, one sample at a time."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Prompt
 from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.contenders.random_dropping import RandomDropping
-from tests.evaluation.naive import Naive
+from tests.evaluation.naive import SHAPE, Naive
 from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
 
 CONTENDERS = [RandomDropping(0.4), FastV(0.4), FastV(0.4, first_layers=1), PyramidDrop(0.6, sites=(1, 3, 5))]
@@ -133,35 +132,29 @@ def test_dropped_tokens_follow_the_answers_not(make_pair: Any) -> None:
 
 @pytest.mark.parametrize("budget", [0.8, 0.5, 0.36])
 @pytest.mark.parametrize("contender", [RandomDropping(), FastV(), PyramidDrop(sites=(1, 3, 5))], ids=lambda c: c.name)
-def test_fit_spends_the_budget(make_pair: Any, contender: Dropping, budget: float) -> None:
-    _, model = make_pair()
-    shape = model.model.language_model.shape
+def test_fit_spends_the_budget(contender: Dropping, budget: float) -> None:
     prompts = [Prompt(((12, 12),), text) for text in (8, 20, 31)] + [Prompt(((12, 12),) * 2, 9)] + [Prompt((), 40)]
-    fitted = contender.fit(shape, prompts, budget)
-    assert fitted.mean_fraction(shape, prompts[:-1]) == pytest.approx(budget, abs=0.006)
+    fitted = contender.fit(SHAPE, prompts, budget)
+    assert fitted.mean_fraction(SHAPE, prompts[:-1]) == pytest.approx(budget, abs=0.006)
 
 
-def test_fit_says_what_is_out_of_reach(make_pair: Any) -> None:
-    _, model = make_pair()
+def test_fit_says_what_is_out_of_reach() -> None:
     with pytest.raises(ValueError, match=r"fastv cannot spend less than 0\.283"):
-        FastV().fit(model.model.language_model.shape, [Prompt(((12, 12),), 9)], 0.1)
+        FastV().fit(SHAPE, [Prompt(((12, 12),), 9)], 0.1)
 
 
-def test_fastv_is_tried_with_every_depth_that_can_spend_so_little(make_pair: Any) -> None:
-    _, model = make_pair()
-    shape, prompts = model.model.language_model.shape, [Prompt(((12, 12),), 9)]
+def test_fastv_is_tried_with_every_depth_that_can_spend_so_little() -> None:
+    prompts = [Prompt(((12, 12),), 9)]
     depths = {
-        budget: [each.first_layers for each in FastV().candidates(shape, prompts, budget)] for budget in (0.8, 0.5)
+        budget: [each.first_layers for each in FastV().candidates(SHAPE, prompts, budget)] for budget in (0.8, 0.5)
     }
     assert depths == {0.8: [2, 3, 5], 0.5: [2, 3]}
     with pytest.raises(ValueError, match=r"fastv cannot spend less than 0\.283"):
-        FastV().candidates(shape, prompts, 0.2)
+        FastV().candidates(SHAPE, prompts, 0.2)
 
 
-def test_fit_on_the_original_shape_matches_fastv_at_half(tiny_llava_factory: Callable[..., Path]) -> None:
+def test_fit_on_the_original_shape_matches_fastv_at_half() -> None:
     """FastV's headline: K = 2 and half of the tokens is about 55% of LLaVA-1.5-7B's FLOPs."""
-    from dpn_cli.cost import DecoderShape
-
     shape = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
     half = FastV(0.5).mean_fraction(shape, [Prompt(((24, 24),), 64)])
     assert half == pytest.approx(0.56, abs=0.02)

@@ -1,6 +1,5 @@
 """The pyramid's own ways as contenders."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
 from dpn_cli.evaluation.contenders.contender import Prompt
 from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
 from dpn_cli.modeling.pyramid_config import Budget
-from tests.pyramids import collate, prompt, ragged_batch
+from tests.evaluation.naive import SHAPE
+from tests.pyramids import collate, prompt, pyramid, ragged_batch
 
 GRID = ((12, 12),)
 
@@ -54,24 +54,22 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
     assert sum(spent[0.4]) < sum(spent[0.8])
 
 
-def test_candidates_are_the_cheapest_routes_that_spend_the_budget(make_pair: Any) -> None:
-    _, model = make_pair(min_visual_tokens=4)
-    shape, prompts = model.model.language_model.shape, [Prompt(GRID, 9)]
-    everything = {route: FixedRoute(model.pyramid, route) for route in model.pyramid.routes(GRID)}
-    costs = {route: each.mean_fraction(shape, prompts) for route, each in everything.items()}
+def test_candidates_are_the_cheapest_routes_that_spend_the_budget() -> None:
+    offered, prompts = pyramid(min_visual_tokens=4), [Prompt(GRID, 9)]
+    everything = {route: FixedRoute(offered, route) for route in offered.routes(GRID)}
+    costs = {route: each.mean_fraction(SHAPE, prompts) for route, each in everything.items()}
     for budget in (0.9, 0.6, 0.45):
-        found = everything[(0, 0, 0)].candidates(shape, prompts, budget)
+        found = everything[(0, 0, 0)].candidates(SHAPE, prompts, budget)
         least = min(cost for cost in costs.values() if cost >= budget - 0.01)
         assert {each.route for each in found} == {
             route for route, cost in costs.items() if least <= cost <= least + 0.02
         }
     with pytest.raises(ValueError, match="fixed cannot spend less"):
-        everything[(0, 0, 0)].candidates(shape, prompts, 0.1)
+        everything[(0, 0, 0)].candidates(SHAPE, prompts, 0.1)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_every_name_has_a_contender(make_pair: Any, name: str) -> None:
-    _, model = make_pair()
-    contender = make_contender(name, replace(model.pyramid))
-    assert contender.name == name
-    assert contender.fit(model.model.language_model.shape, [Prompt(GRID, 9)], 0.6).label.startswith(name)
+def test_every_name_has_a_contender() -> None:
+    for name in CONTENDERS:
+        contender = make_contender(name, pyramid())
+        assert contender.name == name
+        assert contender.fit(SHAPE, [Prompt(GRID, 9)], 0.6).label.startswith(name)
