@@ -1,5 +1,6 @@
 """What is in a checkpoint and what its routes cost, from config and headers alone. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
+from dpn_cli.route import parse_route
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Inspection:
         parts: where the parameters are.
         grids: visual tokens of the sample that `routes` were computed for.
         text_tokens: of that sample.
-        routes: full, each uniform one, the cheapest.
+        routes: full, each uniform one, the cheapest, and those that were asked for.
     """
 
     path: Path
@@ -89,7 +91,11 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    folder: Path, text_tokens: int = 64, images: int = 1, image_size: tuple[int, int] = IMAGE_SIZE
+    folder: Path,
+    text_tokens: int = 64,
+    images: int = 1,
+    image_size: tuple[int, int] = IMAGE_SIZE,
+    asked: Sequence[str] = (),
 ) -> Inspection:
     """Read a LLaVA, converted or not.
 
@@ -98,10 +104,11 @@ def inspect_checkpoint(
         text_tokens: text tokens of the sample whose cost is shown.
         images: images of that sample.
         image_size: their height and width in pixels, which only matter where images are cut into tiles.
+        asked: more routes, see `parse_route`.
 
     Raises:
         CheckpointError: if it is missing, damaged, or no LLaVA.
-        UsageError: if the sample does not fit the model's positions.
+        UsageError: if the sample does not fit the model's positions, or a route not the pyramid.
     """
     checkpoint, layout = open_llava(folder)
     grids = layout.image_grids([image_size] * images)
@@ -120,6 +127,7 @@ def inspect_checkpoint(
             pyramid.routes(grids),
             key=lambda route: flops_fraction(layout.shape, pyramid, route, grids, text_tokens),
         )
+    routes |= {name: _asked(name, pyramid, grids) for name in asked}
     return Inspection(
         path=folder,
         config=checkpoint.config,
@@ -137,6 +145,15 @@ def _check_length(layout: LlavaLayout, grids: tuple[Grid, ...], text_tokens: int
     limit = layout.text_config.get("max_position_embeddings")
     if limit is not None and tokens > limit:
         raise UsageError(f"a sample of {tokens} tokens does not fit the model's {limit} positions")
+
+
+def _asked(text: str, pyramid: PyramidConfig, grids: tuple[Grid, ...]) -> Route:
+    route = parse_route(text, pyramid.sites)
+    try:
+        pyramid.walk(route, grids)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return route
 
 
 def _rate_name(pyramid: PyramidConfig, expert: int) -> str:

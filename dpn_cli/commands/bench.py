@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, contender_names, experts_of, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, contender_names, model_option
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -40,7 +40,12 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.command("bench")
 @model_option
 @click.option("--budget", "budgets", type=Fraction(), multiple=True, help="Mean fraction of prefill FLOPs; repeatable.")
-@click.option("--route", "routes", metavar="E,E,…", multiple=True, help="The same experts for all samples; repeatable.")
+@click.option(
+    "--route",
+    "routes",
+    multiple=True,
+    help="The same rates for all samples, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
+)
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
     help=f"Other methods, at the FLOPs of every --budget: {', '.join(CONTENDERS[1:])}, or all.",
@@ -81,17 +86,19 @@ def command(
         raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
     if data is not None and (images is not None or text_tokens is not None):
         raise UsageError("--data brings its own prompts: leave out --images and --text-tokens")
-    experts = [experts_of(route) for route in routes]
     if plot is not None:
         from dpn_cli.evaluation.plots import check_plot
 
         check_plot(plot)
     folder = checkpoint_folder(model)
 
+    from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.latency import measure_latency, prompts_of
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
+    from dpn_cli.route import parse_route
 
+    experts = [parse_route(route, open_converted(folder)[2].sites) for route in routes]
     loaded = load_model(folder, device_map=default_device())
     processor = load_processor(folder)
     results = []

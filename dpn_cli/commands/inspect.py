@@ -26,9 +26,18 @@ if TYPE_CHECKING:
     show_default=True,
     help="Height and width of the images, for models that cut them into tiles.",
 )
+@click.option(
+    "--route", "routes", multiple=True, help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    name: str | None, model: Path | None, text_tokens: int, images: int, image_size: tuple[int, int], as_json: bool
+    name: str | None,
+    model: Path | None,
+    text_tokens: int,
+    images: int,
+    image_size: tuple[int, int],
+    routes: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Show sites, rates, budgets, and per layer tokens, FLOPs and KV bytes, without loading the model.
 
@@ -40,7 +49,7 @@ def command(
     if name and model:
         raise UsageError("give MODEL or --model, not both")
     folder = resolve_source(name).path if name else checkpoint_folder(model)
-    found = inspect_checkpoint(folder, text_tokens, images, image_size)
+    found = inspect_checkpoint(folder, text_tokens, images, image_size, routes)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

@@ -82,18 +82,6 @@ def checkpoint_folder(model: Path | None) -> Path:
     return folder
 
 
-def experts_of(route: str) -> tuple[int, ...]:
-    """Return the experts of a `--route`.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    try:
-        return tuple(int(expert) for expert in route.split(","))
-    except ValueError:
-        raise UsageError(f"--route {route!r} is none: expected one expert index per site, such as 0,1,2") from None
-
-
 def contender_names(against: str) -> tuple[str, ...]:
     """Read the names of contenders in an `--against`.
 

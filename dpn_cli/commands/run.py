@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, experts_of, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
-@click.option("--route", metavar="E,E,…", help="Force the expert at every site, such as 0,1,2, past the routers.")
+@click.option("--route", help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), past the routers.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
 def command(
@@ -41,7 +41,6 @@ def command(
     """
     if budget is not None and route is not None:
         raise UsageError("--budget asks the routers and --route goes past them: give one of them")
-    experts = None if route is None else experts_of(route)
     question = question.replace("<image>", "").strip()  # the chat template says where the images go
     if not question:
         raise UsageError("the question is empty")
@@ -49,8 +48,11 @@ def command(
 
     from dpn_cli.answering import answer
     from dpn_cli.calibration.data import Sample, Turn
+    from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
+    from dpn_cli.route import parse_route
 
+    experts = None if route is None else parse_route(route, open_converted(folder)[2].sites)
     sample = Sample("question", images, (Turn(question),))
     sample.open_images()  # a missing image is named before the model is loaded
     loaded = load_model(folder, device_map=default_device())

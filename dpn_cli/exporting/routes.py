@@ -1,15 +1,13 @@
 """Which way samples take through an exported pyramid: by the routers at a budget, or one fixed route for all."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.lora import without_adapter
 from dpn_cli.errors import UsageError
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Rate, Route, Site
-
-_RATE = re.compile(r"(\d+)[x×](\d+)")
+from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
+from dpn_cli.route import parse_route
 
 
 def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, static: str | None) -> PyramidConfig:
@@ -39,34 +37,12 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     return replace(pyramid, static_route=route, trade_off=0.0, budgets=(), calibration=trained)
 
 
-def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
-    """Read a route: one expert index (`0,1,2`) or rate (`1x1,1x2,2x2`) per site.
-
-    Raises:
-        UsageError: if it does not fit the sites.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != len(sites):
-        raise UsageError(f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites")
-    return tuple(_expert(part, i, site.rates) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
-
-
 def _for_others(calibration: dict[str, Any]) -> dict[str, Any]:
     """Keep the places of somebody's disk out of a folder that may be published: of a data path, its last name."""
     data = calibration.get("data")
     if isinstance(data, str) and Path(data).expanduser().is_absolute():
         return calibration | {"data": Path(data).name}
     return calibration
-
-
-def _expert(part: str, site: int, rates: tuple[Rate, ...]) -> int:
-    rate = _RATE.fullmatch(part)
-    if rate and (int(rate[1]), int(rate[2])) in rates:
-        return rates.index((int(rate[1]), int(rate[2])))
-    if part.isdecimal() and int(part) < len(rates):
-        return int(part)
-    offered = ", ".join(f"{height}x{width}" for height, width in rates)
-    raise UsageError(f"{part!r} is no rate of site {site}: expected one of {offered}, or 0 to {len(rates) - 1}")
 
 
 def _with_budget(pyramid: PyramidConfig, budget: float) -> PyramidConfig:

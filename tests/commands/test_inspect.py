@@ -50,3 +50,14 @@ def test_json_of_an_unconverted_model(tiny_llava: Path, capsys: pytest.CaptureFi
 def test_two_names_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "out", "--model", "out"]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("converted")
+def test_a_route_is_priced_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["inspect", "--json", "--route", "1x2,1x1,1x2", "--route", "0,0,0"]) == 0
+    routes = {cost["name"]: cost for cost in json.loads(capsys.readouterr().out)["routes"]}
+    assert [layer["visual_tokens"] for layer in routes["1x2,1x1,1x2"]["layers"]] == [144] * 2 + [72] * 4 + [36] * 2
+    assert routes["0,0,0"]["flops"] == routes["full"]["flops"] > routes["1x2,1x1,1x2"]["flops"]
+    assert main(["inspect", "--route", "3x3,0,0"]) == 2
+    assert "'3x3' is no rate of site 0" in capsys.readouterr().err

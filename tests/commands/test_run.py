@@ -58,7 +58,7 @@ def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytes
 
 @pytest.mark.usefixtures("here")
 def test_a_route_is_forced_and_a_budget_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    forced = run_json(capsys, "--route", "1,0,2")
+    forced = run_json(capsys, "--route", "1x2,1x1,2x2")
     assert forced["rates"] == [[1, 2], [1, 1], [2, 2]]
     assert forced["visual_tokens"] == [144, 72, 72, 18]
     rich, poor = run_json(capsys, "--budget", "1.0"), run_json(capsys, "--budget", "0.6")
@@ -90,9 +90,9 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
         ("--image notes.txt", 4, "no image that can be read"),
         ("--image .", 4, "no image that can be read"),
         ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 3 sites"),
-        ("--image picture.png --route 0,1,7", 2, "not 7"),
+        ("--image picture.png --route 0,1,7", 2, "'7' is no rate of site 2"),
         ("--image picture.png --route 2,2,2", 2, "min_visual_tokens"),
-        ("--image picture.png --route fast", 2, "expected one expert index per site"),
+        ("--image picture.png --route fast", 2, "expected a rate for each"),
         ("--image picture.png --route 0,0,0 --budget 0.7", 2, "give one of them"),
         ("--image picture.png --budget 0.1", 2, "out of reach"),
         ("--image picture.png --model {source}", 3, "run `dpn convert"),

@@ -9,30 +9,11 @@ import torch
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.errors import UsageError
 from dpn_cli.export import export
-from dpn_cli.exporting.routes import exported_pyramid, parse_route
+from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.modeling.loading import load_model
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Site
 from tests.exports import question
 from tests.test_export import in_fresh_process
-
-SITES = (Site(1, ((1, 1), (1, 2), (2, 2))), Site(3, ((1, 1), (2, 2))))
-
-
-@pytest.mark.parametrize(
-    ("text", "route"), [("0,1", (0, 1)), ("1x2,2x2", (1, 1)), (" 2×2 , 1x1", (2, 0)), ("2,2x2", (2, 1))]
-)
-def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
-    assert parse_route(text, SITES) == route
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no rate of site 1: expected one of 1x1, 2x2, or 0 to 1"),
-     ("3x3,0", "'3x3' is no rate of site 0"), ("-1,0", "'-1' is no rate"), ("a,b", "'a' is no rate"), ("", "entries")],
-)  # fmt: skip
-def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
-    with pytest.raises(UsageError, match=complaint):
-        parse_route(text, SITES)
 
 
 def test_a_static_export_is_the_model_with_that_route_forced(
@@ -83,5 +64,5 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     [("/home/me/secret/my.json", "my.json"), ("owner/data", "owner/data"), ("demo", "demo"), (None, None)],
 )
 def test_a_path_of_somebodys_disk_is_not_published(data: str | None, exported: str | None) -> None:
-    pyramid = PyramidConfig(sites=SITES, calibration={"data": data, "agreement": 0.9})
+    pyramid = PyramidConfig(sites=(Site(1, ((1, 1), (1, 2), (2, 2))),), calibration={"data": data, "agreement": 0.9})
     assert exported_pyramid(pyramid, (12, 12), None, None).calibration == {"data": exported, "agreement": 0.9}
