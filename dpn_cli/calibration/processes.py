@@ -78,7 +78,7 @@ class Processes:
         for variable, name in SHARDED.items():
             if os.environ.get(variable, "").lower() == "true":
                 raise UsageError(
-                    f"the configuration of accelerate asks for {name}, which calibration cannot use: every process "
+                    f"the configuration of accelerate asks for {name}, which dpn cannot use: every process "
                     "holds the whole frozen model and training averages gradients; choose multi-GPU or multi-CPU "
                     "(dpn calibrate --num-processes), and --load-in 4bit where the model is too large"
                 )
@@ -186,4 +186,4 @@ def _noticing_loss() -> Iterator[None]:
 
 def _loss() -> DpnError:
     """Return the error; in a function, since a signal that came to this process too is handled before one is run."""
-    return DpnError("another process of this calibration ended, as when memory runs out: run the same command again")
+    return DpnError("another process of this run ended, as when memory runs out: run the same command again")

@@ -14,8 +14,8 @@ from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import MissingExtraError, UsageError
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito 2008, https://jfly.uni-koeln.de/color/, without the yellow, which fades on paper.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito 2008, https://jfly.uni-koeln.de/color/, without the faint yellow; wine and grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#808080")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 STYLE = {
