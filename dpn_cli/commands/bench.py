@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, contender_names, model_option
+from dpn_cli.commands.options import Fraction, Size, checkpoint_folder, contender_names, model_option
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -53,6 +53,10 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
 @click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
 @click.option(
+    "--image-size", type=Size(),
+    help="Their height and width, for models that cut images into tiles; default: 672x672.",
+)  # fmt: skip
+@click.option(
     "--text-tokens", type=TextTokens(), metavar="N[,N…]", help="Of a batch's synthetic samples, in turn; default: 64."
 )
 @click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
@@ -68,6 +72,7 @@ def command(
     against: str,
     batch_sizes: tuple[int, ...],
     images: int | None,
+    image_size: tuple[int, int] | None,
     text_tokens: tuple[int, ...] | None,
     data: str | None,
     image_root: Path | None,
@@ -84,15 +89,15 @@ def command(
     names = contender_names(against)
     if names and not budgets:
         raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
-    if data is not None and (images is not None or text_tokens is not None):
-        raise UsageError("--data brings its own prompts: leave out --images and --text-tokens")
+    if data is not None and (images or image_size or text_tokens):
+        raise UsageError("--data brings its own prompts: leave out --images, --image-size and --text-tokens")
     if plot is not None:
         from dpn_cli.evaluation.plots import check_plot
 
         check_plot(plot)
     folder = checkpoint_folder(model)
 
-    from dpn_cli.checkpoint.layout import open_converted
+    from dpn_cli.checkpoint.layout import IMAGE_SIZE, open_converted
     from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.latency import measure_latency, prompts_of
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
@@ -105,7 +110,8 @@ def command(
     for batch_size in batch_sizes:
         if data is None:
             lengths = text_tokens or (TEXT_TOKENS,)
-            batches = _synthetic(loaded, processor, images or 1, lengths, batch_size, rounds)
+            size = image_size or IMAGE_SIZE
+            batches = _synthetic(loaded, processor, images or 1, size, lengths, batch_size, rounds)
         else:
             batches = _from_data(loaded, processor, data, image_root, batch_size, rounds)
         prompts = [prompt for batch in batches for prompt in prompts_of(loaded, batch)]
@@ -129,6 +135,7 @@ def _synthetic(
     model: "PyramidGenerationMixin",
     processor: Any,
     images: int,
+    image_size: tuple[int, int],
     text_tokens: Sequence[int],
     batch_size: int,
     rounds: int,
@@ -139,7 +146,7 @@ def _synthetic(
 
     from dpn_cli.evaluation.latency import synthetic_inputs
 
-    noise = np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (*image_size, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise)] * images
     encoded = processor(
         text=processor.image_token * images, images=[pictures] if pictures else None, return_tensors="pt"

@@ -80,3 +80,18 @@ def test_what_cannot_be_measured_is_refused(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_larger_images_have_more_tiles_to_prefill(
+    tiny_tiled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tiny_tiled("llava_next")), "-o", str(tmp_path / "out")]) == 0
+
+    def flops(size: str) -> float:
+        capsys.readouterr()
+        options = ["--image-size", size, "--rounds", "1", "--new-tokens", "2", "--json"]
+        assert main(["bench", "--model", str(tmp_path / "out"), *options]) == 0
+        [run] = json.loads(capsys.readouterr().out)["runs"]
+        return float(run["contenders"][0]["flops"])
+
+    assert flops("24x24") < flops("48x48")
