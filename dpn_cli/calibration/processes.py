@@ -1,6 +1,6 @@
-"""Several processes that calibrate together, on one machine or more: each works on its share, the first one writes.
+"""Several processes that calibrate or evaluate together, on one machine or more: each its share, the first one writes.
 
-They are started by `accelerate launch`, `torchrun` or `dpn calibrate --num-processes` (launch.py). A process that was
+They are started by `accelerate launch`, `torchrun` or the option `--num-processes` (launch.py). A process that was
 started by none of them is alone, and nothing here makes a difference to it.
 """
 
@@ -57,7 +57,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that calibrate together.
+    """This process among those that work together.
 
     Attributes:
         index: of this process; the first, 0, is the main one.
