@@ -1,4 +1,4 @@
-"""Calibrations as processes of their own, to be watched and disturbed."""
+"""Calibrations as processes of their own, to be watched and disturbed, and pictures for them."""
 
 import hashlib
 import os
@@ -7,6 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 DEADLOCK_S = 120  # beyond this something hangs
 POLL_S = 0.005
@@ -33,3 +36,11 @@ def measured(folder: Path, count: int) -> bool:
 def digests(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def noise_pictures(folder: Path, count: int) -> Path:
+    """Fill a folder with pictures that have no answers, so that the teacher is asked too."""
+    pixels = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder

@@ -13,8 +13,11 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
 
 import dpn_cli
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.loading import max_positions
 
 NORM = "language_model.model.norm.weight"
 
@@ -102,3 +105,16 @@ def test_tensors_that_are_not_the_models_are_an_error(
     edit(converted, change)
     with pytest.raises(CheckpointError, match=complaint):
         dpn_cli.load(converted)
+
+
+def test_positions_are_read_also_where_the_config_leaves_them_to_a_default(make_converted: Callable[..., Path]) -> None:
+    from transformers import LlamaConfig
+
+    folder = make_converted()
+    config = read_json(folder / "config.json")
+    config["text_config"]["max_position_embeddings"] = 77
+    write_json(folder / "config.json", config)
+    assert max_positions(folder) == 77
+    del config["text_config"]["max_position_embeddings"]
+    write_json(folder / "config.json", config)
+    assert max_positions(folder) == LlamaConfig().max_position_embeddings

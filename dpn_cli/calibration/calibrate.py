@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
@@ -33,9 +32,9 @@ from dpn_cli.calibration.tuning import (
     validate_processes,
 )
 from dpn_cli.checkpoint.initial import initial_tensors
-from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.errors import DataError, UsageError
-from dpn_cli.modeling.loading import default_device, load_processor
+from dpn_cli.modeling.loading import default_device, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe
@@ -146,9 +145,14 @@ def _open(
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
-        dataset, processor = _read(folder, data, recipe, image_root, progress, say, on_bad_row, max_bad)
+        _, layout, pyramid = open_converted(folder)
+        dataset, processor = _read(folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad)
         asked = [sample for sample in dataset.samples if sample.images]
-        _validate(folder, data, asked, processor, recipe)
+        if len(asked) < MIN_SAMPLES:
+            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {MIN_SAMPLES}")
+        if pyramid.static_route is not None:
+            raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+        _validate_reach(layout, pyramid, asked, processor, recipe)
         measured = fingerprint(folder, dataset.digest, recipe)
     everywhere = processes.gather(measured)
     with processes.as_one():
@@ -165,6 +169,7 @@ def _open(
 
 def _read(
     folder: Path,
+    layout: LlavaLayout,
     data: str,
     recipe: CalibrationRecipe,
     image_root: Path | None,
@@ -174,9 +179,8 @@ def _read(
     max_bad: float,
 ) -> tuple[Dataset, Any]:
     """Read the data and check every sample; also return the processor."""
-    processor, (_, layout, _) = load_processor(folder), open_converted(folder)
-    max_tokens = AutoConfig.from_pretrained(folder, local_files_only=True).text_config.max_position_embeddings
-    check = token_limit(processor, layout, max_tokens, recipe.answer_tokens)
+    processor = load_processor(folder)
+    check = token_limit(processor, layout, max_positions(folder), recipe.answer_tokens)
     dataset = load_data(
         data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
         seed=recipe.seed, check=check, progress=progress,
@@ -186,13 +190,10 @@ def _read(
     return dataset, processor
 
 
-def _validate(folder: Path, data: str, samples: Sequence[Sample], processor: Any, recipe: CalibrationRecipe) -> None:
-    """Check that there are enough samples, routers, and a budget within reach."""
-    if len(samples) < MIN_SAMPLES:
-        raise DataError(f"--data {data} has {len(samples)} samples with an image, calibration needs {MIN_SAMPLES}")
-    _, layout, pyramid = open_converted(folder)
-    if pyramid.static_route is not None:
-        raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+def _validate_reach(
+    layout: LlavaLayout, pyramid: PyramidConfig, samples: Sequence[Sample], processor: Any, recipe: CalibrationRecipe
+) -> None:
+    """Check that the budget is within reach on these samples."""
     held = [samples[i] for i in _split(len(samples), recipe)[0]]  # those that the budget table is made of
     lengths = [
         (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held

@@ -12,7 +12,7 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.modeling.loading import default_device, load_model, load_processor
+from dpn_cli.modeling.loading import default_device, load_model, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -63,12 +63,12 @@ def evaluate_folder(
     """
     processes = processes or Processes.join()
     with processes.as_one():
-        checkpoint, layout, pyramid = open_converted(folder)
+        _, layout, pyramid = open_converted(folder)
         processor = load_processor(folder)
-        max_tokens = checkpoint.config["text_config"]["max_position_embeddings"]
         dataset = load_data(
             data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-            kind_field=kind_field, check=token_limit(processor, layout, max_tokens, answer_tokens), progress=progress,
+            kind_field=kind_field, progress=progress,
+            check=token_limit(processor, layout, max_positions(folder), answer_tokens),
         )  # fmt: skip
         for line in dataset.scan.lines():
             say(line)

@@ -85,6 +85,12 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
+def max_positions(folder: Path) -> int:
+    """Return how many tokens the language model of a checkpoint takes, also where its config leaves it to a default."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)
+
+
 def default_device() -> str:
     """Return where a command runs a model: the first GPU, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

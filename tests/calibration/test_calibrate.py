@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,17 +18,14 @@ from dpn_cli.convert import convert
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.loading import load_model
 from dpn_cli.recipe import CalibrationRecipe
+from tests.runs import noise_pictures
 
 RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    pixels = np.random.default_rng(0)
-    for i in range(24):
-        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), 24)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,18 +14,14 @@ from dpn_cli import cli
 from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.convert import convert
 from dpn_cli.errors import UsageError
-from tests.runs import DEADLOCK_S, digests, measured, start, wait_for
+from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
 HEAL = ("heal.method=lora", "heal.steps=4", "heal.batch_size=2", "heal.gradient_accumulation=2", "heal.save_every=1")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    pixels = np.random.default_rng(0)
-    for i in range(20):
-        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), 20)
 
 
 @pytest.fixture(scope="module")

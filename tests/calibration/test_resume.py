@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dpn_cli import cli
 from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.convert import convert
-from tests.runs import DEADLOCK_S, digests, measured, start, wait_for
+from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
 SAMPLES = 16
 OPTIONS = {"epochs": 4, "batch_size": 2, "answer_tokens": 2, "holdout": 0.4}
@@ -27,11 +26,7 @@ KILLS = 10
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures without answers, so that the teacher is asked too."""
-    folder = tmp_path_factory.mktemp("pictures")
-    pixels = np.random.default_rng(0)
-    for i in range(SAMPLES):
-        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), SAMPLES)
 
 
 @pytest.fixture(scope="module")

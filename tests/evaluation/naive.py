@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from dpn_cli.cost import DecoderShape
-from tests.pyramids import IMAGE
+from dpn_cli.evaluation.contenders.contender import Contender
+from tests.pyramids import IMAGE, collate, ragged_batch
 
 SHAPE = DecoderShape(8, 64, 128, 4, 2, 16, 304)
 """Of the tiny model's decoder."""
@@ -50,3 +51,18 @@ class Naive:
 
     def logits(self) -> torch.Tensor:
         return self.stock.lm_head(self.text.norm(self.hidden))[0, -1]
+
+
+def assert_batch_equals_one_by_one(model: Any, contender: Contender) -> None:
+    """Hold a ragged batch's generated logits against those without a cache, and those of its samples alone."""
+    samples = ragged_batch()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
+    with contender.applied(model):
+        together = model.generate(**collate(samples), **settings)
+        uncached = model.generate(**collate(samples), **settings, use_cache=False)
+        alone = [model.generate(**sample, **settings) for sample in samples]
+    batch, plain = torch.stack(together.logits, 1), torch.stack(uncached.logits, 1)
+    assert (batch - plain).abs().max() < 1e-4
+    for i, one in enumerate(alone):
+        assert (torch.stack(one.logits, 1)[0] - batch[i]).abs().max() < 1e-4

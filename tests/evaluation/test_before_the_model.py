@@ -10,8 +10,8 @@ from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders.contender import Contender, Fixed, Prompt
 from dpn_cli.evaluation.contenders.downsampling import FeaturePooling, ImageDownsampling
 from dpn_cli.evaluation.contenders.vision_zip import VisionZip
-from tests.evaluation.naive import SHAPE, Naive
-from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
+from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
+from tests.pyramids import IMAGE, VISUAL, prompt
 
 CONTENDERS = [ImageDownsampling((7, 8)), FeaturePooling((7, 8)), VisionZip(0.4)]
 
@@ -98,17 +98,7 @@ def test_visionzip_equals_selection_by_the_towers_attention_map(make_pair: Any) 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
 def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, contender: Contender) -> None:
     _, model = make_pair()
-    samples = ragged_batch()
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
-    settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
-    with contender.applied(model):
-        together = model.generate(**collate(samples), **settings)
-        uncached = model.generate(**collate(samples), **settings, use_cache=False)
-        alone = [model.generate(**sample, **settings) for sample in samples]
-    batch, plain = torch.stack(together.logits, 1), torch.stack(uncached.logits, 1)
-    assert (batch - plain).abs().max() < 1e-4
-    for i, one in enumerate(alone):
-        assert (torch.stack(one.logits, 1)[0] - batch[i]).abs().max() < 1e-4
+    assert_batch_equals_one_by_one(model, contender)
 
 
 @torch.no_grad()

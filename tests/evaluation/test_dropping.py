@@ -11,8 +11,8 @@ from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.contenders.random_dropping import RandomDropping
-from tests.evaluation.naive import SHAPE, Naive
-from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
+from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
+from tests.pyramids import VISUAL, prompt
 
 CONTENDERS = [RandomDropping(0.4), FastV(0.4), FastV(0.4, first_layers=1), PyramidDrop(0.6, sites=(1, 3, 5))]
 
@@ -74,17 +74,7 @@ def test_random_dropping_equals_a_shorter_prompt(make_pair: Any) -> None:
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: f"{c.name}-{len(c.after_layers)}")
 def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, contender: Dropping) -> None:
     _, model = make_pair()
-    samples = ragged_batch()
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
-    settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
-    with contender.applied(model):
-        together = model.generate(**collate(samples), **settings)
-        uncached = model.generate(**collate(samples), **settings, use_cache=False)
-        alone = [model.generate(**sample, **settings) for sample in samples]
-    batch, plain = torch.stack(together.logits, 1), torch.stack(uncached.logits, 1)
-    assert (batch - plain).abs().max() < 1e-4
-    for i, one in enumerate(alone):
-        assert (torch.stack(one.logits, 1)[0] - batch[i]).abs().max() < 1e-4
+    assert_batch_equals_one_by_one(model, contender)
 
 
 @torch.no_grad()
