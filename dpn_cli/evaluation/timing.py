@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
+from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 Clock = Callable[[], float]
@@ -69,7 +70,7 @@ def time_generation(
         vision_s=sum(vision_s),
         prefill_s=first - start - sum(vision_s),
         decode_s=(last - first) / (new_tokens - 1) if new_tokens > 1 else None,
-        kv_bytes=sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values)),
+        kv_bytes=sum(t.nbytes for layer in output[CACHE].layers for t in (layer.keys, layer.values)),
         peak_bytes=peak_bytes[0] if peak_bytes else None,
     )
     return timing, output.logits[0]

@@ -40,7 +40,7 @@ class LlavaHrVisionConfig(PreTrainedConfig):
 
     model_type = "llava_hr_vision"
     base_config_key = "vision_config"
-    sub_configs_defaults = {"fast_config": CLIPVisionConfig, "slow_config": DINOv3ConvNextConfig}
+    sub_configs = {"fast_config": CLIPVisionConfig, "slow_config": DINOv3ConvNextConfig}
 
     fast_config: Any = None
     slow_config: Any = None
@@ -49,6 +49,13 @@ class LlavaHrVisionConfig(PreTrainedConfig):
     patch_size: int = 32
     hidden_size: int = 1024
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the parts that came as plain data, or not at all."""
+        for name, part in self.sub_configs.items():
+            value = getattr(self, name) or {}
+            setattr(self, name, part(**value) if isinstance(value, dict) else value)
+        super().__post_init__(**kwargs)
 
 
 def resampled(positions: torch.Tensor, side: int) -> torch.Tensor:

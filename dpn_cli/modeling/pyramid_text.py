@@ -26,6 +26,7 @@ from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
 from dpn_cli.modeling.pooling import merge_cells, pool_tokens
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
+from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import GATE_TEMPERATURE, Router, decide, router_features
 
 
@@ -132,9 +133,10 @@ class PyramidTextMixin:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         visual_coords: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
         router_tokens: torch.Tensor | None = None,
@@ -143,6 +145,7 @@ class PyramidTextMixin:
         """Run the pyramid; the arguments that are not listed are those of the original text model.
 
         Args:
+            past_key_values: the name of `cache` before transformers 5.24.
             visual_coords: [B, L, 3] (grid, row, col) of the visual tokens, -1 elsewhere; None without images.
             instruction: [B] or [1], the column of the last instruction token; by default the last valid one.
             router_tokens: [B, R] the columns of the tokens that the routers read, -1 where a sample has fewer; by
@@ -158,20 +161,21 @@ class PyramidTextMixin:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
 
         state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction, router_tokens)
         if state.coords is not None:
-            _refuse_unfit(past_key_values, attention_mask)
-        state = self.run(state, past_key_values, attention_mask, use_cache=use_cache, **kwargs)
+            _refuse_unfit(cache, attention_mask)
+        state = self.run(state, cache, attention_mask, use_cache=use_cache, **kwargs)
         if state.coords is not None or past == 0:
             self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
             self.last_grids = list(state.image_grids) or [()] * len(inputs_embeds)
-        return BaseModelOutputWithPast(last_hidden_state=self.finish(state), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
@@ -269,8 +273,8 @@ class PyramidTextMixin:
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=mask,
-            past_key_values=cache,
             layer_idx=layers.start,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[layers.start : layers.stop]:
@@ -278,7 +282,7 @@ class PyramidTextMixin:
                 hidden_states,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         return replace(state, hidden_states=hidden_states)
@@ -490,7 +494,7 @@ def _refuse_unfit(cache: Cache | None, attention_mask: torch.Tensor | None) -> N
     if cache is not None and not isinstance(cache, PyramidCache):
         raise ValueError(
             f"a pyramid holds a different number of tokens in every segment, which {type(cache).__name__} cannot; "
-            "pass past_key_values=model.new_cache(), or none and let the model make it"
+            "pass one from model.new_cache(), or none and let the model make it"
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("a pyramid needs the 2-D attention mask [batch, tokens], not a ready-made 4-D one")

@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
+from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
 
 
@@ -56,6 +57,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
@@ -75,13 +77,15 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         last of the prompt. The arguments are written out because `generate` looks them up.
 
         Args:
+            past_key_values: the name of `cache` before transformers 5.24.
             visual_coords: of the prompt's images; by default they are looked up.
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
         """
+        cache = past_key_values if cache is None else cache
         if labels is not None:
             kwargs["instruction"] = _last_instruction(labels, attention_mask)
         elif prompt_length is not None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             kwargs["instruction"] = torch.tensor([prompt_length - 1 - past], device=self.device)
         if batch_num_images is not None:  # one family's alone
             kwargs["batch_num_images"] = batch_num_images
@@ -90,7 +94,6 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -99,6 +102,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             visual_coords=visual_coords,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -108,7 +112,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         """Look the visual coordinates up while the sizes of the images are there: encoding takes them away."""
         if brings_images(**model_kwargs) and model_kwargs.get("visual_coords") is None:
             inputs = {"input_ids": None, "inputs_embeds": None, str(model_input_name): inputs_tensor}
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE)
             past = 0 if cache is None else cache.get_seq_length()  # earlier turns have brought their images already
             new = {name: tensor if tensor is None else tensor[:, past:] for name, tensor in inputs.items()}
             model_kwargs["visual_coords"] = self.model.locate(**{**model_kwargs, **new})
@@ -128,16 +132,16 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size would cut an image apart before it is pooled; leave it out")
+        is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # The first forward may hold draft tokens (assisted decoding), and without a cache every forward is a prefill:
         # the routers must read the prompt's end all the same. An all-ones mask has been dropped by now.
         mask = model_kwargs["attention_mask"]
         model_kwargs["prompt_length"] = generation_config._mask_length if mask is None else mask.shape[1]
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not getattr(cache, "_is_user_defined", False):
-            model_kwargs["past_key_values"] = self.new_cache(offloading=implementation == "offloaded")
+        if not is_given and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = self.new_cache(offloading=implementation == "offloaded")
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching: its paged cache holds one length for all layers."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dpn_cli.modeling import pyramid_text
 from dpn_cli.modeling.grouping import Group, split_by_length
+from dpn_cli.modeling.renamed import CACHE
 from tests.pyramids import collate, ragged_batch
 
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
@@ -61,7 +62,7 @@ def test_apart_or_together_gives_the_same(
         follow = torch.full((len(ROUTES), 1), 7)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(follow)], 1)
         with torch.no_grad():
-            after = model(input_ids=follow, attention_mask=mask, past_key_values=cached.past_key_values).logits
+            after = model(input_ids=follow, attention_mask=mask, past_key_values=cached[CACHE]).logits
         found[cost] = (cached.logits[inputs["attention_mask"].bool()], after, len(passes))
     counter.remove()
     assert found[0][2] > found[10**6][2]
