@@ -12,8 +12,6 @@ from pathlib import Path
 
 from dpn_cli import __version__
 
-BUNDLE_MODULE = "modeling_dpn_llava"
-
 _PACKAGE = "dpn_cli"
 _ROOT = "dpn_cli.modeling.families"
 _WIDTH = 120

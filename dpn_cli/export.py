@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.bundle import BUNDLE_MODULE, bundle_modeling
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.family import CONVERTED
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
@@ -23,6 +22,7 @@ from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_expor
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.model_card import model_card
+from dpn_cli.modeling.code import write_code
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 DEFAULT_SHARD_SIZE = "2GB"
@@ -158,7 +158,7 @@ def _write_side_files(stage: Path, draft: _Draft, name: str) -> None:
     for file in side_files(source):
         copy_file(source / file, stage / file)
     card = model_card(name, draft.config, draft.layout, draft.pyramid)
-    (stage / f"{BUNDLE_MODULE}.py").write_text(bundle_modeling(), encoding="utf-8")
+    write_code(stage)
     (stage / "README.md").write_text(card, encoding="utf-8")
     write_json(stage / "config.json", draft.config)
 

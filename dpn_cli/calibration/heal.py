@@ -21,7 +21,7 @@ from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.adapter import add_adapter
 from dpn_cli.modeling.pyramid_config import Route
-from dpn_cli.modeling.pyramid_text import Choice, PyramidState
+from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import HealRecipe
 

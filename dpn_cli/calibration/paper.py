@@ -25,8 +25,8 @@ from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_log
 from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.calibration.training import Draw, Draws, train
 from dpn_cli.modeling.adapter import add_adapter
-from dpn_cli.modeling.pyramid_text import Choice, PyramidState
 from dpn_cli.modeling.routers import GATE_TEMPERATURE
+from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe, PaperRecipe
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, VISUAL, Example, collate
-from dpn_cli.modeling.pyramid_text import Choice, PyramidState
+from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 

@@ -21,7 +21,7 @@ from dpn_cli.calibration.processes import ALONE, Kept, Processes
 from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 

@@ -48,14 +48,6 @@ class Family:
         """The class that loads a converted checkpoint."""
         return f"{self.stem}ForConditionalGeneration"
 
-    def auto_map(self, module: str) -> dict[str, str]:
-        """Return where transformers finds our classes in a module that comes along with a checkpoint."""
-        return {
-            "AutoConfig": f"{module}.{self.stem}Config",
-            "AutoModel": f"{module}.{self.stem}Model",
-            "AutoModelForImageTextToText": f"{module}.{self.architecture}",
-        }
-
 
 FAMILIES = {
     family.model_type: family

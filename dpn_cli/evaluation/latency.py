@@ -17,7 +17,7 @@ import torch
 from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
-from dpn_cli.modeling.pyramid_text import visual_grids
+from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 ORIGINAL = "original"

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from dpn_cli.bundle import BUNDLE_MODULE
 from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
 from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES
+from dpn_cli.modeling.code import auto_map
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 
@@ -23,7 +23,7 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
     family = Family.of(source.config)
     config = source.config | {
         "architectures": [family.architecture],
-        "auto_map": family.auto_map(BUNDLE_MODULE),
+        "auto_map": auto_map(family.stem),
         "pyramid": pyramid.to_dict(),
     }
     if dtype is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
+from typing_extensions import override
 
 from dpn_cli.modeling.grouping import Group
 
@@ -55,7 +56,8 @@ class PyramidCache(DynamicCache):
                 own = [getattr(cache.layers[layer], name) for _, cache in parts]  # [b, heads, k, head size]
                 whole = own[0].new_zeros(batch, own[0].shape[1], length, own[0].shape[3])
                 for (group, _), part in zip(parts, own, strict=True):
-                    whole[group.rows, :, group.columns] = part.transpose(1, 2)
+                    rows, columns = group.rows.to(whole.device), group.columns.to(whole.device)
+                    whole[rows, :, columns] = part.transpose(1, 2)
                 states.append(whole)
             self.update(*states, layer)
 
@@ -67,21 +69,25 @@ class PyramidCache(DynamicCache):
     def _map_masks(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.masks = [None if mask is None else change(mask) for mask in self.masks]
 
+    @override
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the samples for beam search."""
         super().reorder_cache(beam_idx)
         self._map_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
 
+    @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)
         self._map_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
+    @override
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these samples."""
         super().batch_select_indices(indices)
         self._map_masks(lambda mask: mask[indices])
 
+    @override
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of every layer: -n removes n of them."""
         super().crop(tokens_to_remove)
@@ -89,6 +95,7 @@ class PyramidCache(DynamicCache):
             self.lengths = [length + tokens_to_remove for length in self.lengths]
             self._map_masks(lambda mask: mask[:, :tokens_to_remove])
 
+    @override
     def reset(self) -> None:
         """Forget every token."""
         super().reset()

@@ -1,10 +1,14 @@
 """The configurations of LLaVAs whose language model is a pyramid."""
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
+from typing_extensions import override
 
+from dpn_cli.modeling.code import auto_map, write_code
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 
@@ -20,6 +24,13 @@ class PyramidSection:
             ValueError: if the section is not one that this version reads.
         """
         return PyramidConfig(sites=()) if self.pyramid is None else PyramidConfig.from_dict(self.pyramid)
+
+    @override
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:  # type: ignore[misc]
+        """Save as transformers does, and the code with it, which models and configs load with elsewhere."""
+        self.auto_map = auto_map(type(self).__name__.removesuffix("Config"))
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        write_code(Path(save_directory))
 
 
 @strict

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+import transformers
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from dpn_cli.checkpoint.headers import read_config
@@ -14,6 +15,7 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.adapter import hush_bitsandbytes, load_adapter
+from dpn_cli.modeling.code import MODEL_CLASSES
 from dpn_cli.modeling.configuration import DpnLlavaOnevisionConfig
 from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.onevision_processor import OnevisionImages
@@ -25,7 +27,8 @@ def register() -> None:
     for config, model in MODELS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model.inner_class, exist_ok=True)
-        AutoModelForImageTextToText.register(config, model, exist_ok=True)
+        for name in MODEL_CLASSES:
+            getattr(transformers, name).register(config, model, exist_ok=True)
 
 
 def load_model(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from dpn_cli.modeling.pyramid_config import Grid, Rate, kernel_on
 
@@ -97,6 +98,19 @@ def _is_complete(
             table[b, g] = torch.tensor([size[0] // kernel[0], size[1] // kernel[1]])
     sizes = table.to(cell.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
     return (grid < 0) | (cell < sizes).all(-1)
+
+
+class Kernels(nn.Module):
+    """The depthwise convolutions of one site, [D, kernel_h, kernel_w] per rate; they start as averages."""
+
+    def __init__(self, hidden_size: int, rates: Sequence[Rate]) -> None:
+        super().__init__()
+        for expert, (h, w) in enumerate(rates):
+            self.register_parameter(str(expert), nn.Parameter(torch.full((hidden_size, h, w), 1 / (h * w))))
+
+    def forward(self, expert: int) -> torch.Tensor:
+        """Return the kernel of an expert; a call, so that hooks which load weights (offloading) run."""
+        return self.get_parameter(str(expert))
 
 
 def pool_tokens(

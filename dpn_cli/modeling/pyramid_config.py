@@ -97,6 +97,8 @@ class PyramidConfig:
         min_input_tokens: a sample with fewer visual tokens is neither pooled nor gated.
         trade_off: λ of the decision rule argmax_k(logit_k - λ·cost_k); stored under the key `lambda`.
         static_route: one expert index per site for every sample, or None to ask the routers.
+        answer_cue: token ids that the chat template writes between a question and its answer; in labelled
+            conversations they show where an instruction ends. Empty if it is not known.
         budgets: measured by calibration, by falling fraction; empty before it.
         calibration: what calibration was run with, for the record.
     """
@@ -112,6 +114,7 @@ class PyramidConfig:
     min_input_tokens: int = 1
     trade_off: float = 0.0
     static_route: Route | None = None
+    answer_cue: tuple[int, ...] = ()
     budgets: tuple[Budget, ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict)
 
@@ -139,6 +142,7 @@ class PyramidConfig:
             router=RouterConfig(**data.pop("router", {})),
             trade_off=data.pop("lambda", 0.0),
             static_route=None if route is None else tuple(map(int, route)),
+            answer_cue=tuple(map(int, data.pop("answer_cue", ()))),
             budgets=tuple(Budget(*row) for row in data.pop("budgets", [])),
             **data,
         )
@@ -166,6 +170,7 @@ class PyramidConfig:
         data["lambda"] = data.pop("trade_off")
         data["sites"] = [{"after_layer": s.after_layer, "rates": [list(r) for r in s.rates]} for s in self.sites]
         data["static_route"] = None if self.static_route is None else list(self.static_route)
+        data["answer_cue"] = list(self.answer_cue)
         data["budgets"] = [[b.fraction, b.trade_off, b.distortion] for b in self.budgets]
         return {"version": PYRAMID_VERSION, **data}
 

@@ -8,7 +8,7 @@ Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,67 +20,30 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+from typing_extensions import override
 
 from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
-from dpn_cli.modeling.pooling import merge_cells, pool_tokens
+from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.renamed import CACHE
-from dpn_cli.modeling.routers import GATE_TEMPERATURE, Router, decide, router_features
-
-
-@dataclass(frozen=True)
-class PyramidState:
-    """A batch between two segments.
-
-    Attributes:
-        hidden_states: [B, S, D].
-        positions: [B, S] (or [1, S]) rotary positions; those of merged tokens may be fractions.
-        valid: [B, S] bool, or None when no row of this chunk is padded.
-        coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere; None in a chunk without images.
-        columns: [B, L] where every original token is now; None while nothing has moved.
-        instruction: [B] the original column of the last instruction token.
-        router_tokens: [B, R] the original columns of the tokens that the routers read, -1 where a sample has fewer.
-        grids: per sample, the current sizes of its visual grids.
-        text_tokens: per sample, the tokens of the prompt that are not visual.
-        image_grids: per sample, the sizes of its grids before any pooling.
-        routes: per sample, the experts taken so far.
-    """
-
-    hidden_states: torch.Tensor
-    positions: torch.Tensor
-    valid: torch.Tensor | None
-    coords: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
-    instruction: torch.Tensor | None = None
-    router_tokens: torch.Tensor | None = None
-    grids: tuple[tuple[Grid, ...], ...] = ()
-    text_tokens: tuple[int, ...] = ()
-    image_grids: tuple[tuple[Grid, ...], ...] = ()
-    routes: tuple[Route, ...] = ()
-
-    def now_at(self, original: torch.Tensor) -> torch.Tensor:
-        """Return the current columns, [B, R], of some original columns of every sample."""
-        return original if self.columns is None else self.columns.gather(1, original)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a site takes: one expert index per sample and, for the probability gate, its probability [B]."""
-
-    experts: list[int]
-    probability: torch.Tensor | None = None
-
-
-def visual_grids(coords: torch.Tensor) -> tuple[tuple[Grid, ...], ...]:
-    """Read every sample's grid sizes from its visual coordinates [B, S, 3]."""
-    sizes = []
-    for sample in coords.cpu():
-        count = int(sample[:, 0].max()) + 1
-        corners = [sample[sample[:, 0] == g][:, 1:].amax(0) + 1 for g in range(count)]
-        sizes.append(tuple((int(h), int(w)) for h, w in corners))
-    return tuple(sizes)
+from dpn_cli.modeling.routers import (
+    GATE_TEMPERATURE,
+    Router,
+    RouterHead,
+    RouterLinear,
+    decide,
+    router_features,
+)
+from dpn_cli.modeling.state import (
+    HIDDEN_IN_PART,
+    PACKED,
+    Choice,
+    PyramidState,
+    visual_grids,
+    without_hidden,
+)
 
 
 class PyramidTextMixin:
@@ -109,26 +72,26 @@ class PyramidTextMixin:
         if pyramid.static_route is None:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
         if pyramid.pooling == "conv":
-            self.poolers = nn.ModuleList(
-                nn.ParameterList(
-                    nn.Parameter(torch.full((config.hidden_size, h, w), 1 / (h * w))) for h, w in site.rates
-                )
-                for site in pyramid.sites
-            )
+            self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.rates) for site in pyramid.sites)
 
-    def _init_weights(self, module: nn.Module) -> None:
+    @override
+    def _init_weights(self, module: nn.Module) -> None:  # type: ignore[misc]  # of the text model beside the mixin
         """Initialise new parameters; a new pyramid changes nothing (its routers take 1×1) until calibrated."""
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, Router):
-            init.zeros_(module.head.weight)
-            init.zeros_(module.head.bias)
-        elif isinstance(module, nn.ParameterList):
-            for kernel in module:
+        if isinstance(module, RouterHead):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RouterLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, Kernels):
+            for kernel in module.parameters():
                 init.constant_(kernel, 1 / (kernel.shape[1] * kernel.shape[2]))
 
+    @override
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -165,10 +128,13 @@ class PyramidTextMixin:
         if use_cache and cache is None:
             cache = self.new_cache()
         past = 0 if cache is None else cache.get_seq_length()
+        packed = position_ids if attention_mask is None and cache is None and _starts_anew(position_ids) else None
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
 
         state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction, router_tokens)
+        if packed is not None:
+            state = replace(state, packed=packed, refusal=PACKED)
         if state.coords is not None:
             _refuse_unfit(cache, attention_mask)
         state = self.run(state, cache, attention_mask, use_cache=use_cache, **kwargs)
@@ -196,7 +162,10 @@ class PyramidTextMixin:
         if attention_mask is not None and attention_mask.ndim == 2:
             valid = attention_mask[:, -length:].to(inputs_embeds.device, torch.bool)
             valid = None if valid.all() else valid
-        if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None or (visual_coords < 0).all():
+        if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None:
+            return PyramidState(inputs_embeds, positions, valid)
+        visual_coords, in_part = without_hidden(visual_coords, valid)
+        if (visual_coords < 0).all():
             return PyramidState(inputs_embeds, positions, valid)
 
         if self.pyramid.router.token_id is not None and router_tokens is None:
@@ -205,7 +174,7 @@ class PyramidTextMixin:
         index = torch.arange(length, device=inputs_embeds.device).expand(batch, -1)
         if instruction is None:
             instruction = index[:, -1] if valid is None else torch.where(valid, index, 0).amax(1)
-        instruction = instruction.expand(batch)
+        instruction = instruction.to(index.device).expand(batch)
         prompt = index <= instruction[:, None]
         is_text = prompt & (visual_coords[..., 0] < 0)
         text_tokens = (is_text if valid is None else is_text & valid).sum(1).tolist()
@@ -220,6 +189,7 @@ class PyramidTextMixin:
             text_tokens=tuple(text_tokens),
             image_grids=grids,
             routes=((),) * batch,
+            refusal=HIDDEN_IN_PART if in_part else "",
         )
 
     def run(
@@ -268,12 +238,13 @@ class PyramidTextMixin:
             mask = attention_mask
         if not layers:
             return state
-        # No position_ids here or below: gaps in them would read as packed sequences and cut the mask into blocks.
+        # The positions of pooled tokens must not reach the mask or the layers: gaps would read as packed samples.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=mask,
             layer_idx=layers.start,
+            position_ids=state.packed,
             **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
@@ -282,10 +253,11 @@ class PyramidTextMixin:
                 hidden_states,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
+                position_ids=state.packed,
                 **{CACHE: cache},
                 **kwargs,
             )
-        return replace(state, hidden_states=hidden_states)
+        return state.after(hidden_states)
 
     def _groups(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
@@ -309,21 +281,23 @@ class PyramidTextMixin:
     ) -> PyramidState:
         """Run a segment for one group of rows after another, and lay the results out as the batch was."""
         assert state.valid is not None
-        hidden_states = torch.zeros_like(state.hidden_states)
-        parts = []
+        outputs, parts = [], []
         for rows in groups:
             group = Group.of(rows, state.valid)
             own = None if cache is None else PyramidCache(self.config, len(self.segments))
             at = (group.rows, group.columns)
             part = PyramidState(state.hidden_states[at], state.positions[at], group.valid)
-            hidden_states[at] = self.run_segment(part, segment, own, **kwargs).hidden_states
+            outputs.append((at, self.run_segment(part, segment, own, **kwargs).hidden_states))
             if own is not None:
                 parts.append((group, own))
+        hidden_states = outputs[0][1].new_zeros(state.hidden_states.shape)
+        for at, output in outputs:
+            hidden_states[at] = output
         if isinstance(cache, PyramidCache):
             batch, length = state.valid.shape
             cache.extend(segment, state.valid, batch, length)
             cache.join(self.segments[segment], batch, length, parts)
-        return replace(state, hidden_states=hidden_states)
+        return state.after(hidden_states)
 
     def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
         """Return the rotary positions [B, S] of a segment."""
@@ -380,7 +354,7 @@ class PyramidTextMixin:
             return None
         index = torch.tensor(experts, device=logits.device)[:, None]
         probability = (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
-        return torch.where(self._taken(state), probability, 1)
+        return torch.where(self._taken(state).to(probability.device), probability, 1)
 
     def _taken(self, state: PyramidState) -> torch.Tensor:
         """Say which samples are pooled at all, [B] bool."""
@@ -407,6 +381,8 @@ class PyramidTextMixin:
         untouched = all(rate == (1, 1) for rate in rates) and pyramid.pooling != "conv"
         if untouched and choice.probability is None:
             return replace(state, routes=routes)
+        if state.refusal:
+            raise ValueError(state.refusal)
 
         grids = tuple(
             tuple(pyramid.pooled(grid, rate) for grid in sample)
@@ -423,7 +399,8 @@ class PyramidTextMixin:
         else:
             hidden_states = pool_tokens(state.hidden_states, cells, pyramid.pooling)
         if choice.probability is not None:
-            gate = torch.where(cells.coords[..., 0] >= 0, choice.probability[:, None], 1)
+            probability = choice.probability.to(cells.coords.device)
+            gate = torch.where(cells.coords[..., 0] >= 0, probability[:, None], 1)
             hidden_states = hidden_states * gate[..., None].to(hidden_states.dtype)
         columns = cells.column if state.columns is None else cells.column.gather(1, state.columns)
         return replace(
@@ -442,14 +419,15 @@ class PyramidTextMixin:
         assert state.coords is not None
         rows = []
         for coords, k, taken in zip(state.coords, choice.experts, self._taken(state), strict=True):
-            kernel: torch.Tensor = self.poolers.get_parameter(f"{site}.{k}")  # [D, kernel_h, kernel_w]
+            kernel = self.poolers[site](k)  # [D, kernel_h, kernel_w]
             factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
             rows.append(torch.where((coords[:, :1] >= 0) & taken, factors, 1))
         return torch.stack(rows)
 
     def finish(self, state: PyramidState) -> torch.Tensor:
         """Apply the final norm and lay the states out as the original tokens were: [B, L, D]."""
-        hidden_states = self.norm(state.hidden_states)
+        state = state.after(self.norm(state.hidden_states))
+        hidden_states = state.hidden_states
         if state.columns is None:
             return hidden_states
         return hidden_states.gather(1, state.columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
@@ -472,6 +450,11 @@ PYRAMID_TEXT_MODELS = {"llama": PyramidLlamaModel, "mistral": PyramidMistralMode
 
 def _num_tokens(grids: Sequence[Grid]) -> int:
     return sum(height * width for height, width in grids)
+
+
+def _starts_anew(position_ids: torch.Tensor | None) -> bool:
+    """Say whether position ids [B, L] do not rise one by one: rows are packed."""
+    return position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _spread(routes: Sequence[Route], batch: int) -> list[Route]:

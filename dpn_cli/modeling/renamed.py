@@ -1,4 +1,4 @@
-"""Names that transformers changed between the releases that are supported; nothing else of ours depends on a release."""
+"""Names that transformers changed between the releases that are supported."""
 
 import inspect
 

@@ -14,6 +14,35 @@ from dpn_cli.modeling.pyramid_config import RouterConfig
 GATE_TEMPERATURE = 10.0  # of the authors' probability gate
 
 
+class RouterLinear(nn.Module):
+    """A linear layer that computes in float32 and stays as it is.
+
+    It is no `nn.Linear`, because quantisers and adapter libraries replace or wrap every one of those that they find.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+class RouterHead(RouterLinear):
+    """A router's last layer; it starts at zero, so that a fresh router scores all rates alike."""
+
+
+class RouterNorm(nn.LayerNorm):
+    """Normalises several vectors, each by itself, and scales them together."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, n, D] to [B, n·D]."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(1)
+        return x * self.weight.float() + self.bias.float()
+
+
 class Router(nn.Module):
     """LayerNorm → Linear(D, D/4) → GELU → Linear(D/4, E), or one Linear(D, E); always in float32.
 
@@ -28,10 +57,10 @@ class Router(nn.Module):
         self.config = config
         inputs = hidden_size * config.num_inputs
         if config.kind == "mlp":
-            self.norm = nn.LayerNorm(inputs)
-            self.hidden = nn.Linear(inputs, hidden_size // config.hidden_ratio)
+            self.norm = RouterNorm(inputs)
+            self.hidden = RouterLinear(inputs, hidden_size // config.hidden_ratio)
             inputs = hidden_size // config.hidden_ratio
-        self.head = nn.Linear(inputs, num_experts)
+        self.head = RouterHead(inputs, num_experts)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Score the rates.
@@ -43,12 +72,9 @@ class Router(nn.Module):
             Logits [B, E] in float32. With `output: distortion`, minus the predicted distortions in nats: 0 for 1×1.
         """
         x = features.float()
-        if self.config.kind == "mlp":
-            x = F.layer_norm(x, x.shape[-1:], eps=self.norm.eps).flatten(1)
-            x = x * self.norm.weight.float() + self.norm.bias.float()
-            x = F.gelu(F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()))
-        x = x.flatten(1)
-        z = F.linear(x, self.head.weight.float(), self.head.bias.float())
+        # Every layer is called as a module, so that hooks which load its weights (offloading) run.
+        x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
+        z: torch.Tensor = self.head(x)
         if self.config.output == "logits":
             return z
         return torch.cat([torch.zeros_like(z[:, :1]), -F.softplus(z[:, 1:])], dim=1)

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+from typing_extensions import override
 
 from dpn_cli.modeling.configuration import DpnLlavaNextConfig, DpnLlavaOnevisionConfig
 from dpn_cli.modeling.pyramid_config import Block, Grid
@@ -85,6 +86,7 @@ class DpnLlavaOnevisionModel(TiledModelMixin, LlavaOnevisionModel):
     config_class = DpnLlavaOnevisionConfig
     projector_class = LlavaOnevisionMultiModalProjector
 
+    @override
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse videos."""
         raise NotImplementedError(NO_VIDEO)
@@ -96,6 +98,7 @@ class DpnLlavaOnevisionForConditionalGeneration(PyramidGenerationMixin, LlavaOne
     config_class = DpnLlavaOnevisionConfig
     inner_class = DpnLlavaOnevisionModel
 
+    @override
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         if model_kwargs.get("pixel_values_videos") is not None:
             raise NotImplementedError(NO_VIDEO)

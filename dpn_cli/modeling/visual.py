@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import is_torchdynamo_exporting
+from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_config import Block, Grid
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
@@ -68,6 +70,7 @@ class PyramidModelMixin(PreTrainedModel):
     """Makes the inner model of a family hand the place of each visual token in its image to a pyramid."""
 
     _keep_in_fp32_modules_strict = ["routers"]
+    _can_compile_fullgraph = False  # lengths depend on the data
 
     language_model: PyramidTextMixin
 
@@ -114,7 +117,7 @@ class PyramidModelMixin(PreTrainedModel):
         """Return embeddings [B, L, D] with the images in place, and visual coordinates [B, L, 3]."""
         embeds = self.get_input_embeddings()(input_ids)
         images = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True).pooler_output
-        is_image = self._is_image(input_ids, None)
+        is_image = self.is_image(input_ids, None)
         coords = visual_coordinates(is_image, self.image_blocks(len(images), **sizes))
         features = torch.cat(list(images)).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(is_image[..., None], features), coords
@@ -131,8 +134,9 @@ class PyramidModelMixin(PreTrainedModel):
         encoded = (mm_encoder_outputs or {}).get("image")
         num_images = len(pixel_values if encoded is None else encoded.pooler_output)  # type: ignore[arg-type]
         sizes = {name: kwargs[name] for name in GRID_INPUTS if kwargs.get(name) is not None}
-        return visual_coordinates(self._is_image(input_ids, inputs_embeds), self.image_blocks(num_images, **sizes))
+        return visual_coordinates(self.is_image(input_ids, inputs_embeds), self.image_blocks(num_images, **sizes))
 
+    @override
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -147,11 +151,18 @@ class PyramidModelMixin(PreTrainedModel):
 
         Args:
             visual_coords: of the prompt's images, which come along with it; by default they are looked up.
+
+        Raises:
+            NotImplementedError: under torch.export.
         """
         if brings_images(pixel_values, mm_encoder_outputs):
+            if is_torchdynamo_exporting():
+                raise NotImplementedError(
+                    "torch.export cannot trace a pyramid, whose lengths depend on its images; export the original model"
+                )
             if visual_coords is None:
                 visual_coords = self.locate(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, **kwargs)
-            is_image = self._is_image(input_ids, inputs_embeds)
+            is_image = self.is_image(input_ids, inputs_embeds)
             drafted = is_image.shape[1] - visual_coords.shape[1]  # or generated, where there is no cache
             kwargs["visual_coords"] = F.pad(visual_coords, (0, 0, 0, drafted), value=-1)
             kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
@@ -163,7 +174,7 @@ class PyramidModelMixin(PreTrainedModel):
             **kwargs,
         )
 
-    def _is_image(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def is_image(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Return the image placeholders, [B, L] bool."""
         return self._is_token(self.config.image_token_id, input_ids, inputs_embeds)
 
@@ -196,4 +207,6 @@ class PyramidModelMixin(PreTrainedModel):
         """Say where a token stands, [B, L] bool."""
         if input_ids is not None:
             return input_ids == token_id
-        return (inputs_embeds == self.get_input_embeddings().weight[token_id]).all(-1)
+        assert inputs_embeds is not None
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)

@@ -21,26 +21,23 @@ from transformers.conversion_mapping import (
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import override
 
 from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.instruction import instruction_ends
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
 
-
-def _last_instruction(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the column before each row's first label, [B]; the last valid one where there is no label."""
-    answered = labels != -100
-    index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    last = (index if attention_mask is None else index * attention_mask).amax(1)
-    return torch.where(answered.any(1), answered.int().argmax(1) - 1, last).clamp(min=0)
+NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
 
 class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     """Makes a family's model for conditional generation one with a pyramid, routed per sample."""
 
     _keep_in_fp32_modules_strict = ["routers"]
+    _can_compile_fullgraph = False  # lengths depend on the data
     inner_class: type[PyramidModelMixin]  # the family's
 
     def __init__(self, config: Any) -> None:
@@ -49,6 +46,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @override
     @can_return_tuple
     def forward(
         self,
@@ -69,24 +67,27 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         visual_coords: torch.Tensor | None = None,
         prompt_length: int | None = None,
+        instruction: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the original's forward, routed.
 
-        The routers read each sample's last instruction token: with labels the one before the first label, else the
-        last of the prompt. The arguments are written out because `generate` looks them up.
+        The routers read each sample's last instruction token: with labels it is found by `instruction_ends`, without
+        them it is the last of the prompt. The arguments are written out because `generate` looks them up.
 
         Args:
             past_key_values: the name of `cache` before transformers 5.24.
             visual_coords: of the prompt's images; by default they are looked up.
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
+            instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
         cache = past_key_values if cache is None else cache
-        if labels is not None:
-            kwargs["instruction"] = _last_instruction(labels, attention_mask)
-        elif prompt_length is not None:
+        if instruction is None and labels is not None:
+            is_image = self.model.is_image(input_ids, inputs_embeds)
+            instruction = instruction_ends(labels, is_image, input_ids, attention_mask, self.pyramid.answer_cue)
+        elif instruction is None and prompt_length is not None:
             past = 0 if cache is None else cache.get_seq_length()
-            kwargs["instruction"] = torch.tensor([prompt_length - 1 - past], device=self.device)
+            instruction = torch.tensor([prompt_length - 1 - past])
         if batch_num_images is not None:  # one family's alone
             kwargs["batch_num_images"] = batch_num_images
         return super().forward(
@@ -102,50 +103,70 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             visual_coords=visual_coords,
+            instruction=instruction,
             **{CACHE: cache},
             **kwargs,
         )
 
+    @override
     def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, *args: Any
+        self,
+        inputs_tensor: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
     ) -> dict[str, Any]:
         """Look the visual coordinates up while the sizes of the images are there: encoding takes them away."""
-        if brings_images(**model_kwargs) and model_kwargs.get("visual_coords") is None:
-            inputs = {"input_ids": None, "inputs_embeds": None, str(model_input_name): inputs_tensor}
+        known = generation_config.is_assistant or model_kwargs.get("visual_coords") is not None
+        if brings_images(**model_kwargs) and not known:  # a draft model never sees images
             cache = model_kwargs.get(CACHE)
             past = 0 if cache is None else cache.get_seq_length()  # earlier turns have brought their images already
-            new = {name: tensor if tensor is None else tensor[:, past:] for name, tensor in inputs.items()}
-            model_kwargs["visual_coords"] = self.model.locate(**{**model_kwargs, **new})
+            skipped = past if inputs_tensor.shape[1] == _prompt_length(generation_config, model_kwargs) else 0
+            inputs = {"input_ids": None, "inputs_embeds": None, str(model_input_name): inputs_tensor[:, skipped:]}
+            model_kwargs["visual_coords"] = self.model.locate(**{**model_kwargs, **inputs})
         return super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, *args
+            inputs_tensor, model_kwargs, model_input_name, generation_config
         )
 
+    @override
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate` a `PyramidCache`, and refuse what a shrinking sequence cannot do."""
         implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic", "offloaded"):
+        given = model_kwargs.get(CACHE)
+        if implementation not in (None, "dynamic", "offloaded") or getattr(given, "is_compileable", False):
+            found = f"cache_implementation={implementation!r}" if given is None else f"a {type(given).__name__}"
             raise ValueError(
-                f"cache_implementation={implementation!r} holds one length for all layers, a pyramid has several; "
-                "leave it out, or use 'offloaded' to save GPU memory"
+                f"{found} holds one length for all layers, a pyramid has several; leave it out, or use 'offloaded' to "
+                "save GPU memory"
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size would cut an image apart before it is pooled; leave it out")
-        is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # The first forward may hold draft tokens (assisted decoding), and without a cache every forward is a prefill:
-        # the routers must read the prompt's end all the same. An all-ones mask has been dropped by now.
-        mask = model_kwargs["attention_mask"]
-        model_kwargs["prompt_length"] = generation_config._mask_length if mask is None else mask.shape[1]
-        if not is_given and model_kwargs.get(CACHE) is not None:
+        # the routers must read the prompt's end all the same.
+        model_kwargs["prompt_length"] = _prompt_length(generation_config, model_kwargs)
+        if given is None and model_kwargs.get(CACHE) is not None:
             model_kwargs[CACHE] = self.new_cache(offloading=implementation == "offloaded")
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
 
+    @override
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Keep what only a pyramid knows from draft models."""
+        known = {name: value for name, value in model_kwargs.items() if name not in ("visual_coords", "prompt_length")}
+        return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
+
+    @override
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching: its paged cache holds one length for all layers."""
-        raise NotImplementedError("generate_batch uses a paged cache with one length for all layers; use generate")
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
+    @override
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching."""
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
     @property
     def pyramid(self) -> PyramidConfig:
@@ -229,6 +250,12 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
                 yield self
         finally:
             self._text_model.pooling_enabled = before
+
+
+def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """Return the columns of a prompt, cached ones included; of a mask of ones `generate` keeps the length alone."""
+    mask = model_kwargs.get("attention_mask")
+    return int(generation_config._mask_length if mask is None else mask.shape[1])
 
 
 def rename_keys_as(original: str, inner: type[PyramidModelMixin], outer: type[PyramidGenerationMixin]) -> None:

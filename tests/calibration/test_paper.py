@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dpn_cli.calibration.paper import Sampler, paper_loss, routing_loss
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.modeling.pyramid_config import RouterConfig
-from dpn_cli.modeling.pyramid_text import Choice
+from dpn_cli.modeling.state import Choice
 from dpn_cli.recipe import PaperRecipe
 from tests.calibration.test_heal import PAD, examples
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 
 
 def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.pyramid_config import Grid, Route
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 TOLERANCE = 0.01  # of a FLOPs fraction: a contender that spends more at the least is above a budget

@@ -16,7 +16,7 @@ import torch
 
 from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, segments_between, taken_over
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 

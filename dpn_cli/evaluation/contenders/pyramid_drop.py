@@ -7,7 +7,7 @@ import torch
 
 from dpn_cli.evaluation.contenders.attention import instruction_attention
 from dpn_cli.evaluation.contenders.dropping import Dropping
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 
 
 @dataclass(frozen=True)

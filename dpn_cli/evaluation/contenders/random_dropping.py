@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from dpn_cli.evaluation.contenders.dropping import Dropping
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 
 
 class RandomDropping(Dropping):

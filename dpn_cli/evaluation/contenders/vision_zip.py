@@ -13,7 +13,7 @@ import torch
 from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Prompt, taken_over, validate_clip
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
-from dpn_cli.modeling.pyramid_text import PyramidState
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 CONTEXTUAL_SHARE = 10 / 64  # of the kept patches, as in the authors' settings

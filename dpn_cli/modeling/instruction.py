@@ -1,0 +1,68 @@
+"""Where the instruction of a labelled sample ends, which is what its routers read.
+
+`generate` gives prompts, whose last token it is. Training gives whole conversations with labels, and it must be found
+in them: routers that read anything else would be trained on routes that inference does not take.
+
+Shapes: B batch, L sequence.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+IGNORED = -100  # the label of a token that is not to be predicted
+
+
+def instruction_ends(
+    labels: torch.Tensor,
+    is_image: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    cue: Sequence[int] = (),
+) -> torch.Tensor:
+    """Return the column of every row's last instruction token, [B].
+
+    It stands before the first label after the last image, unless the labels cover the question too and do not show
+    it: then it ends the first cue after the last image. Without labels, or without images, it is the last token of
+    the row.
+
+    Args:
+        labels: [B, L], -100 where a token is not to be predicted.
+        is_image: [B, L] bool, the image tokens.
+        input_ids: [B, L], where the cue is looked for.
+        attention_mask: [B, L], or None when no row is padded.
+        cue: what the chat template writes between a question and its answer, as token ids.
+
+    Raises:
+        ValueError: if the labels of a row do not show where its instruction ends, and there is no cue.
+    """
+    valid = torch.ones_like(labels) if attention_mask is None else attention_mask
+    is_cue_end = torch.zeros_like(is_image)
+    if cue and input_ids is not None and input_ids.shape[1] >= len(cue):
+        windows = input_ids.unfold(1, len(cue), 1)
+        is_cue_end[:, len(cue) - 1 :] = (windows == torch.tensor(cue, device=windows.device)).all(-1)
+    rows = zip(labels, is_image, is_cue_end, valid, strict=True)
+    return torch.tensor([_end(*map(_columns, (row != IGNORED, *rest))) for row, *rest in rows], device=labels.device)
+
+
+def _columns(is_chosen: torch.Tensor) -> list[int]:
+    """Return the columns of a row [L] that are chosen."""
+    columns: list[int] = is_chosen.nonzero()[:, 0].tolist()
+    return columns
+
+
+def _end(labelled: list[int], images: list[int], cue_ends: list[int], valid: list[int]) -> int:
+    """Return the column of one row, from the columns that are labelled, image tokens, ends of cues and not padding."""
+    last_image = max(images, default=-1)
+    first_label = min((column for column in labelled if column > last_image), default=None)
+    if not images or first_label is None:
+        return max(valid, default=0)
+    cue_ends = [column for column in cue_ends if column > last_image]
+    if cue_ends:
+        return first_label - 1 if cue_ends[0] < first_label else cue_ends[0]
+    if first_label - 1 > last_image or min(labelled) > last_image:
+        return first_label - 1
+    raise ValueError(
+        "the labels do not show where the instruction of a sample ends, which its router reads: set every label before "
+        "the answer to -100, or pass `instruction`, the column of the last token before each answer"
+    )
