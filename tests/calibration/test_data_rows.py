@@ -161,6 +161,11 @@ TWO_TURNS = (Turn("what ?", "red", 1), Turn("where ?", "left"))
         {"messages": {"role": ["user", "assistant"] * 2, "content": ["what ?", "red", "where ?", "left"], "x": None}},
         {"texts": [{"user": "what ?", "assistant": "red", "source": "x"}, {"user": "where ?", "assistant": "left"}]},
         {"texts": {"user": ["what ?", "where ?"], "assistant": ["red", "left"]}},
+        {
+            "prompt": [say("user", "what ?"), say("assistant", "red"), say("user", "where ?")],
+            "completion": [say("assistant", "left")],
+        },
+        {"prompt": [say("user", "what ?"), say("assistant", "red"), say("user", "where ?")], "response": "left"},
     ],
 )
 def test_conversations_as_columns_and_in_pairs(row: dict[str, Any]) -> None:
@@ -189,6 +194,11 @@ def test_a_system_prompt_beside_the_messages_is_kept() -> None:
         ({"image": "a.png", "messages": [say("user", "what ?"), say("assistant", "A")], "choices": ["x"]}, "`choices`"),
         ({"image": "a.png", "messages": [say("user", "what ?")], "answer": "red"}, "`answer`, of"),
         ({"image": "a.png", "question": "what ?", "answer": "red", "image_2": {"bytes": b"x"}}, "`image_2`, of"),
+        ({"image": "a.png", "img": {"bytes": b"y"}, "caption": "a cat"}, "`img`, of"),
+        (
+            {"image": "a.png", "question": "what ?", "answer": "2", "option1": "ball", "option2": "cube"},
+            "`option1`, `o",
+        ),
         ({"view": "a.png", "question": "what ?", "answer": "red"}, "`view`, of"),
     ],
 )
@@ -280,7 +290,7 @@ def test_an_image_alone_is_a_sample_only_where_no_row_has_text() -> None:
 
 def test_inline_images_and_images_beside_them_are_refused() -> None:
     message = say("user", [{"type": "image", "image": "a.png"}, "what ?"])
-    with pytest.raises(RowError, match="in the messages and beside them"):
+    with pytest.raises(RowError, match="two places"):
         read({"image": "b.png", "messages": [message]})
 
 

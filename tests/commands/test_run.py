@@ -87,7 +87,7 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
     ("args", "code", "complaint"),
     [
         ("--image gone.png", 4, "gone.png"),
-        ("--image notes.txt", 4, "no image that can be read"),
+        ("--image notes.txt", 4, "image cannot be decoded: notes.txt: no known image format"),
         ("--image .", 4, "no image file ."),
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),

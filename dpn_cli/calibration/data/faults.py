@@ -18,4 +18,4 @@ class RowError(DataError):
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
         self.detail = detail[:MAX_DETAIL] or reason
-        super().__init__(self.detail)
+        super().__init__(f"{reason}: {self.detail}" if detail else reason)

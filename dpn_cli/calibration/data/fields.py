@@ -4,8 +4,8 @@ No text and no image of a row is passed over in silence. A field that is not rea
 text, unless
 
 - its name says that it describes the row: an id, a source, a category, a size (`_DESCRIPTIVE`, the last word counts);
-- it is another answer, or another form of the image, than the one that was read, or explains the answer (`_SPARE`);
-- the row's question and answer are found, and it holds nothing but single words under a name that is not known; or
+- it is another answer or another path of the image than the one that was read, or explains the answer (`_SPARE`);
+- question and answer are found, and it holds single words under a name that means neither text nor choices; or
 - the user leaves it out.
 """
 
@@ -30,18 +30,20 @@ ROLES: dict[str, tuple[str, ...]] = {
     "conversation": ("conversations", "messages", "conversation", "texts"),
     "question": ("question", "query", "prompt", "instruction", "problem"),
     "answer": (
-        "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "correct_answer",
-        "ground_truth", "correct_choice_idx", "answer_idx", "answer_index", "solution", "full_answer", "direct_answers",
+        "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "completion", "target",
+        "correct_answer", "gt_answer", "ground_truth", "answer_key", "answer_idx", "answer_index", "correct_choice_idx",
+        "correct_choice", "correct_option", "solution", "full_answer", "direct_answers",
     ),
     "choices": ("choices", "options", "candidates"),
     "context": ("hint", "context"),
-    "system": ("system", "system_prompt"),
+    "system": ("system", "system_prompt", "system_message"),
     "caption": ("caption", "captions", "description", "text"),
     "id": ("id", "question_id"),
 }  # fmt: skip
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
 
 _TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "system", "caption")
+_TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role])
 _SPARE = {
     "image": ROLES["image"],
     "answer": (*ROLES["answer"], "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning"),
@@ -54,7 +56,7 @@ _DESCRIPTIVE = {
     "url", "urls", "uri", "link", "path", "paths", "file", "files", "filename", "folder", "dir",
     "source", "sources", "origin", "dataset", "split", "set", "subset", "partition", "fold",
     "category", "categories", "type", "types", "class", "classes", "task", "tasks", "topic", "subject", "domain",
-    "field", "subfield", "skill", "grade", "level",
+    "field", "subfield", "subcategory", "skill", "grade", "level",
     "difficulty", "capability", "license", "licence", "language", "lang", "locale", "country",
     "width", "height", "size", "shape", "resolution", "format", "mode", "date", "time", "timestamp", "year",
     "created", "modified",
@@ -63,6 +65,7 @@ _DESCRIPTIVE = {
     "bbox", "bboxes", "box", "boxes", "polygon", "segmentation", "coordinates",
     "set_name", "dataset_name", "ds_name", "model_name", "image_name",
 }  # fmt: skip
+_ANSWER_LIKE = re.compile(r"(?:choice|option|candidate|distractor|alternative|answer)\w*|\w")  # such as option_1
 _SINGLE_WORD = re.compile(r"[!-~]*")  # ASCII without blanks
 
 
@@ -125,7 +128,7 @@ def is_readable(names: Iterable[str]) -> bool:
 
 def known_names() -> str:
     """Return in words the names that text and images are read under."""
-    return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in ("image", *_TEXT_ROLES))
+    return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in (*_TEXT_ROLES, "image"))
 
 
 def validate_ignored(ignored: Collection[str], names: Collection[str], data: str) -> None:
@@ -168,13 +171,20 @@ def validate_all_read(
         RowError: naming the fields.
     """
     spare = {*(_SPARE["image"] if has_image else ()), *(_SPARE["answer"] if has_question and has_answer else ())}
-    unread = [
-        name
-        for name, value in fields.items()
-        if name not in read
-        and _normalise(name) not in spare
-        and _counts(_normalise(name), list(_leaves(value)), has_answer, has_image)
-    ]
+
+    def counts(name: str, value: Any) -> bool:
+        leaves = list(_leaves(value))
+        texts = [leaf for leaf in leaves if isinstance(leaf, str)]
+        if len(texts) < len(leaves):  # bytes: an encoded image
+            return True
+        if not has_image and any(PurePath(text).suffix.lower() in SUFFIXES for text in texts):
+            return True
+        if name in spare or name in _DESCRIPTIVE or name.rpartition("_")[2] in _DESCRIPTIVE:
+            return False
+        is_telling = not has_answer or name in _TEXTS or _ANSWER_LIKE.fullmatch(name)
+        return any(is_telling or not _SINGLE_WORD.fullmatch(text) for text in texts)
+
+    unread = [name for name, value in fields.items() if name not in read and counts(_normalise(name), value)]
     if unread:
         of = f", of the fields {', '.join(fields)}" if len(fields) > len(unread) else ""
         raise RowError(UNREAD, f"{', '.join(f'`{name}`' for name in unread)}{of}")
@@ -183,19 +193,6 @@ def validate_all_read(
 def is_blank(value: Any) -> bool:
     """Tell whether a value says nothing, as empty cells do that pandas has written."""
     return _is_missing(value) or (isinstance(value, str) and value.strip().casefold() in ("", "nan"))
-
-
-def _counts(name: str, leaves: list[Any], has_answer: bool, has_image: bool) -> bool:
-    """Tell whether what an unread field holds must not be passed over."""
-    texts = [leaf for leaf in leaves if isinstance(leaf, str)]
-    if len(texts) < len(leaves):  # bytes: an encoded image
-        return True
-    if not has_image and any(PurePath(text).suffix.lower() in SUFFIXES for text in texts):
-        return True
-    if name in _DESCRIPTIVE or name.rpartition("_")[2] in _DESCRIPTIVE:
-        return False
-    is_known = any(name in ROLES[role] for role in _TEXT_ROLES)
-    return any(is_known or not has_answer or not _SINGLE_WORD.fullmatch(text) for text in texts)
 
 
 def _leaves(value: Any) -> Iterator[str | bytes]:

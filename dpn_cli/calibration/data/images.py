@@ -135,7 +135,7 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
     except MemoryError:
         raise RowError("image too large", f"{name} does not fit into memory") from None
     except _UNREADABLE as error:
-        raise RowError("image cannot be decoded", f"{name} is no image that can be read ({_reason(error)})") from None
+        raise RowError("image cannot be decoded", f"{name}: {_reason(error)}") from None
 
 
 def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:

@@ -131,19 +131,30 @@ def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
 def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
     """Read a question with what it refers to, its choices and its answer."""
     read = [roles["question"]]
-    question = read_text(fields[roles["question"]], "question")
+    asked, answer = records(fields[roles["question"]]), None
+    if isinstance(asked, list):  # `prompt` and `completion` as trainers take them, each a list of messages
+        return _read_prompt(asked, fields, roles)
+    question = read_text(asked, "question")
     if "context" in roles:
         read.append(roles["context"])
         if not is_blank(context := fields[roles["context"]]):
             question = f"{read_text(context, 'context')}\n{question}"
     choices, names = read_choices(fields, roles.get("choices"))
     question = ask_for_letter(question, choices) if choices else question
-    answer = None
     if "answer" in roles:
         read.append(roles["answer"])
         value = fields[roles["answer"]]
         answer = answer_letter(value, choices) if choices else read_answer(value)
     return _Text((*read, *names), [Turn(without_images(question), answer, count_images(question))])
+
+
+def _read_prompt(messages: list[Any], fields: Fields, roles: dict[str, str]) -> _Text:
+    """Read a question that is a list of messages, with its answer, a list of messages or a text."""
+    read = tuple(roles[role] for role in ("question", "answer") if role in roles)
+    answers = [records(fields[name]) for name in read[1:]]
+    said = [a if isinstance(a, list) else [{"role": "assistant", "content": read_answer(a)}] for a in answers]
+    system, turns, inline = read_chat([*messages, *(message for answer in said for message in answer)])
+    return _Text(read, turns, system, inline)
 
 
 def _place(turns: list[Turn], num_images: int) -> list[Turn]:
