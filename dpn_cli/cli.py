@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -92,6 +93,8 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     console.set_quiet(quiet)
     if not debug:
         console.leave_to_the_first()
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -54,6 +54,7 @@ def calibrate(
     restart: bool = False,
     on_bad_row: OnBadRow = "fail",
     max_bad: float = MAX_BAD,
+    ignored: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> Report | None:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
@@ -71,6 +72,7 @@ def calibrate(
         restart: drop what an unfinished calibration has measured.
         on_bad_row: see `load_data`.
         max_bad: see `load_data`.
+        ignored: see `load_data`.
         processes: that calibrate together, each with this call; by default those that a launcher has started.
 
     Returns:
@@ -82,7 +84,9 @@ def calibrate(
             differs from this one.
     """
     processes = processes or Processes.join()
-    job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes)
+    job, dataset = _open(
+        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes
+    )
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
@@ -140,13 +144,16 @@ def _open(
     restart: bool,
     on_bad_row: OnBadRow,
     max_bad: float,
+    ignored: Sequence[str],
     processes: Processes,
 ) -> tuple[_Job, Dataset]:
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
         _, layout, pyramid = open_converted(folder)
-        dataset, processor = _read(folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad)
+        dataset, processor = _read(
+            folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad, ignored
+        )
         asked = [sample for sample in dataset.samples if sample.images]
         if len(asked) < MIN_SAMPLES:
             raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {MIN_SAMPLES}")
@@ -177,13 +184,14 @@ def _read(
     say: Callable[[str], None],
     on_bad_row: OnBadRow,
     max_bad: float,
+    ignored: Sequence[str],
 ) -> tuple[Dataset, Any]:
     """Read the data and check every sample; also return the processor."""
     processor = load_processor(folder)
     check = token_limit(processor, layout, max_positions(folder), recipe.answer_tokens)
     dataset = load_data(
         data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
-        seed=recipe.seed, check=check, progress=progress,
+        seed=recipe.seed, ignored=ignored, check=check, progress=progress,
     )  # fmt: skip
     for line in dataset.scan.lines():
         say(line)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, Size, checkpoint_folder, contender_names, model_option
+from dpn_cli.commands.options import (
+    Fraction,
+    Size,
+    checkpoint_folder,
+    contender_names,
+    ignore_fields_option,
+    model_option,
+)
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -61,6 +68,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
 @click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
+@ignore_fields_option
 @click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="To generate per sample.")
 @click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Behind a warm-up.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture, .png or .svg.")
@@ -76,6 +84,7 @@ def command(
     text_tokens: tuple[int, ...] | None,
     data: str | None,
     image_root: Path | None,
+    ignored: tuple[str, ...],
     new_tokens: int,
     rounds: int,
     plot: Path | None,
@@ -113,7 +122,7 @@ def command(
             size = image_size or IMAGE_SIZE
             batches = _synthetic(loaded, processor, images or 1, size, lengths, batch_size, rounds)
         else:
-            batches = _from_data(loaded, processor, data, image_root, batch_size, rounds)
+            batches = _from_data(loaded, processor, data, image_root, ignored, batch_size, rounds)
         prompts = [prompt for batch in batches for prompt in prompts_of(loaded, batch)]
         contenders = _contenders(loaded, prompts, budgets, experts, names)
         with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
@@ -160,6 +169,7 @@ def _from_data(
     processor: Any,
     data: str,
     image_root: Path | None,
+    ignored: Sequence[str],
     batch_size: int,
     rounds: int,
 ) -> "list[Inputs]":
@@ -167,7 +177,7 @@ def _from_data(
     from dpn_cli.calibration.data import load_data
     from dpn_cli.calibration.encoding import prompts
 
-    samples = load_data(data, image_root, split="heldout", limit=batch_size * rounds).samples
+    samples = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored).samples
     if len(samples) < batch_size * rounds:
         raise DataError(
             f"--data {data} has {len(samples)} samples, {rounds} rounds of {batch_size} need {batch_size * rounds}"

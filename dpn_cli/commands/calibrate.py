@@ -37,6 +37,7 @@ def command(
     model: Path | None,
     data: str,
     image_root: Path | None,
+    ignored: tuple[str, ...],
     on_bad_row: "OnBadRow",
     max_bad: float,
     budget: float | None,
@@ -65,7 +66,7 @@ def command(
 
     try:
         report = calibrate(
-            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad
+            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad, ignored
         )
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")

@@ -64,6 +64,7 @@ def command(
     tasks: str | None,
     include_path: Path | None,
     image_root: Path | None,
+    ignored: tuple[str, ...],
     on_bad_row: "OnBadRow",
     max_bad: float,
     budgets: tuple[float, ...],
@@ -99,7 +100,7 @@ def command(
         check_plot(plot)
     try:
         result = evaluate_folder(
-            folder, data, image_root, on_bad_row, max_bad,
+            folder, data, image_root, on_bad_row, max_bad, ignored=ignored,
             budgets=budgets, against=names, metric=metric, kind_field=kind_field, samples=samples, seed=seed,
             answer_tokens=max_new_tokens, batch_size=batch_size, progress=console.progress, say=console.note,
         )  # fmt: skip

@@ -27,8 +27,24 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names."""
+        return value if isinstance(value, tuple) else tuple(n for name in value.split(",") if (n := name.strip()))
+
+
+ignore_fields_option = click.option(
+    "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
+    help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
+)  # fmt: skip
+
+
 def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """Add `--data`, `--image-root`, `--on-bad-row` and `--max-bad`, the arguments of `load_data`."""
+    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, arguments of `load_data`."""
     for option in reversed(
         (
             click.option(
@@ -40,6 +56,7 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
                 "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
                 help="Where the image paths of the data start; default: the folder of the file that has them.",
             ),
+            ignore_fields_option,
             click.option(
                 "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
                 help="Rows that cannot be used stop the run, or are left out.",
@@ -148,4 +165,9 @@ class Size(click.ParamType[tuple[int, int]]):
         match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(value))
         if match is None:
             self.fail(f"{value!r} is no size: expected height and width in pixels, such as 480x640", param, ctx)
-        return int(match[1]), int(match[2])
+        from dpn_cli.calibration.data.images import size_fault
+
+        height, width = int(match[1]), int(match[2])
+        if fault := size_fault(width, height):
+            self.fail(f"{value!r} is a size of images that are not read: {fault.detail}", param, ctx)
+        return height, width

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("question")
 @click.option(
-    "--image", "images", type=click.Path(path_type=Path), metavar="FILE", multiple=True, required=True,
+    "--image", "images", type=click.Path(), metavar="FILE", multiple=True, required=True,
     help="An image that the question is about; repeatable.",
 )  # fmt: skip
 @model_option
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
 def command(
     question: str,
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     model: Path | None,
     budget: float | None,
     route: str | None,
@@ -48,13 +48,14 @@ def command(
 
     from dpn_cli.answering import answer
     from dpn_cli.calibration.data import Sample, Turn
+    from dpn_cli.calibration.data.images import image_path
     from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
     from dpn_cli.route import parse_route
 
     experts = None if route is None else parse_route(route, open_converted(folder)[2].sites)
-    sample = Sample("question", images, (Turn(question),))
-    sample.open_images()  # a missing image is named before the model is loaded
+    sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
+    sample.open_images()  # an image that cannot be read is named before the model is loaded
     loaded = load_model(folder, device_map=default_device())
     _choose(loaded, budget, experts)
     processor = load_processor(folder)

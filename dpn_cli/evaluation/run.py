@@ -34,6 +34,7 @@ def evaluate_folder(
     progress: Progress,
     say: Callable[[str], None],
     kind_field: str = KIND_FIELD,
+    ignored: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> Evaluation | None:
     """Evaluate a converted or exported checkpoint; nothing is written into it.
@@ -56,6 +57,7 @@ def evaluate_folder(
         progress: see `evaluate`.
         say: told what goes on, a sentence at a time.
         kind_field: of the data, groups the figures.
+        ignored: see `load_data`.
         processes: that evaluate together, each with this call; by default those that a launcher has started.
 
     Returns:
@@ -67,7 +69,7 @@ def evaluate_folder(
         processor = load_processor(folder)
         dataset = load_data(
             data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-            kind_field=kind_field, progress=progress,
+            kind_field=kind_field, ignored=ignored, progress=progress,
             check=token_limit(processor, layout, max_positions(folder), answer_tokens),
         )  # fmt: skip
         for line in dataset.scan.lines():

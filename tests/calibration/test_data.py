@@ -79,6 +79,21 @@ def test_image_folder_takes_the_stock_prompts_in_turn(picture: Path) -> None:
     assert data.scan.unanswered == 2
 
 
+def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, picture: Path) -> None:
+    row = {"image": "images/a.png", "split": "train"}
+    path = write(tmp_path / "data.json", [row] * 2)
+    assert [sample.turns[0].question for sample in load(path, prompts=("one ?", "two ?")).samples] == ["one ?", "two ?"]
+    write(path, [row, row | {"request": "what ?", "reply": "red"}])
+    with pytest.raises(DataError, match=r"row 2: .*`request`, `reply`, of .*--ignore-fields.*Known are conversation: "):
+        load(path)
+    assert load(path, ignored=("request", "reply")).scan.unanswered == 2
+    with pytest.raises(DataError, match=r"--ignore-fields requests: .*Did you mean 'request'"):
+        load(path, ignored=("requests",))
+    write(path, [row, llava_row()])
+    with pytest.raises(DataError, match="row 1: no text"):
+        load(path)
+
+
 def test_file_names_and_formats_that_must_work(tmp_path: Path) -> None:
     folder = tmp_path / "größe und ☕"
     folder.mkdir()
@@ -269,5 +284,5 @@ def test_demo_samples_are_the_first_of_their_stream() -> None:
 def test_an_image_that_changed_after_the_scan_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("GIF89a")
-    with pytest.raises(DataError, match=r"a\.png is no image"):
+    with pytest.raises(DataError, match=r"image cannot be decoded: .*a\.png: no known image format"):
         Sample("x", (path,), (Turn("what ?", "red"),)).open_images()

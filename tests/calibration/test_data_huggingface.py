@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dpn_cli.calibration.data import load_data
 from dpn_cli.errors import DataError, MissingExtraError
@@ -80,6 +80,45 @@ def test_images_alone_get_stock_prompts(datasets: Any, tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "data.parquet"), prompts=("one ?", "two ?"))
     assert [sample.turns[0].question for sample in data.samples] == ["one ?", "two ?"]
     assert data.scan.unanswered == 2
+
+
+def test_conversations_that_datasets_stores_as_columns(datasets: Any, tmp_path: Path) -> None:
+    text = datasets.Value("string")
+    pairs = datasets.List({"user": text, "assistant": text})
+    messages = datasets.Sequence({"from": text, "value": text})
+    image = datasets.List(datasets.Image())
+    cauldron = {"images": [[{"bytes": png()}]], "texts": [[{"user": "what ?", "assistant": "red"}]]}
+    llava = {"images": cauldron["images"], "conversations": [{"from": ["human", "gpt"], "value": ["what ?", "red"]}]}
+    forms = [(cauldron, {"images": image, "texts": pairs}), (llava, {"images": image, "conversations": messages})]
+    for rows, form in forms:
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(form))
+        table.to_parquet(tmp_path / "data.parquet")
+        [sample] = load_data(str(tmp_path / "data.parquet")).samples
+        assert (sample.turns[0].question, sample.turns[0].answer, sample.turns[0].images) == ("what ?", "red", 1)
+
+
+def test_text_under_unknown_names_stops_the_run_and_is_left_unread_on_request(datasets: Any, tmp_path: Path) -> None:
+    table = questions(datasets).remove_columns("answers").rename_column("question", "request")
+    table.to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(
+        DataError, match=r"rows 1, 2: .*`request`, of the fields .*--ignore-fields.*question: question, "
+    ):
+        load_data(str(tmp_path / "data.parquet"))
+    data = load_data(str(tmp_path / "data.parquet"), prompts=("stock ?",), ignored=("request",))
+    assert [sample.turns[0].question for sample in data.samples] == ["stock ?"] * 2
+    with pytest.raises(DataError, match=r"--ignore-fields requests: .* has the fields image, request\. Did you mean"):
+        load_data(str(tmp_path / "data.parquet"), ignored=("requests",))
+
+
+def test_a_photo_in_a_table_is_upright(datasets: Any, tmp_path: Path) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (80, 40)).save(buffer, format="JPEG", exif=exif)
+    rows = {"image": [{"bytes": buffer.getvalue()}], "question": ["what ?"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    [sample] = load_data(str(tmp_path / "data.parquet")).samples
+    assert sample.open_images()[0].size == (40, 80)
+    assert sample.image_sizes() == [(80, 40)]
 
 
 def test_bad_rows_of_a_table_are_named(datasets: Any, tmp_path: Path) -> None:

@@ -88,6 +88,20 @@ def test_every_fault_stops_the_run_before_a_model_is_loaded(
     assert "--on-bad-row skip" in error and "Traceback" not in error
 
 
+def test_text_that_is_not_read_stops_the_run_or_is_left_out_by_choice(
+    rows: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row for row in rows if "image" in row]
+    for row in rows:
+        row["request"] = row.pop("conversations")[0]["value"]
+    assert calibrate(rows) == 4
+    error = capsys.readouterr().err
+    assert "(`request`, of the fields " in error and "--ignore-fields" in error and "question: question, " in error
+    assert calibrate(rows, "--ignore-fields", "request", "--budget", "0.01") == 2
+    error = capsys.readouterr().err
+    assert "stock prompts); 18 of 18 rows read" in error and "out of reach" in error, "only the budget is refused"
+
+
 def test_every_fault_is_left_out_by_choice(faulty: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(faulty, "--samples", "40", "--on-bad-row", "skip", "--max-bad", "20%") == 0
     assert "bad rows: 6 (14.6%)" in capsys.readouterr().err

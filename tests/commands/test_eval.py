@@ -98,6 +98,9 @@ def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixtu
     assert evaluate("--budget", "0.2") == 2
     error = capsys.readouterr().err
     assert "out of reach" in error and "asking" not in error, "it is refused before anything is asked"
+    for command in ("eval", "bench"):
+        assert main([command, "--model", "tiny-dpn", "--data", "data.json", "--ignore-fields", "levels"]) == 4
+        assert "--ignore-fields levels: data.json has the fields" in capsys.readouterr().err
     (data / "data.json").write_text(json.dumps(json.loads((data / "data.json").read_text())[:1]))
     assert evaluate() == 4
     assert "no sample with an image" in capsys.readouterr().err

@@ -2,7 +2,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dpn_cli.commands.options import Choice, Fraction, Percent, Size
+from dpn_cli.commands.options import Choice, Fraction, Names, Percent, Size
 
 
 @click.command()
@@ -46,3 +46,13 @@ def test_a_size_is_height_and_width() -> None:
 def test_what_is_no_size_is_refused(value: str) -> None:
     with pytest.raises(click.BadParameter, match="such as 480x640"):
         Size().convert(value, None, None)
+
+
+@pytest.mark.parametrize("value", ["1x12000", "12000x1", "20000x20000"])
+def test_sizes_of_images_that_are_not_read_are_refused(value: str) -> None:
+    with pytest.raises(click.BadParameter, match="pixels, at most"):
+        Size().convert(value, None, None)
+
+
+def test_names_stand_between_commas() -> None:
+    assert Names().convert("a, b c,", None, None) == ("a", "b c")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dpn_cli.cli import main
 
@@ -32,7 +33,6 @@ def run_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("here")
 def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytest.CaptureFixture[str]) -> None:
-    from PIL import Image
     from transformers import AutoProcessor
 
     import dpn_cli
@@ -87,8 +87,11 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
     ("args", "code", "complaint"),
     [
         ("--image gone.png", 4, "gone.png"),
-        ("--image notes.txt", 4, "no image that can be read"),
-        ("--image .", 4, "no image that can be read"),
+        ("--image notes.txt", 4, "image cannot be decoded: notes.txt: no known image format"),
+        ("--image .", 4, "no image file ."),
+        ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
+        ("--image large.png", 4, "large.png has 10000×9000 pixels"),
+        ("--image https://example.org/a.png", 4, "expected a path or a file:// URI"),
         ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 3 sites"),
         ("--image picture.png --route 0,1,7", 2, "'7' is no rate of site 2"),
         ("--image picture.png --route 2,2,2", 2, "min_visual_tokens"),
@@ -100,13 +103,21 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
     ],
 )
 def test_faults(
-    here: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str], args: str, code: int, complaint: str
+    here: Path,
+    tiny_llava: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    args: str,
+    code: int,
+    complaint: str,
 ) -> None:
     (here / "notes.txt").write_text("no picture")
+    Image.new("1", (1, 12_000)).save(here / "thin.png")
+    Image.new("1", (10_000, 9_000)).save(here / "large.png")
     assert main(["run", "--model", "tiny-dpn", *args.format(source=tiny_llava).split(), QUESTION]) == code
     captured = capsys.readouterr()
     assert complaint in captured.err and "Traceback" not in captured.err and "unexpected" not in captured.err
-    assert captured.out == ""
+    assert captured.out == "" and not recwarn.list  # a warning of Python would reach the terminal raw
 
 
 @pytest.mark.usefixtures("here")

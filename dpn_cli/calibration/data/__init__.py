@@ -1,12 +1,12 @@
 """The samples that calibration and evaluation read, whatever they came from. No torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
 from dpn_cli.calibration.data.faults import RowError
 from dpn_cli.calibration.data.findings import Fault, Scan
-from dpn_cli.calibration.data.rows import KIND_FIELD
+from dpn_cli.calibration.data.rows import KIND_FIELD, Reading
 from dpn_cli.calibration.data.samples import Sample, Turn
 from dpn_cli.calibration.data.scan import Dataset, Progress, Source, scan
 from dpn_cli.errors import DataError
@@ -31,6 +31,7 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     kind_field: str = KIND_FIELD,
+    ignored: Collection[str] = (),
     check: Callable[[Sample], None] = lambda sample: None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -47,6 +48,7 @@ def load_data(
         limit: samples with an image to read, drawn over all of the data; None for all.
         seed: of the draw.
         kind_field: of a row, names the sample's group.
+        ignored: fields of the rows that are left unread, as if they were not there.
         check: raises RowError for a sample that is of no use.
         progress: opens a progress bar (description, total) and yields its `advance`.
 
@@ -54,15 +56,13 @@ def load_data(
         DataError: if the data is none of these, or naming the bad rows.
         MissingExtraError: if it needs the package `datasets`.
     """
-    source = _source(data, image_root, prompts, split, limit, kind_field)
+    source = _source(data, image_root, Reading(prompts, kind_field, ignored), split, limit)
     return scan(
         source, skip_bad=on_bad_row == "skip", max_bad=max_bad, limit=limit, seed=seed, check=check, progress=progress
     )
 
 
-def _source(
-    data: str, image_root: Path | None, prompts: Sequence[str], split: str, limit: int | None, kind_field: str
-) -> Source:
+def _source(data: str, image_root: Path | None, reading: Reading, split: str, limit: int | None) -> Source:
     """Find out what the data is."""
     from dpn_cli.calibration.data.huggingface import TABLE_SUFFIXES, Table, is_hub_id
     from dpn_cli.calibration.data.llava import LlavaFile
@@ -74,13 +74,13 @@ def _source(
         return DemoPictures(cast("Split", split), DEMO_SAMPLES if limit is None else limit)
     path = Path(data).expanduser()
     if path.is_dir():
-        return _folder(path, image_root, prompts, kind_field)
+        return _folder(path, image_root, reading)
     if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES:
-        return LlavaFile(path, image_root or path.parent, prompts, kind_field)
+        return LlavaFile(path, image_root or path.parent, reading)
     if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        return Table(data, image_root or path.parent, prompts, kind_field)
+        return Table(data, image_root or path.parent, reading)
     if not path.exists() and is_hub_id(data):
-        return Table(data, image_root or Path(), prompts, kind_field)
+        return Table(data, image_root or Path(), reading)
     what = f"is a {path.suffix or 'file without a suffix'}" if path.exists() else "does not exist"
     raise DataError(
         f"--data {data} {what}: expected a LLaVA .json or .jsonl file, a folder of images, a parquet or arrow file, "
@@ -88,7 +88,7 @@ def _source(
     )
 
 
-def _folder(folder: Path, image_root: Path | None, prompts: Sequence[str], kind_field: str) -> Source:
+def _folder(folder: Path, image_root: Path | None, reading: Reading) -> Source:
     """Find out what a folder holds: rows that name images go before the images themselves."""
     from dpn_cli.calibration.data.folder import ImageFolder
     from dpn_cli.calibration.data.huggingface import Table, is_saved_dataset, table_files
@@ -96,13 +96,13 @@ def _folder(folder: Path, image_root: Path | None, prompts: Sequence[str], kind_
 
     root = image_root or folder
     if is_saved_dataset(folder):
-        return Table(str(folder), root, prompts, kind_field)
+        return Table(str(folder), root, reading)
     texts = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TEXT_SUFFIXES and holds_rows(path))
     if len(texts) > 1:
         names = ", ".join(path.name for path in texts)
         raise DataError(f"{folder} holds several files of rows ({names}): give one of them as --data")
     if texts:
-        return LlavaFile(texts[0], root, prompts, kind_field)
+        return LlavaFile(texts[0], root, reading)
     if table_files(folder):
-        return Table(str(folder), root, prompts, kind_field)
-    return ImageFolder(folder, prompts)
+        return Table(str(folder), root, reading)
+    return ImageFolder(folder, reading.prompts)

@@ -1,10 +1,13 @@
 """What can be wrong with one row."""
 
+from dpn_cli.errors import DataError
+
 MISSING = "missing image file"
+UNREAD = "text or images that are not read"
 MAX_DETAIL = 300  # characters
 
 
-class RowError(Exception):
+class RowError(DataError):
     """A row that cannot be used.
 
     Attributes:
@@ -13,6 +16,6 @@ class RowError(Exception):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail[:MAX_DETAIL] or reason
+        super().__init__(f"{reason}: {self.detail}" if detail else reason)

@@ -1,12 +1,12 @@
 """Tables that the `datasets` package reads: of the hub, saved to disk, or parquet and arrow files."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.calibration.data.fields import asks, is_readable, known_names, mapping, validate_ignored
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import CAPTION_KEYS, CHAT_KEYS, KIND_FIELD, is_readable, mapping, read_row
+from dpn_cli.calibration.data.rows import Reading, read_row
 from dpn_cli.calibration.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError, MissingExtraError
 
@@ -35,15 +35,14 @@ def table_files(folder: Path) -> list[Path]:
 class Table:
     """The rows of a data set, images undecoded."""
 
-    def __init__(self, name: str, image_root: Path, prompts: Sequence[str], kind_field: str = KIND_FIELD) -> None:
+    def __init__(self, name: str, image_root: Path, reading: Reading) -> None:
         """Open a data set.
 
         Args:
             name: a folder from `save_to_disk`, a folder or file of parquet or arrow, or of the hub
                 owner/name[:configuration[:split]]; without a split, `train` or else the first one.
             image_root: where the paths of images that are not in the table start.
-            prompts: questions for captions and for images alone, in turn.
-            kind_field: holds a row's group.
+            reading: how its rows are read.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
@@ -52,15 +51,18 @@ class Table:
         kind, dataset = _open(name)
         self.name = name
         self.image_root = image_root
-        self.prompts = prompts
-        self.kind_field = kind_field
+        self.reading = reading
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
-        columns = dataset.column_names
+        validate_ignored(reading.ignored, dataset.column_names, name)
+        columns = [column for column in dataset.column_names if column not in reading.ignored]
         if not is_readable(columns):
-            raise DataError(f"{name} has the columns {', '.join(columns)}: none is known as images or text")
+            raise DataError(
+                f"{name} has the columns {', '.join(columns)}: none is known as images or text. "
+                f"Known are {known_names()}"
+            )
         if len(dataset) == 0:
             raise DataError(f"{name} holds no rows")
-        self.images_alone = {*CHAT_KEYS, *CAPTION_KEYS, "question"}.isdisjoint(columns)
+        self.images_alone = not asks(columns)
         self.format = f"{kind} ({mapping(columns)})"
 
     def __len__(self) -> int:
@@ -86,14 +88,7 @@ class Table:
             return StoredImage(f"image {place + 1} of row {self.number(index)}", lambda: self._image(index, place))
 
         row = self.rows[index].to_pylist()[0]
-        return read_row(
-            row,
-            self.number(index),
-            open_image,
-            self.prompts,
-            without_text=self.images_alone,
-            kind_field=self.kind_field,
-        )
+        return read_row(row, self.number(index), open_image, self.reading, images_alone=self.images_alone)
 
     def _image(self, index: int, place: int) -> bytes:
         """Fetch the encoded bytes of one image; samples do not hold on to them."""

@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.calibration.data.faults import RowError
+from dpn_cli.calibration.data.fields import asks, mapping, present, validate_ignored
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import KIND_FIELD, mapping, read_row
+from dpn_cli.calibration.data.rows import Reading, read_row
 from dpn_cli.calibration.data.samples import Sample
 from dpn_cli.errors import DataError
 
@@ -33,16 +35,15 @@ def holds_rows(path: Path) -> bool:
 class LlavaFile:
     """The rows of a .json or .jsonl file, kept as text and decoded one at a time."""
 
-    def __init__(self, path: Path, image_root: Path, prompts: Sequence[str], kind_field: str = KIND_FIELD) -> None:
+    def __init__(self, path: Path, image_root: Path, reading: Reading) -> None:
         """Read the file and find where its rows are.
 
         Raises:
-            DataError: if it is not text, or neither a list of rows nor one row per line.
+            DataError: if it is not text, neither a list of rows nor one row per line, or without a field to be ignored.
         """
         self.name = str(path)
         self.image_root = image_root
-        self.prompts = prompts
-        self.kind_field = kind_field
+        self.reading = reading
         try:
             self.text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -58,8 +59,11 @@ class LlavaFile:
             first = None
         if not is_list and path.suffix == ".json" and (first is None or len(self.spans) == 1):
             raise DataError(f"{path} holds no JSON list of conversations: expected [{{…}}, …], or one row per line")
+        if reading.ignored:
+            validate_ignored(reading.ignored, {name: None for row in self._objects() for name in row}, self.name)
+        self.images_alone = not any(asks(present(row, reading.ignored)) for row in self._objects())
         kind = "LLaVA JSON" if is_list else "LLaVA JSON lines"
-        self.format = f"{kind} ({mapping(first if isinstance(first, dict) else ())})"
+        self.format = f"{kind} ({mapping(present(next(self._objects(), {}), reading.ignored))})"
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -72,7 +76,15 @@ class LlavaFile:
     def sample(self, index: int) -> Sample:
         """Read one row."""
         open_image = partial(image_path, self.image_root)
-        return read_row(self._row(index), self.number(index), open_image, self.prompts, kind_field=self.kind_field)
+        row, number = self._row(index), self.number(index)
+        return read_row(row, number, open_image, self.reading, images_alone=self.images_alone)
+
+    def _objects(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are objects."""
+        for index in range(len(self)):
+            with suppress(RowError):
+                if isinstance(row := self._row(index), dict):
+                    yield row
 
     def _row(self, index: int) -> Any:
         _, start, end = self.spans[index]

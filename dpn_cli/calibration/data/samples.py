@@ -1,12 +1,12 @@
 """What calibration and evaluation read, whatever it came from. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
-from dpn_cli.calibration.data.images import image_size, open_image
+from dpn_cli.calibration.data.images import image_size, open_image, printable
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,28 @@ class Sample:
         return self.images[: sum(each.images for each in self.turns[: turn + 1])]
 
     def open_images(self, turn: int = -1) -> list[Image.Image]:
-        """Return the images in RGB, of the whole conversation or as far as one turn.
+        """Return the images in RGB, upright, of the whole conversation or as far as one turn.
 
         Raises:
             DataError: if one cannot be read.
         """
-        sources = self.images if turn == -1 else self.images_until(turn)
-        return [open_image(source.read() if isinstance(source, StoredImage) else source) for source in sources]
+        return [open_image(*each) for each in self._encoded(turn)]
 
     def image_sizes(self, turn: int = -1) -> list[tuple[int, int]]:
-        """Return the heights and widths of the images in pixels, from their headers; see `open_images`.
+        """Return the heights and widths of the images in pixels, as `open_images` shows them.
 
         Raises:
             DataError: if one cannot be read.
         """
-        sources = self.images if turn == -1 else self.images_until(turn)
-        return [image_size(source.read() if isinstance(source, StoredImage) else source) for source in sources]
+        return [image_size(*each) for each in self._encoded(turn)]
+
+    def _encoded(self, turn: int) -> Iterator[tuple[Path | bytes | Image.Image, str]]:
+        """Yield the images as far as one turn, those of a table as their bytes, each with its name."""
+        for source in self.images if turn == -1 else self.images_until(turn):
+            if isinstance(source, StoredImage):
+                yield source.read(), source.name
+            else:
+                yield source, printable(source) if isinstance(source, Path) else f"an image of sample {self.id}"
 
     def answered(self, answer: str) -> "Sample":
         """Return the conversation up to the turn that was asked, with this answer to it."""

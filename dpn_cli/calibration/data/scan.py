@@ -13,7 +13,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from dpn_cli.calibration.data.faults import MISSING, RowError
+from dpn_cli.calibration.data.faults import MISSING, UNREAD, RowError
+from dpn_cli.calibration.data.fields import known_names
 from dpn_cli.calibration.data.findings import Fault, Scan
 from dpn_cli.calibration.data.images import check_image, printable, read_file
 from dpn_cli.calibration.data.samples import ImageSource, Sample, StoredImage
@@ -167,6 +168,8 @@ def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> s
     what = f"{source.name}: {len(found.faults)} of {found.rows} rows read are bad: {'; '.join(found.reasons())}."
     if MISSING in reasons and found.with_image == 0:
         return f"{what} Does --image-root name the folder that the image paths start in?"
+    if UNREAD in reasons:
+        return f"{what} Rename these fields, or leave them unread with --ignore-fields. Known are {known_names()}"
     if skip_bad:
         return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
     return f"{what} Mend them, or leave them out with --on-bad-row skip"
