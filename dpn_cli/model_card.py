@@ -12,6 +12,7 @@ from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate
 
 BUDGETS_SHOWN = 10
+TRANSFORMERS = "5.15.1 to 5.24.0"  # the releases that exports are tested with
 TEXT_TOKENS = 64  # of the prompt that a fixed route's cost is given for
 
 
@@ -118,13 +119,14 @@ model = dpn_cli.load("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 {choose}```
 
-Without it, the code comes along with the checkpoint (`modeling_dpn_llava.py`):
+Without it, the code comes along with the checkpoint (`modeling_dpn_llava.py`, tested with transformers
+{TRANSFORMERS}):
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 `model.last_routes` says which rates the last prompt took; `with model.teacher():` switches the pyramid off."""

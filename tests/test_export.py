@@ -23,6 +23,7 @@ from dpn_cli.errors import CheckpointError, DpnError, UsageError
 from dpn_cli.export import export
 from dpn_cli.exporting.content import write_weights
 from dpn_cli.exporting.plan import parse_size
+from dpn_cli.model_card import TRANSFORMERS
 from tests.converted import pretend_calibration
 from tests.exports import QUESTION, answer, stored
 from tests.tiled import collate_tiled, tiled_prompt
@@ -222,7 +223,14 @@ def test_the_card_says_what_it_is(make_converted: Callable[..., Path], tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 0.600 | 3 | 0.0500 |" in card
     assert r"| data | mydata\|2.json |" in card and "| agreement interval | 0.9, 1 |" in card
-    assert "trust_remote_code=True" in card and "dpn_cli.load" in card and "set_budget" in card
+    assert card.count("trust_remote_code=True") == 2 and "dpn_cli.load" in card and "set_budget" in card
+
+
+def test_the_card_names_the_releases_that_the_package_takes_and_is_tested_with() -> None:
+    root = Path(__file__).parents[1]
+    oldest, newest = TRANSFORMERS.split(" to ")
+    assert f'"transformers>={oldest},<6"' in (root / "pyproject.toml").read_text()
+    assert f"transformers=={newest}\n" in (root / "constraints.txt").read_text()
 
 
 def test_a_budget_becomes_the_trade_off(make_converted: Callable[..., Path], tmp_path: Path) -> None:
