@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--static", metavar="ROUTE",
-    help="One fixed route for every image and no routers: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2).",
+    help="One fixed route for every image, without routers unless their gate scales tokens: a rate per site, such as "
+    "1x1,1x2,2x2 (or 0,1,2).",
 )  # fmt: skip
 @click.option(
     "--drop-unused", is_flag=True, help="Leave out the vision layers behind the last one that is used; same outputs."
