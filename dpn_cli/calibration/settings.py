@@ -7,6 +7,7 @@ from typing import Any
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import IMPORTED_USE
 from dpn_cli.recipe import CalibrationRecipe, Recipe, apply_override
 
 
@@ -24,8 +25,8 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
     """
     if not (folder / RECIPE_FILE).is_file():
         raise CheckpointError(
-            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "
-            "with the source"
+            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote. One whose pyramid came with "
+            f"the source cannot be calibrated, as there is no model without it to compare with: {IMPORTED_USE}"
         )
     data = read_json(folder / RECIPE_FILE)
     for override in overrides:

@@ -122,7 +122,8 @@ def _show(done: "Export", budget: float | None) -> None:
         rates = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
         route = f"fixed, {' → '.join(f'{height}×{width}' for height, width in rates)}"
     else:
-        asked = f"budget {budget:g}, " if budget else "" if pyramid.budgets else "not calibrated, "
+        known = pyramid.budgets or pyramid.is_imported
+        asked = f"budget {budget:g}, " if budget else "" if known else "not calibrated, "
         route = f"{asked}λ {pyramid.trade_off:.4g}"
     kind = " + ".join(filter(None, (done.dtype, done.scheme))) or "unchanged"
     console.table(

@@ -21,6 +21,12 @@ Route = tuple[int, ...]  # one expert index per site
 
 PYRAMID_VERSION = 1
 
+IMPORTED_KEY = "imported"  # in `calibration`
+IMPORTED_USE = (
+    "use it without a budget, as it was trained, or fix a route (`dpn run --route`, `dpn export --static`, "
+    "model.set_route)"
+)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -99,7 +105,7 @@ class PyramidConfig:
         static_route: one expert index per site for every sample, or None to ask the routers; stored under the key
             `gated_route` where the routers stay for their gate.
         budgets: measured by calibration, by falling fraction; empty before it.
-        calibration: what calibration was run with, for the record.
+        calibration: what calibration was run with, for the record; or that it was imported.
     """
 
     sites: tuple[Site, ...]
@@ -181,6 +187,11 @@ class PyramidConfig:
         return self.static_route is None or self.gate != "none"
 
     @property
+    def is_imported(self) -> bool:
+        """Whether it came with the source: its routers were trained with the model, and have no budgets."""
+        return bool(self.calibration.get(IMPORTED_KEY))
+
+    @property
     def full_route(self) -> Route:
         """The route that pools nothing (the teacher's)."""
         return (0,) * len(self.sites)
@@ -258,6 +269,8 @@ class PyramidConfig:
             raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
         if self.static_route is not None:
             raise ValueError(f"this pyramid's route is fixed, whatever the budget: {list(self.static_route)}")
+        if self.is_imported:
+            raise ValueError(f"this pyramid came with its source and has no budgets: {IMPORTED_USE}")
         if not self.budgets:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
         if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1
