@@ -99,7 +99,7 @@ def rewrite_original(
     config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights, prepooling))
     unused = {*tower.unused, *({_STORED_HEAD} if config["tie_word_embeddings"] else ())} & weights.tensors.keys()
     if unused:
-        notes = (*notes, f"{len(unused)} of its tensors are used by nothing and left out, such as {min(unused)}.")
+        notes = (*notes, f"Tensors that nothing uses are left out: {len(unused)}, such as {min(unused)}.")
     projector = original.get("mm_projector_type") or "linear"
     planned = _plan(weights, config, vocabulary, tower, {*apart, *unused}, projector)
     if not any(name.startswith("vision_tower.") for name in planned):
