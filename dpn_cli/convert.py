@@ -4,7 +4,9 @@ A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.rewriting import Written
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
-from dpn_cli.checkpoint.streams import only_finite, verify_bytes
+from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
 from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, write_index, write_json, write_shard
 from dpn_cli.errors import DpnError, RecipeError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
@@ -144,7 +146,7 @@ def default_recipe(source: Source) -> str:
 
 
 def _check_values(opened: Opened) -> None:
-    for name, tensor in opened.checkpoint.tensors.items():
+    for name, tensor in {**opened.checkpoint.tensors, **opened.dpe}.items():
         for _ in only_finite(opened.original(name), tensor, opened.origin(name)):
             pass
 
@@ -159,6 +161,7 @@ def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
 
 
 def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> Written:
+    """Write the folder; return what of it comes from the source."""
     written = opened.write(stage, link=conversion.placement == "linked")
     _write_dpe(stage / DPE_FILE, opened, conversion)
     tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
@@ -167,7 +170,7 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) 
     write_json(stage / "config.json", _config(opened.checkpoint.config, conversion))
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
-    return written
+    return replace(written, tensors=tensors) if opened.dpe else written
 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
@@ -190,14 +193,11 @@ def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
 
 def _write_dpe(path: Path, opened: Opened, conversion: Conversion) -> None:
     """Write the pyramid's tensors, in pieces: the imported ones, or those of before any calibration."""
-    import numpy as np
-
-    prefix, added = conversion.layout.text_prefix, conversion.added
-    values = initial_values(added)
+    added = conversion.added
+    content: Iterable[Piece] = (values.data for values in initial_values(added))
     if opened.dpe:
-        values = (np.ascontiguousarray(opened.dpe[name.removeprefix(prefix)]().float()) for name in added)
-    tensors = {name: ("F32", shape) for name, shape in added.items()}
-    write_shard(path, tensors, (piece.data for piece in values), {"format": "pt"})
+        content = chain.from_iterable(map(opened.original, added))
+    write_shard(path, {name: ("F32", shape) for name, shape in added.items()}, content, {"format": "pt"})
 
 
 def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None:

@@ -88,6 +88,6 @@ def flops_fraction(
     counts = [text_tokens + sum(h * w for h, w in stage) for stage in pyramid.walk(route, grids)]
     segments = pyramid.segments(shape.num_layers)
     routed = sum(len(layers) * shape.layer_flops(n) for layers, n in zip(segments, counts, strict=True))
-    if grids and pyramid.static_route is None:
+    if grids and pyramid.has_routers:
         routed += sum(router_flops(shape, pyramid, site) for site in range(len(pyramid.sites)))
     return routed / (shape.num_layers * shape.layer_flops(counts[0]))

@@ -79,8 +79,8 @@ def export(
         budget: mean fraction of the original's prefill FLOPs to spend; None keeps what calibration chose.
         force: replace an output that dpn wrote before.
         quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
-        static: a fixed route for every sample, in place of the routers: an expert index or a rate per site, such as
-            `0,1,2` or `1x1,1x2,2x2`.
+        static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
+            an expert index or a rate per site, such as `0,1,2` or `1x1,1x2,2x2`.
         drop_unused: leave out the vision layers behind the one whose features are used.
         check_values: stop at NaN and infinite values.
         verify: read the tensors that no option changes back from the disk and compare them with the source.
@@ -142,7 +142,7 @@ def _draft(
         names = {TORCH_DTYPES[stored]: name for name, stored in DTYPES.items()}
         dtype = names.get(str(stored_dtype(source, layout)))
     config = export_config(source, layout, pyramid, dtype)
-    left_out = [] if pyramid.static_route is None else [ROUTERS]
+    left_out = [] if pyramid.has_routers else [ROUTERS]
     if drop_unused:
         config, unused = without_unused_layers(config, source)
         left_out += unused

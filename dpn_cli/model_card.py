@@ -86,6 +86,8 @@ def _rate(rate: Rate) -> str:
 
 def _calibration(pyramid: PyramidConfig) -> str:
     title = "## Calibration"
+    if pyramid.is_imported:
+        return f"{title}\n\nNone: the pyramid came with the base model, and its routers choose as they were trained to."
     if not pyramid.budgets:
         return f"{title}\n\nNot calibrated: the model answers exactly as its base does, and pools nothing by itself."
     step = -(-len(pyramid.budgets) // BUDGETS_SHOWN)

@@ -123,7 +123,8 @@ class PaperRecipe(TrainingRecipe):
         train: `routers` alone, or `lora`: with an adapter of `calibration.heal`'s rank, alpha and targets.
         loss: `ce` to the labels (the authors'), or `kl` to the teacher.
         routing_weight: of the routing loss.
-        routing_target: the mean of scale · probability below which the routing loss pushes for more pooling.
+        routing_target: the mean of scale · probability of the likeliest rates, below which the routing loss pushes for
+            more pooling.
     """
 
     train: Literal["routers", "lora"] = "lora"

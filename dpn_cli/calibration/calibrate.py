@@ -80,7 +80,7 @@ def calibrate(
 
     Raises:
         DataError: if there are too few samples, or bad ones.
-        UsageError: if the budget is out of reach, the checkpoint has no routers, or an unfinished calibration
+        UsageError: if the budget is out of reach, the checkpoint's route is fixed, or an unfinished calibration
             differs from this one.
     """
     processes = processes or Processes.join()
@@ -158,7 +158,7 @@ def _open(
         if len(asked) < MIN_SAMPLES:
             raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {MIN_SAMPLES}")
         if pyramid.static_route is not None:
-            raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
+            raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         _validate_reach(layout, pyramid, asked, processor, recipe)
         measured = fingerprint(folder, dataset.digest, recipe)
     everywhere = processes.gather(measured)

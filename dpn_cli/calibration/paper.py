@@ -1,12 +1,16 @@
 """`objective: paper`: routers trained as the authors do, by the gradient through their probability gate.
 
-Every site samples a rate from softmax(logits / 10), the visual tokens are scaled by its probability, and the loss is
-that of the answers plus a hinge that pushes for more pooling. Mended here: the entries of the routing loss are one
-flat list for all sites, a rate that is not offered is never drawn (the authors redraw without a bound), and the gate
-has its gradient at 1×1 too.
+Every site draws a rate from softmax(logits / 10), the visual tokens are scaled by its probability, 1×1 included, and
+the loss is that of the answers plus a hinge that pushes for more pooling.
 
-Where we depart from the authors: the layers before the first site stay frozen, and the others learn through an
-adapter or not at all, so that the teacher stays in memory and the base weights stay as they are.
+Source: the authors' code, llava_hr/hack/forward.py (the draw and the gate) and loss.py (the hinge). Where we depart:
+
+- The layers before the first site stay frozen, and the others learn through an adapter or not at all, so that the
+  teacher stays in memory and the base weights stay as they are; the authors train all of them.
+- A rate that would leave too few tokens is not drawn; the authors draw again until one fits, which is the same
+  distribution but may never end.
+- Samples are pooled whatever is beside them in their batch; the authors pool none where one has no image.
+- Where pooling is by convolution, the authors let every batch of enough samples take each rate at least once.
 """
 
 import random
@@ -91,10 +95,11 @@ def routing_loss(entries: Sequence[torch.Tensor], target: float) -> torch.Tensor
     """Return max(0, target - mean(scale · probability)) over all samples and sites; 0 where nothing was routed.
 
     Args:
-        entries: scale · probability of what was drawn, in tensors of any lengths.
+        entries: scale · probability of the likeliest rates, whatever was drawn, in tensors of any lengths.
         target: the mean above which there is nothing to push.
 
-    Source: the authors' code, with scale = the index of the rate (0 for 1×1, 1 for 1×2, 2 for 2×2).
+    Source: the authors' loss.py, where the lists of all sites are one and the same list. The scale is the index of
+    the rate: theirs are written for three (0 for 1×1, 1 for 1×2, 2 for 2×2).
     """
     if not entries:
         return torch.tensor(0.0)
@@ -108,7 +113,7 @@ class Sampler:
     Attributes:
         text_model: the pyramid.
         rng: draws.
-        entries: scale · probability of every draw so far, a tensor per site.
+        entries: scale · probability of the likeliest rates so far, offered or not, a tensor per site.
     """
 
     text_model: Any
@@ -125,6 +130,7 @@ class Sampler:
             experts.append(self.rng.choices(offered, [row[k] for k in offered])[0])
         index = torch.tensor(experts, device=logits.device)
         taken = probability.gather(1, index[:, None])[:, 0]
+        highest, likeliest = probability.max(-1)
         routed = torch.tensor([bool(grids) for grids in state.grids], device=logits.device)
-        self.entries.append((index * taken)[routed])
+        self.entries.append((likeliest * highest)[routed])
         return Choice(experts, taken)

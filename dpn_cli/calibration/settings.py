@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.pyramid_config import IMPORTED_USE
 from dpn_cli.recipe import CalibrationRecipe, Recipe, apply_override
 
 
@@ -19,10 +21,15 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         options: values of the calibration section that go before all else.
 
     Raises:
-        CheckpointError: if the folder is not a converted checkpoint.
+        CheckpointError: if the folder is not a converted checkpoint, or its pyramid came with the source.
         RecipeError: if an override is wrong.
     """
     if not (folder / RECIPE_FILE).is_file():
+        if open_converted(folder)[2].is_imported:
+            raise CheckpointError(
+                f"{folder}: its pyramid came with its source and was trained with the model, so there is no model "
+                f"without it to calibrate against: {IMPORTED_USE}"
+            )
         raise CheckpointError(
             f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "
             "with the source"

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.layout import TEXT_PREFIXES
 from dpn_cli.checkpoint.original import rewrite_original
 from dpn_cli.checkpoint.rewriting import Planned, Rewritten
 from dpn_cli.checkpoint.weights import Weights, open_weights
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate, RouterConfig, Site
+from dpn_cli.modeling.pyramid_config import IMPORTED_KEY, IMPORTED_USE, PyramidConfig, Rate, RouterConfig, Site
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,13 @@ def import_authors(folder: Path, vision_tower: str | None = None) -> Rewritten:
         MissingExtraError: if its tokenizer needs packages that are not installed.
     """
     config = read_config(folder)
+    if isinstance(config["pooling"], dict) and config["pooling"].get("pooling_layers") == []:
+        return _import_plain(folder, vision_tower, config["pooling"])
     options = _options(config, folder)
     pyramid = _pyramid(options, folder)
-    weights = open_weights(folder)
-    apart = [name for name in weights.tensors if ".pooling_router." in name or ".experts." in name]
     special = ROUTER_TOKEN if options["use_special_token"] else None
+    weights = open_weights(folder)
+    apart = {name for name in weights.tensors if ".pooling_router." in name or ".experts." in name}
     rewritten, tokenizer = rewrite_original(folder, vision_tower, special, pyramid.prepooling, apart)
     side = rewritten.checkpoint.config["vision_config"]["image_size"]
     if config.get("input_image_size") not in (None, side):
@@ -68,8 +71,25 @@ def import_authors(folder: Path, vision_tower: str | None = None) -> Rewritten:
         router = replace(pyramid.router, token_id=tokenizer.convert_tokens_to_ids(ROUTER_TOKEN))
         pyramid = replace(pyramid, router=router)
     hidden_size = rewritten.checkpoint.config["text_config"]["hidden_size"]
-    dpe = dict(_dpe(weights, options, pyramid, hidden_size))
-    return replace(rewritten, pyramid=pyramid, dpe=dpe, notes=(*rewritten.notes, *_notes(options, pyramid)))
+    dpe = _dpe(weights, options, pyramid, hidden_size)
+    if unused := apart.difference(planned.name for planned in dpe.values()):
+        raise CheckpointError(
+            f"{folder} holds {len(unused)} tensors of routers or experts that pooling of config.json does not name, "
+            f"such as {min(unused)}: config and weights do not belong together"
+        )
+    return rewritten.with_pyramid(pyramid, dpe, _notes(options, pyramid))
+
+
+def _import_plain(folder: Path, vision_tower: str | None, options: Mapping[str, Any]) -> Rewritten:
+    """Take a LLaVA without a pyramid, as the authors' code writes it too."""
+    if options.get("prepooling"):
+        raise CheckpointError(
+            f"{folder}: pooling of config.json has prepooling and no layers: expected both, or neither as a plain LLaVA"
+        )
+    special = ROUTER_TOKEN if options.get("use_special_token") else None
+    rewritten, _ = rewrite_original(folder, vision_tower, special)
+    note = "Its config.json names no layer to pool after, so it is a plain LLaVA: its pyramid is the recipe's."
+    return replace(rewritten, notes=(*rewritten.notes, note))
 
 
 def _options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -119,6 +139,7 @@ def _pyramid(options: Mapping[str, Any], folder: Path) -> PyramidConfig:
         prepooling=2 if options["prepooling"] else 1,
         min_visual_tokens=1,
         min_input_tokens=MIN_TOKENS,
+        calibration={IMPORTED_KEY: True},
         static_route=None if adaptive else tuple(len(site.rates) - 1 for site in sites),
     )
 
@@ -136,26 +157,25 @@ def _rates(layer: Mapping[str, Any], adaptive: bool, folder: Path) -> tuple[Rate
     return rates
 
 
-def _dpe(
-    weights: Weights, options: Mapping[str, Any], pyramid: PyramidConfig, hidden_size: int
-) -> "dict[str, Callable[[], torch.Tensor]]":
-    """Return what reads every tensor of the pyramid; biases that their linear layers lack are zero.
+def _dpe(weights: Weights, options: Mapping[str, Any], pyramid: PyramidConfig, hidden_size: int) -> dict[str, Planned]:
+    """Return every tensor of the pyramid in float32, by its full name; biases that their linear layers lack are zero.
 
     Raises:
         CheckpointError: if one is missing or has another shape.
     """
     shift = 1 if options["pooling_location"] == "pre" else 0
     names = _ROUTER[options["router_version"]]
-    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    planned: dict[str, Planned] = {}
     for name, shape in pyramid.dpe_tensors(hidden_size).items():
         kind, site, part = name.split(".", 2)
         layer = f"model.layers.{pyramid.sites[int(site)].after_layer + shift}"
+        new = f"{TEXT_PREFIXES[0]}{name}"
         if kind == "poolers":
             stored, stored_shape = f"{layer}.experts.{part}.weight", (shape[0], 1, *shape[1:])
         elif part in names:
             stored, stored_shape = f"{layer}.pooling_router.{names[part]}", shape
         else:
-            readers[name] = partial(_zeros, shape)
+            planned[new] = Planned(new, "F32", shape, weights.folder, partial(_zeros, shape))
             continue
         found = weights.tensors[stored].shape if stored in weights.tensors else None
         if found != stored_shape:
@@ -163,8 +183,9 @@ def _dpe(
                 f"{weights.folder}: config.json asks for {stored} of {list(stored_shape)}, found "
                 f"{'none' if found is None else list(found)}"
             )
-        readers[name] = partial(_reshaped, Planned.of(weights, stored).read, shape)
-    return readers
+        source = Planned.of(weights, stored)
+        planned[new] = replace(source, dtype="F32", shape=shape, read=partial(_as_float, source.read, shape))
+    return planned
 
 
 def _zeros(shape: tuple[int, ...]) -> "torch.Tensor":
@@ -173,12 +194,12 @@ def _zeros(shape: tuple[int, ...]) -> "torch.Tensor":
     return torch.zeros(shape)
 
 
-def _reshaped(read: "Callable[[], torch.Tensor]", shape: tuple[int, ...]) -> "torch.Tensor":
-    return read().reshape(shape)
+def _as_float(read: "Callable[[], torch.Tensor]", shape: tuple[int, ...]) -> "torch.Tensor":
+    return read().float().reshape(shape)
 
 
 def _notes(options: Mapping[str, Any], pyramid: PyramidConfig) -> list[str]:
-    notes = ["Its pyramid and trained routers are imported to give the same outputs: it needs no calibration."]
+    notes = [f"Its pyramid is imported to give the same outputs, and it needs no calibration: {IMPORTED_USE}."]
     if pyramid.router.token_id is not None:
         notes.append(f"Its routers read the token {ROUTER_TOKEN}, which the chat template puts after every question.")
     if options["pooling_location"] == "pre" and len(pyramid.sites) > 1:

@@ -1,9 +1,9 @@
 """Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.authors import import_authors
@@ -26,9 +26,6 @@ from dpn_cli.checkpoint.writer import Placement, copy_file, link_file, side_file
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
-if TYPE_CHECKING:
-    import torch
-
 
 class Opened(Protocol):
     """A source, as convert needs it."""
@@ -46,8 +43,8 @@ class Opened(Protocol):
         """Return the pyramid that the source has already, in another layout."""
 
     @property
-    def dpe(self) -> "Mapping[str, Callable[[], torch.Tensor]]":
-        """Return what reads the tensors of that pyramid, by their names inside the text model."""
+    def dpe(self) -> Mapping[str, TensorInfo]:
+        """Return the tensors of that pyramid as the source has them, by their names in the new folder."""
 
     def write(self, stage: Path, link: bool = False) -> Written:
         """Write everything but config and index into a folder.
@@ -58,7 +55,7 @@ class Opened(Protocol):
         """
 
     def original(self, name: str) -> Iterator[Piece]:
-        """Yield the bytes that a tensor has in the new folder, from the source."""
+        """Yield the bytes that a tensor, of the pyramid too, has in the new folder, from the source."""
 
     def origin(self, name: str) -> Path:
         """Return the source's file that a tensor comes from."""
@@ -71,7 +68,7 @@ class Copied:
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
     pyramid: None = None
-    dpe: "Mapping[str, Callable[[], torch.Tensor]]" = field(default_factory=dict)
+    dpe: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     def write(self, stage: Path, link: bool = False) -> Written:
         """Copy side files; copy or link shards."""

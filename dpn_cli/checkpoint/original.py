@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TEXT_TYPES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-_STORED_EMBEDDING = "model.embed_tokens.weight"
+_STORED_EMBEDDING, _STORED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _RENAMES = (
     ("model.embed_tokens.", "language_model.model.embed_tokens."),
     ("model.layers.", "language_model.model.layers."),
@@ -97,7 +97,11 @@ def rewrite_original(
     tokens, vocabulary = _grow(words, _num_rows(weights), router_token, folder)
     tokenizer = words.tokenizer(tokens)
     config, notes = without_window(_config(original, tower, vocabulary, tokenizer, weights, prepooling))
-    planned = _plan(weights, config, vocabulary, tower, apart, original.get("mm_projector_type") or "linear")
+    unused = {*tower.unused, *({_STORED_HEAD} if config["tie_word_embeddings"] else ())} & weights.tensors.keys()
+    if unused:
+        notes = (*notes, f"Tensors that nothing uses are left out: {len(unused)}, such as {min(unused)}.")
+    projector = original.get("mm_projector_type") or "linear"
+    planned = _plan(weights, config, vocabulary, tower, {*apart, *unused}, projector)
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
 
@@ -108,7 +112,7 @@ def rewrite_original(
         text, vision = config["text_config"], config["vision_config"]
         ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(stage / "generation_config.json", ids)
-        template = chat_template(router_token, words.legacy)
+        template = chat_template(router_token)
         write_processor(
             stage,
             tokenizer,
@@ -252,11 +256,9 @@ def _plan(
     """Return every tensor of a folder by its new name, the vocabulary grown and the projector complete."""
     planned: dict[str, Planned] = {}
     for name in weights.tensors:
-        if name not in apart and name not in tower.unused and not name.endswith(COMPUTED):
+        if name not in apart and not name.endswith(COMPUTED):
             new = tower.renamed(name) or _rename(name, (*_RENAMES, *_PROJECTORS[projector]), weights.folder)
             planned[new] = Planned.of(weights, name)
-    if config["tie_word_embeddings"]:
-        planned.pop(_HEAD, None)
     embedding = planned[_EMBEDDING]
     for seed, name in enumerate((_EMBEDDING, _HEAD)):
         if (old := planned.get(name)) is not None:

@@ -111,7 +111,11 @@ class Words:
         from transformers import PreTrainedTokenizerFast
 
         backend = self._words()
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+        for token in added:
+            # The source's own take the blanks around them, as in the slow tokenizers of transformers 4.31.
+            strips = token not in (IMAGE_TOKEN, PAD_TOKEN)
+            options = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
+            backend.add_special_tokens([AddedToken(token, **options)])
         bos = backend.token_to_id("<s>")
         if bos is None or backend.token_to_id("</s>") is None:
             raise CheckpointError(f"{self.file} has no <s> and </s>: expected Llama's vocabulary")
@@ -151,17 +155,13 @@ class Words:
                 raise CheckpointError(_unreadable(self.file)) from error
 
 
-def chat_template(router_token: str | None = None, legacy: bool = False) -> str:
+def chat_template(router_token: str | None = None) -> str:
     """Return the chat template of the conversation format v1.
 
     Args:
         router_token: ends every question of a conversation with images.
-        legacy: of the tokenizer. One that is not drops the blank between a special token and what follows.
     """
-    end = "' '"
-    if router_token is not None:
-        marked = router_token + " " if legacy else router_token
-        end = f"'{marked}' if about.images else ' '"
+    end = "' '" if router_token is None else f"'{router_token} ' if about.images else ' '"
     return _CHAT_TEMPLATE.replace("SYSTEM_PROMPT", SYSTEM_PROMPT.replace("'", "\\'")).replace("END_OF_QUESTION", end)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint that is written anew in Hugging Face's layout, tensor by tensor."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ class Planned:
     """A tensor that will be written.
 
     Attributes:
+        name: of what it is made from, as stored.
         dtype: in safetensors' words.
         shape: of the tensor.
         file: that it comes from; what comes from one file goes into one shard.
         read: gives it.
     """
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
@@ -42,7 +44,12 @@ class Planned:
         """
         info = weights.tensors[name]
         check_float(info, weights.folder)
-        return cls(info.dtype, info.shape, weights.folder / info.file, lambda: weights.read(name))
+        return cls(name, info.dtype, info.shape, weights.folder / info.file, lambda: weights.read(name))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,11 @@ class Rewritten:
 
     Attributes:
         checkpoint: in Hugging Face's layout; its files are those to be written.
-        planned: its tensors.
+        planned: its tensors, and those of its pyramid.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
         notes: what the user should know about the change of layout.
         pyramid: that the source has already, or None.
-        dpe: the tensors of that pyramid, by their names inside the text model.
+        dpe: the tensors of that pyramid as the source has them, by their new names.
     """
 
     checkpoint: Checkpoint
@@ -71,7 +78,7 @@ class Rewritten:
     write_side_files: Callable[[Path], None]
     notes: tuple[str, ...] = ()
     pyramid: PyramidConfig | None = None
-    dpe: "Mapping[str, Callable[[], torch.Tensor]]" = field(default_factory=dict)
+    dpe: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,12 +100,21 @@ class Rewritten:
         """
         sources = sorted({tensor.file for tensor in planned.values()})
         shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
-        tensors = {
-            name: TensorInfo(name, shards[t.file], t.dtype, t.shape, 0, prod(t.shape) * BITS[t.dtype] // 8)
-            for name, t in planned.items()
-        }
+        tensors = {name: TensorInfo(name, shards[t.file], t.dtype, t.shape, 0, t.nbytes) for name, t in planned.items()}
         checkpoint = Checkpoint(folder, config, tensors, tuple(shards.values()))
         return cls(checkpoint, planned, write_side_files, notes)
+
+    def with_pyramid(self, pyramid: PyramidConfig, dpe: Mapping[str, Planned], notes: Sequence[str]) -> "Rewritten":
+        """Return it with a pyramid that the source has.
+
+        Args:
+            pyramid: of the source.
+            dpe: its tensors, in float32, by their new names.
+            notes: what the user should know about it.
+        """
+        infos = {name: TensorInfo(t.name, t.file.name, t.dtype, t.shape, 0, t.nbytes) for name, t in dpe.items()}
+        planned, notes = {**self.planned, **dpe}, (*self.notes, *notes)
+        return replace(self, planned=planned, notes=notes, pyramid=pyramid, dpe=infos)
 
     def write(self, stage: Path, link: bool = False) -> Written:
         """Write everything but config and index; about one tensor is in memory at a time; nothing can be linked."""

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--static", metavar="ROUTE",
-    help="One fixed route for every image and no routers: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2).",
+    help="One fixed route for every image, without routers unless their gate scales tokens: a rate per site, such as "
+    "1x1,1x2,2x2 (or 0,1,2).",
 )  # fmt: skip
 @click.option(
     "--drop-unused", is_flag=True, help="Leave out the vision layers behind the last one that is used; same outputs."
@@ -121,7 +122,8 @@ def _show(done: "Export", budget: float | None) -> None:
         rates = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
         route = f"fixed, {' → '.join(f'{height}×{width}' for height, width in rates)}"
     else:
-        asked = f"budget {budget:g}, " if budget else "" if pyramid.budgets else "not calibrated, "
+        known = pyramid.budgets or pyramid.is_imported
+        asked = f"budget {budget:g}, " if budget else "" if known else "not calibrated, "
         route = f"{asked}λ {pyramid.trade_off:.4g}"
     kind = " + ".join(filter(None, (done.dtype, done.scheme))) or "unchanged"
     console.table(

@@ -98,6 +98,8 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
     """Say what a reader of the figures should know."""
     if dataset.digest == pyramid.calibration.get("data_digest"):
         yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
+    if pyramid.is_imported:
+        yield "Note: the pyramid came with its source, and the original, without it, is not how the model was trained."
     if model.is_adapted:
         yield "Note: the checkpoint is healed: its pyramid runs with the adapter, teacher and contenders without."
     elif pyramid.calibration.get("training"):

@@ -21,6 +21,12 @@ Route = tuple[int, ...]  # one expert index per site
 
 PYRAMID_VERSION = 1
 
+IMPORTED_KEY = "imported"  # in `calibration`
+IMPORTED_USE = (
+    "use it without a budget, as it was trained, or fix a route (`dpn run --route`, `dpn export --static`, "
+    "model.set_route)"
+)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,11 +102,12 @@ class PyramidConfig:
         min_visual_tokens: a rate that would leave a grid with fewer tokens is not offered.
         min_input_tokens: a sample with fewer visual tokens is neither pooled nor gated.
         trade_off: λ of the decision rule argmax_k(logit_k - λ·cost_k); stored under the key `lambda`.
-        static_route: one expert index per site for every sample, or None to ask the routers.
+        static_route: one expert index per site for every sample, or None to ask the routers; stored under the key
+            `gated_route` where the routers stay for their gate.
         answer_cue: token ids that the chat template writes between a question and its answer; in labelled
             conversations they show where an instruction ends. Empty if it is not known.
         budgets: measured by calibration, by falling fraction; empty before it.
-        calibration: what calibration was run with, for the record.
+        calibration: what calibration was run with, for the record; or that it was imported.
     """
 
     sites: tuple[Site, ...]
@@ -129,14 +136,17 @@ class PyramidConfig:
         version = data.pop("version", None)
         if version != PYRAMID_VERSION:
             raise ValueError(f"pyramid config has version {version!r}, this dpn reads version {PYRAMID_VERSION}")
-        known = {"lambda", *cls.__dataclass_fields__} - {"trade_off"}
+        known = {"lambda", "gated_route", *cls.__dataclass_fields__} - {"trade_off"}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"pyramid config has unknown keys: {', '.join(unknown)}")
         sites = tuple(
             Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"]))
             for site in data.pop("sites")
         )
-        route = data.pop("static_route", None)
+        ungated, gated = data.pop("static_route", None), data.pop("gated_route", None)
+        route = gated if ungated is None else ungated
+        if ungated is not None:  # once stored for pyramids with a gate too, whose routers and gate were left out
+            data["gate"] = "none"
         config = cls(
             sites=sites,
             router=RouterConfig(**data.pop("router", {})),
@@ -170,9 +180,21 @@ class PyramidConfig:
         data["lambda"] = data.pop("trade_off")
         data["sites"] = [{"after_layer": s.after_layer, "rates": [list(r) for r in s.rates]} for s in self.sites]
         data["static_route"] = None if self.static_route is None else list(self.static_route)
+        if self.static_route is not None and self.has_routers:
+            data["gated_route"] = data.pop("static_route")
         data["answer_cue"] = list(self.answer_cue)
         data["budgets"] = [[b.fraction, b.trade_off, b.distortion] for b in self.budgets]
         return {"version": PYRAMID_VERSION, **data}
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether there are routers: to choose a rate, or for the gate of a rate that is fixed."""
+        return self.static_route is None or self.gate != "none"
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it came with the source: its routers were trained with the model, and have no budgets."""
+        return bool(self.calibration.get(IMPORTED_KEY))
 
     @property
     def full_route(self) -> Route:
@@ -251,7 +273,9 @@ class PyramidConfig:
         if not 0 < budget <= 1:
             raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
         if self.static_route is not None:
-            raise ValueError(f"this pyramid has no routers, its route is fixed: {list(self.static_route)}")
+            raise ValueError(f"this pyramid's route is fixed, whatever the budget: {list(self.static_route)}")
+        if self.is_imported:
+            raise ValueError(f"this pyramid came with its source and has no budgets: {IMPORTED_USE}")
         if not self.budgets:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
         if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1
@@ -268,7 +292,7 @@ class PyramidConfig:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
         shapes: dict[str, tuple[int, ...]] = {}
         for i, site in enumerate(self.sites):
-            if self.static_route is None:
+            if self.has_routers:
                 router = self.router.tensors(hidden_size, len(site.rates))
                 shapes |= {f"routers.{i}.{name}": shape for name, shape in router.items()}
             if self.pooling == "conv":

@@ -69,7 +69,7 @@ class PyramidTextMixin:
         self.last_routes: list[Route] = []
         self.last_grids: list[tuple[Grid, ...]] = []
         experts = [len(site.rates) for site in pyramid.sites]
-        if pyramid.static_route is None:
+        if pyramid.has_routers:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.rates) for site in pyramid.sites)
@@ -324,15 +324,7 @@ class PyramidTextMixin:
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""
         if self.forced_routes is not None:
-            routes = _spread(self.forced_routes, len(state.grids))
-            for route, grids in zip(routes, state.image_grids, strict=True):
-                self.pyramid.walk(route, grids)
-            return Choice(
-                [
-                    route[site] if grids and self.pyramid.takes(grids) else 0
-                    for route, grids in zip(routes, state.grids, strict=True)
-                ]
-            )
+            return self.take(state, site, self._forced(self.forced_routes, state, site))
         logits = self.routers[site](self.router_features(state))
         experts = [
             decide(scores, costs, offered, self.trade_off) if grids else 0
@@ -347,6 +339,16 @@ class PyramidTextMixin:
         if self.pyramid.gate == "none":
             return Choice(experts)
         return Choice(experts, self._gate(state, self.routers[site](self.router_features(state)), experts))
+
+    def _forced(self, routes: Sequence[Route], state: PyramidState, site: int) -> list[int]:
+        """Return what forced routes take at a site, 1×1 where a sample is not pooled at all."""
+        spread = _spread(routes, len(state.grids))
+        for route, grids in zip(spread, state.image_grids, strict=True):
+            self.pyramid.walk(route, grids)
+        return [
+            route[site] if grids and self.pyramid.takes(grids) else 0
+            for route, grids in zip(spread, state.grids, strict=True)
+        ]
 
     def _gate(self, state: PyramidState, logits: torch.Tensor, experts: list[int]) -> torch.Tensor | None:
         """Return the probability gate [B] of the chosen experts (paper, eq. 4), or None without a gate."""

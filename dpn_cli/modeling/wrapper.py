@@ -192,7 +192,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         return self._text_model.new_cache(offloading)
 
     def set_route(self, route: Route | Sequence[Route] | None) -> None:
-        """Force a route in place of the routers.
+        """Force a route in place of the routers' choice; a probability gate scales what it pools all the same.
 
         Args:
             route: expert indices per site for all samples, e.g. (0, 1, 2); or a list with one route per sample; or

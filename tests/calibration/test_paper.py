@@ -1,5 +1,6 @@
 """The paper's objective against numbers worked out by hand."""
 
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,32 @@ def test_the_hinge_by_hand() -> None:
     assert routing_loss([], 1.5).item() == 0
 
 
+def authors_hinge(router_states: list[list[float]]) -> float:
+    """Return what the authors' loss.py gives for softmax(logits / 10) of every sample at every site."""
+    entries = []
+    for logits in router_states:
+        weights = [math.exp(logit / 10) for logit in logits]
+        best = weights.index(max(weights))
+        entries.append((0, 1, 2)[best] * weights[best] / sum(weights))
+    return max(0.0, 1.5 - sum(entries) / len(entries))
+
+
+@pytest.mark.parametrize("offered", [[0, 1, 2], [0, 1], [0]])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
+def test_the_hinge_is_the_authors_whatever_is_drawn(scale: float, offered: list[int]) -> None:
+    states = (torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(int(scale))) * scale).tolist()
+    text_model = SimpleNamespace(
+        routers=[lambda features, site=site: torch.tensor(site) for site in states],
+        router_features=lambda state: None,
+        pyramid=SimpleNamespace(offered=lambda site, grids: offered),
+    )
+    sampler = Sampler(text_model, random.Random(0))
+    for site in range(3):
+        sampler.choose(SimpleNamespace(grids=[((12, 12),)] * 4), site)  # type: ignore[arg-type]
+    expected = authors_hinge([logits for site in states for logits in site])
+    assert routing_loss(sampler.entries, 1.5).item() == pytest.approx(expected, abs=1e-6)
+
+
 def sample(logits: list[float], grids: list[Any], offered: list[int], seed: int = 0) -> tuple[Choice, Sampler]:
     text_model = SimpleNamespace(
         routers=[FixedRouter(logits)],
@@ -62,7 +89,7 @@ def test_rates_are_drawn_from_softmax_of_a_tenth_of_the_logits() -> None:
     assert torch.allclose(shares, expected, atol=0.03)
     assert choice.probability is not None
     assert torch.allclose(choice.probability, expected[choice.experts])
-    assert torch.allclose(sampler.entries[0], torch.tensor(choice.experts) * expected[choice.experts])
+    assert torch.allclose(sampler.entries[0], 2 * expected[2])
 
 
 def test_a_rate_that_is_not_offered_is_not_drawn_however_likely() -> None:
@@ -94,7 +121,7 @@ def test_the_whole_loss_by_hand(make_pair: Any, examples: Any, loss: str) -> Non
             routes[site][row] = draw
     gates = [torch.ones(2), torch.ones(2), torch.full((2,), 1 / 3)]
     student = student_logits(model, trunk, lambda state, site: Choice(routes[site], gates[site]))
-    hinge = 1.5 - sum(rate * gate for rates, gate in zip(routes, (1, 1, 1 / 3), strict=True) for rate in rates) / 6
+    hinge = 1.5 - (2 + 0 + 0) / 3  # of each site's likeliest rate: of equals the first, 1×1
     if loss == "ce":
         task = F.cross_entropy(student, trunk.targets)
     else:

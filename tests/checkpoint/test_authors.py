@@ -249,6 +249,8 @@ def test_the_router_token_makes_room_for_the_image(make_original: Callable[..., 
     inputs = processor(text=text, images=Image.new("RGB", (60, 48)), return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     assert (ids.count(NEW_ROUTER), ids.count(IMAGE)) == (1, 144)
+    blanks = processor(text=text.replace("what?", "what? \n"), images=Image.new("RGB", (60, 48)))
+    assert blanks["input_ids"][0] == ids  # as the authors' tokenizer takes them
     answers = dpn_cli.load(done.output).generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answers.shape[1] == len(ids) + 3
     model = dpn_cli.load(done.output)
@@ -269,6 +271,58 @@ def test_an_export_of_an_import_is_the_same_model(make_original: Callable[..., O
         first, second = (dpn_cli.load(path)(**inputs).logits for path in (folder, tmp_path / "export"))
     assert torch.equal(first, second)
     assert inspect_checkpoint(folder).grids == ((6, 6),)
+
+
+@torch.inference_mode()
+def test_a_static_export_takes_the_routers_route_as_the_routers_do(
+    make_original: Callable[..., Original], tmp_path: Path
+) -> None:
+    original, _ = make_dpn(make_original, pooling_function="conv")
+    folder = convert(str(original.folder), output=tmp_path / "out", vision_tower=str(original.clip)).output
+    inputs = {
+        "input_ids": torch.tensor([[1, 9, *[IMAGE] * 144, 7, NEW_ROUTER, 8]]),
+        "pixel_values": torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)),
+    }
+    routed = dpn_cli.load(folder)
+    expected = routed(**inputs).logits
+    [route] = routed.last_routes
+    assert any(route)
+    export(folder, tmp_path / "export", static=",".join(map(str, route)))
+    static = dpn_cli.load(tmp_path / "export")(**inputs).logits
+    torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["pooling_router.mlp1.1.weight", "experts.2.weight"])
+def test_routers_and_experts_are_searched_for_nan(
+    make_original: Callable[..., Original], tmp_path: Path, broken: str
+) -> None:
+    original, reference = make_dpn(make_original, pooling_function="conv")
+    tower, name = str(original.clip), f"model.layers.3.{broken}"
+    convert(str(original.folder), output=tmp_path / "out", vision_tower=tower, check_values=True, verify=True)
+    tensor = reference.tensors[name].clone()
+    tensor.flatten()[-1] = torch.nan
+    original.add({name: tensor})
+    with pytest.raises(CheckpointError, match=f"{name}.* holds NaN"):
+        convert(str(original.folder), output=tmp_path / "bad", vision_tower=tower, check_values=True)
+    assert not (tmp_path / "bad").exists()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("special", [False, True])
+def test_without_pooling_layers_it_is_a_plain_llava(
+    make_original: Callable[..., Original], tmp_path: Path, special: bool
+) -> None:
+    original, reference = make_dpn(make_original, pooling_layers=[], use_special_token=special)
+    recipe = load_recipe("llava-1.5-7b", ["pyramid.pooling=max"])
+    done = convert(str(original.folder), recipe, tmp_path / "out", vision_tower=str(original.clip))
+    assert (done.recipe, done.pyramid.gate) == ("llava-1.5-7b", "none")
+    inputs = {
+        "input_ids": torch.tensor([[1, 9, *[IMAGE] * 144, 7, 8]]),
+        "pixel_values": torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)),
+    }
+    logits = dpn_cli.load(done.output)(**inputs).logits[0, -1]
+    torch.testing.assert_close(logits[:340], reference.prefill([1, 9, -1, 7, 8], inputs["pixel_values"])[:340])
+    assert ("<ROUTER>" in (done.output / "chat_template.jinja").read_text()) == special
 
 
 def test_a_batch_gives_what_its_samples_give(make_original: Callable[..., Original], tmp_path: Path) -> None:
@@ -310,6 +364,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"pooling_layers": [{"index": 2, "kernel_size": KERNELS, "stride": KERNELS}]},
         r"layers\.2\.pooling_router.* found none",
     ),
+    "fewer layers": (
+        {"pooling_layers": [{"index": i, "kernel_size": KERNELS, "stride": KERNELS} for i in (1, 3)]},
+        r"holds 4 tensors .* such as model\.layers\.5\.pooling_router",
+    ),
+    "unused routers": (
+        {"pooling_type": "static", "pooling_layers": [{"index": 1, "kernel_size": [2, 2], "stride": [2, 2]}]},
+        "holds 12 tensors of routers or experts",
+    ),
+    "no layers, but routers": ({"pooling_layers": []}, "pooling_router"),
+    "nothing but prepooling": ({"pooling_layers": [], "prepooling": True}, "prepooling and no layers"),
     "no object": ({"pooling": "adaptive"}, "expected an object"),
 }
 
@@ -342,8 +406,15 @@ def test_the_command_says_what_became_of_it(
     said = " ".join(capsys.readouterr().err.split())
     for words in ("it needs no calibration", "the token <ROUTER>", "imported as it was meant", "Next: dpn export"):
         assert words in said
-    assert main(["calibrate", "--model", "out", "--data", "demo"]) == 3
-    assert "pyramid came with the source" in " ".join(capsys.readouterr().err.split())
+    capsys.readouterr()
+    refused = {("calibrate", "--data", "demo"): 3, ("export", "--budget", "0.5"): 2}
+    for words, code in refused.items():
+        assert main([*words, "--model", "out"]) == code
+        said = " ".join(capsys.readouterr().err.split())
+        assert "pyramid came with" in said and "use it without a budget, as it was trained, or fix a route" in said
+    assert main(["export", "--model", "out", "-o", "exported"]) == 0
+    assert "not calibrated" not in capsys.readouterr().out
+    assert "its routers choose as they were trained to" in Path("exported", "README.md").read_text()
     tower = ["--vision-tower", str(original.clip)]
     assert main(["convert", str(original.folder), *tower, "--set", "pyramid.pooling=avg", "-o", "again"]) == 2
     assert not Path("again").exists()

@@ -76,7 +76,9 @@ def test_an_import_gives_the_logits_of_the_description(
 
 def test_nothing_but_the_classifier_is_lost(make_hr: Callable[..., Hr], tmp_path: Path) -> None:
     hr = make_hr(dtype=torch.float16)
-    checkpoint = Checkpoint.open(convert(str(hr.original.folder), output=tmp_path / "out").output)
+    done = convert(str(hr.original.folder), output=tmp_path / "out")
+    checkpoint, dropped = Checkpoint.open(done.output), f"{SLOW}head.norm.bias"
+    assert done.notes == (f"Tensors that nothing uses are left out: 2, such as {dropped}.",)
     found = {name: t.shape for name, t in checkpoint.tensors.items() if ".routers." not in name}
     assert found == llava_tensors(checkpoint.config)
     tower = [name for name in hr.tensors if name.startswith(TOWER) and not name.startswith(f"{SLOW}head.")]

@@ -106,6 +106,14 @@ def test_a_sliding_window_becomes_a_limit(
         assert torch.equal(logits(dpn_cli.load(done.output), 340), logits(original.reference(), 340))
 
 
+def test_a_head_that_tied_embeddings_replace_is_named(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    original = make_original(tied=True)
+    original.add({"lm_head.weight": torch.ones(original.rows, 64)})
+    done = convert(str(original.folder), output=tmp_path / "out", vision_tower=str(original.clip))
+    assert done.notes == ("Tensors that nothing uses are left out: 1, such as lm_head.weight.",)
+    assert torch.equal(logits(dpn_cli.load(done.output), 340), logits(original.reference(), 340))
+
+
 def test_nothing_of_the_original_is_lost(make_original: Callable[..., Original], tmp_path: Path) -> None:
     original = make_original(dtype=torch.float16)
     folder = converted(original, tmp_path / "out")

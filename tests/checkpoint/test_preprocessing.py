@@ -111,28 +111,29 @@ def test_every_answer_ends_once_in_calibration(make_processor: Callable[..., Any
     assert (example.input_ids == 2).sum() == 2 == (example.labels == 2).sum()
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_the_router_token_ends_every_question_about_an_image(tokenizer_model: Path, legacy: bool) -> None:
+def test_the_router_token_ends_every_question_about_an_image() -> None:
     from jinja2 import Environment
 
-    template = Environment().from_string(chat_template("<ROUTER>", legacy))
-    gap = " " if legacy else ""
+    template = Environment().from_string(chat_template("<ROUTER>"))
     turns = [question("a?"), answer("b"), question("c?", images=0)]
     assert template.render(messages=turns, add_generation_prompt=True) == (
-        f"{SYSTEM_PROMPT} USER: <image> \na?<ROUTER>{gap}ASSISTANT: b</s>USER: c?<ROUTER>{gap}ASSISTANT:"
+        f"{SYSTEM_PROMPT} USER: <image> \na?<ROUTER> ASSISTANT: b</s>USER: c?<ROUTER> ASSISTANT:"
     )
     assert "<ROUTER>" not in template.render(messages=[question("a?", images=0)])
 
 
-def test_legacy_tokenizers_put_a_blank_after_special_tokens(tmp_path: Path, tokenizer_model: Path) -> None:
+def test_added_tokens_take_the_blanks_around_them(tmp_path: Path, tokenizer_model: Path) -> None:
+    """What follows starts a word with legacy tokenizers alone: the ids of transformers 4.31, which the authors pin."""
     words = SentencePieceProcessor(model_file=str(tokenizer_model))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    for legacy, gap in ((None, " "), (True, " "), (False, "")):
+    start = words.encode("picture?")
+    for legacy in (None, True, False):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
         tokenizer = Words.of(tmp_path).tokenizer(["<image>", "<pad>", "<ROUTER>"])
-        # The original drops the blank before `ASSISTANT:` itself, and sentencepiece puts one back.
-        pieces = words.encode("ASSISTANT:") if gap else words.encode("xASSISTANT:")[len(words.encode("x")) :]
-        assert tokenizer.encode(f"<ROUTER>{gap}ASSISTANT:", add_special_tokens=False) == [342, *pieces]
+        end = words.encode("xASSISTANT:")[len(words.encode("x")) :] if legacy is False else words.encode("ASSISTANT:")
+        for before, after in (("", " "), (" ", " "), ("", ""), (" \n", "\n"), ("\t  ", "  ")):
+            text = f"picture?{before}<ROUTER>{after}ASSISTANT:"
+            assert tokenizer.encode(text, add_special_tokens=False) == [*start, 342, *end], repr(text)
 
 
 def test_a_tokenizer_json_needs_no_sentencepiece(

@@ -39,6 +39,20 @@ def test_a_fixed_route_is_forced_for_the_duration(make_pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_fixed_route_of_a_gated_pyramid_is_gated_and_pays_for_its_routers(make_pair: Any) -> None:
+    _, model = make_pair(gate="probability")
+    sample, prompts = prompt(1, 3, 5, seed=0), [Prompt(GRID, 9)]
+    routed, spent = model(**sample).logits, Routed().fractions(model, prompts)
+    [route] = model.last_routes
+    contender = FixedRoute(model.pyramid, route)
+    with contender.applied(model):
+        assert torch.equal(model(**sample).logits, routed)
+    assert contender.fractions(model, prompts) == spent == [contender.mean_fraction(SHAPE, prompts)]
+    ungated = FixedRoute(pyramid(), route)
+    assert ungated.fractions(model, prompts) < spent
+
+
+@torch.no_grad()
 def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
     _, model = make_pair(budgets=(Budget(0.8, 1.0, 0.01), Budget(0.4, 30.0, 0.05)))
     batch = collate(ragged_batch())

@@ -1,12 +1,15 @@
 """A fixed route in an export, and the model without routers that takes it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import UsageError
 from dpn_cli.export import export
 from dpn_cli.exporting.routes import exported_pyramid
@@ -29,8 +32,47 @@ def test_a_static_export_is_the_model_with_that_route_forced(
     with torch.no_grad():
         assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
     assert [tuple(route) for route in static.last_routes] == [(1, 0, 2)]
-    with pytest.raises(ValueError, match="no routers"):
+    with pytest.raises(ValueError, match="route is fixed"):
         static.set_budget(0.7)
+
+
+@pytest.fixture
+def gated(make_converted: Callable[..., Path]) -> Path:
+    """A calibrated checkpoint whose routers gate what they pool."""
+    folder = make_converted()
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "probability"}})
+    return folder
+
+
+@torch.inference_mode()
+def test_a_static_export_of_a_gated_pyramid_keeps_the_gate(gated: Path, picture: Path, tmp_path: Path) -> None:
+    inputs = question(gated, picture)
+    routed = load_model(gated)
+    expected = routed(**inputs).logits
+    [route] = routed.last_routes
+    assert any(route)
+    export(gated, tmp_path / "out", static=",".join(map(str, route)))
+    static = load_model(tmp_path / "out")
+    assert torch.equal(static(**inputs).logits, expected) and static.last_routes == [route]
+    shape, grids = static.model.language_model.shape, [(12, 12)]
+    costs = [flops_fraction(shape, model.pyramid, route, grids, 9) for model in (static, routed)]
+    assert costs[0] == costs[1] > flops_fraction(shape, replace(static.pyramid, gate="none"), route, grids, 9)
+
+
+@torch.inference_mode()
+def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, picture: Path, tmp_path: Path) -> None:
+    """It was written without routers, and its config.json as the routed one's with the route."""
+    config = read_json(gated / "config.json")
+    write_json(gated / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "none"}})
+    export(gated, tmp_path / "out", static="1x2,1x1,2x2")
+    inputs = question(gated, picture)
+    expected = load_model(tmp_path / "out")(**inputs).logits
+    old = read_json(tmp_path / "out" / "config.json")
+    write_json(tmp_path / "out" / "config.json", old | {"pyramid": old["pyramid"] | {"gate": "probability"}})
+    model = load_model(tmp_path / "out")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert model.pyramid.gate == "none" and not model.pyramid.has_routers
 
 
 @pytest.mark.slow

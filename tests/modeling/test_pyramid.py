@@ -86,6 +86,20 @@ def test_every_kind_of_pyramid_batches_exactly(make_pair: Any, positions: str, g
             assert (step_alone[0] - step_together[i]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("gate", ["none", "probability"])
+def test_a_forced_route_gives_what_the_router_that_takes_it_gives(make_pair: Any, gate: str) -> None:
+    # An image that is pooled 2×2 has 36 tokens, too few to be pooled (or gated) again.
+    _, model = make_pair(gate=gate, positions="contiguous", min_input_tokens=40)
+    batch = collate(ragged_batch())
+    routed = generate(model, batch, tokens=4)
+    routes = model.last_routes
+    assert len(set(routes)) >= 3
+    model.set_route(routes)
+    forced = generate(model, batch, tokens=4)
+    assert model.last_routes == routes
+    assert torch.equal(torch.stack(forced.logits), torch.stack(routed.logits))
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_beams_in_a_batch_equal_beams_one_by_one(make_pair: Any, attn: str) -> None:
     _, model = make_pair(attn=attn)

@@ -86,13 +86,9 @@ class Contender(ABC):
         """Return the routes of the last prefill, or None if this contender has none."""
         return None
 
+    @abstractmethod
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
         """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""
-        shape = model.model.language_model.shape
-        return [
-            _fraction(shape, counts, prompt)
-            for counts, prompt in zip(self.visual_tokens(model, prompts), prompts, strict=True)
-        ]
 
 
 class Fixed(Contender):
@@ -111,10 +107,21 @@ class Fixed(Contender):
         shape = model.model.language_model.shape
         return [self.layer_tokens(shape, prompt) for prompt in prompts]
 
+    def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
+        """Return the fraction of the unpooled FLOPs that every prompt takes."""
+        shape = model.model.language_model.shape
+        return [self.fraction(shape, prompt) for prompt in prompts]
+
+    def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
+        """Return the fraction of the unpooled FLOPs that a prompt takes."""
+        full = prompt.visual_tokens + prompt.text_tokens
+        spent = sum(shape.layer_flops(count + prompt.text_tokens) for count in self.layer_tokens(shape, prompt))
+        return spent / (shape.num_layers * shape.layer_flops(full))
+
     def mean_fraction(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> float:
         """Return the mean FLOPs fraction over prompts."""
         counts = Counter(prompts)
-        total = sum(_fraction(shape, self.layer_tokens(shape, p), p) * count for p, count in counts.items())
+        total = sum(self.fraction(shape, prompt) * count for prompt, count in counts.items())
         return total / counts.total()
 
     def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Fixed":
@@ -165,9 +172,3 @@ def validate_clip(model: PyramidGenerationMixin, name: str) -> None:
     is_clip = model.config.vision_config.model_type == "clip_vision_model"
     if not is_clip or model.config.model_type != DpnLlavaConfig.model_type or model.pyramid.prepooling != 1:
         raise UsageError(f"{name} needs a LLaVA-1.5: a CLIP vision tower whose patches go on one by one")
-
-
-def _fraction(shape: DecoderShape, visual_tokens: Sequence[int], prompt: Prompt) -> float:
-    full = prompt.visual_tokens + prompt.text_tokens
-    spent = sum(shape.layer_flops(count + prompt.text_tokens) for count in visual_tokens)
-    return spent / (shape.num_layers * shape.layer_flops(full))

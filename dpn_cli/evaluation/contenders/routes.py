@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape, flops_fraction, tokens_per_layer
@@ -40,7 +40,7 @@ class Original(Fixed):
 
 @dataclass(frozen=True)
 class FixedRoute(Fixed):
-    """One route for all samples, without routers and without an adapter.
+    """One route for all samples, without an adapter, and without routers unless they gate it.
 
     Source: paper, table 4 (static pyramids); LLaVolta, https://arxiv.org/abs/2406.20092, pools like this at one depth.
 
@@ -61,8 +61,15 @@ class FixedRoute(Fixed):
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
-        route = self.route if prompt.grids else self.pyramid.full_route
-        return tokens_per_layer(shape, self.pyramid, route, prompt.grids, text_tokens=0)
+        return tokens_per_layer(shape, self.pyramid, self._taken(prompt), prompt.grids, text_tokens=0)
+
+    def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
+        """Return the fraction of the unpooled FLOPs that a prompt takes, with routers where they gate."""
+        static = replace(self.pyramid, static_route=self.route)
+        return flops_fraction(shape, static, self._taken(prompt), prompt.grids, prompt.text_tokens)
+
+    def _taken(self, prompt: Prompt) -> Route:
+        return self.route if prompt.grids else self.pyramid.full_route
 
     def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list["FixedRoute"]:
         """Return the routes that all prompts are offered."""
