@@ -6,13 +6,12 @@ from typing import Any
 import yaml
 
 from dpn_cli import __version__
-from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate
 
 BUDGETS_SHOWN = 10
-TEXT_TOKENS = 64  # of the prompt that a fixed route's cost is given for
 
 
 def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig) -> str:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpn_cli.errors import DpnError, MissingExtraError, UsageError
+from dpn_cli.evaluation.spending import Spending
 
 PAPER_TASKS = (
     "vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev", "seedbench",
@@ -94,7 +95,7 @@ def run_benchmarks(
     if set(",=\"'") & set(str(checkpoint)):
         raise UsageError(f"lmms-eval takes no path with a comma, an equals sign or a quote: rename {checkpoint}")
     settings = {TEACHER: "teacher=True"}
-    settings |= {f"dpn at {budget:g}": f"budget={budget}" for budget in budgets} or {"dpn": ""}
+    settings |= {_name(budget): f"budget={budget}" for budget in budgets} or {"dpn": ""}
     results = {}
     for name, setting in settings.items():
         say(f"{name}: {', '.join(tasks)}")
@@ -104,6 +105,21 @@ def run_benchmarks(
         options += [] if include_path is None else ["--include_path", str(include_path)]
         results[name] = _run(model_args, options, say)
     return _side_by_side(results)
+
+
+def spendings(rows: Sequence[Benchmark], budgets: Sequence[float]) -> list[Spending]:
+    """Return what the pyramid has spent on every task, which may have several metrics, at every budget."""
+    tasks = {row.task: row for row in rows}.values()
+    return [
+        Spending(budget, row.fractions[_name(budget)], row.samples)
+        for row in tasks
+        for budget in budgets
+        if _name(budget) in row.fractions
+    ]
+
+
+def _name(budget: float) -> str:
+    return f"dpn at {budget:g}"
 
 
 def _side_by_side(results: dict[str, _Results]) -> list[Benchmark]:

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.calibration.data.faults import RowError
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import KIND_FIELD, mapping, read_row
+from dpn_cli.calibration.data.rows import KIND_FIELD, group, mapping, read_row
 from dpn_cli.calibration.data.samples import Sample
 from dpn_cli.errors import DataError
 
@@ -68,6 +69,16 @@ class LlavaFile:
     def number(self, index: int) -> int:
         """Return the row's number in a list, or its line in a file of lines."""
         return self.spans[index][0]
+
+    def fields(self) -> list[str]:
+        """Return the fields that hold a group in some row, in the order of their appearance."""
+        found: dict[str, None] = {}
+        for index in range(len(self)):
+            with suppress(RowError):
+                row = self._row(index)
+                items = row.items() if isinstance(row, dict) else ()
+                found |= dict.fromkeys(key for key, value in items if group(value) is not None)
+        return list(found)
 
     def sample(self, index: int) -> Sample:
         """Read one row."""

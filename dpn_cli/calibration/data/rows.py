@@ -21,6 +21,11 @@ OpenImage = Callable[[Any], ImageSource]
 """Turns what a row holds for an image into a source; raises RowError for what is none."""
 
 
+def group(value: Any) -> str | None:
+    """Return the group that a field's value names, a text, a number or a truth value; None for what is none."""
+    return str(value) if isinstance(value, str | int | float) else None
+
+
 def mapping(keys: Iterable[str]) -> str:
     """Return in words which fields are read, of those that there are."""
     keys = list(keys)
@@ -76,12 +81,11 @@ def read_row(
         images = images or [open_image(image) for image in inline]
     else:
         system, turns = "", [_single_turn(row, prompts[(number - 1) % len(prompts)], without_text)]
-    kind = row.get(kind_field)
     return Sample(
         _identity(row.get("id"), number),
         tuple(images),
         tuple(_place(turns, len(images))),
-        str(kind) if isinstance(kind, str | int) else None,
+        group(row.get(kind_field)),
         system,
     )
 
