@@ -154,8 +154,9 @@ def _run_benchmarks(
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]
     rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note)
-    spent = spendings(rows, budgets)
-    for line in unmet(spent, open_converted(folder)[2], folder, data=None):
+    pyramid = open_converted(folder)[2]
+    spent = spendings(rows, budgets, pyramid.budget)
+    for line in unmet(spent, pyramid, folder, data=None):
         console.note(line)
     if as_json:
         found = {

@@ -21,7 +21,7 @@ PAPER_TASKS = (
     "vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev", "seedbench",
     "mmvet",
 )  # fmt: skip
-TEACHER = "teacher"
+TEACHER, PYRAMID = "teacher", "dpn"
 _TAIL = 20  # lines of a failed run that are shown
 _NOT_METRICS = {"alias", "samples", "n", "effective"}
 
@@ -95,7 +95,7 @@ def run_benchmarks(
     if set(",=\"'") & set(str(checkpoint)):
         raise UsageError(f"lmms-eval takes no path with a comma, an equals sign or a quote: rename {checkpoint}")
     settings = {TEACHER: "teacher=True"}
-    settings |= {_name(budget): f"budget={budget}" for budget in budgets} or {"dpn": ""}
+    settings |= {_name(budget): f"budget={budget}" for budget in budgets} or {PYRAMID: ""}
     results = {}
     for name, setting in settings.items():
         say(f"{name}: {', '.join(tasks)}")
@@ -107,19 +107,27 @@ def run_benchmarks(
     return _side_by_side(results)
 
 
-def spendings(rows: Sequence[Benchmark], budgets: Sequence[float]) -> list[Spending]:
-    """Return what the pyramid has spent on every task, which may have several metrics, at every budget."""
+def spendings(rows: Sequence[Benchmark], budgets: Sequence[float], own: float | None) -> list[Spending]:
+    """Return what the pyramid has spent on every task, which may have several metrics.
+
+    Args:
+        rows: from `run_benchmarks`.
+        budgets: likewise.
+        own: the budget that the checkpoint is set to, or None.
+    """
+    asked: dict[str, float | None] = {_name(budget): budget for budget in budgets}
+    asked = asked or {PYRAMID: own}
     tasks = {row.task: row for row in rows}.values()
     return [
-        Spending(budget, row.fractions[_name(budget)], row.samples)
+        Spending(budget, row.fractions[name], row.samples)
         for row in tasks
-        for budget in budgets
-        if _name(budget) in row.fractions
+        for name, budget in asked.items()
+        if budget is not None and name in row.fractions
     ]
 
 
 def _name(budget: float) -> str:
-    return f"dpn at {budget:g}"
+    return f"{PYRAMID} at {budget:g}"
 
 
 def _side_by_side(results: dict[str, _Results]) -> list[Benchmark]:
