@@ -1,5 +1,6 @@
 """Which budgets a pyramid can reach on given samples: their lengths tell, before anything is measured. No torch."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,13 +21,20 @@ def cheapest_fraction(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequ
 
 
 def length_record(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]) -> dict[str, Any]:
-    """Return for config.json the typical one of some lengths: its cheapest route is the nearest to the mean of all.
+    """Return for config.json one length that stands for all: its cheapest route costs what theirs do in the mean.
 
-    So what `dpn inspect` shows for this one sample agrees with the budget table, which is of all of them.
+    So what `dpn inspect` shows for a sample of this length agrees with the budget table, which is of all of them.
     """
     mean = cheapest_fraction(shape, pyramid, lengths)
     distances = {length: abs(_cheapest(shape, pyramid, *length) - mean) for length in dict.fromkeys(lengths)}
-    grids, text_tokens = min(distances, key=lambda length: distances[length])
+    grids, _ = min(distances, key=lambda length: distances[length])
+    texts = range(min(text for _, text in lengths), max(text for _, text in lengths) + 1)
+
+    def cost(text_tokens: int) -> float:
+        return _cheapest(shape, pyramid, grids, text_tokens)
+
+    above = bisect_left(texts, mean, key=cost)  # the more text there is, the less is saved
+    text_tokens = min(texts[max(above - 1, 0) : above + 1], key=lambda text: abs(cost(text) - mean))
     return {"text_tokens": text_tokens, "grids": [list(grid) for grid in grids]}
 
 
