@@ -56,6 +56,7 @@ def calibrate(
     on_bad_row: OnBadRow = "fail",
     max_bad: float = MAX_BAD,
     processes: Processes | None = None,
+    budgets_only: bool = False,
 ) -> Report | None:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
 
@@ -73,6 +74,8 @@ def calibrate(
         on_bad_row: see `load_data`.
         max_bad: see `load_data`.
         processes: that calibrate together, each with this call; by default those that a launcher has started.
+        budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
+            table, so that budgets are met on this data.
 
     Returns:
         The report; None in all processes but the main one, which alone fits and writes.
@@ -84,8 +87,10 @@ def calibrate(
     """
     processes = processes or Processes.join()
     job, dataset = _open(
-        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes, keep_routers=False
+        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes, budgets_only
     )
+    if budgets_only:
+        return _solve_budgets(job, dataset, folder, data)
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
@@ -120,44 +125,6 @@ def calibrate(
     return report
 
 
-def solve_budgets(
-    folder: Path,
-    data: str,
-    recipe: CalibrationRecipe,
-    image_root: Path | None,
-    progress: Progress,
-    say: Callable[[str], None],
-    restart: bool = False,
-    on_bad_row: OnBadRow = "fail",
-    max_bad: float = MAX_BAD,
-    processes: Processes | None = None,
-) -> Report | None:
-    """Solve λ and the budget table of a calibrated checkpoint anew, so that budgets are met on other data.
-
-    Routers and weights stay as they are. All samples are measured, and nothing is fitted to them but λ. The arguments,
-    and what is returned and raised, are those of `calibrate`.
-    """
-    processes = processes or Processes.join()
-    job, dataset = _open(
-        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes, keep_routers=True
-    )
-    asked = [sample for sample in dataset.samples if sample.images]
-    table, grids = _measure(job, _answer(job, asked), len(asked))
-    if not processes.is_main:
-        return None
-    routers = job.model.model.language_model.routers.to("cpu", torch.float32)
-    pyramid = _solve(job, routers, table)
-    settings = {
-        **pyramid.calibration, "budget": recipe.budget,
-        "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
-        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
-    }  # fmt: skip
-    report = _report(job, routers, table, pyramid, asked, grids, settings)
-    save_calibration(folder, None, replace(pyramid, calibration=report.summary()), report)
-    drop_state(folder)
-    return report
-
-
 @dataclass(frozen=True)
 class _Job:
     """What the stages of a calibration work with; only the main process has a state.
@@ -186,28 +153,28 @@ def _open(
     on_bad_row: OnBadRow,
     max_bad: float,
     processes: Processes,
-    keep_routers: bool,
+    budgets_only: bool,
 ) -> tuple[_Job, Dataset]:
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
         _, layout, pyramid = open_converted(folder)
-        dataset, processor = _read(folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad)
-        asked = [sample for sample in dataset.samples if sample.images]
-        needed = 1 if keep_routers else MIN_SAMPLES
-        if len(asked) < needed:
-            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {needed}")
         if pyramid.static_route is not None:
             raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
-        if keep_routers and not pyramid.budgets:
+        if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        held = asked if keep_routers else [asked[i] for i in _split(len(asked), recipe)[0]]
+        dataset, processor = _read(folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad)
+        asked = [sample for sample in dataset.samples if sample.images]
+        needed = 1 if budgets_only else MIN_SAMPLES
+        if len(asked) < needed:
+            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {needed}")
+        held = asked if budgets_only else [asked[i] for i in _split(len(asked), recipe)[0]]
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
         validate_budget(recipe, layout.shape, pyramid, lengths)
         measured = fingerprint(folder, dataset.digest, recipe)
-        if keep_routers:
+        if budgets_only:
             weights = [*folder.glob("*.safetensors"), *(folder / ADAPTER_FOLDER).glob("*.safetensors")]
             measured |= {"routers": weights_digest(weights)}
     everywhere = processes.gather(measured)
@@ -217,9 +184,9 @@ def _open(
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
         model = load_frozen(
-            folder, recipe.load_in, frozen_dtype(recipe), healed=keep_routers, device_map=default_device()
+            folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
         )
-    if not keep_routers:
+    if not budgets_only:
         _start_afresh(model.model.language_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
@@ -315,6 +282,25 @@ def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfi
     pyramid = replace(job.model.pyramid, budgets=budget_table(routers, table))
     within_reach = max(job.recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
+
+
+def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Report | None:
+    """Solve λ and the budget table anew, on all samples of other data, and store them."""
+    asked = [sample for sample in dataset.samples if sample.images]
+    table, grids = _measure(job, _answer(job, asked), len(asked))
+    if not job.processes.is_main:
+        return None
+    routers = job.model.model.language_model.routers.to("cpu", torch.float32)
+    pyramid = _solve(job, routers, table)
+    settings = {
+        **pyramid.calibration, "budget": job.recipe.budget,
+        "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
+        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+    }  # fmt: skip
+    report = _report(job, routers, table, pyramid, asked, grids, settings)
+    save_calibration(folder, None, replace(pyramid, calibration=report.summary()), report)
+    drop_state(folder)
+    return report
 
 
 def _report(

@@ -74,11 +74,13 @@ def command(
     read = budgets_recipe if budgets_only else calibration_recipe
     recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
-    from dpn_cli.calibration.calibrate import calibrate, solve_budgets
+    from dpn_cli.calibration.calibrate import calibrate
 
-    run = solve_budgets if budgets_only else calibrate
     try:
-        report = run(folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad)
+        report = calibrate(
+            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad,
+            budgets_only=budgets_only,
+        )  # fmt: skip
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise
