@@ -1,11 +1,12 @@
-"""How good is a calibration? Routed against fixed routes, random routing and the per-sample oracle, at equal FLOPs.
+"""How good is a calibration? Routed against random routing and the per-sample oracle at equal FLOPs, and fixed routes.
 
 Run it on a calibrated folder:
 
     python benchmarks/calibration.py --model dpn-demo/demo-dpn --data demo --samples 600
 
 The samples are of the data's held-out split, which calibration has never seen; every one is sent down every route, so
-that all contenders are judged on the same measurements. Intervals are 95%, of a paired bootstrap over the samples.
+that all contenders are judged on the same measurements. A fixed route is the best of the cheapest that spend as much as
+the routers, or more. Intervals are 95%, of a paired bootstrap over the samples.
 """
 
 import json

@@ -4,8 +4,9 @@ Run it on a calibrated folder, and on one that was healed from the same model if
 
     python benchmarks/frontier.py --model dpn-demo/demo-dpn --healed healed-dpn --data demo --samples 700
 
-All contenders answer the same held-out samples and spend what the pyramid spends on them; the teacher is the original,
-and contenders run on its weights. Intervals are 95%, of a paired bootstrap over the samples.
+All contenders answer the same held-out samples and spend what the pyramid spends on them; where one cannot, the verdict
+says so. The teacher is the original, and contenders run on its weights. Intervals are 95%, of a paired bootstrap over
+the samples.
 """
 
 import json
@@ -17,6 +18,7 @@ from dpn_cli import console
 from dpn_cli.calibration.data import MAX_BAD
 from dpn_cli.calibration.processes import ALONE
 from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.contenders.contender import TOLERANCE
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.pictures import plot_evaluation
 from dpn_cli.evaluation.run import evaluate_folder
@@ -32,13 +34,12 @@ def over(standing: Standing, pyramid: Standing) -> Estimate:
 
 
 def verdict(standing: Standing, pyramid: Standing | None) -> str:
-    """Say whether a contender is better or worse than the pyramid, or tied with it."""
+    """Say whether a contender is better or worse than the pyramid, or tied with it, and if it spent more or less."""
     if pyramid is None or standing is pyramid:
         return ""
-    difference = over(standing, pyramid)
-    if not difference.excludes_zero:
-        return "tied"
-    return "worse" if difference.low > 0 else "better"
+    difference, flops = over(standing, pyramid), standing.figures.fraction - pyramid.figures.fraction
+    word = "tied" if not difference.excludes_zero else "worse" if difference.low > 0 else "better"
+    return word if abs(flops) <= TOLERANCE else f"{word}, for {flops:+.3f} of the FLOPs"
 
 
 def show(estimate: Estimate, scale: float, digits: int) -> str:

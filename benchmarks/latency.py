@@ -6,18 +6,16 @@ The decoder is built in memory, in the dtype in which this CPU multiplies faster
 the same fractions of the depth (a quarter, a half, three quarters) as in the recipe. Its routers run but do not decide:
 random ones would decide nothing sensible. Routes are those nearest to a budget and, in the ragged batch, others for
 every sample whose mean is about the budget; rates go up to 4×4, without which such a pyramid cannot spend 0.35. FastV
-and PyramidDrop spend the same. All are measured in turns (see `dpn bench`); what counts is the paired speed-up of the
-prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared` takes the CPU
-time of one thread for the clock.
+and PyramidDrop spend what these routes spend. All are measured in turns (see `dpn bench`); what counts is the paired
+speed-up of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
+takes the CPU time of one thread for the clock.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import click
 import torch
@@ -29,7 +27,7 @@ from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
-from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.contenders.routes import GivenRoutes, Original
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
 from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig
@@ -42,34 +40,6 @@ GRID = (24, 24)
 IMAGE_TOKEN = 32000
 TEXT_TOKENS = {1: (64,), 4: (32, 64, 96, 128)}  # by batch size; the second is ragged
 SPREAD = (-0.09, -0.03, 0.03, 0.09)  # of the routes' FLOPs fractions in a ragged batch, around the budget
-
-
-@dataclass(frozen=True)
-class GivenRoutes(Routed):
-    """The pyramid with its routers at work and its routes given.
-
-    Attributes:
-        routes: one per sample.
-    """
-
-    routes: tuple[Route, ...] = ()
-
-    @contextmanager
-    def applied(self, model: Any) -> Iterator[None]:
-        """Let the routers score, and take the given routes."""
-        text_model = model.model.language_model
-        choose = text_model.choose
-
-        def score_and_choose(state: Any, site: int) -> Any:
-            text_model.routers[site](text_model.router_features(state)).tolist()
-            return choose(state, site)
-
-        text_model.forced_routes, text_model.choose = list(self.routes), score_and_choose
-        try:
-            yield
-        finally:
-            text_model.forced_routes = None
-            del text_model.choose
 
 
 def faster_dtype() -> torch.dtype:
@@ -136,10 +106,11 @@ def measure(
     contenders: dict[str, Contender] = {ORIGINAL: Original()}
     for budget in budgets:
         routes = tuple(routes_near(shape, pyramid, text_tokens, budget))
-        contenders[f"dpn at {budget:g}"] = GivenRoutes(routes=routes)
-        console.note(f"batch of {batch_size}, dpn at {budget:g}: routes {' '.join(map(str, routes))}")
-        contenders[f"fastv at {budget:g}"] = FastV(first_layers=1).fit(shape, prompts, budget)
-        contenders[f"pyramiddrop at {budget:g}"] = PyramidDrop(sites=sites).fit(shape, prompts, budget)
+        spent = fmean(flops_fraction(shape, pyramid, r, [GRID], n) for r, n in zip(routes, text_tokens, strict=True))
+        contenders[f"dpn at {budget:g}"] = GivenRoutes(given=routes)
+        console.note(f"batch of {batch_size}, dpn at {budget:g}: routes {' '.join(map(str, routes))} spend {spent:.3f}")
+        contenders[f"fastv at {budget:g}"] = FastV(first_layers=1).fit(shape, prompts, spent)
+        contenders[f"pyramiddrop at {budget:g}"] = PyramidDrop(sites=sites).fit(shape, prompts, spent)
     with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
         return measure_latency(model, contenders, [batch] * rounds, new_tokens=4, advance=advance, clock=clock)
 

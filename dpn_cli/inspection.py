@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dpn_cli.calibration.reach import typical_length
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
-from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout, open_llava, read_pyramid
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_llava, read_pyramid
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
@@ -54,6 +55,8 @@ class Inspection:
         parts: where the parameters are.
         grids: visual tokens of the sample that `routes` were computed for.
         text_tokens: of that sample.
+        sample_from: who chose that sample: the caller, at least in part (`options`), the `calibration`, whose typical
+            one it is, or nobody (`default`).
         routes: full, each uniform one, the cheapest, and those that were asked for.
     """
 
@@ -64,6 +67,7 @@ class Inspection:
     parts: tuple[Part, ...]
     grids: tuple[Grid, ...]
     text_tokens: int
+    sample_from: Literal["options", "calibration", "default"]
     routes: tuple[RouteCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ class Inspection:
             "parts": [vars(part) for part in self.parts],
             "pyramid": self.pyramid.to_dict() if self.pyramid.sites else None,
             "sample": {"grids": self.grids, "text_tokens": self.text_tokens},
+            "sample_from": self.sample_from,
             "routes": [
                 {
                     "name": cost.name,
@@ -92,17 +97,18 @@ class Inspection:
 
 def inspect_checkpoint(
     folder: Path,
-    text_tokens: int = 64,
-    images: int = 1,
-    image_size: tuple[int, int] = IMAGE_SIZE,
+    text_tokens: int | None = None,
+    images: int | None = None,
+    image_size: tuple[int, int] | None = None,
     asked: Sequence[str] = (),
 ) -> Inspection:
     """Read a LLaVA, converted or not.
 
     Args:
         folder: the checkpoint.
-        text_tokens: text tokens of the sample whose cost is shown.
-        images: images of that sample.
+        text_tokens: text tokens of the sample whose cost is shown; None for those that are typical of the calibration
+            data, or 64 where they are not known.
+        images: images of that sample; None, with no `image_size`, likewise, or one.
         image_size: their height and width in pixels, which only matter where images are cut into tiles.
         asked: more routes, see `parse_route`.
 
@@ -111,9 +117,15 @@ def inspect_checkpoint(
         UsageError: if the sample does not fit the model's positions, or a route not the pyramid.
     """
     checkpoint, layout = open_llava(folder)
-    grids = layout.image_grids([image_size] * images)
-    _check_length(layout, grids, text_tokens)
     pyramid = read_pyramid(checkpoint, layout)
+    typical = typical_length(pyramid)
+    default = layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS
+    grids, usual = typical or default
+    if images is not None or image_size is not None:
+        grids = layout.image_grids([image_size or IMAGE_SIZE] * (1 if images is None else images))
+    is_chosen = (text_tokens, images, image_size) != (None, None, None)
+    text_tokens = usual if text_tokens is None else text_tokens
+    _check_length(layout, grids, text_tokens)
     routes = {"full": pyramid.full_route}
     for expert in range(1, max((len(site.rates) for site in pyramid.sites), default=0)):
         routes[f"{_rate_name(pyramid, expert)} wherever offered"] = _uniform(pyramid, expert, grids)
@@ -136,6 +148,7 @@ def inspect_checkpoint(
         parts=tuple(_parts(checkpoint, layout)),
         grids=grids,
         text_tokens=text_tokens,
+        sample_from="options" if is_chosen else "default" if typical is None else "calibration",
         routes=tuple(cost(name, route) for name, route in routes.items()),
     )
 

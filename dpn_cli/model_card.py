@@ -6,14 +6,13 @@ from typing import Any
 import yaml
 
 from dpn_cli import __version__
-from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
 from dpn_cli.cost import flops_fraction
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Rate
 
 BUDGETS_SHOWN = 10
 TRANSFORMERS = "5.15.1 to 5.24.0"  # the releases that exports are tested with
-TEXT_TOKENS = 64  # of the prompt that a fixed route's cost is given for
 
 
 def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig) -> str:

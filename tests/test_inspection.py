@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,24 @@ def test_fractions_and_bytes_fit_the_layers(converted: Path) -> None:
         assert cheapest.fraction <= cost.fraction
     # keys and values, 2 heads of 16, 4 bytes each
     assert [layer.kv_bytes for layer in full.layers] == [2 * 154 * 2 * 16 * 4] * 8
+
+
+def test_the_sample_is_typical_of_the_calibration_data(converted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text())
+
+    def inspect(record: object, **options: Any) -> tuple[str, tuple[tuple[int, int], ...], int]:
+        config["pyramid"]["calibration"] = record
+        (folder / "config.json").write_text(json.dumps(config))
+        found = inspect_checkpoint(folder, **options)
+        return found.sample_from, found.grids, found.text_tokens
+
+    record = {"text_tokens": 11, "grids": [[12, 12], [12, 12]]}
+    assert inspect(record) == ("calibration", ((12, 12), (12, 12)), 11)
+    assert inspect(record, text_tokens=30) == ("options", ((12, 12), (12, 12)), 30)
+    assert inspect(record, images=1) == ("options", ((12, 12),), 11)
+    for older in ({}, {"text_tokens": "11", "grids": [[12, 12]]}, {"text_tokens": 11, "grids": []}):
+        assert inspect(older) == ("default", ((12, 12),), 64)
 
 
 def test_parts_add_up(converted: Path, tiny_llava: Path) -> None:

@@ -13,12 +13,12 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.calibration.encoding import encode, expected_grids, prompt_tokens, token_limit
-from dpn_cli.calibration.fingerprint import fingerprint, validate_same
+from dpn_cli.calibration.fingerprint import fingerprint, validate_same, weights_digest
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.processes import Processes
 from dpn_cli.calibration.quantised import load_frozen
-from dpn_cli.calibration.reach import validate_budget
+from dpn_cli.calibration.reach import Length, length_record, validate_budget
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
@@ -33,6 +33,7 @@ from dpn_cli.calibration.tuning import (
 )
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
+from dpn_cli.checkpoint.lora import ADAPTER_FOLDER
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.loading import default_device, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
@@ -56,6 +57,7 @@ def calibrate(
     max_bad: float = MAX_BAD,
     ignored: Sequence[str] = (),
     processes: Processes | None = None,
+    budgets_only: bool = False,
 ) -> Report | None:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
 
@@ -74,6 +76,8 @@ def calibrate(
         max_bad: see `load_data`.
         ignored: see `load_data`.
         processes: that calibrate together, each with this call; by default those that a launcher has started.
+        budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
+            table, so that budgets are met on this data.
 
     Returns:
         The report; None in all processes but the main one, which alone fits and writes.
@@ -85,8 +89,10 @@ def calibrate(
     """
     processes = processes or Processes.join()
     job, dataset = _open(
-        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes
+        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes, budgets_only
     )
+    if budgets_only:
+        return _solve_budgets(job, dataset, folder, data)
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
@@ -106,13 +112,12 @@ def calibrate(
     else:
         objective = _fit(job, routers, table.select(torch.arange(len(held), len(samples))), held_table)
 
-    pyramid = replace(job.model.pyramid, budgets=budget_table(routers, held_table))
-    within_reach = max(recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
-    pyramid = replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
+    pyramid = _solve(job, routers, held_table)
     settings = {
         "data": data, "data_digest": dataset.digest,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
+        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     adapter = keep_adapter(job.model, folder)
@@ -124,7 +129,11 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Job:
-    """What the stages of a calibration work with; only the main process has a state."""
+    """What the stages of a calibration work with; only the main process has a state.
+
+    Attributes:
+        lengths: of the samples that the budget table is made of.
+    """
 
     model: PyramidGenerationMixin
     processor: Any
@@ -132,6 +141,7 @@ class _Job:
     state: MeasurementState | None
     processes: Processes
     progress: Progress
+    lengths: Sequence[Length]
 
 
 def _open(
@@ -146,32 +156,46 @@ def _open(
     max_bad: float,
     ignored: Sequence[str],
     processes: Processes,
+    budgets_only: bool,
 ) -> tuple[_Job, Dataset]:
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
         _, layout, pyramid = open_converted(folder)
+        if pyramid.static_route is not None:
+            raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
+        if budgets_only and not pyramid.budgets:
+            raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         dataset, processor = _read(
             folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad, ignored
         )
         asked = [sample for sample in dataset.samples if sample.images]
-        if len(asked) < MIN_SAMPLES:
-            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {MIN_SAMPLES}")
-        if pyramid.static_route is not None:
-            raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
-        _validate_reach(layout, pyramid, asked, processor, recipe)
+        needed = 1 if budgets_only else MIN_SAMPLES
+        if len(asked) < needed:
+            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {needed}")
+        held = asked if budgets_only else [asked[i] for i in _split(len(asked), recipe)[0]]
+        lengths = [
+            (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
+        ]
+        validate_budget(recipe, layout.shape, pyramid, lengths)
         measured = fingerprint(folder, dataset.digest, recipe)
+        if budgets_only:
+            weights = [*folder.glob("*.safetensors"), *(folder / ADAPTER_FOLDER).glob("*.safetensors")]
+            measured |= {"routers": weights_digest(weights)}
     everywhere = processes.gather(measured)
     with processes.as_one():
         validate_same(everywhere)
         if restart and processes.is_main:
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
-        model = load_frozen(folder, recipe.load_in, frozen_dtype(recipe), device_map=default_device())
-    _start_afresh(model.model.language_model.routers)
+        model = load_frozen(
+            folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
+        )
+    if not budgets_only:
+        _start_afresh(model.model.language_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
-    return _Job(model, processor, recipe, state, processes, progress), dataset
+    return _Job(model, processor, recipe, state, processes, progress, lengths), dataset
 
 
 def _read(
@@ -196,17 +220,6 @@ def _read(
     for line in dataset.scan.lines():
         say(line)
     return dataset, processor
-
-
-def _validate_reach(
-    layout: LlavaLayout, pyramid: PyramidConfig, samples: Sequence[Sample], processor: Any, recipe: CalibrationRecipe
-) -> None:
-    """Check that the budget is within reach on these samples."""
-    held = [samples[i] for i in _split(len(samples), recipe)[0]]  # those that the budget table is made of
-    lengths = [
-        (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
-    ]
-    validate_budget(recipe, layout.shape, pyramid, lengths)
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
@@ -268,6 +281,32 @@ def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable
     with job.progress("fitting routers", recipe.epochs) as advance:
         fit = fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
     return fit.objective
+
+
+def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
+    """Return the pyramid with the budget table of some samples, and the λ for the budget."""
+    pyramid = replace(job.model.pyramid, budgets=budget_table(routers, table))
+    within_reach = max(job.recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
+    return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
+
+
+def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Report | None:
+    """Solve λ and the budget table anew, on all samples of other data, and store them."""
+    asked = [sample for sample in dataset.samples if sample.images]
+    table, grids = _measure(job, _answer(job, asked), len(asked))
+    if not job.processes.is_main:
+        return None
+    routers = job.model.model.language_model.routers.to("cpu", torch.float32)
+    pyramid = _solve(job, routers, table)
+    settings = {
+        **pyramid.calibration, "budget": job.recipe.budget,
+        "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
+        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+    }  # fmt: skip
+    report = _report(job, routers, table, pyramid, asked, grids, settings)
+    save_calibration(folder, None, replace(pyramid, calibration=report.summary()), report)
+    drop_state(folder)
+    return report
 
 
 def _report(

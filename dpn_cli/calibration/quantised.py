@@ -16,21 +16,26 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
 def load_frozen(
-    folder: Path, load_in: Literal["4bit", "8bit"] | None, dtype: str | torch.dtype = "auto", **kwargs: Any
+    folder: Path,
+    load_in: Literal["4bit", "8bit"] | None,
+    dtype: str | torch.dtype = "auto",
+    healed: bool = False,
+    **kwargs: Any,
 ) -> PyramidGenerationMixin:
-    """Load a converted checkpoint as it was before any healing, its decoder quantised if asked.
+    """Load a converted checkpoint, as it was before any healing, its decoder quantised if asked.
 
     Args:
         folder: from `dpn convert`.
         load_in: bits per weight; None leaves the weights alone.
         dtype: of what is not quantised, and of the computation.
+        healed: load what healing has trained, too.
         **kwargs: for `load_model`.
 
     Raises:
         CheckpointError: as `load_model`.
     """
     if load_in is None:
-        return load_model(folder, dtype, healed=False, **kwargs)
+        return load_model(folder, dtype, healed=healed, **kwargs)
     from transformers import BitsAndBytesConfig
 
     hush_bitsandbytes()
@@ -40,7 +45,7 @@ def load_frozen(
         llm_int8_skip_modules=SKIPPED,
         bnb_4bit_quant_type="nf4",
     )
-    model = load_model(folder, dtype, healed=False, quantization_config=config, **kwargs)
+    model = load_model(folder, dtype, healed=healed, quantization_config=config, **kwargs)
     _settle(model)
     return model
 

@@ -1,7 +1,10 @@
 """Which budgets a pyramid can reach on given samples: their lengths tell, before anything is measured. No torch."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.errors import RecipeError, UsageError
@@ -15,6 +18,34 @@ def cheapest_fraction(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequ
     """Return the mean FLOPs fraction that routing reaches when λ outweighs every distortion."""
     total = sum(count * _cheapest(shape, pyramid, *length) for length, count in Counter(lengths).items())
     return total / len(lengths)
+
+
+def length_record(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]) -> dict[str, Any]:
+    """Return for config.json one length that stands for all: its cheapest route costs what theirs do in the mean.
+
+    So what `dpn inspect` shows for a sample of this length agrees with the budget table, which is of all of them.
+    """
+    mean = cheapest_fraction(shape, pyramid, lengths)
+    distances = {length: abs(_cheapest(shape, pyramid, *length) - mean) for length in dict.fromkeys(lengths)}
+    grids, _ = min(distances, key=lambda length: distances[length])
+    texts = range(min(text for _, text in lengths), max(text for _, text in lengths) + 1)
+
+    def cost(text_tokens: int) -> float:
+        return _cheapest(shape, pyramid, grids, text_tokens)
+
+    above = bisect_left(texts, mean, key=cost)  # the more text there is, the less is saved
+    text_tokens = min(texts[max(above - 1, 0) : above + 1], key=lambda text: abs(cost(text) - mean))
+    return {"text_tokens": text_tokens, "grids": [list(grid) for grid in grids]}
+
+
+def typical_length(pyramid: PyramidConfig) -> Length | None:
+    """Return what `length_record` has recorded; None where there is no such record, as in older checkpoints."""
+    record = pyramid.calibration
+    with suppress(KeyError, TypeError, ValueError):
+        grids = tuple((int(height), int(width)) for height, width in record["grids"])
+        if record["text_tokens"] >= 1 and min(min(grid) for grid in grids) >= 1:
+            return grids, int(record["text_tokens"])
+    return None
 
 
 def validate_budget(

@@ -9,7 +9,9 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import IMPORTED_USE
-from dpn_cli.recipe import CalibrationRecipe, Recipe, apply_override
+from dpn_cli.recipe import DEFAULT_RECIPE, CalibrationRecipe, Recipe, apply_override, load_recipe
+
+_MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 
 
 def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:
@@ -34,8 +36,35 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
             f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "
             "with the source"
         )
-    data = read_json(folder / RECIPE_FILE)
+    return _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
+
+
+def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:
+    """Return how a calibrated checkpoint is measured where only its budgets are solved: as before, nothing is trained.
+
+    Args:
+        folder: converted or exported.
+        overrides: see `calibration_recipe`.
+        options: likewise; without a budget among them, the one that the checkpoint is set to.
+
+    Raises:
+        CheckpointError: if the folder is neither.
+        RecipeError: if an override is wrong.
+    """
+    pyramid = open_converted(folder)[2]
+    has_recipe = (folder / RECIPE_FILE).is_file()
+    data = read_json(folder / RECIPE_FILE) if has_recipe else load_recipe(DEFAULT_RECIPE).to_dict()
+    recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
+    data["calibration"] = {**data.get("calibration", {}), **recorded, "budget": pyramid.budget or 1.0}
+    options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}}
+    return _resolved(data, overrides, options, where=folder)
+
+
+def _resolved(
+    data: dict[str, Any], overrides: Sequence[str], options: dict[str, Any], where: Path
+) -> CalibrationRecipe:
+    """Return the calibration section of a recipe's plain data, with overrides and options."""
     for override in overrides:
         apply_override(data, override)
     data["calibration"] = {**data.get("calibration", {}), **options}
-    return Recipe.from_dict(data, where=str(folder / RECIPE_FILE)).calibration
+    return Recipe.from_dict(data, where=str(where)).calibration

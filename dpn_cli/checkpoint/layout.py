@@ -17,7 +17,9 @@ from dpn_cli.modeling.tiling import Tiling
 
 DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
 
-IMAGE_SIZE = (672, 672)  # height and width of the image that costs are shown for where nobody says
+# The sample that costs are shown for where nobody says: height and width of its image, and its text tokens.
+IMAGE_SIZE = (672, 672)
+TEXT_TOKENS = 64
 
 # What transformers' config classes assume for keys that a text_config leaves out (tests compare).
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {

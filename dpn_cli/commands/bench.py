@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console
+from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import (
     Fraction,
     Size,
@@ -15,17 +16,14 @@ from dpn_cli.commands.options import (
     contender_names,
     ignore_fields_option,
     model_option,
+    validate_budgets,
 )
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
 if TYPE_CHECKING:
-    from dpn_cli.evaluation.contenders.contender import Contender, Prompt
     from dpn_cli.evaluation.latency import Inputs
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-
-
-TEXT_TOKENS = 64
 
 
 class TextTokens(click.ParamType[tuple[int, ...]]):
@@ -55,7 +53,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Other methods, at the FLOPs of every --budget: {', '.join(CONTENDERS[1:])}, or all.",
+    help=f"Other methods, at what dpn spends for every --budget: {', '.join(CONTENDERS[1:])}, or all.",
 )  # fmt: skip
 @click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
 @click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
@@ -64,8 +62,9 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     help="Their height and width, for models that cut images into tiles; default: 672x672.",
 )  # fmt: skip
 @click.option(
-    "--text-tokens", type=TextTokens(), metavar="N[,N…]", help="Of a batch's synthetic samples, in turn; default: 64."
-)
+    "--text-tokens", type=TextTokens(), metavar="N[,N…]",
+    help=f"Of a batch's synthetic samples, in turn; default: as in the calibration data, else {TEXT_TOKENS}.",
+)  # fmt: skip
 @click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
 @click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
 @ignore_fields_option
@@ -92,8 +91,8 @@ def command(
 ) -> None:
     """Measure time to the first token, decoding, memory and FLOPs beside the original's, in turns in one process.
 
-    Without --budget and --route the checkpoint runs as it is. Synthetic prompts are noise: what routers make of them
-    says nothing about your data, for that give --data.
+    Without --budget and --route the checkpoint runs as it is set. Synthetic prompts are noise to the routers: they
+    run, but routes that spend the budget are given. With --data they choose, and others get what they spend.
     """
     names = contender_names(against)
     if names and not budgets:
@@ -106,29 +105,42 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
+    from dpn_cli.calibration.reach import typical_length
     from dpn_cli.checkpoint.layout import IMAGE_SIZE, open_converted
     from dpn_cli.commands.tables import print_latency
-    from dpn_cli.evaluation.latency import measure_latency, prompts_of
+    from dpn_cli.evaluation.latency import measure_latency
+    from dpn_cli.evaluation.lineup import line_up
+    from dpn_cli.evaluation.spending import unmet
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
     from dpn_cli.route import parse_route
 
-    experts = [parse_route(route, open_converted(folder)[2].sites) for route in routes]
+    pyramid = open_converted(folder)[2]
+    experts = [parse_route(route, pyramid.sites) for route in routes]
+    validate_budgets(pyramid, budgets)
+    typical = typical_length(pyramid)
     loaded = load_model(folder, device_map=default_device())
     processor = load_processor(folder)
-    results = []
+    results, lineups = [], []
     for batch_size in batch_sizes:
         if data is None:
-            lengths = text_tokens or (TEXT_TOKENS,)
+            lengths = text_tokens or (TEXT_TOKENS if typical is None else typical[1],)
             size = image_size or IMAGE_SIZE
             batches = _synthetic(loaded, processor, images or 1, size, lengths, batch_size, rounds)
         else:
             batches = _from_data(loaded, processor, data, image_root, ignored, batch_size, rounds)
-        prompts = [prompt for batch in batches for prompt in prompts_of(loaded, batch)]
-        contenders = _contenders(loaded, prompts, budgets, experts, names)
-        with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
-            results.append(measure_latency(loaded, contenders, batches, new_tokens, advance))
+        found = line_up(loaded, batches, budgets, experts, names, has_data=data is not None)
+        for remark in found.remarks:
+            console.note(remark)
+        with console.progress(f"batch of {batch_size}", (rounds + 1) * len(found.contenders)) as advance:
+            results.append(measure_latency(loaded, found.contenders, batches, new_tokens, advance))
+        lineups.append(found)
+        for line in unmet(found.spendings, pyramid, folder, data, image_root) if data is not None else ():
+            console.note(line)
     if as_json:
-        rows = [result.to_dict() for result in results]
+        rows = [
+            result.to_dict() | {"budgets": [each.to_dict() for each in found.spendings], "remarks": found.remarks}
+            for result, found in zip(results, lineups, strict=True)
+        ]
         click.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
     else:
         for result in results:
@@ -177,61 +189,12 @@ def _from_data(
     from dpn_cli.calibration.data import load_data
     from dpn_cli.calibration.encoding import prompts
 
-    samples = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored).samples
+    dataset = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored)
+    samples = [sample for sample in dataset.samples if sample.images]
     if len(samples) < batch_size * rounds:
         raise DataError(
-            f"--data {data} has {len(samples)} samples, {rounds} rounds of {batch_size} need {batch_size * rounds}"
+            f"--data {data} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
+            f"{batch_size * rounds}"
         )
     parts = [samples[start : start + batch_size] for start in range(0, batch_size * rounds, batch_size)]
     return [prompts(part, processor, model.device) for part in parts]
-
-
-def _contenders(
-    model: "PyramidGenerationMixin",
-    prompts: "Sequence[Prompt]",
-    budgets: Sequence[float],
-    routes: Sequence[tuple[int, ...]],
-    against: Sequence[str],
-) -> "dict[str, Contender]":
-    """Return what is to be measured, by the names that tables use.
-
-    Raises:
-        UsageError: if a budget or a route is not to be had.
-    """
-    from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
-    from dpn_cli.evaluation.latency import ORIGINAL
-
-    pyramid = model.pyramid
-    contenders: dict[str, Contender] = {ORIGINAL: Original()}
-    if not budgets and not routes:
-        contenders["dpn"] = Routed()
-    try:
-        for budget in budgets:
-            pyramid.trade_off_for(budget)
-            contenders[f"dpn at {budget:g}"] = Routed(budget)
-            contenders |= _rivals(model, prompts, budget, [name for name in against if name != ORIGINAL])
-        for route in routes:
-            for prompt in prompts:
-                pyramid.walk(route, prompt.grids)
-            fixed = FixedRoute(pyramid, route)
-            contenders[fixed.label] = fixed
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return contenders
-
-
-def _rivals(
-    model: "PyramidGenerationMixin", prompts: "Sequence[Prompt]", budget: float, names: Sequence[str]
-) -> "dict[str, Contender]":
-    """Return other methods at a budget; say which cannot spend so little, or cannot handle such a model."""
-    from dpn_cli.evaluation.contenders import make_contender
-
-    found: dict[str, Contender] = {}
-    for name in names:
-        try:
-            contender = make_contender(name, model.pyramid).fit(model.model.language_model.shape, prompts, budget)
-            with contender.applied(model):
-                found[f"{contender.label} at {budget:g}"] = contender
-        except (ValueError, UsageError) as error:
-            console.note(f"Left out, {name} at {budget:g}: {error}")
-    return found

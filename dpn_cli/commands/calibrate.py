@@ -8,6 +8,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
+from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.data import OnBadRow
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     type=Fraction(),
-    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's.",
+    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, with --budgets-only the one "
+    "that the checkpoint is set to.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 @click.option(
     "--load-in", type=Choice(["4bit", "8bit"]), help="Hold the frozen model quantised; default: the recipe's."
 )
+@click.option(
+    "--budgets-only", is_flag=True,
+    help="Keep the routers and solve the budget table anew, so that budgets are met on this data.",
+)  # fmt: skip
 @processes_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
 @click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
@@ -45,6 +51,7 @@ def command(
     seed: int | None,
     heal: str | None,
     load_in: str | None,
+    budgets_only: bool,
     overrides: tuple[str, ...],
     restart: bool,
     as_json: bool,
@@ -54,20 +61,27 @@ def command(
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
     After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
     For several machines: `accelerate launch -m dpn_cli calibrate ...` on each.
+
+    Budgets are means over the calibration data. Where your data spend more, or less, than you ask for,
+    --budgets-only solves them on your data; the checkpoint may be an exported one, too.
     """
+    if budgets_only and heal not in (None, "none"):
+        raise UsageError("--budgets-only trains nothing: leave out --heal")
     folder = checkpoint_folder(model)
-    from dpn_cli.calibration.settings import calibration_recipe
+    from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
-    recipe = calibration_recipe(folder, overrides, {k: v for k, v in options.items() if v is not None})
+    read = budgets_recipe if budgets_only else calibration_recipe
+    recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
     from dpn_cli.calibration.calibrate import calibrate
 
     try:
         report = calibrate(
-            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad, ignored
-        )
+            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad, ignored,
+            budgets_only=budgets_only,
+        )  # fmt: skip
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise
@@ -79,4 +93,7 @@ def command(
     from dpn_cli.commands.tables import print_calibration
 
     print_calibration(report)
-    console.note(f"Wrote the routers and calibration/report.html to {folder}. Next: dpn export")
+    what = "λ, the budget table" if budgets_only else "the routers"
+    console.note(
+        f"Wrote {what} and calibration/report.html to {folder}. Next: dpn {'eval' if budgets_only else 'export'}"
+    )

@@ -50,7 +50,12 @@ if TYPE_CHECKING:
     "--metric", type=Choice(["exact", "choice", "anls"]), default="exact", show_default=True,
     help="How answers are scored by labels: normalised exact match (VQA), letter of the option, or edit distance.",
 )  # fmt: skip
-@click.option("--by", "kind_field", default="kind", show_default=True, help="The data's field to group figures by.")
+@click.option(
+    "--by",
+    "kind_field",
+    metavar="FIELD",
+    help="The data's field to group figures by; default: kind, where there is one.",
+)
 @click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all, of the demo 512.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per answer.")
@@ -70,7 +75,7 @@ def command(
     budgets: tuple[float, ...],
     against: str,
     metric: str,
-    kind_field: str,
+    kind_field: str | None,
     samples: int | None,
     seed: int,
     max_new_tokens: int,
@@ -90,6 +95,8 @@ def command(
         raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
     folder = checkpoint_folder(model)
     if data is None:
+        if kind_field is not None:
+            raise UsageError("--tasks has groups of its own: leave out --by")
         _run_benchmarks(folder, tasks or "", names, budgets, batch_size, samples, include_path, as_json)
         return
     from dpn_cli.evaluation.pictures import plot_evaluation
@@ -136,7 +143,9 @@ def _run_benchmarks(
     Raises:
         UsageError: with what it cannot do.
     """
-    from dpn_cli.evaluation.harness import run_benchmarks
+    from dpn_cli.checkpoint.layout import open_converted
+    from dpn_cli.evaluation.harness import run_benchmarks, spendings
+    from dpn_cli.evaluation.spending import unmet
 
     if against:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
@@ -146,8 +155,16 @@ def _run_benchmarks(
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]
     rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note)
+    pyramid = open_converted(folder)[2]
+    spent = spendings(rows, budgets, pyramid.budget)
+    for line in unmet(spent, pyramid, folder, data=None):
+        console.note(line)
     if as_json:
-        found = {"checkpoint": str(folder), "benchmarks": [row.to_dict() for row in rows]}
+        found = {
+            "checkpoint": str(folder),
+            "benchmarks": [row.to_dict() for row in rows],
+            "budgets": [each.to_dict() for each in spent],
+        }
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     from dpn_cli.commands.tables import print_benchmarks

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
+from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
@@ -14,18 +15,25 @@ if TYPE_CHECKING:
     from dpn_cli.inspection import Inspection, RouteCost
 
 
+SAMPLE_FROM = {
+    "options": "",
+    "calibration": ", as is typical of the calibration data",
+    "default": ", a length that is assumed (--text-tokens)",
+}
+
+
 @click.command("inspect")
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option
-@click.option("--text-tokens", type=click.IntRange(1), default=64, show_default=True, help="Text tokens of a sample.")
-@click.option("--images", type=click.IntRange(0), default=1, show_default=True, help="Images of a sample.")
 @click.option(
-    "--image-size",
-    type=Size(),
-    default="672x672",
-    show_default=True,
-    help="Height and width of the images, for models that cut them into tiles.",
-)
+    "--text-tokens", type=click.IntRange(1),
+    help=f"Text tokens of a sample; default: as is typical of the calibration data, else {TEXT_TOKENS}.",
+)  # fmt: skip
+@click.option("--images", type=click.IntRange(0), help="Images of a sample; default: likewise, else 1.")
+@click.option(
+    "--image-size", type=Size(),
+    help="Height and width of the images, for models that cut them into tiles; default: likewise, else 672x672.",
+)  # fmt: skip
 @click.option(
     "--route", "routes", multiple=True, help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable."
 )
@@ -33,9 +41,9 @@ if TYPE_CHECKING:
 def command(
     name: str | None,
     model: Path | None,
-    text_tokens: int,
-    images: int,
-    image_size: tuple[int, int],
+    text_tokens: int | None,
+    images: int | None,
+    image_size: tuple[int, int] | None,
     routes: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -78,7 +86,7 @@ def _show(found: "Inspection") -> None:
         )
     images = " + ".join(f"{height}×{width}" for height, width in found.grids) or "no"
     console.table(
-        f"Prefill of {images} visual and {found.text_tokens} text tokens",
+        f"Prefill of {images} visual and {found.text_tokens} text tokens{SAMPLE_FROM[found.sample_from]}",
         ["route", "experts", "FLOPs fraction", "GFLOPs", "KV cache, MB"],
         [_summary(cost) for cost in found.routes],
     )

@@ -3,10 +3,10 @@
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from dpn_cli import console, workspace
 from dpn_cli.calibration.launch import is_launched, launch
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
+
+if TYPE_CHECKING:
+    from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +100,19 @@ def checkpoint_folder(model: Path | None) -> Path:
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder
+
+
+def validate_budgets(pyramid: "PyramidConfig", budgets: Iterable[float]) -> None:
+    """Check that a pyramid's budget table has all budgets.
+
+    Raises:
+        UsageError: for the first that it has not.
+    """
+    try:
+        for budget in budgets:
+            pyramid.trade_off_for(budget)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def contender_names(against: str) -> tuple[str, ...]:

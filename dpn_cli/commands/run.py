@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option, validate_budgets
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,21 +50,29 @@ def command(
     from dpn_cli.calibration.data import Sample, Turn
     from dpn_cli.calibration.data.images import image_path
     from dpn_cli.checkpoint.layout import open_converted
+    from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.modeling.loading import default_device, load_model, load_processor
     from dpn_cli.route import parse_route
 
-    experts = None if route is None else parse_route(route, open_converted(folder)[2].sites)
+    pyramid = open_converted(folder)[2]
+    experts = None if route is None else parse_route(route, pyramid.sites)
+    validate_budgets(pyramid, [] if budget is None else [budget])
     sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
     sample.open_images()  # an image that cannot be read is named before the model is loaded
     loaded = load_model(folder, device_map=default_device())
     _choose(loaded, budget, experts)
     processor = load_processor(folder)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
+    asked = loaded.pyramid.budget if experts is None else None
+    spending = None if asked is None else Spending(asked, done.flops_fraction, samples=1)
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))
+        found = {"checkpoint": str(folder), **done.to_dict(), "budget": spending and spending.to_dict()}
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     click.echo()
     console.note(_cost_line(done))
+    for line in unmet([spending], pyramid, folder, data=None) if spending else ():
+        console.note(line)
 
 
 def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tuple[int, ...] | None) -> None:

@@ -73,15 +73,18 @@ def print_evaluation(result: "Evaluation") -> None:
     columns += ["accuracy", "change, 95%", "McNemar p"] if scored else []
     rows = [_standing(standing) for standing in result.standings]
     console.table(
-        f"{len(result.questions)} samples; the teacher is the original, and every contender spends what dpn does",
+        f"{len(result.questions)} samples; the teacher is the original, and all others are set to spend what dpn does",
         columns, rows, texts=["contender"],
     )  # fmt: skip
-    for standing in result.of("dpn"):
+    pyramids = result.of("dpn")
+    for standing in pyramids:
         if len(standing.kinds) > 1:
-            budget = "" if standing.budget is None else f" at budget {standing.budget:g}"
+            budget = f" at budget {standing.budget:g}" if len(pyramids) > 1 else ""
             print_fidelity(f"dpn{budget}, by kind of question", {**standing.kinds, "all": standing.figures})
     for reason in result.left_out:
         console.note(f"Left out: {reason}")
+    for remark in result.not_equal:
+        console.note(f"Not equal: {remark}")
 
 
 def _standing(standing: "Standing") -> tuple[str, ...]:

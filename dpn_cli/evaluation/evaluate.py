@@ -9,10 +9,11 @@ from typing import Any
 from dpn_cli.calibration.data import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import make_contender
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.spending import Spending
 from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -26,10 +27,11 @@ class Standing:
     Attributes:
         contender: its name.
         label: its name and settings.
-        budget: asked for, or None for what the checkpoint is set to.
+        budget: asked for, or what the checkpoint is set to; None where that is no limit.
         figures: of all samples.
         kinds: of every kind of question.
-        distortion_over_dpn: its KL less the pyramid's at the same budget, sample by sample, where there is one.
+        fraction_over_dpn: its FLOPs fraction less the pyramid's at the same budget, where there is one.
+        distortion_over_dpn: its KL less the pyramid's, sample by sample, likewise.
         outcomes: of every sample.
     """
 
@@ -38,6 +40,7 @@ class Standing:
     budget: float | None
     figures: Figures
     kinds: dict[str, Figures]
+    fraction_over_dpn: float | None
     distortion_over_dpn: Estimate | None
     outcomes: tuple[Outcome, ...]
 
@@ -54,15 +57,23 @@ class Standing:
         budget, contender = entry
         pairs = () if dpn is None else zip(outcomes, dpn.outcomes, strict=True)
         over = [theirs.distortion - ours.distortion for theirs, ours in pairs]
+        figures = Figures.of(outcomes, questions, metric)
         return cls(
             contender=contender.name,
             label=contender.label,
             budget=budget,
-            figures=Figures.of(outcomes, questions, metric),
+            figures=figures,
             kinds=by_kind(outcomes, questions, metric),
+            fraction_over_dpn=None if dpn is None else figures.fraction - dpn.figures.fraction,
             distortion_over_dpn=bootstrap_mean(over) if over else None,
             outcomes=tuple(outcomes),
         )
+
+    @property
+    def inequality(self) -> str | None:
+        """Says that it does not spend what the pyramid does; None where it does, or there is nothing to compare."""
+        spent, over = self.figures.fraction, self.fraction_over_dpn
+        return None if over is None else unequal(self.label, spent, spent - over)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without the single samples."""
@@ -89,12 +100,26 @@ class Evaluation:
         """Return the standings of one contender, in the order of the budgets."""
         return [standing for standing in self.standings if standing.contender == contender]
 
+    @property
+    def spendings(self) -> list[Spending]:
+        """What the pyramid has spent at every budget."""
+        found = [(standing.budget, standing.figures) for standing in self.of(Routed.name)]
+        return [Spending(budget, figures.fraction, figures.count) for budget, figures in found if budget is not None]
+
+    @property
+    def not_equal(self) -> list[str]:
+        """Say which contenders do not spend what the pyramid does."""
+        found = [(standing.budget, standing.inequality) for standing in self.standings]
+        return [remark if budget is None else f"at {budget:g}, {remark}" for budget, remark in found if remark]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
             "samples": len(self.questions),
+            "budgets": [each.to_dict() for each in self.spendings],
             "standings": [standing.to_dict() for standing in self.standings],
             "left_out": list(self.left_out),
+            "not_equal": self.not_equal,
         }
 
 
@@ -109,7 +134,7 @@ def evaluate(
     """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
 
     Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
-    cannot spend so little, to the budget itself.
+    cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
 
     Args:
         panel: the model and how it is asked.
@@ -132,7 +157,7 @@ def evaluate(
     hearing = _Hearing(panel, samples, teacher, metric, progress)
     routed = hearing.stand("asking the pyramid", pyramids)
     spent = {standing.budget: standing for standing in routed}
-    asked: list[float | None] = [*budgets] or [None]
+    asked: list[float | None] = [*budgets] or list(spent)
     entries, out_of_reach = _rivals(panel, hearing.sizes, against, asked, spent)
     rivals = _best(hearing.stand("asking the others", entries, spent))
     order = [standing for budget in asked for standing in (*routed, *rivals) if standing.budget == budget]
@@ -152,8 +177,9 @@ class _Hearing:
     @cached_property
     def questions(self) -> tuple[Question, ...]:
         """What was asked, and what the data and the teacher answer."""
+        without = "without" if any(sample.kind for sample in self.samples) else "all"
         return tuple(
-            Question(sample.kind or "all", sample.turns[sample.asked].answer, answer)
+            Question(sample.kind or without, sample.turns[sample.asked].answer, answer)
             for sample, answer in zip(self.samples, self.teacher, strict=True)
         )
 
@@ -185,7 +211,7 @@ class _Hearing:
 def _pyramids(panel: Panel, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
     """Return the pyramid at every budget that it can spend, and why not at the others."""
     if not budgets:
-        return [(None, Routed())], []
+        return [(panel.model.pyramid.budget, Routed())], []
     entries: list[Entry] = []
     refused: list[str] = []
     for budget in budgets:

@@ -15,12 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpn_cli.errors import DpnError, MissingExtraError, UsageError
+from dpn_cli.evaluation.spending import Spending
 
 PAPER_TASKS = (
     "vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev", "seedbench",
     "mmvet",
 )  # fmt: skip
-TEACHER = "teacher"
+TEACHER, PYRAMID = "teacher", "dpn"
 _TAIL = 20  # lines of a failed run that are shown
 _NOT_METRICS = {"alias", "samples", "n", "effective"}
 
@@ -94,7 +95,7 @@ def run_benchmarks(
     if set(",=\"'") & set(str(checkpoint)):
         raise UsageError(f"lmms-eval takes no path with a comma, an equals sign or a quote: rename {checkpoint}")
     settings = {TEACHER: "teacher=True"}
-    settings |= {f"dpn at {budget:g}": f"budget={budget}" for budget in budgets} or {"dpn": ""}
+    settings |= {_name(budget): f"budget={budget}" for budget in budgets} or {PYRAMID: ""}
     results = {}
     for name, setting in settings.items():
         say(f"{name}: {', '.join(tasks)}")
@@ -104,6 +105,29 @@ def run_benchmarks(
         options += [] if include_path is None else ["--include_path", str(include_path)]
         results[name] = _run(model_args, options, say)
     return _side_by_side(results)
+
+
+def spendings(rows: Sequence[Benchmark], budgets: Sequence[float], own: float | None) -> list[Spending]:
+    """Return what the pyramid has spent on every task, which may have several metrics.
+
+    Args:
+        rows: from `run_benchmarks`.
+        budgets: likewise.
+        own: the budget that the checkpoint is set to, or None.
+    """
+    asked: dict[str, float | None] = {_name(budget): budget for budget in budgets}
+    asked = asked or {PYRAMID: own}
+    tasks = {row.task: row for row in rows}.values()
+    return [
+        Spending(budget, row.fractions[name], row.samples)
+        for row in tasks
+        for name, budget in asked.items()
+        if budget is not None and name in row.fractions
+    ]
+
+
+def _name(budget: float) -> str:
+    return f"{PYRAMID} at {budget:g}"
 
 
 def _side_by_side(results: dict[str, _Results]) -> list[Benchmark]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from dpn_cli.cost import DecoderShape
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.contenders.contender import Contender, Prompt, full_flops
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -231,13 +230,9 @@ def _run(
     with contender.applied(model):
         timing, logits = time_generation(model, inputs, new_tokens, clock)
         fractions = contender.fractions(model, prompts)
-    full = [_full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
+    full = [full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
     spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))
     return _Run(timing, logits.float(), spent / sum(full), spent)
-
-
-def _full_flops(shape: DecoderShape, prompt: Prompt) -> int:
-    return shape.num_layers * shape.layer_flops(prompt.visual_tokens + prompt.text_tokens)
 
 
 def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measured:

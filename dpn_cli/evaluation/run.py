@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from dpn_cli.calibration.data import KIND_FIELD, Dataset, OnBadRow, load_data
+from dpn_cli.calibration.data import Dataset, OnBadRow, load_data
 from dpn_cli.calibration.encoding import token_limit
 from dpn_cli.calibration.fingerprint import validate_same, weights_digest
 from dpn_cli.calibration.processes import Processes
@@ -12,6 +12,7 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.evaluation.spending import unmet
 from dpn_cli.modeling.loading import default_device, load_model, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -33,7 +34,7 @@ def evaluate_folder(
     batch_size: int,
     progress: Progress,
     say: Callable[[str], None],
-    kind_field: str = KIND_FIELD,
+    kind_field: str | None = None,
     ignored: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> Evaluation | None:
@@ -56,7 +57,7 @@ def evaluate_folder(
         batch_size: samples per forward pass.
         progress: see `evaluate`.
         say: told what goes on, a sentence at a time.
-        kind_field: of the data, groups the figures.
+        kind_field: see `load_data`.
         ignored: see `load_data`.
         processes: that evaluate together, each with this call; by default those that a launcher has started.
 
@@ -91,6 +92,8 @@ def evaluate_folder(
     if not processes.is_main:
         return None
     kept.drop()
+    for line in unmet(result.spendings, pyramid, folder, data, image_root):
+        say(line)
     return result
 
 

@@ -39,10 +39,11 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
 
 def _for_others(calibration: dict[str, Any]) -> dict[str, Any]:
     """Keep the places of somebody's disk out of a folder that may be published: of a data path, its last name."""
-    data = calibration.get("data")
+    found = {key: _for_others(value) if isinstance(value, dict) else value for key, value in calibration.items()}
+    data = found.get("data")
     if isinstance(data, str) and Path(data).expanduser().is_absolute():
-        return calibration | {"data": Path(data).name}
-    return calibration
+        found["data"] = Path(data).name
+    return found
 
 
 def _with_budget(pyramid: PyramidConfig, budget: float) -> PyramidConfig:

@@ -264,6 +264,19 @@ class PyramidConfig:
                 continue
             yield route
 
+    @property
+    def budget(self) -> float | None:
+        """The budget that λ stands for by the budget table; None where there is no table, or no limit (λ = 0)."""
+        if not self.budgets or self.trade_off <= 0:
+            return None
+        above = Budget(1.0, 0.0, 0.0)
+        for row in self.budgets:
+            if row.trade_off >= self.trade_off:
+                share = (self.trade_off - above.trade_off) / max(row.trade_off - above.trade_off, 1e-12)
+                return round(above.fraction + share * (row.fraction - above.fraction), 6)
+            above = row
+        return above.fraction
+
     def trade_off_for(self, budget: float) -> float:
         """Return the λ that spends `budget` on average, interpolated in the budget table; 0 for a budget of 1.
 

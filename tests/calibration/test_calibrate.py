@@ -14,8 +14,11 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.cli import main
 from dpn_cli.convert import convert
 from dpn_cli.errors import DataError, UsageError
+from dpn_cli.export import export
+from dpn_cli.inspection import inspect_checkpoint
 from dpn_cli.modeling.loading import load_model
 from dpn_cli.recipe import CalibrationRecipe
 from tests.runs import noise_pictures
@@ -60,6 +63,12 @@ def test_only_routers_settings_and_report_change(converted: Path, calibrated: Pa
     before, after = digests(converted), digests(calibrated)
     changed = {name for name in after if before.get(name) != after[name]}
     assert changed == {"dpe.safetensors", "config.json", "calibration/report.json", "calibration/report.html"}
+
+
+def test_what_inspect_shows_agrees_with_the_budget_table(calibrated: Path) -> None:
+    found = inspect_checkpoint(calibrated)
+    assert found.sample_from == "calibration"
+    assert found.routes[-1].fraction == pytest.approx(found.pyramid.budgets[-1].fraction, abs=0.01)
 
 
 def test_the_report_and_the_config_agree_with_the_model(calibrated: Path) -> None:
@@ -115,6 +124,69 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(
     assert not (folder / "calibration").exists(), "nothing has been asked, healed or measured"
     run(folder, data, RECIPE.model_copy(update={"budget": cheapest}))
     assert load_model(folder).pyramid.trade_off == load_model(folder).pyramid.budgets[-1].trade_off
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with long questions: pooling saves less of them."""
+    folder = noise_pictures(tmp_path_factory.mktemp("others"), 8)
+    rows = [{"image": f"{i:02}.png", "question": "what " * (20 + 5 * i), "answer": "red circle"} for i in range(8)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def evaluated(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, float], str]:
+    """Return what was asked for and spent, and what was said."""
+    assert main(["eval", "--model", str(folder), "--data", str(data), "--max-new-tokens", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    [spending] = json.loads(captured.out)["budgets"]
+    return spending, captured.err
+
+
+def test_budgets_are_solved_again_on_data_that_overspend(
+    calibrated: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(calibrated, folder)
+    before, said = evaluated(folder, others, capsys)
+    assert before["spent"] > before["asked"] + 0.05
+    command = said[said.index("dpn calibrate") :].splitlines()[0]
+    assert command.endswith("--budgets-only")
+    old = load_model(folder).pyramid.calibration
+    assert main(command.split()[1:]) == 0
+    capsys.readouterr()
+    pyramid = load_model(folder).pyramid
+    assert pyramid.budget == pytest.approx(before["asked"], abs=1e-5), "what it was set to"
+    after, said = evaluated(folder, others, capsys)
+    assert after["spent"] == pytest.approx(after["asked"], abs=0.03)  # eight samples are coarse
+    assert "was not met" not in said
+    assert "calibrated on these very samples" not in said, "the routers were not"
+    assert digests(folder)["dpe.safetensors"] == digests(calibrated)["dpe.safetensors"]
+    kept = {key: old[key] for key in ("data", "data_digest", "epochs", "training")}
+    assert kept.items() <= pyramid.calibration.items()
+    assert (pyramid.calibration["held_out"], pyramid.calibration["budgets_solved_on"]["data"]) == (8, str(others))
+    cheapest = inspect_checkpoint(folder).routes[-1]
+    assert cheapest.fraction == pytest.approx(pyramid.budgets[-1].fraction, abs=0.01)
+
+
+def test_an_export_is_solved_again_too(calibrated: Path, others: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    export(calibrated, folder)
+    before = digests(folder)
+    line = ["calibrate", "--model", str(folder), "--data", str(others), "--budgets-only"]
+    line += ["--budget", "0.7", "--samples", "4"]
+    assert main(line) == 0
+    changed = {name for name, digest in digests(folder).items() if before.get(name) != digest}
+    assert changed == {"config.json", "calibration/report.json", "calibration/report.html"}
+    assert load_model(folder).pyramid.budget == pytest.approx(0.7, abs=1e-5)
+
+
+def test_only_calibrated_routers_can_be_kept(converted: Path, others: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["calibrate", "--model", str(converted), "--data", str(others), "--budgets-only"]
+    assert main(line) == 2
+    assert "no calibrated routers that could be kept" in capsys.readouterr().err
+    assert main([*line, "--heal", "lora"]) == 2
+    assert "leave out --heal" in capsys.readouterr().err
 
 
 def test_measurements_outlive_a_failure_and_go_when_all_is_done(

@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from dpn_cli.calibration.data import load_data
-from dpn_cli.errors import DataError, MissingExtraError
+from dpn_cli.errors import DataError, MissingExtraError, UsageError
 
 
 def png(colour: str = "red") -> bytes:
@@ -39,6 +39,15 @@ def test_parquet_with_questions_and_several_peoples_answers(datasets: Any, tmp_p
         assert [sample.turns[0].answer for sample in data.samples] == ["red", "blue"]
         assert data.scan.format == "parquet of 1 files (`image`, `question` and `answers`)"
         assert [s.open_images()[0].getpixel((0, 0)) for s in data.samples] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_groups_are_columns_of_plain_values(datasets: Any, tmp_path: Path) -> None:
+    table = questions(datasets).add_column("level", [1, 2])
+    table.to_parquet(tmp_path / "data.parquet")
+    data = load_data(str(tmp_path / "data.parquet"), kind_field="level")
+    assert [sample.kind for sample in data.samples] == ["1", "2"]
+    with pytest.raises(UsageError, match="they have question, level"):
+        load_data(str(tmp_path / "data.parquet"), kind_field="answers")
 
 
 def test_saved_data_sets_take_train_or_the_first_split(datasets: Any, tmp_path: Path) -> None:

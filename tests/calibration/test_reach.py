@@ -1,12 +1,16 @@
 """The cheapest reachable budget, from lengths alone, and who reaches a cheaper one."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpn_cli.calibration.reach import Length, cheapest_fraction, validate_budget
+from dpn_cli.calibration.reach import Length, cheapest_fraction, length_record, typical_length, validate_budget
 from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.errors import UsageError
+from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import CalibrationRecipe, load_recipe
 
 LLAVA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
@@ -44,6 +48,21 @@ def test_the_recipe_that_reaches_the_budget_is_named_with_what_it_reaches() -> N
 
 def test_where_no_recipe_reaches_the_budget_it_says_so() -> None:
     assert "no recipe that comes with dpn reaches it (the nearest is aggressive, " in refusal("llava-1.5-7b", 0.05)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [LENGTHS, [(((24, 24),), 10), (((24, 24),), 500)], [(((24, 24),), 33)], [(((12, 12),) * 3, 9), LENGTHS[0]]],
+)
+def test_one_length_stands_for_all(lengths: list[Length]) -> None:
+    pyramid = load_recipe("llava-1.5-7b").pyramid_config(LLAVA_7B.num_layers)
+    record = length_record(LLAVA_7B, pyramid, lengths)
+    stored = PyramidConfig.from_dict(json.loads(json.dumps(replace(pyramid, calibration=record).to_dict())))
+    typical = typical_length(stored)
+    assert typical is not None
+    mean = cheapest_fraction(LLAVA_7B, pyramid, lengths)
+    assert cheapest_fraction(LLAVA_7B, pyramid, [typical]) == pytest.approx(mean, abs=2e-3)
+    assert min(text for _, text in lengths) <= typical[1] <= max(text for _, text in lengths)
 
 
 def test_a_long_prompt_costs_what_no_pooling_saves() -> None:

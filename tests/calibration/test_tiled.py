@@ -18,6 +18,7 @@ from dpn_cli.cli import main
 from dpn_cli.convert import convert
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
+from dpn_cli.inspection import inspect_checkpoint
 from dpn_cli.modeling.loading import load_model, load_processor
 from dpn_cli.recipe import load_recipe
 
@@ -149,5 +150,7 @@ def test_it_calibrates_exports_and_answers(
     assert answers[0]["visual_tokens"] == [full, pooled, pooled, pooled]
     for key in ("text", "route", "visual_tokens", "flops_fraction"):
         assert answers[0][key] == answers[1][key]
+    found = inspect_checkpoint(Path("out"))
+    assert found.routes[-1].fraction == pytest.approx(found.pyramid.budgets[-1].fraction, abs=0.03), "of mixed sizes"
     report: dict[str, Any] = json.loads(Path("out/calibration/report.json").read_text())
     assert report["visual_tokens_full"][0] > grids[0][0] * grids[0][1]

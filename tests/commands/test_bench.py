@@ -21,12 +21,15 @@ def test_contenders_at_a_budget(
     assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
+    assert all("routes nearest to 0.6 are given" in run["remarks"][0] for run in data["runs"])
     assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
     for run in data["runs"]:
         original, dpn, fastv, prepool, fixed = run["contenders"]
         assert (original["name"], original["fraction"], original["ideal_speedup"]) == ("original", 1.0, 1.0)
         assert (dpn["name"], fixed["name"]) == ("dpn at 0.6", "fixed 2×2 · 1×1 · 1×2")
-        assert fastv["fraction"] == pytest.approx(0.6, abs=0.02)
+        assert dpn["fraction"] == pytest.approx(0.6, abs=0.02), "the routers are not left to noise"
+        assert fastv["fraction"] == pytest.approx(dpn["fraction"], abs=0.01)
+        assert [budget["asked"] for budget in run["budgets"]] == [0.6]
         assert prepool["kv_bytes"] < original["kv_bytes"]
         assert original["phases"].keys() == {"vision", "prefill", "first_token", "decode"}
     assert ">fixed 2×2 · 1×1 · 1×2<" in picture.read_text()
@@ -40,21 +43,65 @@ def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys
         assert text in out
 
 
+def test_on_real_prompts_others_spend_what_the_routers_spend(
+    make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_converted()
+    line = ["bench", "--model", str(folder), "--data", "demo", "--budget", "0.8", "--against", "fastv,random,fixed"]
+    assert main([*line, *QUICK, "--batch-size", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    [run] = json.loads(captured.out)["runs"]
+    _, dpn, fastv, random, fixed = run["contenders"]
+    [budget] = run["budgets"]
+    assert (budget["asked"], budget["samples"]) == (0.8, 4)
+    assert dpn["fraction"] == pytest.approx(budget["spent"], abs=0.02)
+    assert abs(budget["spent"] - 0.8) > 0.05, "these routers are random: the budget cannot be met"
+    assert f"Budget 0.8 was not met: these 4 samples spent {budget['spent']:.3f}" in captured.err
+    assert f"dpn calibrate --model {folder} --data demo --budgets-only" in captured.err
+    assert fastv["fraction"] == pytest.approx(dpn["fraction"], abs=0.01)
+    assert random["fraction"] == pytest.approx(dpn["fraction"], abs=0.01)
+    unequal = abs(fixed["fraction"] - dpn["fraction"]) > 0.01
+    assert unequal == any("fixed" in remark and "Not equal" in remark for remark in run["remarks"])
+
+
+def set_pyramid(folder: Path, **changes: object) -> None:
+    config = folder / "config.json"
+    data = json.loads(config.read_text())
+    data["pyramid"] |= changes
+    config.write_text(json.dumps(data))
+
+
+def test_a_checkpoint_runs_at_its_own_budget_and_on_prompts_of_the_calibrations_length(
+    make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_converted()
+    set_pyramid(folder, calibration={"text_tokens": 10, "grids": [[12, 12]]})
+    assert main(["bench", "--model", str(folder), *QUICK, "--json"]) == 0
+    [run] = json.loads(capsys.readouterr().out)["runs"]
+    assert run["prompt_tokens"] == 144 + 10
+    assert [budget["asked"] for budget in run["budgets"]] == [0.7], "λ = 2 is half way from 0.8 to 0.6"
+    assert run["contenders"][1]["fraction"] == pytest.approx(0.7, abs=0.03)
+
+
 def test_a_method_that_cannot_spend_so_little_is_left_out(
     make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = (folder := make_converted()) / "config.json"
-    data = json.loads(config.read_text())
-    data["pyramid"]["budgets"].append([0.2, 9.0, 0.2])
-    config.write_text(json.dumps(data))
-    assert (
-        main(["bench", "--model", str(folder), "--budget", "0.2", "--against", "fastv,prepool", *SHORT, "--json"]) == 0
+    rates = [[1, 1], [1, 2], [2, 2]]
+    set_pyramid(
+        folder := make_converted(),
+        budgets=[[0.2, 9.0, 0.2]],
+        sites=[{"after_layer": layer, "rates": rates} for layer in (0, 1, 2)],
+        min_visual_tokens=1,
     )
+    line = ["bench", "--model", str(folder), "--budget", "0.2", "--against", "fastv,prepool", *SHORT]
+    assert main([*line, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "Left out, fastv at 0.2" in captured.err
+    assert "Left out, fastv at 0.2: fastv cannot spend less than" in captured.err
     names = [each["name"] for each in json.loads(captured.out)["runs"][0]["contenders"]]
     assert names[:2] == ["original", "dpn at 0.2"]
     assert [name.split()[0] for name in names[2:]] == ["prepool"]
+    assert main([*line, "--text-tokens", "64"]) == 2, "no route spends so little on longer prompts"
+    assert "budget 0.2 is out of reach of these synthetic prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

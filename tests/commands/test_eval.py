@@ -62,6 +62,27 @@ def test_contenders_are_compared_at_equal_flops(data: Path, capsys: pytest.Captu
             assert rival["distortion_over_dpn"]["value"] == pytest.approx(over)
 
 
+def test_what_was_asked_and_what_was_spent(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--budget", "0.8", "--against", "fixed,fastv", "--json") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    _, dpn, *rivals = result["standings"]
+    spent = dpn["figures"]["fraction"]
+    assert result["budgets"] == [{"asked": 0.8, "spent": spent, "samples": 8}]
+    assert abs(spent - 0.8) > 0.05, "these routers are random: the budget cannot be met"
+    assert f"Budget 0.8 was not met: these 8 samples spent {spent:.3f} on average." in captured.err
+    assert "λ was solved on mydata|2.json" in captured.err
+    assert "dpn calibrate --model tiny-dpn --data data.json --budgets-only" in captured.err
+    for rival in rivals:
+        over = rival["figures"]["fraction"] - spent
+        assert rival["fraction_over_dpn"] == pytest.approx(over)
+        said = [line for line in result["not_equal"] if rival["label"] in line]
+        assert bool(said) == (abs(over) > 0.01)
+    assert evaluate("--json") == 0
+    [own] = json.loads(capsys.readouterr().out)["budgets"]
+    assert own["asked"] == 0.7, "λ = 2 is half way from 0.8 to 0.6"
+
+
 def test_the_table_names_what_is_out_of_reach(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--budget", "0.7", "--budget", "0.2", "--against", "fastv,original") == 0
     captured = capsys.readouterr()
@@ -80,6 +101,36 @@ def test_figures_are_grouped_by_a_field_of_the_data(data: Path, capsys: pytest.C
     assert "dpn, by kind of question" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("data.json", "they have id, image, level. Did you mean 'level'?"),
+        ("demo", "they have kind"),
+        (".", "they have none"),
+    ],
+)
+def test_a_field_that_is_not_there_is_refused_before_the_model_is_loaded(
+    data: Path, source: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpn_cli.evaluation.run.load_model", None)
+    if source == ".":
+        (data / "data.json").unlink()
+    assert main(["eval", "--model", "tiny-dpn", "--data", source, "--by", "levels"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_without_the_field_are_a_group_of_their_own(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((data / "data.json").read_text())
+    rows[1] |= {"level": 0.5}
+    del rows[2]["level"]
+    (data / "data.json").write_text(json.dumps(rows))
+    assert evaluate("--by", "level", "--json") == 0
+    kinds = json.loads(capsys.readouterr().out)["standings"][0]["kinds"]
+    assert {kind: figures["count"] for kind, figures in kinds.items()} == {
+        "0.5": 1, "without": 1, "2": 2, "0": 2, "1": 2,
+    }  # fmt: skip
+
+
 def test_without_labels_the_teacher_is_the_measure(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "data.json").unlink()
     line = ["eval", "--model", "tiny-dpn", "--data", ".", "--max-new-tokens", "3", "--samples", "4"]
@@ -93,6 +144,8 @@ def test_without_labels_the_teacher_is_the_measure(data: Path, capsys: pytest.Ca
 
 
 def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--model", "tiny-dpn", "--tasks", "pope", "--by", "kind"]) == 2
+    assert "--tasks has groups of its own" in capsys.readouterr().err
     assert evaluate("--against", "fastw") == 2
     assert "'fastw' is not one of original, fixed" in capsys.readouterr().err
     assert evaluate("--budget", "0.2") == 2

@@ -66,6 +66,21 @@ def test_a_route_is_forced_and_a_budget_chosen(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("here")
+def test_a_budget_is_shown_beside_what_was_spent(capsys: pytest.CaptureFixture[str]) -> None:
+    low = run_json(capsys, "--budget", "0.6")
+    assert low["budget"] == {"asked": 0.6, "spent": low["flops_fraction"], "samples": 1}
+    assert run_json(capsys)["budget"]["asked"] == 0.7, "λ = 2 is half way from 0.8 to 0.6"
+    assert run_json(capsys, "--route", "0,0,0")["budget"] is None
+    assert run_json(capsys, "--budget", "1")["budget"] is None
+    line = ["run", "--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "2"]
+    for budget in ("0.6", "0.8"):
+        assert main([*line, "--budget", budget, QUESTION]) == 0
+        said = capsys.readouterr().err
+        spent = run_json(capsys, "--budget", budget)["flops_fraction"]
+        assert ("--data DATA --budgets-only" in said) == (spent > float(budget) + 0.02)
+
+
+@pytest.mark.usefixtures("here")
 def test_several_images_in_one_question(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "--route", "2,0,0", "--image", "picture.png")
     assert found["visual_tokens"] == [288, 72, 72, 72]

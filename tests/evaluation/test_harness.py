@@ -77,8 +77,11 @@ def test_the_command_prints_what_the_harness_found(
 ) -> None:
     folder = str(make_converted())
     assert main(["eval", "--model", folder, "--tasks", "gqa", "--json"]) == 0
-    [row] = json.loads(capsys.readouterr().out)["benchmarks"]
+    captured = capsys.readouterr()
+    [row] = json.loads(captured.out)["benchmarks"]
     assert row["scores"] == {"teacher": 0.9, "dpn": 0.1}
+    assert json.loads(captured.out)["budgets"] == [{"asked": 0.7, "spent": 0.48, "samples": 40}]
+    assert "Budget 0.7 was not met: these 40 samples spent 0.480" in captured.err
     assert main(["eval", "--model", folder, "--tasks", "paper", "--budget", "0.6"]) == 0
     out = capsys.readouterr().out
     assert all(task in out for task in PAPER_TASKS)

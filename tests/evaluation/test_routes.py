@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from dpn_cli.cost import flops_fraction
 from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
-from dpn_cli.evaluation.contenders.contender import Prompt
-from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.contenders.contender import Prompt, full_flops
+from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
+from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.modeling.pyramid_config import Budget
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import collate, prompt, pyramid, ragged_batch
@@ -80,6 +82,53 @@ def test_candidates_are_the_cheapest_routes_that_spend_the_budget() -> None:
         }
     with pytest.raises(ValueError, match="fixed cannot spend less"):
         everything[(0, 0, 0)].candidates(SHAPE, prompts, 0.1)
+
+
+def test_nothing_is_too_dear_for_a_fixed_route() -> None:
+    offered = pyramid(min_visual_tokens=4)
+    full = FixedRoute(offered, (0, 0, 0))
+    assert full.candidates(SHAPE, [Prompt(GRID, 9)], 1.05) == [full], "routers can take the pyramid past 1"
+
+
+@torch.no_grad()
+def test_given_routes_are_taken_while_the_routers_run(make_pair: Any) -> None:
+    _, model = make_pair(min_visual_tokens=4)
+    batch, prompts = collate(ragged_batch()), prompts_of(model, collate(ragged_batch()))
+    before, asked = model(**batch).logits, []
+    routes = routes_that_spend(model.model.language_model.shape, model.pyramid, prompts, 0.6)
+    hooks = [router.register_forward_hook(lambda *_: asked.append(1)) for router in model.model.language_model.routers]
+    contender = GivenRoutes(given=routes)
+    with contender.applied(model):
+        model(**batch)
+        assert model.last_routes == list(routes)
+        assert len(asked) == 3
+        assert contender.fractions(model, prompts)[2] == 1.0, "there is no image"
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.55, 0.7, 0.9, 1.0])
+def test_a_batch_of_routes_spends_a_budget_more_exactly_than_one(budget: float) -> None:
+    offered = pyramid(min_visual_tokens=4)
+    prompts = [Prompt(GRID, text) for text in (4, 30, 12, 8, 20, 6)]
+
+    def fraction(some: list[Prompt]) -> float:
+        full = [full_flops(SHAPE, each) for each in some]
+        routes = routes_that_spend(SHAPE, offered, some, budget)
+        costs = [flops_fraction(SHAPE, offered, r, p.grids, p.text_tokens) for r, p in zip(routes, some, strict=True)]
+        return sum(cost * flops for cost, flops in zip(costs, full, strict=True)) / sum(full)
+
+    assert fraction(prompts[:1]) == pytest.approx(budget, abs=0.06)
+    assert fraction(prompts) == pytest.approx(budget, abs=0.01)
+
+
+def test_prompts_count_as_much_as_a_mapping_says() -> None:
+    short, long = Prompt(GRID, 4), Prompt(GRID, 300)
+    route = FixedRoute(pyramid(), (1, 1, 1))
+    assert route.mean_fraction(SHAPE, {short: 3.0, long: 1.0}) == route.mean_fraction(
+        SHAPE, [short, long, short, short]
+    )
 
 
 def test_every_name_has_a_contender() -> None:

@@ -9,9 +9,9 @@ from dpn_cli.calibration.data.findings import Fault, Scan
 from dpn_cli.calibration.data.rows import KIND_FIELD, Reading
 from dpn_cli.calibration.data.samples import Sample, Turn
 from dpn_cli.calibration.data.scan import Dataset, Progress, Source, scan
-from dpn_cli.errors import DataError
+from dpn_cli.errors import DataError, UsageError, did_you_mean
 
-__all__ = ["KIND_FIELD", "MAX_BAD", "Dataset", "Fault", "OnBadRow", "RowError", "Sample", "Scan", "Turn", "load_data"]
+__all__ = ["MAX_BAD", "Dataset", "Fault", "OnBadRow", "RowError", "Sample", "Scan", "Turn", "load_data"]
 
 OnBadRow = Literal["fail", "skip"]
 MAX_BAD = 0.05
@@ -30,7 +30,7 @@ def load_data(
     split: str = "calibration",
     limit: int | None = None,
     seed: int = 0,
-    kind_field: str = KIND_FIELD,
+    kind_field: str | None = None,
     ignored: Collection[str] = (),
     check: Callable[[Sample], None] = lambda sample: None,
     progress: Progress | None = None,
@@ -47,7 +47,7 @@ def load_data(
         split: of the demo data.
         limit: samples with an image to read, drawn over all of the data; None for all.
         seed: of the draw.
-        kind_field: of a row, names the sample's group.
+        kind_field: of a row, names the sample's group; None for `kind`, where there is one.
         ignored: fields of the rows that are left unread, as if they were not there.
         check: raises RowError for a sample that is of no use.
         progress: opens a progress bar (description, total) and yields its `advance`.
@@ -55,8 +55,13 @@ def load_data(
     Raises:
         DataError: if the data is none of these, or naming the bad rows.
         MissingExtraError: if it needs the package `datasets`.
+        UsageError: if no row has the `kind_field`; names those that there are.
     """
-    source = _source(data, image_root, Reading(prompts, kind_field, ignored), split, limit)
+    source = _source(data, image_root, Reading(prompts, kind_field or KIND_FIELD, ignored), split, limit)
+    if kind_field is not None and kind_field not in (fields := source.fields()):
+        known = f"they have {', '.join(fields)}" if fields else "they have none"
+        hint = did_you_mean(kind_field, fields)
+        raise UsageError(f"--by {kind_field}: no row of {data} has such a field to group by; {known}.{hint}")
     return scan(
         source, skip_bad=on_bad_row == "skip", max_bad=max_bad, limit=limit, seed=seed, check=check, progress=progress
     )

@@ -39,6 +39,10 @@ class ImageFolder:
         """Return the place of a file in the order of names, from 1."""
         return index + 1
 
+    def fields(self) -> list[str]:
+        """Return no fields to group by: there are images alone."""
+        return []
+
     def sample(self, index: int) -> Sample:
         """Return one image with its prompt."""
         path = self.files[index]

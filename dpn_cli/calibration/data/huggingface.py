@@ -73,6 +73,10 @@ class Table:
         """Return the row's number, from 1."""
         return index + 1
 
+    def fields(self) -> list[str]:
+        """Return the columns of plain values, which hold groups."""
+        return [name for name, kind in self.rows.features.items() if _is_plain(kind)]
+
     def sample(self, index: int) -> Sample:
         """Read one row."""
         return self._read(index, [])
@@ -97,6 +101,13 @@ class Table:
         data = _bytes(values[place])
         assert data is not None
         return data
+
+
+def _is_plain(kind: Any) -> bool:
+    """Tell whether a column of this kind holds texts, numbers or truth values."""
+    from datasets import ClassLabel, Value
+
+    return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype)
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -11,7 +11,7 @@ from typing import Any
 from dpn_cli.calibration.data.faults import RowError
 from dpn_cli.calibration.data.fields import asks, mapping, present, validate_ignored
 from dpn_cli.calibration.data.images import image_path
-from dpn_cli.calibration.data.rows import Reading, read_row
+from dpn_cli.calibration.data.rows import Reading, group, read_row
 from dpn_cli.calibration.data.samples import Sample
 from dpn_cli.errors import DataError
 
@@ -72,6 +72,16 @@ class LlavaFile:
     def number(self, index: int) -> int:
         """Return the row's number in a list, or its line in a file of lines."""
         return self.spans[index][0]
+
+    def fields(self) -> list[str]:
+        """Return the fields that hold a group in some row, in the order of their appearance."""
+        found: dict[str, None] = {}
+        for index in range(len(self)):
+            with suppress(RowError):
+                row = self._row(index)
+                items = row.items() if isinstance(row, dict) else ()
+                found |= dict.fromkeys(key for key, value in items if group(value) is not None)
+        return list(found)
 
     def sample(self, index: int) -> Sample:
         """Read one row."""

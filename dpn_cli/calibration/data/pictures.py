@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from dpn_cli.calibration.data.rows import KIND_FIELD
 from dpn_cli.calibration.data.samples import Sample, Turn
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class DemoPictures:
     def number(self, index: int) -> int:
         """Return the place in the stream, from 1."""
         return index + 1
+
+    def fields(self) -> list[str]:
+        """Return the field to group by."""
+        return [KIND_FIELD]
 
     def sample(self, index: int) -> Sample:
         """Return one sample."""

@@ -30,13 +30,18 @@ class Reading:
 
     Attributes:
         prompts: questions for captions and for images alone, in turn.
-        kind_field: holds a sample's group, a text, a number or a truth value.
+        kind_field: holds a sample's group, see `group`.
         ignored: fields that are left unread.
     """
 
     prompts: Sequence[str]
     kind_field: str = KIND_FIELD
     ignored: Collection[str] = ()
+
+
+def group(value: Any) -> str | None:
+    """Return the group that a field's value names, a text, a number or a truth value; None for what is none."""
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,11 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     )
     if not text.read and not (images and images_alone):
         raise RowError("no text", "no conversation, no question and no caption")
-    kind = fields.get(reading.kind_field)
     return Sample(
         _identity(fields.get(roles.get("id", "")), number),
         tuple(images),
         tuple(_place(text.turns, len(images))),
-        str(kind) if isinstance(kind, str | int) else None,
+        group(fields.get(reading.kind_field)),
         "\n".join(filter(None, (_system(fields, roles), text.system))),
     )
 

@@ -42,6 +42,9 @@ class Source(Protocol):
     def number(self, index: int) -> int:
         """Return the number that the user knows a row by."""
 
+    def fields(self) -> Sequence[str]:
+        """Return the names of the fields by which rows can be grouped."""
+
     def sample(self, index: int) -> Sample:
         """Read one row; its images stay unopened.
 

@@ -9,7 +9,7 @@ Shapes: B batch, S sequence.
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +22,7 @@ from dpn_cli.modeling.pyramid_config import Grid, Route
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
-TOLERANCE = 0.01  # of a FLOPs fraction: a contender that spends more at the least is above a budget
+TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class Contender(ABC):
         return self.name
 
     @abstractmethod
-    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Contender":
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Contender":
         """Return this contender with the settings that spend a budget.
 
         Args:
             shape: of the decoder.
-            prompts: those to be answered; ones without an image have no say.
+            prompts: those to be answered; ones without an image have no say. A mapping says how much each counts.
             budget: mean fraction of the unpooled prefill FLOPs.
 
         Raises:
             ValueError: if the budget is out of its reach.
         """
 
-    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Sequence[Contender]":
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Sequence[Contender]":
         """Return the settings that are to be tried at a budget, where the best one is to be judged; see `fit`."""
         return [self.fit(shape, prompts, budget)]
 
@@ -99,7 +99,7 @@ class Fixed(Contender):
         """Return the visual tokens of every layer."""
 
     @abstractmethod
-    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> "Sequence[Fixed]":
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> "Sequence[Fixed]":
         """Return this contender in all its settings, by rising cost."""
 
     def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -114,19 +114,18 @@ class Fixed(Contender):
 
     def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
         """Return the fraction of the unpooled FLOPs that a prompt takes."""
-        full = prompt.visual_tokens + prompt.text_tokens
         spent = sum(shape.layer_flops(count + prompt.text_tokens) for count in self.layer_tokens(shape, prompt))
-        return spent / (shape.num_layers * shape.layer_flops(full))
+        return spent / full_flops(shape, prompt)
 
-    def mean_fraction(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> float:
-        """Return the mean FLOPs fraction over prompts."""
+    def mean_fraction(self, shape: DecoderShape, prompts: Collection[Prompt]) -> float:
+        """Return the mean FLOPs fraction over prompts, see `fit`."""
         counts = Counter(prompts)
         total = sum(self.fraction(shape, prompt) * count for prompt, count in counts.items())
         return total / counts.total()
 
-    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Fixed":
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Fixed":
         """Return the setting whose mean FLOPs are closest to a budget."""
-        prompts = [prompt for prompt in prompts if prompt.grids]
+        prompts = with_images(prompts)
         settings = self.settings(shape, prompts)
 
         def spends(setting: Fixed) -> float:
@@ -136,6 +135,23 @@ class Fixed(Contender):
             raise ValueError(f"{self.name} cannot spend less than {spends(settings[0]):.3f} of the prefill FLOPs")
         above = bisect_left(settings, budget, key=spends)
         return min(settings[max(above - 1, 0) : above + 1], key=lambda setting: abs(spends(setting) - budget))
+
+
+def with_images(prompts: Collection[Prompt]) -> dict[Prompt, float]:
+    """Return the prompts that have an image, and how much each counts: see `Contender.fit`."""
+    return {prompt: count for prompt, count in Counter(prompts).items() if prompt.grids}
+
+
+def full_flops(shape: DecoderShape, prompt: Prompt) -> int:
+    """Return the FLOPs of a prompt's unpooled prefill."""
+    return shape.num_layers * shape.layer_flops(prompt.visual_tokens + prompt.text_tokens)
+
+
+def unequal(label: str, spent: float, dpn: float) -> str | None:
+    """Say that a contender does not spend what the pyramid does; None where it does."""
+    if abs(spent - dpn) <= TOLERANCE:
+        return None
+    return f"{label} spends {spent:.3f} of the prefill FLOPs, dpn {dpn:.3f}"
 
 
 def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:

@@ -7,7 +7,7 @@ Shapes: B batch, S sequence, I images, N visual tokens of an image, D hidden.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -50,7 +50,7 @@ class Coarser(Fixed):
         count = prompt.visual_tokens if self.size is None else len(prompt.grids) * self.size[0] * self.size[1]
         return [count] * shape.num_layers
 
-    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list[Self]:
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
         """Return all coarser grids of about the same shape, and the full one."""
         grids = {grid for prompt in prompts for grid in prompt.grids}
         if len(grids) != 1:

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, K kept sequence, D hidden.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,7 +51,7 @@ class Dropping(Fixed):
         segments = segments_between(self.after_layers, shape.num_layers)
         return [count for count, layers in zip(counts, segments, strict=True) for _ in layers]
 
-    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list[Self]:
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
         """Return the keep ratios that are whole tokens of the largest prompt."""
         most = max(prompt.visual_tokens for prompt in prompts)
         return [replace(self, keep=count / most) for count in range(1, most + 1)]

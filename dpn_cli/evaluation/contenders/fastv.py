@@ -1,6 +1,6 @@
 """FastV: after an early layer, keep the visual tokens that the last token attended to."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -47,7 +47,7 @@ class FastV(Dropping):
         """What tables call it."""
         return f"{self.name} K={self.first_layers}"
 
-    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> list[Fixed]:
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Fixed]:
         """Return it with every K of the paper's table 1 that can spend so little."""
         found: list[Fixed] = []
         for first_layers in PAPER_K:

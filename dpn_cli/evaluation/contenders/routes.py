@@ -1,12 +1,12 @@
 """The pyramid's own ways as contenders: nothing pooled, one route for all, or routed per sample."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from dpn_cli.cost import DecoderShape, flops_fraction, tokens_per_layer
-from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt
+from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
 from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -23,11 +23,11 @@ class Original(Fixed):
         """Return the visual tokens of every layer."""
         return [prompt.visual_tokens] * shape.num_layers
 
-    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> Sequence["Original"]:
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> Sequence["Original"]:
         """Return itself: there is nothing to set."""
         return [self]
 
-    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Original":
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Original":
         """Return itself, whatever the budget."""
         return self
 
@@ -55,9 +55,14 @@ class FixedRoute(Fixed):
 
     @property
     def label(self) -> str:
+        """What tables call it."""
+        return f"{self.name} {self.rates}"
+
+    @property
+    def rates(self) -> str:
         """Its route, by rates."""
         rates = (site.rates[k] for site, k in zip(self.pyramid.sites, self.route, strict=True))
-        return f"{self.name} {' · '.join(f'{h}×{w}' for h, w in rates)}"
+        return " · ".join(f"{h}×{w}" for h, w in rates)
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
@@ -71,19 +76,19 @@ class FixedRoute(Fixed):
     def _taken(self, prompt: Prompt) -> Route:
         return self.route if prompt.grids else self.pyramid.full_route
 
-    def settings(self, shape: DecoderShape, prompts: Sequence[Prompt]) -> list["FixedRoute"]:
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list["FixedRoute"]:
         """Return the routes that all prompts are offered."""
         offered = [set(self.pyramid.routes(grids)) for grids in {prompt.grids for prompt in prompts}]
         routes = [FixedRoute(self.pyramid, route) for route in sorted(set.intersection(*offered))]
         return sorted(routes, key=lambda each: each.mean_fraction(shape, prompts))
 
-    def candidates(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> list["FixedRoute"]:
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list["FixedRoute"]:
         """Return the cheapest routes that spend the budget: the first one, and those that spend hardly more."""
         self.fit(shape, prompts, budget)  # refuses what is out of reach
-        prompts = [prompt for prompt in prompts if prompt.grids]
+        prompts = with_images(prompts)
         routes = self.settings(shape, prompts)
         costs = [route.mean_fraction(shape, prompts) for route in routes]
-        least = min(cost for cost in costs if cost >= budget - TOLERANCE)
+        least = min((cost for cost in costs if cost >= budget - TOLERANCE), default=costs[-1])
         return [route for route, cost in zip(routes, costs, strict=True) if least <= cost <= least + ROUTES_WITHIN]
 
     @contextmanager
@@ -110,7 +115,7 @@ class Routed(Contender):
     name: ClassVar[str] = "dpn"
     budget: float | None = None
 
-    def fit(self, shape: DecoderShape, prompts: Sequence[Prompt], budget: float) -> "Routed":
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Routed":
         """Return it at the budget; its calibration says what λ that takes."""
         return Routed(budget)
 
@@ -149,3 +154,57 @@ class Routed(Contender):
     def routes(self, model: PyramidGenerationMixin) -> list[Route]:
         """Return the routes of the last prefill."""
         return model.last_routes
+
+
+@dataclass(frozen=True)
+class GivenRoutes(Routed):
+    """The pyramid with its routers at work, so that their time counts, and its routes given.
+
+    Attributes:
+        given: one route per sample of the batch.
+    """
+
+    given: tuple[Route, ...] = ()
+
+    @contextmanager
+    def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
+        """Offer every sample its route alone for the duration: the routers score and decide as ever."""
+        text_model: Any = model.model.language_model
+        prices = text_model.prices
+
+        def offer_one(state: Any, site: int) -> list[tuple[list[int], list[float]]]:
+            offers = zip(prices(state, site), self.given, strict=True)
+            return [([route[site]], [costs[offered.index(route[site])]]) for (offered, costs), route in offers]
+
+        text_model.prices = offer_one
+        try:
+            yield
+        finally:
+            del text_model.prices
+
+
+def routes_that_spend(
+    shape: DecoderShape, pyramid: PyramidConfig, prompts: Sequence[Prompt], budget: float
+) -> tuple[Route, ...]:
+    """Return a route for every prompt of a batch, so that all of them together spend a budget as nearly as can be.
+
+    One prompt after another takes the route that brings the sum nearest to what is to be spent so far.
+
+    Args:
+        shape: of the decoder.
+        pyramid: offers the routes.
+        prompts: of the batch.
+        budget: fraction of their unpooled prefill FLOPs.
+    """
+    routes: list[Route] = []
+    owed = 0.0  # FLOPs that the prompts before have left over
+    for prompt in prompts:
+        full = full_flops(shape, prompt)
+        costs = {
+            route: flops_fraction(shape, pyramid, route, prompt.grids, prompt.text_tokens) * full
+            for route in pyramid.routes(prompt.grids)
+        }
+        owed += budget * full
+        routes.append(min(costs, key=lambda route: abs(costs[route] - owed)))
+        owed -= costs[routes[-1]]
+    return tuple(routes)

@@ -1,0 +1,160 @@
+"""Who is measured in `dpn bench`: the pyramid at every budget, and others that spend what it spends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from dpn_cli.calibration.reach import cheapest_fraction
+from dpn_cli.errors import UsageError
+from dpn_cli.evaluation.contenders import make_contender
+from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Prompt, full_flops, unequal
+from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
+from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
+from dpn_cli.evaluation.spending import Spending
+from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """Who is measured, and what a reader should know about it.
+
+    Attributes:
+        contenders: by the names that tables use.
+        spendings: what the pyramid spends at every budget, the mean over the samples.
+        remarks: sentences.
+    """
+
+    contenders: dict[str, Contender] = field(default_factory=lambda: {ORIGINAL: Original()})
+    spendings: list[Spending] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def line_up(
+    model: PyramidGenerationMixin,
+    batches: Sequence[Inputs],
+    budgets: Sequence[float],
+    routes: Sequence[Route],
+    against: Sequence[str],
+    has_data: bool,
+) -> Lineup:
+    """Let the pyramid spend every budget, and fit the others to what it spends on the same prompts.
+
+    On real prompts the routers choose. Synthetic ones tell routers nothing: routes that spend the budget are given,
+    and the routers run so that their time counts.
+
+    Args:
+        model: in eval mode.
+        batches: that are to be measured, every sample with an image; all the same where prompts are synthetic.
+        budgets: mean fractions of the prefill FLOPs; none, and no routes, for what the checkpoint is set to.
+        routes: measured too, each the same for all samples.
+        against: of `CONTENDERS`.
+        has_data: whether the prompts are real.
+
+    Raises:
+        UsageError: if a budget or a route is not to be had on these prompts.
+    """
+    found, pyramid = Lineup(), model.pyramid
+    different = batches if has_data else batches[:1]
+    prompts = [prompt for batch in different for prompt in prompts_of(model, batch)]
+    if not has_data:
+        _validate_reach(model, prompts, budgets)
+    entries: list[tuple[str, float | None, Routed]] = [(f"dpn at {b:g}", b, Routed(b)) for b in dict.fromkeys(budgets)]
+    if not budgets and not routes:
+        entries = [("dpn", pyramid.budget, Routed())]
+    for name, budget, routed in entries:
+        if budget is None:  # no limit: there is nothing to meet
+            found.contenders[name] = routed
+            continue
+        dpn = routed if has_data else _given(model, prompts, budget)
+        found.contenders[name] = dpn
+        fractions = _spent(model, dpn, different)
+        found.spendings.append(Spending(budget, fmean(fractions), len(fractions)))
+        if isinstance(dpn, GivenRoutes):
+            found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
+        _add_rivals(found, model, prompts, fractions, budget, against)
+    for route in routes:
+        try:
+            for prompt in prompts:
+                pyramid.walk(route, prompt.grids)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        fixed = FixedRoute(pyramid, route)
+        found.contenders[fixed.label] = fixed
+    return found
+
+
+def _validate_reach(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float]) -> None:
+    """Check that some routes spend as little as every budget on synthetic prompts.
+
+    Raises:
+        UsageError: if none do.
+    """
+    lengths = [(prompt.grids, prompt.text_tokens) for prompt in prompts]
+    cheapest = cheapest_fraction(model.model.language_model.shape, model.pyramid, lengths)
+    for budget in budgets:
+        if budget < cheapest - TOLERANCE:
+            raise UsageError(
+                f"budget {budget:g} is out of reach of these synthetic prompts, whose cheapest routes spend "
+                f"{cheapest:.3f}: ask for more, make them like your data (--text-tokens, --images, --image-size), or "
+                "give --data"
+            )
+
+
+def _given(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budget: float) -> GivenRoutes:
+    """Return the pyramid with the routes that spend a budget on a batch."""
+    shape = model.model.language_model.shape
+    return GivenRoutes(given=routes_that_spend(shape, model.pyramid, prompts, budget))
+
+
+def _given_routes(name: str, dpn: GivenRoutes, pyramid: PyramidConfig, spending: Spending) -> str:
+    """Say that routes are given, and which."""
+    rates = ", ".join(FixedRoute(pyramid, route).rates for route in dict.fromkeys(dpn.given))
+    return (
+        f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are given "
+        f"({rates}: {spending.spent:.3f} of the prefill FLOPs); the routers run too, so that their time counts. With "
+        "--data they choose."
+    )
+
+
+def _spent(model: PyramidGenerationMixin, dpn: Routed, batches: Sequence[Inputs]) -> list[float]:
+    """Return the FLOPs fraction of every sample."""
+    fractions = []
+    with dpn.applied(model):
+        for inputs in batches:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+            fractions += dpn.fractions(model, prompts_of(model, inputs))
+    return fractions
+
+
+def _add_rivals(
+    found: Lineup,
+    model: PyramidGenerationMixin,
+    prompts: Sequence[Prompt],
+    fractions: Sequence[float],
+    budget: float,
+    names: Sequence[str],
+) -> None:
+    """Add other methods at the pyramid's total of FLOPs; say which cannot spend it, or cannot handle such a model."""
+    shape = model.model.language_model.shape
+    full = [full_flops(shape, prompt) for prompt in prompts]
+    spent = _total(fractions, full)
+    weights: dict[Prompt, float] = {}
+    for prompt, flops in zip(prompts, full, strict=True):
+        weights[prompt] = weights.get(prompt, 0) + flops
+    for name in (name for name in names if name != ORIGINAL):
+        try:
+            contender = make_contender(name, model.pyramid).fit(shape, weights, spent)
+            with contender.applied(model):  # says whether this model is of a kind that it can handle
+                pass
+        except (ValueError, UsageError) as error:
+            found.remarks.append(f"Left out, {name} at {budget:g}: {error}")
+            continue
+        found.contenders[f"{contender.label} at {budget:g}"] = contender
+        if remark := unequal(contender.label, _total(contender.fractions(model, prompts), full), spent):
+            found.remarks.append(f"Not equal, at {budget:g}: {remark}")
+
+
+def _total(fractions: Sequence[float], full: Sequence[int]) -> float:
+    """Return the fraction of all FLOPs, where every prompt has a fraction of its own."""
+    return sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True)) / sum(full)

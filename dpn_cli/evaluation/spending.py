@@ -1,0 +1,67 @@
+"""Budgets that were asked for, beside what the data have spent. No torch."""
+
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dpn_cli.modeling.pyramid_config import PyramidConfig
+
+OVERSPENT, UNDERSPENT = 0.02, 0.05  # of a FLOPs fraction: from here on the budget was not met
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget and what came of it.
+
+    Attributes:
+        asked: mean fraction of the prefill FLOPs.
+        spent: the same, over the samples.
+        samples: how many there were.
+    """
+
+    asked: float
+    spent: float
+    samples: int
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the samples spent about what was asked for.
+
+        Without a limit there is nothing to meet, and one sample may well spend less than the mean.
+        """
+        least = 0.0 if self.samples == 1 else self.asked - UNDERSPENT
+        return self.asked >= 1 or least <= self.spent <= self.asked + OVERSPENT
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def unmet(
+    spendings: Iterable[Spending], pyramid: PyramidConfig, model: Path, data: str | None, image_root: Path | None = None
+) -> Iterator[str]:
+    """Say which budgets the data did not meet, and the command that solves λ on them.
+
+    Args:
+        spendings: asked for and spent.
+        pyramid: of the checkpoint.
+        model: its folder.
+        data: as the user named it; None where it is no data set.
+        image_root: likewise.
+    """
+    missed = [spending for spending in spendings if not spending.is_met]
+    for each in missed:
+        if each.samples == 1:
+            yield f"This sample spent {each.spent:.3f} of the prefill FLOPs; budget {each.asked:g} is a mean over many."
+        else:
+            yield f"Budget {each.asked:g} was not met: these {each.samples} samples spent {each.spent:.3f} on average."
+    if missed:
+        record = pyramid.calibration
+        solved_on = record.get("budgets_solved_on", record).get("data", "other data")
+        named = ["--model", str(model), "--data", data or "DATA"]
+        named += [] if image_root is None else ["--image-root", str(image_root)]
+        yield (
+            f"Its λ was solved on {solved_on}. To solve it on {'yours' if data is None else 'these data'}: "
+            f"dpn calibrate {shlex.join(named)} --budgets-only"
+        )
