@@ -120,7 +120,7 @@ def command(
             results.append(measure_latency(loaded, contenders, batches, new_tokens, advance))
     if as_json:
         rows = [result.to_dict() for result in results]
-        click.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
+        console.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
     else:
         for result in results:
             print_latency(result, data is not None)

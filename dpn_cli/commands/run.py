@@ -60,9 +60,9 @@ def command(
     processor = load_processor(folder)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))
+        console.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))
         return
-    click.echo()
+    console.echo("")
     console.note(_cost_line(done))
 
 
@@ -77,7 +77,7 @@ def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tupl
 
 
 def _stream(text: str) -> None:
-    click.echo(text, nl=False)
+    console.echo(text, nl=False)
 
 
 def _cost_line(done: "Answer") -> str:
