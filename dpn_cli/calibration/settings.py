@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.headers import read_config, read_json
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
 from dpn_cli.recipe import CalibrationRecipe, Recipe, apply_override
@@ -22,6 +22,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         CheckpointError: if the folder is not a converted checkpoint.
         RecipeError: if an override is wrong.
     """
+    read_config(folder)
     if not (folder / RECIPE_FILE).is_file():
         raise CheckpointError(
             f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "

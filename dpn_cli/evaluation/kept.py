@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dpn_cli import workspace
 from dpn_cli.calibration.state import KeptFiles
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 
-FOLDER = Path(".dpn", "evaluation")
+FOLDER = workspace.FOLDER / "evaluation"
 
 
 class KeptResults:
