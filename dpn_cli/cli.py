@@ -2,7 +2,6 @@
 
 import errno
 import io
-import logging
 import os
 import signal
 import sys
@@ -102,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _interrupt)
-    logging.setLogRecordFactory(console.HarmlessRecord)
+    console.guard_libraries()
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
@@ -120,7 +119,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return _closed_stdout()
     except Exception as error:
         if settings.debug:
-            sys.excepthook = console.show_traceback
             raise
         console.echo(f"Error: {_short(_sentence(error))}", err=True)
         return error.exit_code if isinstance(error, DpnError) else 1

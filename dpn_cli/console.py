@@ -9,9 +9,9 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 import click
 from rich import box
@@ -42,6 +42,7 @@ DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 # characters, which cannot be written at all.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_formatwarning = warnings.formatwarning
 _stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -64,17 +65,18 @@ def harmless(text: str) -> str:
     return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-class HarmlessRecord(logging.LogRecord):
-    """What the libraries log, which may quote a checkpoint's files."""
+def guard_libraries() -> None:
+    """Make logs, warnings and tracebacks harmless too, which may quote a checkpoint's files."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *args, **kwargs: harmless(_formatwarning(*args, **kwargs))
+    sys.excepthook = lambda kind, error, trace: echo(
+        "".join(traceback.format_exception(kind, error, trace)), nl=False, err=True
+    )
 
+
+class _Record(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802 - logging's name
-        """Return the message."""
         return harmless(super().getMessage())
-
-
-def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback on stderr, as `sys.excepthook` does."""
-    echo("".join(traceback.format_exception(kind, error, trace)), nl=False, err=True)
 
 
 def echo(text: str, nl: bool = True, err: bool = False) -> None:

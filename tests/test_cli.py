@@ -124,9 +124,9 @@ def test_arguments_tell_a_terminal_nothing(capsys: pytest.CaptureFixture[str], a
     assert "\x1b" not in (err := capsys.readouterr().err) and "\u202e" not in err
 
 
-def test_neither_tracebacks_nor_what_libraries_log_tell_a_terminal_anything() -> None:
+def test_nothing_that_libraries_say_tells_a_terminal_anything() -> None:
     script = f"""
-import logging, sys
+import logging, sys, warnings
 from types import SimpleNamespace
 import click
 from dpn_cli import cli
@@ -134,6 +134,7 @@ from dpn_cli import cli
 @click.command()
 def command():
     logging.getLogger("library").warning("a %s", {ESCAPE!r})
+    warnings.warn("of " + {ESCAPE!r})
     raise ValueError({ESCAPE!r})
 
 cli.import_module = lambda _: SimpleNamespace(command=command)
@@ -141,7 +142,11 @@ sys.exit(cli.main(["--debug", "demo"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert r"a \u001b]52" in done.stderr and r"ValueError: \u001b]52" in done.stderr
+    assert (
+        r"a \u001b]52" in done.stderr
+        and r"Warning: of \u001b]52" in done.stderr
+        and r"ValueError: \u001b]52" in done.stderr
+    )
     assert "\x1b" not in done.stderr and "\u202e" not in done.stderr
 
 

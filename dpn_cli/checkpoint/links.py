@@ -32,10 +32,12 @@ def check_links(folder: Path) -> None:
             target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(place) for place in inside):
                 raise CheckpointError(
-                    f"{path} is a symbolic link out of its folder, to {target}: put a copy in its place if you trust it"
+                    f"{path} is a symbolic link out of its folder, to {target}: remove it, or put a copy in its place"
                 )
         if _kind(path) not in (0, stat.S_IFREG):
-            raise CheckpointError(f"{path} is neither a file nor a folder of its own: remove it")
+            raise CheckpointError(
+                f"{path} is neither a file nor a folder of its own: remove it, or download the checkpoint again"
+            )
 
 
 def _used(folder: Path) -> Iterator[Path]:

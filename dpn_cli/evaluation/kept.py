@@ -22,7 +22,12 @@ class KeptResults:
     """
 
     def __init__(self, depends_on: dict[str, Any], root: Path = FOLDER) -> None:
-        """Find the results of an earlier run."""
+        """Find the results of an earlier run.
+
+        Raises:
+            UsageError: if .dpn leads elsewhere.
+        """
+        workspace.check_state_folder()
         self.root = root
         self.folder = root / _digest(json.dumps(depends_on, sort_keys=True))
 
