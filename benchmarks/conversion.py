@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 
-DPN = (sys.executable, "-m", "dpn_cli")
+DPN = (sys.executable, "-P", "-m", "dpn_cli")
 
 
 @dataclass(frozen=True)

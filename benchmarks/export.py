@@ -58,7 +58,7 @@ def main(source: Path, kinds: tuple[str, ...], load: bool) -> None:
             click.echo(row(f"export {kind}", done, output))
             if load:
                 cold(output)
-                click.echo(row("  loaded, one forward", run(sys.executable, "-c", LOAD, output)))
+                click.echo(row("  loaded, one forward", run(sys.executable, "-P", "-c", LOAD, output)))
             shutil.rmtree(output)
     finally:
         for folder in (converted, output):

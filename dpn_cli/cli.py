@@ -1,6 +1,7 @@
 """The command line: a lazy group of verbs, and the one place where errors become exit codes."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from dpn_cli import __version__
+from dpn_cli import __version__, console
 from dpn_cli.errors import DpnError, did_you_mean
 
 INTERRUPTED = 130
@@ -87,8 +88,6 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     dpn calibrate --data mydata --budget 0.5
     dpn export
     """  # noqa: D301 - click takes \\b as "do not rewrap"
-    from dpn_cli import console
-
     ctx.ensure_object(Settings).debug = debug
     console.set_quiet(quiet)
     if not debug:
@@ -105,23 +104,26 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _interrupt)
+    console.guard_libraries()
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
         if sys.stdout is not None:  # `>&-`
             sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        console.echo(said.getvalue(), nl=False, err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+        console.echo("Interrupted.", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         return _closed_stdout()
     except Exception as error:
         if settings.debug:
             raise
-        click.echo(f"Error: {_short(_sentence(error))}", err=True)
+        console.echo(f"Error: {_short(_sentence(error))}", err=True)
         return error.exit_code if isinstance(error, DpnError) else 1
     return result if isinstance(result, int) else 0
 

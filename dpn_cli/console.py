@@ -1,11 +1,19 @@
-"""What the commands show: messages and progress on stderr, tables on stdout."""
+"""What the commands show: messages and progress on stderr, tables and other results on stdout.
 
+Paths, names, errors and answers may hold what a terminal obeys: here it is made visible.
+"""
+
+import logging
 import os
+import re
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import click
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -30,7 +38,12 @@ RANKS = (
 )  # a process's number, as accelerate reads it
 DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 
-_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+# C0 and C1 but for the tab and the end of a line, what turns the direction of text, other ends of lines, and halves of
+# characters, which cannot be written at all.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_formatwarning = warnings.formatwarning
+_stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def set_quiet(quiet: bool) -> None:
@@ -47,20 +60,49 @@ def leave_to_the_first() -> None:
         os.dup2(nowhere, stream)
 
 
+def harmless(text: str) -> str:
+    r"""Return text with what a terminal would obey written as \\u001b, which is right inside of JSON too."""
+    return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def guard_libraries() -> None:
+    """Make logs, warnings and tracebacks harmless too, which may quote a checkpoint's files."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *args, **kwargs: harmless(_formatwarning(*args, **kwargs))
+    sys.excepthook = lambda kind, error, trace: echo(
+        "".join(traceback.format_exception(kind, error, trace)), nl=False, err=True
+    )
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return harmless(super().getMessage())
+
+
+def echo(text: str, nl: bool = True, err: bool = False) -> None:
+    """Print plain text on stdout, or on stderr."""
+    click.echo(harmless(text), nl=nl, err=err)
+
+
 def note(message: str) -> None:
     """Say something about the work on stderr."""
-    _stderr.print(message)
+    _stderr.print(harmless(message))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: Collection[str] = ()) -> None:
     """Print a titled table on stdout; numbers are aligned to the right, the first column and `texts` to the left."""
     result = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i and column not in texts else "left")
+        result.add_column(_text(column), justify="right" if i and column not in texts else "left")
     for row in rows:
-        result.add_row(*(Text(str(cell)) for cell in row))
+        result.add_row(*map(_text, row))
     stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH)
-    stdout.print(Text(title, style="bold"), result)
+    stdout.print(_text(title, style="bold"), result)
+
+
+def _text(cell: object, style: str = "") -> Text:
+    """Return what is shown as it is: no markup, and nothing that a terminal obeys."""
+    return Text(harmless(str(cell)), style)
 
 
 @contextmanager
@@ -74,14 +116,14 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield _PlainProgress(description, total).advance
         return
     columns = (
-        TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}"),
+        TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=_stderr) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(harmless(description), total=total)
         yield lambda n: bar.advance(task, n)
 
 

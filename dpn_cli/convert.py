@@ -18,6 +18,7 @@ from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
 from dpn_cli.checkpoint.rewriting import Written
+from dpn_cli.checkpoint.side_files import left_behind, without_code
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
@@ -116,7 +117,7 @@ def convert(
         added=layout.added_tensors(pyramid),
         base_bytes=checkpoint.nbytes,
         placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
-        notes=opened.notes,
+        notes=(*opened.notes, *left_behind(source.path)),
     )
     check_target(conversion.output, force, CONVERTED, source.path)
     if check_values:
@@ -174,7 +175,7 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) 
 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}}
+    kept = {key: value for key, value in without_code(config).items() if key != "_name_or_path"}
     family = Family.of(config)
     base = conversion.source.origin
     if conversion.source.revision:

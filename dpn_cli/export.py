@@ -13,8 +13,9 @@ from dpn_cli.checkpoint.family import CONVERTED
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_files
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
-from dpn_cli.checkpoint.writer import copy_file, side_files, write_json
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import DpnError, UsageError
 from dpn_cli.exporting.config import export_config, stored_dtype, without_unused_layers
 from dpn_cli.exporting.content import verify_untouched, write_weights
@@ -22,7 +23,7 @@ from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_expor
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.model_card import model_card
-from dpn_cli.modeling.code import write_code
+from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 DEFAULT_SHARD_SIZE = "2GB"
@@ -42,6 +43,7 @@ class Export:
         dtype: the one that the tensors were converted to, or None where they were left as they were.
         scheme: that the decoder's linear layers were quantised by, or None.
         num_verified: how many tensors were compared with the source, or None where none were.
+        notes: what the user should know about what was left out.
     """
 
     source: Path
@@ -53,6 +55,7 @@ class Export:
     dtype: str | None
     scheme: Scheme | None
     num_verified: int | None
+    notes: tuple[str, ...]
 
 
 def export(
@@ -108,6 +111,7 @@ def export(
         dtype=dtype,
         scheme=quantize,
         num_verified=num_verified,
+        notes=left_behind(checkpoint, written=(CODE_FILE,)),
     )
 
 
@@ -154,9 +158,8 @@ def _draft(
 
 
 def _write_side_files(stage: Path, draft: _Draft, name: str) -> None:
-    source = draft.plan.source.path
-    for file in side_files(source):
-        copy_file(source / file, stage / file)
+    for file in side_files(draft.plan.source.path):
+        copy_side_file(file, stage)
     card = model_card(name, draft.config, draft.layout, draft.pyramid)
     write_code(stage)
     (stage / "README.md").write_text(card, encoding="utf-8")

@@ -1,28 +1,39 @@
 """The state between commands: which checkpoint is the current one, in ./.dpn/current.json."""
 
 import json
-import os
 from pathlib import Path
 
+from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
 
-STATE_FILE = Path(".dpn", "current.json")
+FOLDER = Path(".dpn")  # of the current directory
+STATE_FILE = FOLDER / "current.json"
+
+
+def check_state_folder() -> None:
+    """Check that what is written and deleted under .dpn is in this directory, which may be a stranger's.
+
+    Raises:
+        UsageError: if there is a symbolic link.
+    """
+    for path in (FOLDER, *FOLDER.glob("*"), *FOLDER.glob("*/*")):
+        if path.is_symlink():
+            raise UsageError(f"{path} is a symbolic link, expected dpn's own file or folder: remove it")
 
 
 def remember(path: Path) -> None:
     """Make `path` the current checkpoint of this directory."""
-    STATE_FILE.parent.mkdir(exist_ok=True)
-    stage = STATE_FILE.with_suffix(f".{os.getpid()}.tmp")
-    stage.write_text(json.dumps({"checkpoint": str(path.resolve())}, ensure_ascii=False) + "\n", encoding="utf-8")
-    stage.replace(STATE_FILE)
+    FOLDER.mkdir(exist_ok=True)
+    replace_file(STATE_FILE, lambda stage: write_json(stage, {"checkpoint": str(path.resolve())}))
 
 
 def current(model: Path | None) -> Path:
     """Return `model` if given, else the current checkpoint.
 
     Raises:
-        UsageError: if there is none, or it is gone.
+        UsageError: if there is none, or it is gone; or if .dpn leads elsewhere.
     """
+    check_state_folder()
     if model is not None:
         return model
     try:

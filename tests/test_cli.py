@@ -103,6 +103,53 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["--debug", "demo"])
 
 
+ESCAPE = "\x1b]52;c;eA==\x07\u202e"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CheckpointError(ESCAPE), ValueError(ESCAPE), OSError(errno.EACCES, "no", ESCAPE), click.UsageError(ESCAPE)],
+)
+def test_an_error_tells_a_terminal_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_with(error, monkeypatch)
+    assert cli.main(["demo"]) == getattr(error, "exit_code", 1)
+    assert r"\u001b]52;c;eA==\u0007\u202e" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["inspect", ESCAPE], ["inspect", "x", ESCAPE], [f"--{ESCAPE}"], [ESCAPE]])
+def test_arguments_tell_a_terminal_nothing(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert cli.main(arguments) in (2, 3)
+    assert "\x1b" not in (err := capsys.readouterr().err) and "\u202e" not in err
+
+
+def test_nothing_that_libraries_say_tells_a_terminal_anything() -> None:
+    script = f"""
+import logging, sys, warnings
+from types import SimpleNamespace
+import click
+from dpn_cli import cli
+
+@click.command()
+def command():
+    logging.getLogger("library").warning("a %s", {ESCAPE!r})
+    warnings.warn("of " + {ESCAPE!r})
+    raise ValueError({ESCAPE!r})
+
+cli.import_module = lambda _: SimpleNamespace(command=command)
+sys.exit(cli.main(["--debug", "demo"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert (
+        r"a \u001b]52" in done.stderr
+        and r"Warning: of \u001b]52" in done.stderr
+        and r"ValueError: \u001b]52" in done.stderr
+    )
+    assert "\x1b" not in done.stderr and "\u202e" not in done.stderr
+
+
 def test_an_unknown_command_suggests_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convrt"]) == 2
     assert "Did you mean 'convert'?" in capsys.readouterr().err

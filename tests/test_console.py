@@ -1,3 +1,7 @@
+import json
+import os
+import unicodedata
+
 import pytest
 from rich.console import Console
 
@@ -17,6 +21,60 @@ def test_tables_go_to_stdout_whole_and_as_they_are(capsys: pytest.CaptureFixture
     assert "x" * 90 in captured.out
     assert "[red]" in captured.out
     assert "y" * 60 in captured.out
+
+
+TRAPS = {
+    "clipboard": "\x1b]52;c;cm0gLXJmIH4=\x07",
+    "C1": "\x9d52;c;eA==\x9c",
+    "back to the start": "fine\rError",
+    "turned round": "safe\u202egpj.exe\u2066\u200f\u061c",
+    "half a character": os.fsdecode(b"\xff"),
+    "deleted": "abc\x7f\x08",
+    "ends of lines": "one\u2028two\x85three\x0bfour",
+}
+
+
+def is_harmless(text: str) -> bool:
+    """Say whether no character is a control character or one that turns the direction of text."""
+    turned = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return all(
+        character in "\n\t"
+        or (unicodedata.category(character) != "Cc" and unicodedata.bidirectional(character) not in turned)
+        for character in text
+    )
+
+
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+def test_a_terminal_is_told_nothing(capsys: pytest.CaptureFixture[str], trap: str) -> None:
+    console.note(f"reading {trap}")
+    console.table(trap, ["name", trap], [[trap, f"[red]{trap}"]])
+    with console.progress(trap, total=1) as advance:
+        advance(1)
+    console.echo(trap, err=True)
+    captured = capsys.readouterr()
+    assert is_harmless(captured.out) and is_harmless(captured.err)
+    shown = json.dumps(trap).strip('"').replace("\\b", "\\u0008").replace("\\r", "\\u000d")
+    assert captured.out.count(shown) == 4 and captured.err.count(shown) == 3
+
+
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+def test_json_says_the_same_to_a_program_and_nothing_to_a_terminal(
+    capsys: pytest.CaptureFixture[str], trap: str
+) -> None:
+    console.echo(json.dumps({"é": trap}, indent=2, ensure_ascii=False))
+    out = capsys.readouterr().out
+    assert is_harmless(out) and "é" in out
+    assert json.loads(out) == {"é": trap}
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[red]stop[/red] :smile: [link=x]", "two\nlines", "日本語 👩‍🚀 é"):
+        console.note(text)
+        console.echo(text)
+        captured = capsys.readouterr()
+        assert captured.err == captured.out == f"{text}\n"
+    console.echo("a\ttab", nl=False)
+    assert capsys.readouterr().out == "a\ttab"
 
 
 def test_off_a_terminal_progress_is_a_plain_last_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,9 +101,11 @@ def test_plain_progress_says_rate_and_time_left(
 
 def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_stderr", Console(stderr=True, force_terminal=True, width=100))
-    with console.progress("counting", total=30) as advance:
+    with console.progress("[red]\x1b]52;c;eA==\x07", total=30) as advance:
         advance(30)
-    assert "30/30" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "30/30" in shown
+    assert "[red]\\u001b]52;c;eA==\\u0007" in shown and "\x1b]52" not in shown
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from dpn_cli import workspace
+from dpn_cli.cli import main
 from dpn_cli.errors import UsageError
 
 
@@ -36,3 +37,14 @@ def test_without_one_the_error_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / ".dpn" / "current.json").write_text("[]")
     with pytest.raises(UsageError, match="is damaged"):
         workspace.current(None)
+
+
+@pytest.mark.parametrize("place", [".dpn", ".dpn/current.json", ".dpn/evaluation", ".dpn/evaluation/0123"])
+def test_a_state_that_leads_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "mine").mkdir()
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match=f"{place} is a symbolic link"):
+        workspace.current(None)
+    assert main(["convert", "demo", "--dry-run"]) == 2
+    assert list((tmp_path / "mine").iterdir()) == []

@@ -57,7 +57,7 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
 def weights_digest(shards: Iterable[Path]) -> str:
     """Return a digest of the names, sizes and both ends of some files."""
     digest = hashlib.sha256()
-    for part in (part for shard in sorted(shards) for part in _edges(shard)):
+    for part in (part for shard in sorted(shards) if shard.is_file() for part in _edges(shard)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

@@ -33,7 +33,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     Raises:
         DpnError: if one of the processes ended without a word, as by a signal.
     """
-    command = [sys.executable, "-m", "dpn_cli", *arguments]
+    command = [sys.executable, "-P", "-m", "dpn_cli", *arguments]  # -P: no code of the current folder is imported
     processes = [
         subprocess.Popen(command, env=environment, start_new_session=True) for environment in _environments(count)
     ]

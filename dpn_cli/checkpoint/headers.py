@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.links import check_links
 from dpn_cli.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -113,14 +114,15 @@ def _read_shards(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a checkpoint folder.
+    """Read config.json of a checkpoint folder, which is looked through for links out of it first.
 
     Raises:
-        CheckpointError: if the folder is none, or has no readable config.json.
+        CheckpointError: if the folder is none, has no readable config.json, or has such links.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {kind}: expected a checkpoint folder with config.json")
+    check_links(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(adapter_refusal(folder))

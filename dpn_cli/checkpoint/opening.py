@@ -20,9 +20,10 @@ from dpn_cli.checkpoint.headers import (
 from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
 from dpn_cli.checkpoint.original import is_original, rewrite_original
 from dpn_cli.checkpoint.rewriting import Written, rewrite_bins
+from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
 from dpn_cli.checkpoint.weights import holds_bins
-from dpn_cli.checkpoint.writer import Placement, copy_file, link_file, side_files
+from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
@@ -73,8 +74,8 @@ class Copied:
     def write(self, stage: Path, link: bool = False) -> Written:
         """Copy side files; copy or link shards."""
         folder = self.checkpoint.path
-        for file in side_files(folder):
-            copy_file(folder / file, stage / file)
+        for path in side_files(folder):
+            copy_side_file(path, stage)
         tensors: list[TensorInfo] = []
         placements: set[Placement] = set()
         for file in self.checkpoint.files:

@@ -16,10 +16,11 @@ from dpn_cli.checkpoint.hr import HrTower
 from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
 from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 from dpn_cli.checkpoint.rewriting import Planned, Rewritten
+from dpn_cli.checkpoint.side_files import copy_side_file, is_licence, side_files
 from dpn_cli.checkpoint.tower import ClipTower, Tower
 from dpn_cli.checkpoint.vocabulary import MULTIPLE, Vocabulary
 from dpn_cli.checkpoint.weights import Weights, open_weights
-from dpn_cli.checkpoint.writer import copy_file, side_files, write_json
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def rewrite_original(
 
     def write_side_files(stage: Path) -> None:
         for file in side_files(folder):
-            if file.startswith(("LICENSE", "NOTICE")):
-                copy_file(folder / file, stage / file)
+            if is_licence(file.name):
+                copy_side_file(file, stage)
         text, vision = config["text_config"], config["vision_config"]
         ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(stage / "generation_config.json", ids)

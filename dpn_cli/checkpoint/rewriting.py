@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
 from dpn_cli.checkpoint.layout import COMPUTED
+from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import tensor_bytes
 from dpn_cli.checkpoint.weights import Weights
-from dpn_cli.checkpoint.writer import Placement, copy_file, side_files, write_shard
+from dpn_cli.checkpoint.writer import Placement, write_shard
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights, notes: 
 
     def copy_side_files(stage: Path) -> None:
         for file in side_files(folder):
-            copy_file(folder / file, stage / file)
+            copy_side_file(file, stage)
 
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
     return Rewritten.of(folder, config, planned, copy_side_files, notes)

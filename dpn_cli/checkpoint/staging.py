@@ -145,8 +145,9 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _lock(path: Path, target: Path) -> int:
     """Return the open lock file."""
+    _drop_link(path)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
@@ -172,10 +173,17 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _recover(target: Path) -> None:
     """Sweep what a dead process left beside `target`; bring back a target caught between two names."""
     old = _sibling(target, OLD)
-    if old.is_dir() and not os.path.lexists(target):
+    if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
         old.rename(target)
     for path in (old, _sibling(target, STAGE)):
+        _drop_link(path)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _drop_link(path: Path) -> None:
+    """Remove a symbolic link from where dpn puts files of its own: it is somebody else's, and could lead anywhere."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -7,33 +7,20 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dpn_cli.checkpoint.headers import BIN_INDEX_FILE, BITS, INDEX_FILE, TensorInfo
+from dpn_cli.checkpoint.headers import BITS, INDEX_FILE, TensorInfo
 from dpn_cli.errors import DpnError
 
 RECIPE_FILE = "dpn_recipe.json"
 
-_LEFT_OUT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".py", ".md",
-}  # fmt: skip
-_REWRITTEN = {"config.json", INDEX_FILE, BIN_INDEX_FILE, RECIPE_FILE}
-_MAX_SIDE_FILE_BYTES = 64 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CHUNK_BYTES = 1 << 30
 _FICLONE = 0x40049409  # ioctl(2): share a file's extents, copy-on-write
 
 Placement = Literal["cloned", "linked", "copied", "rewritten"]  # how a shard came into a new folder
-
-
-def side_files(folder: Path) -> Iterator[str]:
-    """Yield the small files that belong to the model: tokenizer, processor, template, licence."""
-    for path in sorted(folder.iterdir()):
-        left_out = path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".") or path.name in _REWRITTEN
-        if path.is_file() and not left_out and path.stat().st_size <= _MAX_SIDE_FILE_BYTES:
-            yield path.name
 
 
 def copy_file(source: Path, target: Path) -> int:
@@ -85,6 +72,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, sync it to disk, and put it in the place of `path`."""
     stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stage.unlink(missing_ok=True)  # it may be a link that was put there
     try:
         write(stage)
         descriptor = os.open(stage, os.O_RDONLY)

@@ -141,7 +141,7 @@ def command(
             result.to_dict() | {"budgets": [each.to_dict() for each in found.spendings], "remarks": found.remarks}
             for result, found in zip(results, lineups, strict=True)
         ]
-        click.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
+        console.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
     else:
         for result in results:
             print_latency(result, data is not None)

@@ -60,7 +60,7 @@ def command(
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
     After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
-    For several machines: `accelerate launch -m dpn_cli calibrate ...` on each.
+    For several machines: `accelerate launch --no_python dpn calibrate ...` on each.
 
     Budgets are means over the calibration data. Where your data spend more, or less, than you ask for,
     --budgets-only solves them on your data; the checkpoint may be an exported one, too.
@@ -88,7 +88,7 @@ def command(
     if report is None:
         return
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        console.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return
     from dpn_cli.commands.tables import print_calibration
 

@@ -55,6 +55,7 @@ def command(
     MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
     llava-1.5-7b, llava-1.5-13b, llava-hr-7b, llava-hr-x-13b, bakllava, llava-llama-3-8b, demo.
     """
+    workspace.check_state_folder()
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.convert import IMPORTED, convert, default_recipe
     from dpn_cli.recipe import load_recipe

@@ -67,7 +67,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     groups = {**pyramid.kinds, "all": pyramid.figures}
     if as_json:
         kinds = {kind: asdict(figures) for kind, figures in groups.items()}
-        click.echo(json.dumps({"calibration": report.to_dict(), "kinds": kinds}, indent=2, ensure_ascii=False))
+        console.echo(json.dumps({"calibration": report.to_dict(), "kinds": kinds}, indent=2, ensure_ascii=False))
     else:
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
         print_routes(result)

@@ -119,7 +119,7 @@ def command(
     if plot is not None:
         plot_evaluation(plot, result)
     if as_json:
-        click.echo(
+        console.echo(
             json.dumps({"checkpoint": str(folder), "data": data} | result.to_dict(), indent=2, ensure_ascii=False)
         )
         return
@@ -150,7 +150,10 @@ def _run_benchmarks(
     if against:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
     if is_launched():
-        raise UsageError("--tasks runs in one process; for several: accelerate launch -m lmms_eval eval --model dpn …")
+        raise UsageError(
+            "--tasks runs in one process; for several:  "
+            "PYTHONSAFEPATH=1 accelerate launch -m lmms_eval eval --model dpn …"
+        )
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]
@@ -165,7 +168,7 @@ def _run_benchmarks(
             "benchmarks": [row.to_dict() for row in rows],
             "budgets": [each.to_dict() for each in spent],
         }
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     from dpn_cli.commands.tables import print_benchmarks
 

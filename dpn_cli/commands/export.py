@@ -92,6 +92,8 @@ def command(
     _show(done, budget)
     if done.num_verified is not None:
         console.note(f"{done.num_verified} tensors are the checkpoint's, byte for byte.")
+    for note in done.notes:
+        console.note(note)
     if url:
         console.note(f"Uploaded to {url}.")
     console.note(f"Wrote {output}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with")
@@ -113,7 +115,7 @@ def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
         "verified_tensors": done.num_verified,
         "url": url,
     }
-    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    console.echo(json.dumps(report, indent=2, ensure_ascii=False))
 
 
 def _show(done: "Export", budget: float | None) -> None:

@@ -59,7 +59,7 @@ def command(
     folder = resolve_source(name).path if name else checkpoint_folder(model)
     found = inspect_checkpoint(folder, text_tokens, images, image_size, routes)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        console.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
         _show(found)
 

@@ -4,6 +4,7 @@ import json
 
 import click
 
+from dpn_cli import console
 from dpn_cli.recipe import available_recipes, load_recipe
 
 
@@ -16,11 +17,11 @@ def command(ctx: click.Context, as_json: bool) -> None:
         return
     recipes = [load_recipe(name) for name in available_recipes()]
     if as_json:
-        click.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
+        console.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
         return
     width = max(len(recipe.name) for recipe in recipes) + 2
     for recipe in recipes:
-        click.echo(f"{recipe.name:{width}}{recipe.description}")
+        console.echo(f"{recipe.name:{width}}{recipe.description}")
 
 
 @command.command("show")
@@ -33,6 +34,6 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     resolved = load_recipe(recipe, overrides).to_dict()
     if as_json:
-        click.echo(json.dumps(resolved, indent=2))
+        console.echo(json.dumps(resolved, indent=2))
     else:
-        click.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False)
+        console.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False)

@@ -67,9 +67,9 @@ def command(
     spending = None if asked is None else Spending(asked, done.flops_fraction, samples=1)
     if as_json:
         found = {"checkpoint": str(folder), **done.to_dict(), "budget": spending and spending.to_dict()}
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    click.echo()
+    console.echo("")
     console.note(_cost_line(done))
     for line in unmet([spending], pyramid, folder, data=None) if spending else ():
         console.note(line)
@@ -86,7 +86,7 @@ def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tupl
 
 
 def _stream(text: str) -> None:
-    click.echo(text, nl=False)
+    console.echo(text, nl=False)
 
 
 def _cost_line(done: "Answer") -> str:

@@ -154,7 +154,7 @@ def _run(model_args: str, options: Sequence[str], say: Callable[[str], None]) ->
     with TemporaryDirectory(prefix="dpn-lmms-") as folder:
         record = Path(folder, "fractions.json")
         command = [
-            sys.executable, "-m", "lmms_eval", "eval", "--output_path", folder, *options,
+            sys.executable, "-P", "-m", "lmms_eval", "eval", "--output_path", folder, *options,
             "--model", "dpn", "--model_args", f"{model_args},record={record}",
         ]  # fmt: skip
         tail: deque[str] = deque(maxlen=_TAIL)

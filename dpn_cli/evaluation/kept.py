@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dpn_cli import workspace
 from dpn_cli.calibration.state import KeptFiles
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 
-FOLDER = Path(".dpn", "evaluation")
+FOLDER = workspace.FOLDER / "evaluation"
 
 
 class KeptResults:
@@ -21,7 +22,12 @@ class KeptResults:
     """
 
     def __init__(self, depends_on: dict[str, Any], root: Path = FOLDER) -> None:
-        """Find the results of an earlier run."""
+        """Find the results of an earlier run.
+
+        Raises:
+            UsageError: if .dpn leads elsewhere.
+        """
+        workspace.check_state_folder()
         self.root = root
         self.folder = root / _digest(json.dumps(depends_on, sort_keys=True))
 

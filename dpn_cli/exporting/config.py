@@ -5,6 +5,7 @@ from typing import Any
 from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
 from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
+from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES
 from dpn_cli.modeling.code import auto_map
@@ -21,7 +22,7 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
         dtype: that the tensors are converted to, or None.
     """
     family = Family.of(source.config)
-    config = source.config | {
+    config = without_code(source.config) | {
         "architectures": [family.architecture],
         "auto_map": auto_map(family.stem),
         "pyramid": pyramid.to_dict(),

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 CODE_MODULE = "modeling_dpn_llava"
+CODE_FILE = f"{CODE_MODULE}.py"
 MODEL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
 
 
@@ -26,4 +27,4 @@ def write_code(folder: Path) -> None:
         source = Path(__file__).read_text(encoding="utf-8")
     else:  # not an import statement: what merges the modules is no part of them
         source = importlib.import_module("dpn_cli.bundle").bundle_modeling()
-    (folder / f"{CODE_MODULE}.py").write_text(source, encoding="utf-8")
+    (folder / CODE_FILE).write_text(source, encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from dpn_cli.checkpoint.headers import read_config
@@ -78,14 +78,17 @@ def load_processor(folder: Path) -> Any:
     """
     onevision = read_config(folder).get("model_type") == DpnLlavaOnevisionConfig.model_type
     try:
-        return (OnevisionImages if onevision else AutoProcessor).from_pretrained(
+        processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
+            raise TypeError(f"{type(processor).__name__} is no processor")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "
             "the model again from a folder that has its tokenizer and processor files"
         ) from error
+    return processor
 
 
 def max_positions(folder: Path) -> int:

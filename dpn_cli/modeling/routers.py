@@ -24,6 +24,7 @@ class RouterLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in_features] to [..., out_features]."""
@@ -31,7 +32,7 @@ class RouterLinear(nn.Module):
 
 
 class RouterHead(RouterLinear):
-    """A router's last layer; it starts at zero, so that a fresh router scores all rates alike."""
+    """A router's last layer; a model starts it at zero, so that a fresh router scores all rates alike."""
 
 
 class RouterNorm(nn.LayerNorm):

@@ -181,3 +181,15 @@ def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="overlaps"):
             write(target, force=True, source=source)
     assert listing(tmp_path / "models") == {"source/config.json": OURS}
+
+
+@pytest.mark.parametrize("role", ["lock", "stage", "old"])
+def test_a_link_in_the_place_of_a_file_of_ours_is_not_followed(tmp_path: Path, role: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text(OURS)
+    for target in (mine, tmp_path / "nowhere"):
+        (tmp_path / f".out.{role}").symlink_to(target)
+        write(tmp_path / "out", force=True)
+        assert listing(tmp_path) == {"out/config.json": OURS, "mine/config.json": OURS}
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "mine"}

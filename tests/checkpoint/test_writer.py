@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpn_cli.checkpoint.writer import copy_file, link_file, write_named_pieces
+from dpn_cli.checkpoint.writer import copy_file, link_file, replace_file, write_named_pieces
 from dpn_cli.errors import DpnError
 
 CONTENT = bytes(range(256)) * 1000
@@ -85,3 +85,11 @@ def test_a_shard_takes_its_tensors_in_any_order(tmp_path: Path) -> None:
     for wrong in (pieces[:-1], [*pieces, ("c", b"\0")]):
         with pytest.raises(DpnError, match="header promises"):
             write_named_pieces(tmp_path / f"{len(wrong)}.safetensors", tensors, wrong, {})
+
+
+def test_a_file_is_replaced_and_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for name in ("x", f".x.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to("mine")
+    replace_file(tmp_path / "x", lambda path: path.write_text("new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "new", "mine": "mine"}

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 
 QUESTION = "what colour is the small circle ?"
@@ -96,6 +98,20 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
     assert line.startswith("Route ") and " · " in line
     for part in ("visual tokens 144 →", "% of the prefill FLOPs", "first token after", "tokens/s"):
         assert part in line
+
+
+def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = read_json(here / "tiny-dpn" / "tokenizer.json")
+    vocabulary = data["model"]["vocab"]
+    data["model"]["vocab"] = {f"{word}\x1b]52;c;\x07\u202e" if i > 4 else word: i for word, i in vocabulary.items()}
+    write_json(here / "tiny-dpn" / "tokenizer.json", data)
+    args = ["run", "--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "4", QUESTION]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert out.count(r"\u001b]52;c;\u0007\u202e") == 4 and "\x1b" not in out
+    assert main([*args, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "\u202e" not in out and json.loads(out)["text"].count("\x1b]52;c;\x07\u202e") == 4
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,16 @@ def test_a_run_without_results_is_an_error_though_it_exits_with_0(tmp_path: Path
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_the_harness_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stranger").mkdir()
+    monkeypatch.chdir(tmp_path / "stranger")
+    for module in ("lmms_eval", "json", "torch"):
+        Path(f"{module}.py").write_text("import os; os.mkdir('ran')")
+    assert run_benchmarks(tmp_path, ["gqa"])
+    assert not Path("ran").exists()
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_the_command_prints_what_the_harness_found(
     make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,7 @@ HEADERS: dict[str, tuple[Harm, str]] = {
     "header of 2^40 bytes": (overwrite(SHARD, struct.pack("<Q", 1 << 40) + b"{}"), "should take 1099511627776 bytes"),
     "header is no JSON": (overwrite(SHARD, struct.pack("<Q", 4) + b"{{{{"), "damaged header"),
     "shard is a folder": (replaced_by(Path.mkdir), "is missing: download"),
-    "shard is a pipe": (replaced_by(os.mkfifo), "is missing: download"),
+    "shard is a pipe": (replaced_by(os.mkfifo), "is neither a file nor a folder"),
     "index is a list": (overwrite(INDEX, b"[]"), "holds a JSON list, expected an object"),
     "index is an LFS pointer": (overwrite(INDEX, LFS_POINTER), "not JSON but a Git LFS pointer"),
     "index without weight_map": (edit(INDEX, weight_map=None), "has no weight_map"),
