@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from dpn_cli import __version__
-from dpn_cli.errors import DpnError, did_you_mean
+from dpn_cli.errors import DpnError, RelayedError, did_you_mean
 
 INTERRUPTED = 130
 MAX_SENTENCE = 1000  # characters of an error message
@@ -90,8 +90,6 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     ctx.ensure_object(Settings).debug = debug
     console.set_quiet(quiet)
-    if not debug:
-        console.leave_to_the_first()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -107,7 +105,10 @@ def main(args: Sequence[str] | None = None) -> int:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
         if sys.stdout is not None:  # `>&-`
             sys.stdout.flush()
+    except RelayedError as error:
+        return error.exit_code
     except click.ClickException as error:
+        _speak_up()
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -116,11 +117,19 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_stdout()
     except Exception as error:
+        _speak_up()
         if settings.debug:
             raise
         click.echo(f"Error: {_short(_sentence(error))}", err=True)
         return error.exit_code if isinstance(error, DpnError) else 1
     return result if isinstance(result, int) else 0
+
+
+def _speak_up() -> None:
+    """Let a process that left the speaking to another one say what went wrong in it."""
+    from dpn_cli import console
+
+    console.speak_up()
 
 
 def _sentence(error: Exception) -> str:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
+from dpn_cli.commands.options import (
+    Choice,
+    Fraction,
+    checkpoint_folder,
+    data_options,
+    model_option,
+    processes_option,
+    together,
+)
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.data import OnBadRow
@@ -54,12 +62,13 @@ def command(
     After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
     For several machines: `accelerate launch -m dpn_cli calibrate ...` on each.
     """
-    folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import calibration_recipe
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
-    recipe = calibration_recipe(folder, overrides, {k: v for k, v in options.items() if v is not None})
+    with together():
+        folder = checkpoint_folder(model)
+        recipe = calibration_recipe(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
     from dpn_cli.calibration.calibrate import calibrate
 
