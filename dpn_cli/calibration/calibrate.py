@@ -1,7 +1,7 @@
 """Calibration as one call: samples in, fitted routers and a budget table in the checkpoint's folder out."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from dpn_cli.calibration.reach import validate_budget
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
-from dpn_cli.calibration.store import save_calibration
+from dpn_cli.calibration.store import calibrating, save_calibration, sweep
 from dpn_cli.calibration.tuning import (
-    drop_stale_adapter,
     frozen_dtype,
-    keep_adapter,
     tune,
     unused_sections,
     validate_processes,
@@ -82,7 +80,27 @@ def calibrate(
             differs from this one.
     """
     processes = processes or Processes.join()
-    job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes)
+    with _in_charge(folder, processes):
+        job, dataset = _open(folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, processes)
+        return _calibrate(job, dataset, folder, data)
+
+
+@contextmanager
+def _in_charge(folder: Path, processes: Processes) -> Iterator[None]:
+    """Keep other runs from a checkpoint; when the block ends well, sweep what is no longer needed in it."""
+    with ExitStack() as held:
+        with processes.as_one():
+            use = held.enter_context(calibrating(folder)) if processes.is_main else None
+        yield
+        if use is not None:
+            if use.is_alone():
+                sweep(folder)
+            drop_state(folder)
+
+
+def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report | None:
+    """Answer, train, measure, fit and save."""
+    recipe, processes, progress = job.recipe, job.processes, job.progress
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
@@ -111,10 +129,7 @@ def calibrate(
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
-    adapter = keep_adapter(job.model, folder)
-    save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
-    drop_stale_adapter(folder, adapter)
-    drop_state(folder)
+    save_calibration(folder, job.model, routers, pyramid, report)
     return report
 
 
@@ -145,7 +160,7 @@ def _open(
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
-        _, layout, pyramid = open_converted(folder)
+        checkpoint, layout, pyramid = open_converted(folder)
         dataset, processor = _read(folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad)
         asked = [sample for sample in dataset.samples if sample.images]
         if len(asked) < MIN_SAMPLES:
@@ -153,7 +168,7 @@ def _open(
         if pyramid.static_route is not None:
             raise UsageError(f"{folder} has a static route and no routers: there is nothing to calibrate")
         _validate_reach(layout, pyramid, asked, processor, recipe)
-        measured = fingerprint(folder, dataset.digest, recipe)
+        measured = fingerprint(checkpoint, dataset.digest, recipe)
     everywhere = processes.gather(measured)
     with processes.as_one():
         validate_same(everywhere)

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dpn_cli.errors import DpnError
 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
-_PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"),)
-_MPI_PLACES = (
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI_NUMBERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
@@ -32,16 +32,14 @@ def place() -> tuple[int, int]:
     `launch`, torchrun and `accelerate launch` tell every process its place among all and on its machine, and where
     they meet. Anything less, such as a RANK that a cluster sets or the variables of an mpirun, is not about dpn.
     """
-    environment = os.environ
-    known = _PLACES
-    if environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        known += _MPI_PLACES  # `accelerate launch --mpirun_hostfile` leaves the numbering to mpirun
-    if all(environment.get(name) for name in _MEETING):
-        for names in known:
-            numbers = [environment.get(name, "") for name in names]
-            if all(number.isdecimal() for number in numbers):
-                index, count, here = map(int, numbers)
-                return (index, count) if here <= index < count else (0, 1)
+    if not all(os.environ.get(name) for name in _MEETING):
+        return 0, 1
+    accelerates = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    for names in (_NUMBERS, *(_MPI_NUMBERS if accelerates else ())):  # it leaves them to its --mpirun_hostfile
+        numbers = [os.environ.get(name, "") for name in names]
+        if all(number.isdecimal() for number in numbers):
+            index, count, here = map(int, numbers)
+            return (index, count) if here <= index < count else (0, 1)
     return 0, 1
 
 
@@ -52,8 +50,8 @@ def is_launched() -> bool:
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment for a program that is to run by itself, whatever this process is part of."""
-    numbering = {name for names in (*_PLACES, *_MPI_PLACES) for name in names}
-    return {name: value for name, value in environment.items() if name not in numbering}
+    left_out = {name for names in (_NUMBERS, *_MPI_NUMBERS) for name in names}
+    return {name: value for name, value in environment.items() if name not in left_out}
 
 
 def launch(arguments: Sequence[str], count: int) -> int:

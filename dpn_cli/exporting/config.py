@@ -4,7 +4,7 @@ from typing import Any
 
 from dpn_cli.bundle import BUNDLE_MODULE
 from dpn_cli.checkpoint.family import Family
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, WEIGHTS_KEY, Checkpoint
 from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES
@@ -21,7 +21,7 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
         dtype: that the tensors are converted to, or None.
     """
     family = Family.of(source.config)
-    config = source.config | {
+    config = {key: value for key, value in source.config.items() if key != WEIGHTS_KEY} | {
         "architectures": [family.architecture],
         "auto_map": family.auto_map(BUNDLE_MODULE),
         "pyramid": pyramid.to_dict(),
