@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -76,12 +77,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: naming the file at fault and what to do.
+            UsageError: if another run is replacing the folder.
         """
-        config = read_config(folder)
-        weights = _weights_file(folder, config)
-        if weights.endswith(".json"):
-            return cls(folder, config, *_read_shards(folder, weights))
-        return cls(folder, config, read_header(folder / weights, weights), (weights,))
+        with in_use(folder):
+            config = read_config(folder)
+            weights = _weights_file(folder, config)
+            if weights.endswith(".json"):
+                return cls(folder, config, *_read_shards(folder, weights))
+            return cls(folder, config, read_header(folder / weights, weights), (weights,))
 
     @property
     def nbytes(self) -> int:
