@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint
+from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint
 from dpn_cli.checkpoint.streams import read_pieces
-from dpn_cli.checkpoint.writer import RECIPE_FILE
+from dpn_cli.checkpoint.writer import side_files
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.loading import default_device
 from dpn_cli.recipe import CalibrationRecipe
@@ -19,9 +19,7 @@ _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
 _FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes into the pyramid's config
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
 _ROUTERS = ".routers."
-_TEMPLATES = "additional_chat_templates"
-_UNREAD_NAMES = {"config.json", INDEX_FILE, RECIPE_FILE}
-_UNREAD_SUFFIXES = {".safetensors", ".md", ".py"}
+_TEMPLATES = "additional_chat_templates"  # a folder, as transformers names it
 
 
 def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe) -> dict[str, Any]:
@@ -38,12 +36,12 @@ def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRec
     pyramid = {key: value for key, value in checkpoint.config["pyramid"].items() if key not in _FITTED}
     packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
     return {
+        **_surroundings(checkpoint.path, packages),
         **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
         "healed for": recipe.budget if recipe.heal.method != "none" else None,
         "data": data_digest,
         "weights": weights_digest(checkpoint.path / file for file in checkpoint.files if file not in fitted),
         "pooling weights": _digest(piece for tensor in beside for piece in read_pieces(checkpoint.path, tensor)),
-        **_surroundings(checkpoint.path, packages),
         "config.json": {k: v for k, v in checkpoint.config.items() if k != WEIGHTS_KEY} | {"pyramid": pyramid},
     }
 
@@ -58,23 +56,18 @@ def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Path | None, data_di
     """
     files = [checkpoint.path / file for file in checkpoint.files]
     return {
+        **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
         "data": data_digest,
         "weights": weights_digest([*files, *(adapter.iterdir() if adapter else ())]),
-        **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
         "config.json": checkpoint.config,
     }
 
 
 def _surroundings(folder: Path, packages: Iterable[str]) -> dict[str, Any]:
     """Return what matters beside weights, config and data: tokenizer, processor, chat template, versions, device."""
-    files = [*folder.iterdir(), *(folder / _TEMPLATES).rglob("*")]
-    read = [p for p in sorted(files) if p.is_file() and p.name[0] != "." and p.name not in _UNREAD_NAMES]
+    templates = (path.relative_to(folder).as_posix() for path in (folder / _TEMPLATES).glob("*.jinja"))
     return {
-        **{
-            p.relative_to(folder).as_posix(): _digest([p.read_bytes()])
-            for p in read
-            if p.suffix not in _UNREAD_SUFFIXES
-        },
+        **{file: _digest([(folder / file).read_bytes()]) for file in (*side_files(folder), *templates)},
         "versions": {package: _version(package) for package in packages},
         "device": default_device(),
     }

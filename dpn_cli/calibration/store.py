@@ -8,7 +8,7 @@ one: config.json, which is replaced last, decides, and what it does not name is 
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ REPORT_FILE = CALIBRATION / "report.json"
 PAGE_FILE = CALIBRATION / "report.html"
 
 _ADAPTER = "adapter"
-_FIRST_FILES = (INDEX_FILE, DPE_FILE)  # of a conversion, or of an earlier version's calibration, as is:
-_FIRST_ADAPTER = CALIBRATION / "adapter"
+_FIRST_FILES = (INDEX_FILE, DPE_FILE, CALIBRATION / _ADAPTER)  # of a conversion, or an earlier version's calibration
 
 
 @contextmanager
@@ -78,16 +77,17 @@ def save_calibration(
 
 
 def sweep(folder: Path) -> None:
-    """Remove what config.json does not name: earlier generations, and what killed calibrations left."""
+    """Remove what config.json does not name: earlier generations, and what killed calibrations left.
+
+    What cannot be removed does no harm, and stays.
+    """
     current = Path(read_config(folder).get(WEIGHTS_KEY, INDEX_FILE)).parent
     if current.parent != GENERATIONS:
         return
-    for path in (folder / GENERATIONS).iterdir():
-        if path.name != current.name:
+    stale = [path for path in (folder / GENERATIONS).iterdir() if path.name != current.name]
+    for path in (*stale, *(folder / file for file in _FIRST_FILES)):
+        with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for file in _FIRST_FILES:
-        (folder / file).unlink(missing_ok=True)
-    shutil.rmtree(folder / _FIRST_ADAPTER, ignore_errors=True)
 
 
 def _write_generation(folder: Path, adapted: PyramidGenerationMixin | None, routers: nn.ModuleList) -> Path:

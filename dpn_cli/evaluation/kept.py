@@ -42,15 +42,14 @@ class KeptResults:
         )
 
     def unused(self) -> str | None:
-        """Say which unfinished results are most like these ones and why they are not used; None where these go on."""
-        found = {}
-        for record in () if self._record.exists() else self.root.glob("*.json"):
+        """Say which unfinished results of the same weights and data are not used, and why; None if there are none."""
+        for record in () if self._record.exists() else sorted(self.root.glob("*.json")):
             with suppress(CheckpointError, OSError):
-                found[record] = differences(read_json(record), self.depends_on)
-        if not found:
-            return None
-        record = min(found, key=lambda each: found[each].count(","))
-        return f"Begun anew: the unfinished evaluation in {record.with_suffix('')} had other values of {found[record]}."
+                found = read_json(record)
+                if all(found.get(key) == self.depends_on.get(key) for key in ("weights", "data")):
+                    where, changed = record.with_suffix(""), differences(found, self.depends_on)
+                    return f"Begun anew: the unfinished evaluation in {where} had other values of {changed}."
+        return None
 
     def drop(self) -> None:
         """Forget everything."""
