@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from dpn_cli import __version__, console
-from dpn_cli.errors import DpnError, did_you_mean
+from dpn_cli.errors import DpnError, RelayedError, did_you_mean
 
 INTERRUPTED = 130
 MAX_SENTENCE = 1000  # characters of an error message
@@ -90,10 +90,8 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """  # noqa: D301 - click takes \\b as "do not rewrap"
     ctx.ensure_object(Settings).debug = debug
     console.set_quiet(quiet)
-    if not debug:
-        console.leave_to_the_first()
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -110,7 +108,10 @@ def main(args: Sequence[str] | None = None) -> int:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
         if sys.stdout is not None:  # `>&-`
             sys.stdout.flush()
+    except RelayedError as error:
+        return error.exit_code
     except click.ClickException as error:
+        console.speak_up()
         said = io.StringIO()
         error.show(said)
         console.echo(said.getvalue(), nl=False, err=True)
@@ -121,6 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_stdout()
     except Exception as error:
+        console.speak_up()
         if settings.debug:
             raise
         console.echo(f"Error: {_short(_sentence(error))}", err=True)

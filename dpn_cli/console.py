@@ -30,12 +30,6 @@ from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
-RANKS = (
-    "RANK",
-    "PMI_RANK",
-    "OMPI_COMM_WORLD_RANK",
-    "MV2_COMM_WORLD_RANK",
-)  # a process's number, as accelerate reads it
 DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 
 # C0 and C1 but for the tab and the end of a line, what turns the direction of text, other ends of lines, and halves of
@@ -44,6 +38,8 @@ _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 _formatwarning = warnings.formatwarning
 _stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+_hushed: list[int] = []  # stderr as it was before `hush`
 
 
 def set_quiet(quiet: bool) -> None:
@@ -51,13 +47,21 @@ def set_quiet(quiet: bool) -> None:
     _stderr.quiet = quiet
 
 
-def leave_to_the_first() -> None:
-    """Write nowhere if a launcher has started several of this process: the first one speaks for all."""
-    if all(os.environ.get(name, "0") == "0" for name in RANKS):
-        return
+def hush() -> None:
+    """Write nowhere from now on: another process of this run says the same."""
+    _hushed.append(os.dup(2))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+def speak_up() -> None:
+    """Write to stderr again, since no other process says what follows."""
+    while _hushed:
+        descriptor = _hushed.pop()
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
 def harmless(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family
-from dpn_cli.checkpoint.headers import Checkpoint, read_config, read_header
+from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
@@ -175,7 +175,7 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) 
 
 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
-    kept = {key: value for key, value in without_code(config).items() if key != "_name_or_path"}
+    kept = {key: value for key, value in without_code(config).items() if key not in {"_name_or_path", WEIGHTS_KEY}}
     family = Family.of(config)
     base = conversion.source.origin
     if conversion.source.revision:

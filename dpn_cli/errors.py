@@ -41,6 +41,10 @@ class MissingExtraError(DpnError):
         super().__init__(f"{feature} needs the package {package}: install it with  pip install 'dpn-cli[{extra}]'")
 
 
+class RelayedError(DpnError):
+    """An error that another process of the same run tells the user about."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest known word, or the empty string."""
     close = get_close_matches(word, list(known), n=1)

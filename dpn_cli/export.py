@@ -12,6 +12,7 @@ from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.family import CONVERTED
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_files
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
@@ -92,15 +93,16 @@ def export(
         CheckpointError: if the checkpoint is missing, damaged, or not converted.
         UsageError: if the output exists or overlaps the checkpoint, or an option makes no sense for it.
     """
-    draft = _draft(checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused)
-    plan = draft.plan
-    check_target(output, force, CONVERTED, plan.source.path)
-    check_space(output, plan.nbytes)
-    with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
-        _write_side_files(stage, draft, output.resolve().name)
-        write_weights(stage, plan, draft.pyramid, check_values)
-        _reopen(stage, plan, output)
-        num_verified = verify_untouched(stage, plan) if verify else None
+    with in_use(checkpoint):
+        draft = _draft(checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused)
+        plan = draft.plan
+        check_target(output, force, CONVERTED, plan.source.path)
+        check_space(output, plan.nbytes)
+        with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
+            _write_side_files(stage, draft, output.resolve().name)
+            write_weights(stage, plan, draft.pyramid, check_values)
+            _reopen(stage, plan, output)
+            num_verified = verify_untouched(stage, plan) if verify else None
     return Export(
         source=checkpoint,
         output=output,

@@ -150,6 +150,18 @@ def test_the_recipe_follows_the_model(tmp_path: Path, name: str, origin: str, re
     assert default_recipe(Source(tmp_path, name, origin)) == recipe
 
 
+def test_weights_that_the_config_names_are_those_that_count(tiny_llava: Path, tmp_path: Path) -> None:
+    """As transformers takes them: `transformers_weights` goes before the usual names."""
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    (source / "model.safetensors").write_bytes(b"of another time")
+    config = json.loads((source / "config.json").read_text()) | {"transformers_weights": "weights.safetensors"}
+    (source / "config.json").write_text(json.dumps(config))
+    done = convert(str(source), output=tmp_path / "out", verify=True)
+    assert (done.output / "weights.safetensors").read_bytes() == (source / "weights.safetensors").read_bytes()
+    assert "transformers_weights" not in json.loads((done.output / "config.json").read_text())
+
+
 def fingerprint(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -1,7 +1,7 @@
 """Calibration as one call: samples in, fitted routers and a budget table in the checkpoint's folder out."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
 from dpn_cli.calibration.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.calibration.encoding import encode, expected_grids, prompt_tokens, token_limit
-from dpn_cli.calibration.fingerprint import fingerprint, validate_same, weights_digest
+from dpn_cli.calibration.fingerprint import fingerprint, served_digest, validate_same
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.processes import Processes
@@ -22,18 +22,16 @@ from dpn_cli.calibration.reach import Length, length_record, validate_budget
 from dpn_cli.calibration.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
-from dpn_cli.calibration.store import save_calibration
+from dpn_cli.calibration.store import calibrating, save_calibration, sweep
 from dpn_cli.calibration.tuning import (
-    drop_stale_adapter,
     frozen_dtype,
-    keep_adapter,
     tune,
     unused_sections,
     validate_processes,
 )
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
-from dpn_cli.checkpoint.lora import ADAPTER_FOLDER
+from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.modeling.loading import default_device, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
@@ -88,11 +86,31 @@ def calibrate(
             differs from this one.
     """
     processes = processes or Processes.join()
-    job, dataset = _open(
-        folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes, budgets_only
-    )
-    if budgets_only:
-        return _solve_budgets(job, dataset, folder, data)
+    with _in_charge(folder, processes):
+        job, dataset = _open(
+            folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes,
+            budgets_only,
+        )  # fmt: skip
+        run = _solve_budgets if budgets_only else _calibrate
+        return run(job, dataset, folder, data)
+
+
+@contextmanager
+def _in_charge(folder: Path, processes: Processes) -> Iterator[None]:
+    """Keep other runs from a checkpoint; when the block ends well, sweep what is no longer needed in it."""
+    with ExitStack() as held:
+        with processes.as_one():
+            use = held.enter_context(calibrating(folder)) if processes.is_main else None
+        yield
+        if use is not None:
+            if use.is_alone():
+                sweep(folder)
+            drop_state(folder)
+
+
+def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report | None:
+    """Answer, train, measure, fit and save."""
+    recipe, processes, progress = job.recipe, job.processes, job.progress
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [sample for sample in dataset.samples if not sample.images]
     samples = _answer(job, asked)
@@ -120,10 +138,7 @@ def calibrate(
         **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
-    adapter = keep_adapter(job.model, folder)
-    save_calibration(folder, routers, replace(pyramid, calibration=report.summary() | adapter), report)
-    drop_stale_adapter(folder, adapter)
-    drop_state(folder)
+    save_calibration(folder, job.model, routers, pyramid, report)
     return report
 
 
@@ -161,7 +176,7 @@ def _open(
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
-        _, layout, pyramid = open_converted(folder)
+        checkpoint, layout, pyramid = open_converted(folder)
         if pyramid.static_route is not None:
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if budgets_only and not pyramid.budgets:
@@ -178,10 +193,9 @@ def _open(
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
         validate_budget(recipe, layout.shape, pyramid, lengths)
-        measured = fingerprint(folder, dataset.digest, recipe)
+        measured = fingerprint(checkpoint, dataset.digest, recipe)
         if budgets_only:
-            weights = [*folder.glob("*.safetensors"), *(folder / ADAPTER_FOLDER).glob("*.safetensors")]
-            measured |= {"routers": weights_digest(weights)}
+            measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
     with processes.as_one():
         validate_same(everywhere)
@@ -304,8 +318,7 @@ def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Repo
         **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
-    save_calibration(folder, None, replace(pyramid, calibration=report.summary()), report)
-    drop_state(folder)
+    save_calibration(folder, job.model, None, pyramid, report)
     return report
 
 

@@ -10,18 +10,48 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from dpn_cli.errors import DpnError
 
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI_NUMBERS = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
 POLL_S = 0.1
 GRACE_S = 20.0  # for the main process to say what went wrong elsewhere, or to tidy up
 
 
+def place() -> tuple[int, int]:
+    """Return this process's number and how many there are, as its launcher says; (0, 1) where there is none.
+
+    `launch`, torchrun and `accelerate launch` tell every process its place among all and on its machine, and where
+    they meet. Anything less, such as a RANK that a cluster sets or the variables of an mpirun, is not about dpn.
+    """
+    if not all(os.environ.get(name) for name in _MEETING):
+        return 0, 1
+    accelerates = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    for names in (_NUMBERS, *(_MPI_NUMBERS if accelerates else ())):  # it leaves them to its --mpirun_hostfile
+        numbers = [os.environ.get(name, "") for name in names]
+        if all(number.isdecimal() for number in numbers):
+            index, count, here = map(int, numbers)
+            return (index, count) if here <= index < count else (0, 1)
+    return 0, 1
+
+
 def is_launched() -> bool:
     """Say whether this process is already one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return place()[1] > 1
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for a program that is to run by itself, whatever this process is part of."""
+    left_out = {name for names in (_NUMBERS, *_MPI_NUMBERS) for name in names}
+    return {name: value for name, value in environment.items() if name not in left_out}
 
 
 def launch(arguments: Sequence[str], count: int) -> int:

@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from dpn_cli.errors import DpnError, UsageError
+from dpn_cli.calibration.launch import place
+from dpn_cli.errors import DpnError, RelayedError, UsageError
 
 PATIENCE = timedelta(hours=2)  # for the slowest process; one that ends is noticed at once
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # as `accelerate launch` tells it
@@ -48,8 +49,8 @@ class _Failure:
         code = error.exit_code if isinstance(error, DpnError) else DpnError.exit_code
         return cls(f"process {process}: {what}", code, "".join(traceback.format_exception(error)))
 
-    def error(self) -> DpnError:
-        error = DpnError(self.sentence)
+    def error(self, kind: type[DpnError]) -> DpnError:
+        error = kind(self.sentence)
         error.exit_code = self.exit_code
         error.add_note(self.trace)
         return error
@@ -82,6 +83,8 @@ class Processes:
                     "holds the whole frozen model and training averages gradients; choose multi-GPU or multi-CPU "
                     "(dpn calibrate --num-processes), and --load-in 4bit where the model is too large"
                 )
+        if place()[1] == 1:
+            return cls()
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if 0 < gpus < here:
             raise UsageError(f"{here} processes take a GPU each, this machine has {gpus}: start at most {gpus}")
@@ -95,13 +98,18 @@ class Processes:
         """Whether this process writes, fits and speaks."""
         return self.index == 0
 
+    @property
+    def _error(self) -> type[DpnError]:
+        """The kind of an error that all processes have: the main one says it."""
+        return DpnError if self.is_main else RelayedError
+
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of the processes."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
 
-        with _noticing_loss():
+        with self._noticing_loss():
             return gather_object([value])
 
     def agree(self, value: T) -> T:
@@ -110,7 +118,7 @@ class Processes:
             return value
         from accelerate.utils import broadcast_object_list
 
-        with _noticing_loss():
+        with self._noticing_loss():
             return broadcast_object_list([value])[0]
 
     @contextmanager
@@ -120,13 +128,16 @@ class Processes:
         try:
             yield
         except Exception as error:
-            failure = _Failure.of(error, self.index)
+            failure, told = _Failure.of(error, self.index), False
             with suppress(DpnError):  # another one may be gone by now
                 self.gather(failure)
+                told = not self.is_main
+            if told:
+                raise failure.error(RelayedError) from error
             raise
         for other in self.gather(failure):
             if other:
-                raise other.error()
+                raise other.error(self._error)
 
     def share(
         self,
@@ -165,25 +176,26 @@ class Processes:
         if self.count == 1:
             return
         wanted = [any(each) for each in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
-        with _noticing_loss():
+        with self._noticing_loss():
             for parameter in (p for p, is_wanted in zip(parameters, wanted, strict=True) if is_wanted):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
 
+    @contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """Say that another process is gone where torch says that a connection is."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._loss() from error
+
+    def _loss(self) -> DpnError:
+        """Return the error; in a function, since a signal that came to this process too is handled before one is run.
+
+        The main process says it, or where that one is lost, it has said why, or its launcher does.
+        """
+        return self._error("another process of this run ended, as when memory runs out: run the same command again")
+
 
 ALONE = Processes()
-
-
-@contextmanager
-def _noticing_loss() -> Iterator[None]:
-    """Say that another process is gone where torch says that a connection is."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _loss() from error
-
-
-def _loss() -> DpnError:
-    """Return the error; in a function, since a signal that came to this process too is handled before one is run."""
-    return DpnError("another process of this run ended, as when memory runs out: run the same command again")

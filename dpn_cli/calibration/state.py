@@ -89,6 +89,8 @@ class MeasurementState:
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )
         stored = self._stored_fingerprint()
+        if stored is None:  # a kill may have left batches of nobody knows what
+            drop_state(checkpoint)
         wanted = json.loads(json.dumps(fingerprint))
         if stored is not None and (changed := differences(stored, wanted)):
             raise UsageError(

@@ -1,6 +1,5 @@
 """What a calibration trains before it measures routes, if its recipe says so, and how that is kept."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,9 +10,7 @@ from dpn_cli.calibration.encoding import Example, encode
 from dpn_cli.calibration.heal import HealReport, heal
 from dpn_cli.calibration.paper import train_as_paper
 from dpn_cli.calibration.processes import Processes
-from dpn_cli.checkpoint.lora import ADAPTER_FOLDER, ADAPTER_KEY
 from dpn_cli.errors import UsageError
-from dpn_cli.modeling.adapter import save_adapter
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.recipe import CalibrationRecipe, TrainingRecipe
 
@@ -113,17 +110,3 @@ def tune(
             return train_as_paper(model, examples, recipe, advance=advance, **options)
         has_labels = [labelled for _, labelled in pairs]
         return heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)
-
-
-def keep_adapter(model: PyramidGenerationMixin, folder: Path) -> dict[str, str]:
-    """Write the model's adapter, if it has one; return what config.json has to note of it."""
-    if not model.is_adapted:
-        return {}
-    save_adapter(model, folder / ADAPTER_FOLDER)
-    return {ADAPTER_KEY: ADAPTER_FOLDER.as_posix()}
-
-
-def drop_stale_adapter(folder: Path, noted: dict[str, str]) -> None:
-    """Remove the adapter of an earlier calibration that config.json no longer notes."""
-    if not noted:
-        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.links import check_links
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 LFS_SIGNATURE = b"version https://git-lfs.github.com"
 
@@ -34,7 +36,7 @@ class TensorInfo:
 
     Attributes:
         name: as stored; never use it as a path.
-        file: the name of the shard inside the checkpoint folder.
+        file: the shard, as a path inside the checkpoint folder.
         dtype: in safetensors' words (`F32`, `BF16`).
         shape: of the tensor.
         start: its first byte in the file.
@@ -76,14 +78,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: naming the file at fault and what to do.
+            UsageError: if another run is replacing the folder.
         """
-        config = read_config(folder)
-        if (folder / SINGLE_FILE).is_file():  # it wins over an index, as in transformers
-            tensors = read_header(folder / SINGLE_FILE)
-            return cls(folder, config, tensors, (SINGLE_FILE,))
-        if (folder / INDEX_FILE).is_file():
-            return cls(folder, config, *_read_shards(folder))
-        raise CheckpointError(_why_no_weights(folder))
+        with in_use(folder):
+            config = read_config(folder)
+            weights = _weights_file(folder, config)
+            if weights.endswith(".json"):
+                return cls(folder, config, *_read_shards(folder, weights))
+            return cls(folder, config, read_header(folder / weights, weights), (weights,))
 
     @property
     def nbytes(self) -> int:
@@ -91,13 +93,30 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+def _weights_file(folder: Path, config: dict[str, Any]) -> str:
+    """Return the file that transformers begins with, a single one or an index."""
+    if named := config.get(WEIGHTS_KEY):
+        if not is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointError(f"{folder / 'config.json'} has the {WEIGHTS_KEY} {named!r}: expected a file in there")
+        return str(named)
+    for file in (SINGLE_FILE, INDEX_FILE):
+        if (folder / file).is_file():
+            return file
+    raise CheckpointError(_why_no_weights(folder))
+
+
+def is_inside(name: object) -> bool:
+    """Say whether what a checkpoint names as one of its files is a path that stays in its folder."""
+    return isinstance(name, str) and 0 < len(name) <= 256 and "\0" not in name and not {"/", ".."} & {*Path(name).parts}
+
+
+def _read_shards(folder: Path, index: str) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     """Return what the shards of an index hold, whether it lists it or not: that is what transformers takes."""
-    weight_map = read_weight_map(folder / INDEX_FILE, ".safetensors")
+    weight_map = read_weight_map(folder / index, ".safetensors", beside=Path(index).parent)
     files = tuple(sorted(set(weight_map.values())))
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, tensor in read_header(folder / file).items():
+        for name, tensor in read_header(folder / file, file).items():
             if name in tensors:
                 raise CheckpointError(
                     f"{folder} holds {name!r} in {tensors[name].file} and in {file}, expected every tensor once: "
@@ -107,7 +126,7 @@ def _read_shards(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"{folder / INDEX_FILE} places the tensor {name!r} in {file}, which does not hold it: "
+                f"{folder / index} places the tensor {name!r} in {file}, which does not hold it: "
                 "download the checkpoint again"
             )
     return tensors, files
@@ -161,17 +180,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
     """Read and check the header of one safetensors file.
+
+    Args:
+        path: of the file.
+        file: its path inside the checkpoint folder, by default its name.
 
     Raises:
         CheckpointError: if the file is missing, truncated, a Git LFS pointer, or otherwise not safetensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: download the checkpoint again")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(len(LFS_SIGNATURE))
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(len(LFS_SIGNATURE))
         if prefix == LFS_SIGNATURE:
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in that folder")
         if size < 8:
@@ -182,16 +205,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
                 f"the file has {size}: download it again"
             )
-        file.seek(8)
-        raw = file.read(length)
-    return _parse_header(path, raw, size)
+        stream.seek(8)
+        raw = stream.read(length)
+    return _parse_header(path, file or path.name, raw, size)
 
 
-def _parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+def _parse_header(path: Path, file: str, raw: bytes, size: int) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(raw, object_pairs_hook=_unique_keys)
         entries.pop("__metadata__", None)
-        tensors = [_tensor(path.name, name, entry, body=8 + len(raw)) for name, entry in entries.items()]
+        tensors = [_tensor(file, name, entry, body=8 + len(raw)) for name, entry in entries.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error}): download it again") from None
     tensors.sort(key=lambda tensor: tensor.start)
@@ -241,12 +264,13 @@ def check_float(tensor: TensorInfo, folder: Path) -> None:
         )
 
 
-def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
+def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str, str]:
     """Read which shard of a folder holds which tensor.
 
     Args:
         path: the index.
         suffix: of a shard.
+        beside: where in the folder the index is; shards are there, or at the top.
 
     Raises:
         CheckpointError: if it is damaged or leads out of the folder.
@@ -255,7 +279,7 @@ def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map: download the checkpoint again")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or len(file) > 128 or not file.endswith(suffix):
+        if not is_inside(file) or Path(file).parent not in {Path(), beside} or not file.endswith(suffix):
             raise CheckpointError(f"{path} names the shard {file!r}: expected a {suffix} file in the same folder")
     return weight_map
 

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import read_header, read_json
+from dpn_cli.checkpoint.headers import is_inside, read_header, read_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_FOLDER = Path("calibration", "adapter")  # inside of a converted folder
-ADAPTER_KEY = "adapter"  # of `PyramidConfig.calibration`: the folder, where the checkpoint is healed
+ADAPTER_KEY = "adapter"  # of `PyramidConfig.calibration`: its folder inside the checkpoint's, where that is healed
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model
@@ -38,9 +37,14 @@ class Lora:
         """Open the adapter that a converted checkpoint was healed with, or return None if it was not.
 
         Raises:
-            CheckpointError: if the adapter is not there or not one of LoRA's.
+            CheckpointError: if the adapter is not there, not in the folder or not one of LoRA's.
         """
-        return cls.open(checkpoint / ADAPTER_FOLDER) if ADAPTER_KEY in pyramid.calibration else None
+        if ADAPTER_KEY not in pyramid.calibration:
+            return None
+        named = pyramid.calibration[ADAPTER_KEY]
+        if not is_inside(named):
+            raise CheckpointError(f"{checkpoint} names {named!r} as its adapter: expected a folder in there")
+        return cls.open(checkpoint / named)
 
     @classmethod
     def open(cls, folder: Path) -> "Lora":

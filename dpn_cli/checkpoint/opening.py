@@ -134,4 +134,4 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
 
 def _shard_name(file: str) -> str:
     """Return a shard's new name: a file named model.safetensors would shadow the index."""
-    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else file
+    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else Path(file).name

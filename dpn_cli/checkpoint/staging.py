@@ -1,11 +1,8 @@
 """Write a folder whole or not at all: fill a hidden sibling, sync it to disk, rename it into place.
 
-A lock beside the target keeps two runs apart. It is the kernel's, so that it dies with its process, however that ends:
-who holds it may sweep what lies beside the target.
+A lock beside the target keeps two runs apart: who holds it may sweep what lies beside the target.
 """
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,13 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.locks import locked, to_be_replaced
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
 
-STAGE, OLD, LOCK = "stage", "old", "lock"
+STAGE, OLD = "stage", "old"
 MARGIN_BYTES = 64 << 20  # for the small files beside the weights
-
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 @contextmanager
@@ -39,16 +34,17 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     """
     check_target(target, force, may_replace, source)
     target = target.resolve()
-    with _locked(target):
+    refusal = f"{target} is being written by " + "{holder}: wait for its end, or choose another --output"
+    with locked(target, refusal, "choose another --output"), to_be_replaced(target):
         _recover(target)
         check_target(target, force, may_replace, source)
         stage = _sibling(target, STAGE)
         stage.mkdir()
         try:
             yield stage
-            _sync(stage)
+            sync_folder(stage)
             _put_in_place(stage, target, force)
-            _sync_entry(target.parent)
+            sync_entry(target.parent)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -125,51 +121,6 @@ def _sibling(target: Path, role: str) -> Path:
     return target.parent / f".{target.name}.{role}"
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`: a file beside it, which is there for as long as the lock is held."""
-    path = _sibling(target, LOCK)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, target)
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        raise DpnError(f"{target.parent} cannot be written ({error.strerror}): choose another --output") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path, target: Path) -> int:
-    """Return the open lock file."""
-    _drop_link(path)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, descriptor):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UsageError(f"another run is writing {target}: wait for its end, or choose another --output") from None
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return descriptor
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the run that held the lock ended in between, and took the file along
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _recover(target: Path) -> None:
     """Sweep what a dead process left beside `target`; bring back a target caught between two names."""
     old = _sibling(target, OLD)
@@ -186,14 +137,16 @@ def _drop_link(path: Path) -> None:
         path.unlink()
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync a folder to the disk, with all that is in it."""
     for directory, _, files in os.walk(folder):
         for name in files:
-            _sync_entry(Path(directory, name))
-        _sync_entry(Path(directory))
+            sync_entry(Path(directory, name))
+        sync_entry(Path(directory))
 
 
-def _sync_entry(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Sync one file, or the names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -69,9 +69,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, sync it to disk, and put it in the place of `path`."""
-    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_file(path: Path, write: Callable[[Path], object], stage_folder: Path | None = None) -> None:
+    """Let `write` make a file in a folder, by default that of `path`, sync it, and put it in the place of `path`."""
+    stage = (stage_folder or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     stage.unlink(missing_ok=True)  # it may be a link that was put there
     try:
         write(stage)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, data_options, model_option, processes_option
+from dpn_cli.commands.options import (
+    Choice,
+    Fraction,
+    checkpoint_folder,
+    data_options,
+    model_option,
+    processes_option,
+    together,
+)
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,15 +73,16 @@ def command(
     Budgets are means over the calibration data. Where your data spend more, or less, than you ask for,
     --budgets-only solves them on your data; the checkpoint may be an exported one, too.
     """
-    if budgets_only and heal not in (None, "none"):
-        raise UsageError("--budgets-only trains nothing: leave out --heal")
-    folder = checkpoint_folder(model)
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
-    read = budgets_recipe if budgets_only else calibration_recipe
-    recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
+    with together():
+        if budgets_only and heal not in (None, "none"):
+            raise UsageError("--budgets-only trains nothing: leave out --heal")
+        folder = checkpoint_folder(model)
+        read = budgets_recipe if budgets_only else calibration_recipe
+        recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
     from dpn_cli.calibration.calibrate import calibrate
 

@@ -18,6 +18,7 @@ from dpn_cli.commands.options import (
     data_options,
     model_option,
     processes_option,
+    together,
 )
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
@@ -90,21 +91,20 @@ def command(
 
     With --tasks the program lmms-eval asks, once the teacher and once the pyramid at every budget.
     """
-    names = contender_names(against)
-    if (data is None) == (tasks is None):
-        raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
-    folder = checkpoint_folder(model)
+    with together():
+        names = contender_names(against)
+        _check_request(data, tasks, names, kind_field)
+        folder = checkpoint_folder(model)
+        if data is not None and plot is not None:
+            from dpn_cli.evaluation.plots import check_plot
+
+            check_plot(plot)
     if data is None:
-        if kind_field is not None:
-            raise UsageError("--tasks has groups of its own: leave out --by")
-        _run_benchmarks(folder, tasks or "", names, budgets, batch_size, samples, include_path, as_json)
+        _run_benchmarks(folder, tasks or "", budgets, batch_size, samples, include_path, as_json)
         return
     from dpn_cli.evaluation.pictures import plot_evaluation
-    from dpn_cli.evaluation.plots import check_plot
     from dpn_cli.evaluation.run import evaluate_folder
 
-    if plot is not None:
-        check_plot(plot)
     try:
         result = evaluate_folder(
             folder, data, image_root, on_bad_row, max_bad, ignored=ignored,
@@ -128,32 +128,39 @@ def command(
     print_evaluation(result)
 
 
+def _check_request(data: str | None, tasks: str | None, against: Sequence[str], kind_field: str | None) -> None:
+    """Check that the options say what is to be asked, and go together.
+
+    Raises:
+        UsageError: if they do not.
+    """
+    if (data is None) == (tasks is None):
+        raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
+    if tasks is not None and against:
+        raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
+    if tasks is not None and kind_field is not None:
+        raise UsageError("--tasks has groups of its own: leave out --by")
+    if tasks is not None and is_launched():
+        raise UsageError(
+            "--tasks runs in one process; for several:  "
+            "PYTHONSAFEPATH=1 accelerate launch -m lmms_eval eval --model dpn …"
+        )
+
+
 def _run_benchmarks(
     folder: Path,
     tasks: str,
-    against: Sequence[str],
     budgets: Sequence[float],
     batch_size: int,
     samples: int | None,
     include_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Let lmms-eval put the questions, to the teacher and to the pyramid.
-
-    Raises:
-        UsageError: with what it cannot do.
-    """
+    """Let lmms-eval put the questions, to the teacher and to the pyramid."""
     from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.evaluation.harness import run_benchmarks, spendings
     from dpn_cli.evaluation.spending import unmet
 
-    if against:
-        raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
-    if is_launched():
-        raise UsageError(
-            "--tasks runs in one process; for several:  "
-            "PYTHONSAFEPATH=1 accelerate launch -m lmms_eval eval --model dpn …"
-        )
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]

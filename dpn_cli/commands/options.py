@@ -3,7 +3,8 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.calibration.launch import is_launched, launch
+from dpn_cli.calibration.launch import is_launched, launch, place
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -85,9 +86,23 @@ def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     def launched(*args: Any, num_processes: int, **kwargs: Any) -> Any:
         if num_processes > 1 and not is_launched():
             click.get_current_context().exit(launch(sys.argv[1:], num_processes))
+        if place()[0] > 0:
+            console.hush()
         return command(*args, **kwargs)
 
     return launched
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Make an error of one of the processes that share a command's work an error of all, which the first one says."""
+    if not is_launched():
+        yield
+        return
+    from dpn_cli.calibration.processes import Processes
+
+    with Processes.join().as_one():
+        yield
 
 
 def checkpoint_folder(model: Path | None) -> Path:

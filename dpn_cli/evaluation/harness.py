@@ -4,6 +4,7 @@ Source of the ten tasks: paper, section 4.1; their names are lmms-eval's.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import deque
@@ -14,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dpn_cli.calibration.launch import without_place
 from dpn_cli.errors import DpnError, MissingExtraError, UsageError
 from dpn_cli.evaluation.spending import Spending
 
@@ -158,7 +160,9 @@ def _run(model_args: str, options: Sequence[str], say: Callable[[str], None]) ->
             "--model", "dpn", "--model_args", f"{model_args},record={record}",
         ]  # fmt: skip
         tail: deque[str] = deque(maxlen=_TAIL)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=without_place(os.environ)
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 tail.append(line.rstrip())

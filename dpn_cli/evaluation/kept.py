@@ -3,14 +3,18 @@
 import hashlib
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dpn_cli import workspace
+from dpn_cli.calibration.fingerprint import differences
 from dpn_cli.calibration.state import KeptFiles
 from dpn_cli.checkpoint.headers import read_json
-from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.checkpoint.locks import NotWritableError, locked
+from dpn_cli.checkpoint.writer import replace_file, write_json
+from dpn_cli.errors import CheckpointError
 
 FOLDER = workspace.FOLDER / "evaluation"
 
@@ -28,12 +32,14 @@ class KeptResults:
             UsageError: if .dpn leads elsewhere.
         """
         workspace.check_state_folder()
+        self.depends_on = depends_on
         self.root = root
         self.folder = root / _digest(json.dumps(depends_on, sort_keys=True))
 
     def of(self, what: str) -> KeptFiles[list[Any]]:
         """Return the batches of one kind of result."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self._record, lambda path: write_json(path, self.depends_on))
         return KeptFiles(
             self.folder,
             f"{_digest(what)}-{{:06d}}.json",
@@ -41,10 +47,62 @@ class KeptResults:
             write=lambda path, results: write_json(path, {"results": results}),
         )
 
+    def unused(self) -> str | None:
+        """Say which unfinished results of the same weights and data are not used, and why; None if there are none."""
+        for record in () if self._record.exists() else sorted(self.root.glob("*.json")):
+            with suppress(CheckpointError, OSError):
+                found = read_json(record)
+                if all(found.get(key) == self.depends_on.get(key) for key in ("weights", "data")):
+                    where, changed = record.with_suffix(""), differences(found, self.depends_on)
+                    return f"Begun anew: the unfinished evaluation in {where} had other values of {changed}."
+        return None
+
     def drop(self) -> None:
-        """Forget everything, and the folders that are empty then."""
+        """Forget everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in self.root, self.root.parent:
+        self._record.unlink(missing_ok=True)
+
+    @property
+    def _record(self) -> Path:
+        """Where it is written down what the results depend on, beside their folder."""
+        return self.folder.with_suffix(".json")
+
+
+@contextmanager
+def keeping(
+    depends_on: dict[str, Any], say: Callable[[str], None], root: Path = FOLDER
+) -> Iterator[KeptResults | None]:
+    """Keep results until the block ends well, and other runs of the same evaluation away.
+
+    Args:
+        depends_on: plain data that changes with the results.
+        say: told if another evaluation's results are not used, or if none can be kept.
+        root: what all of them are kept in.
+
+    Yields:
+        None where nothing can be written.
+
+    Raises:
+        UsageError: if another run is at the same evaluation.
+    """
+    kept = KeptResults(depends_on, root)
+    refusal = (
+        f"this evaluation is being run by {{holder}}, which keeps its results in {kept.folder}: wait for it, or stop it"
+    )
+    try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(kept.folder, refusal, "no results are kept for after a kill"))
+            except NotWritableError as error:
+                say(f"Note: {error}.")
+                yield None
+                return
+            if unused := kept.unused():
+                say(unused)
+            yield kept
+            kept.drop()
+    finally:
+        for parent in root, root.parent:
             with suppress(OSError):
                 parent.rmdir()
 

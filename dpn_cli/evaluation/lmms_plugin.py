@@ -16,6 +16,7 @@ from lmms_eval.api.model import lmms
 
 from dpn_cli.calibration.data import Sample, Turn
 from dpn_cli.calibration.encoding import prompts
+from dpn_cli.calibration.launch import is_launched
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.modeling.loading import default_device, load_model, load_processor
@@ -45,8 +46,9 @@ class DpnLlava(lmms):
         record: str | None = None,
     ) -> None:
         super().__init__()
-        rank = os.environ.get("LOCAL_RANK")
-        self.device = device or (default_device() if rank is None else f"cuda:{rank}")
+        self.device = device or default_device()
+        if device is None and self.device == "cuda" and is_launched():
+            self.device += f":{os.environ['LOCAL_RANK']}"
         self.batch_size = int(batch_size)
         self.contender = Original() if teacher else Routed(None if budget is None else float(budget))
         self.model = load_model(Path(pretrained), device_map=self.device)

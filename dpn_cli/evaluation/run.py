@@ -1,19 +1,21 @@
 """Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from contextlib import ExitStack
 from pathlib import Path
 
 from dpn_cli.calibration.data import Dataset, OnBadRow, load_data
 from dpn_cli.calibration.encoding import token_limit
-from dpn_cli.calibration.fingerprint import validate_same, weights_digest
+from dpn_cli.calibration.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.calibration.processes import Processes
 from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.locks import in_use
+from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
-from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.modeling.loading import default_device, load_model, load_processor, max_positions
+from dpn_cli.modeling.loading import default_device, load_opened, load_processor, max_positions
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -65,33 +67,34 @@ def evaluate_folder(
         The evaluation; None in all processes but the main one.
     """
     processes = processes or Processes.join()
-    with processes.as_one():
-        _, layout, pyramid = open_converted(folder)
-        processor = load_processor(folder)
-        dataset = load_data(
-            data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-            kind_field=kind_field, ignored=ignored, progress=progress,
-            check=token_limit(processor, layout, max_positions(folder), answer_tokens),
-        )  # fmt: skip
-        for line in dataset.scan.lines():
-            say(line)
-        shown = [sample for sample in dataset.samples if sample.images]
-        model = load_model(folder, device_map=default_device())
-        say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
-        for line in _caveats(model, pyramid, dataset):
-            say(line)
-        depends_on = {
-            "data": dataset.digest, "weights": weights_digest(folder.rglob("*.safetensors")),
-            "pyramid": pyramid.to_dict(), "settings": [answer_tokens, batch_size, str(model.dtype), model.device.type],
-            "versions": [version(package) for package in ("dpn-cli", "torch", "transformers")],
-        }  # fmt: skip
-    validate_same(processes.gather(depends_on))
-    kept = KeptResults(depends_on)
-    panel = Panel(model, processor, batch_size, answer_tokens, kept if processes.is_main else None, processes)
-    result = evaluate(panel, shown, budgets, against, metric, progress)
-    if not processes.is_main:
-        return None
-    kept.drop()
+    with ExitStack() as held:
+        with processes.as_one():
+            held.enter_context(in_use(folder))
+            checkpoint, layout, pyramid = open_converted(folder)
+            processor = load_processor(folder)
+            dataset = load_data(
+                data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
+                kind_field=kind_field, ignored=ignored, progress=progress,
+                check=token_limit(processor, layout, max_positions(folder), answer_tokens),
+            )  # fmt: skip
+            for line in dataset.scan.lines():
+                say(line)
+            shown = [sample for sample in dataset.samples if sample.images]
+            model = load_opened(checkpoint, pyramid, device_map=default_device())
+            say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
+            for line in _caveats(model, pyramid, dataset):
+                say(line)
+            depends_on = {
+                **evaluation_fingerprint(checkpoint, Lora.of(folder, pyramid), dataset.digest),
+                "answer_tokens": answer_tokens, "batch_size": batch_size, "dtype": str(model.dtype),
+            }  # fmt: skip
+        validate_same(processes.gather(depends_on))
+        with processes.as_one():
+            kept = held.enter_context(keeping(depends_on, say)) if processes.is_main else None
+        panel = Panel(model, processor, batch_size, answer_tokens, kept, processes)
+        result = evaluate(panel, shown, budgets, against, metric, progress)
+        if not processes.is_main:
+            return None
     for line in unmet(result.spendings, pyramid, folder, data, image_root):
         say(line)
     return result

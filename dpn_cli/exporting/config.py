@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpn_cli.checkpoint.family import Family
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, WEIGHTS_KEY, Checkpoint
 from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
 from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
@@ -22,7 +22,7 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
         dtype: that the tensors are converted to, or None.
     """
     family = Family.of(source.config)
-    config = without_code(source.config) | {
+    config = {key: value for key, value in without_code(source.config).items() if key != WEIGHTS_KEY} | {
         "architectures": [family.architecture],
         "auto_map": auto_map(family.stem),
         "pyramid": pyramid.to_dict(),

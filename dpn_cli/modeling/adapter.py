@@ -1,7 +1,6 @@
 """LoRA adapters on the decoder layers behind the first site, through peft (the extra `heal`)."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,23 +61,16 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
-    """Write the adapter in peft's format, in the place of an earlier one."""
+    """Write the adapter in peft's format into a new folder."""
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = None, True
-    stage, old = (folder.with_name(f".{folder.name}.{role}") for role in ("stage", "old"))
-    for left_over in (stage, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    stage.mkdir(parents=True)
+    folder.mkdir()
     tensors = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter.detach().cpu().contiguous()
         for name, parameter in adapter_parameters(model).items()
     }
-    save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
-    config.save_pretrained(stage)
-    if folder.exists():
-        folder.rename(old)
-    stage.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def load_adapter(model: PyramidGenerationMixin, folder: Path) -> None:

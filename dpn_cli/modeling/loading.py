@@ -10,8 +10,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
-from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.headers import Checkpoint, read_config
 from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.adapter import hush_bitsandbytes, load_adapter
@@ -19,6 +20,7 @@ from dpn_cli.modeling.code import MODEL_CLASSES
 from dpn_cli.modeling.configuration import DpnLlavaOnevisionConfig
 from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.onevision_processor import OnevisionImages
+from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
@@ -46,13 +48,25 @@ def load_model(
         CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.
         MissingExtraError: if it was healed and peft is not installed.
     """
-    source, _, pyramid = open_converted(folder)
-    [model_class] = [each for config, each in MODELS.items() if config.model_type == source.config["model_type"]]
+    with in_use(folder):
+        source, _, pyramid = open_converted(folder)
+        return load_opened(source, pyramid, dtype, healed, **kwargs)
+
+
+def load_opened(
+    source: Checkpoint, pyramid: PyramidConfig, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
+) -> PyramidGenerationMixin:
+    """Load a checkpoint as it was when it was opened, whatever is calibrated meanwhile; see `load_model`."""
+    folder = source.path
+    [(config_class, model_class)] = [
+        each for each in MODELS.items() if each[0].model_type == source.config["model_type"]
+    ]
     if "quantization_config" in source.config:
         hush_bitsandbytes()
     with _quietly():
         model, info = model_class.from_pretrained(
             folder,
+            config=config_class.from_dict(source.config),
             dtype=dtype,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are reported below

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.checkpoint.headers import INDEX_FILE
 from dpn_cli.cli import main
 from dpn_cli.convert import convert
 from dpn_cli.errors import DataError, UsageError
@@ -61,8 +62,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_only_routers_settings_and_report_change(converted: Path, calibrated: Path) -> None:
     before, after = digests(converted), digests(calibrated)
+    [generation] = (calibrated / "calibration" / "generations").iterdir()
+    made = {f"{generation.relative_to(calibrated)}/{name}" for name in ("dpe.safetensors", INDEX_FILE)}
     changed = {name for name in after if before.get(name) != after[name]}
-    assert changed == {"dpe.safetensors", "config.json", "calibration/report.json", "calibration/report.html"}
+    assert changed == {"config.json", "calibration/report.json", "calibration/report.html", *made}
+    assert before.keys() - after.keys() == {"dpe.safetensors", INDEX_FILE}
 
 
 def test_what_inspect_shows_agrees_with_the_budget_table(calibrated: Path) -> None:

@@ -11,11 +11,16 @@ import pytest
 from PIL import Image
 
 from dpn_cli import cli
+from dpn_cli.calibration.launch import place
 from dpn_cli.calibration.processes import ALONE, Processes
 from dpn_cli.convert import convert
 from dpn_cli.errors import UsageError
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
+LAUNCHED = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
 HEAL = ("heal.method=lora", "heal.steps=4", "heal.batch_size=2", "heal.gradient_accumulation=2", "heal.save_every=1")
 
 
@@ -83,10 +88,58 @@ def test_a_sharding_launcher_is_refused_with_what_to_use(monkeypatch: pytest.Mon
         Processes.join()
 
 
-def test_all_but_the_first_process_are_silent() -> None:
-    line = ["calibrate", "--data", "demo", "--budget", "2"]
-    assert "0<x<=1" in run(line, 2, RANK="0", WORLD_SIZE="2")[1]
-    assert run(line, 2, RANK="1", WORLD_SIZE="2") == ("", "")
+OTHERS_RANKS = {
+    "a rank alone": {"RANK": "1"},
+    "a rank of two": {"RANK": "1", "WORLD_SIZE": "2"},
+    "a pod of a cluster": {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    "no meeting place": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+    "a rank beyond the size": {**LAUNCHED, "RANK": "2"},
+    "a rank that is no number": {**LAUNCHED, "RANK": "one"},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+    "another mpirun": {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"},
+}
+
+
+@pytest.mark.parametrize("environment", OTHERS_RANKS.values(), ids=OTHERS_RANKS)
+def test_a_rank_that_no_launcher_of_ours_gave_is_nothing_to_us(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place() == (0, 1)
+    assert Processes.join() == ALONE
+
+
+def test_a_launchers_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    assert place() == (1, 2)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    assert place() == (0, 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # as of `accelerate launch --mpirun_hostfile`
+    for name, value in OTHERS_RANKS["mpirun"].items():
+        monkeypatch.setenv(name, value)
+    assert place() == (1, 2)
+
+
+@pytest.mark.parametrize("line", [["convert", "nowhere"], ["export", "--model", "nowhere"]])
+def test_commands_that_share_no_work_speak_in_every_process(line: list[str]) -> None:
+    assert run(line, 3, **LAUNCHED)[1].startswith("Error: nowhere")
+
+
+@pytest.mark.parametrize("environment", [OTHERS_RANKS["a rank alone"], LAUNCHED])
+def test_an_error_that_no_other_process_says_is_said(environment: dict[str, str]) -> None:
+    """The others cannot know of it: the processes have not met yet."""
+    assert "0<x<=1" in run(["calibrate", "--data", "demo", "--budget", "2"], 2, **environment)[1]
+    impossible = {**environment, "ACCELERATE_USE_FSDP": "true"}
+    if environment is LAUNCHED:
+        assert "asks for FSDP" in run(["calibrate", "--data", "demo", "--model", "nowhere"], 2, **impossible)[1]
+
+
+def test_an_error_that_all_processes_have_is_said_once() -> None:
+    output, errors = run(["calibrate", "--data", "demo", "--model", "nowhere", "--num-processes", "2"], 3)
+    assert output == "" and errors.count("Error") == 1 and errors.startswith("Error: nowhere"), errors
 
 
 def test_more_processes_than_forward_passes_are_refused(
@@ -115,7 +168,7 @@ def test_two_processes_heal_as_one_does(copy: Callable[[str], Path], pictures: P
     one, two = copy("one"), copy("two")
     run(arguments(one, pictures, *HEAL))
     run([*arguments(two, pictures, *HEAL), "--num-processes", "2"])
-    assert (one / "calibration" / "adapter").is_dir()
+    assert len(list((one / "calibration" / "generations").glob("*/adapter"))) == 1
     assert digests(one) == digests(two)
 
 

@@ -1,5 +1,6 @@
 """A calibration that is killed, interrupted or out of room goes on where it stopped."""
 
+import json
 import random
 import resource
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 from dpn_cli import cli
 from dpn_cli.calibration import calibrate as calibration
+from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.convert import convert
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
@@ -99,7 +101,7 @@ def test_kills_at_random_moments_change_nothing(
         assert digests(folder) == undisturbed
 
 
-@pytest.mark.parametrize("written", ["dpe.safetensors", "config.json"])
+@pytest.mark.parametrize("written", ["config.json", "calibration/report.json"])
 def test_a_kill_after_one_of_the_results_is_mended(
     folder: Path, data: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
@@ -108,8 +110,8 @@ def test_a_kill_after_one_of_the_results_is_mended(
     class Killed(BaseException):
         pass
 
-    def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-        original(path, write)
+    def replace_file(path: Path, *arguments: Any) -> None:
+        original(path, *arguments)
         if path == folder / written:
             raise Killed
 
@@ -173,6 +175,73 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     assert digests(folder) == before
     assert not list(folder.rglob("*.tmp"))
     assert cli.main(arguments(folder, data)) == 0
+
+
+@pytest.fixture(scope="module")
+def begun(converted: Path, data: Path) -> Path:
+    """A checkpoint with a calibration that everything is measured of."""
+    folder = Path(shutil.copytree(converted, converted.with_name("begun")))
+    unfinished(folder, data)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(read_json(path) | changes))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "chat_template.jinja": lambda f: (f / "chat_template.jinja").open("a").write("now"),
+    "tokenizer.json": lambda f: edit(
+        f / "tokenizer.json", added_tokens=read_json(f / "tokenizer.json")["added_tokens"][::-1]
+    ),
+    "tokenizer_config.json": lambda f: edit(f / "tokenizer_config.json", padding_side="right"),
+    "processor_config.json": lambda f: edit(
+        f / "processor_config.json",
+        image_processor=read_json(f / "processor_config.json")["image_processor"] | {"image_mean": [0.1, 0.2, 0.3]},
+    ),
+    "generation_config.json": lambda f: edit(f / "generation_config.json", repetition_penalty=1.2),
+    "config.json.text_config.rope_parameters.rope_theta": lambda f: edit(
+        f / "config.json",
+        text_config=read_json(f / "config.json")["text_config"] | {"rope_parameters": {"rope_theta": 5e5}},
+    ),
+    "config.json.vision_feature_layer": lambda f: edit(f / "config.json", vision_feature_layer=-1),
+    "additional_chat_templates/default.jinja": lambda f: (
+        (f / "additional_chat_templates").mkdir(),
+        (f / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}"),
+    ),
+    "weights": lambda f: flip_last_byte(next(f.glob("model*.safetensors"))),
+}
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_checkpoint_that_changed_does_not_go_on(
+    begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    folder = Path(shutil.copytree(begun, tmp_path / "tiny-dpn"))
+    CHANGES[changed](folder)
+    kept = batches(folder)
+    assert cli.main(arguments(folder, data)) == 2
+    error = capsys.readouterr().err
+    assert "holds an unfinished calibration with other values of " in error and changed in error
+    assert batches(folder) == kept != {}
+
+
+def test_measurements_without_a_word_of_what_they_depend_on_are_dropped(
+    begun: Path, data: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """As a kill leaves them that comes while they are being removed."""
+    folder = Path(shutil.copytree(begun, tmp_path / "tiny-dpn"))
+    state = folder / "calibration" / "state"
+    (state / "fingerprint.json").unlink()
+    batches = sorted(state.glob("batch-*"))
+    shutil.copy(batches[0], batches[1])
+    assert cli.main(arguments(folder, data)) == 0
+    assert digests(folder) == undisturbed
 
 
 def test_other_settings_or_data_do_not_go_on(

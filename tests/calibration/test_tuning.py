@@ -75,6 +75,11 @@ def logits(model: Any, folder: Path, data: Path) -> torch.Tensor:
         return model(**inputs).logits
 
 
+def adapter_of(folder: Path) -> Path:
+    """Where config.json says that the adapter is."""
+    return folder / json.loads((folder / "config.json").read_text())["pyramid"]["calibration"]["adapter"]
+
+
 def base_weights(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model*.safetensors")}
 
@@ -82,13 +87,16 @@ def base_weights(folder: Path) -> dict[str, str]:
 def test_a_healed_checkpoint_keeps_its_base_and_notes_its_adapter(converted: Path, healed: Path) -> None:
     new = {str(path.relative_to(healed)) for path in healed.rglob("*") if path.is_file()}
     new -= {str(path.relative_to(converted)) for path in converted.rglob("*") if path.is_file()}
+    adapter = adapter_of(healed)
+    generation = adapter.parent.relative_to(healed)
     assert new == {
-        "calibration/adapter/adapter_config.json", "calibration/adapter/adapter_model.safetensors",
+        f"{generation}/adapter/adapter_config.json", f"{generation}/adapter/adapter_model.safetensors",
+        f"{generation}/dpe.safetensors", f"{generation}/model.safetensors.index.json",
         "calibration/report.json", "calibration/report.html",
     }  # fmt: skip
     assert base_weights(healed) == base_weights(converted) != {}
     record = json.loads((healed / "config.json").read_text())["pyramid"]["calibration"]
-    assert record["adapter"] == "calibration/adapter"
+    assert healed / record["adapter"] == adapter
     assert record["heal"]["rank"] == 2
     assert record["training"]["steps"] == 3
     assert "paper" not in record
@@ -120,7 +128,7 @@ def test_an_export_holds_the_adapter_in_its_weights(
     changed = logits(model, healed, data).float()
     if dtype is None:
         assert torch.allclose(changed, expected, atol=1e-3)
-    targets = Lora.open(healed / "calibration" / "adapter").targets
+    targets = Lora.open(adapter_of(healed)).targets
     before = load_model(healed, healed=False).state_dict()
     for name, tensor in model.state_dict().items():
         same = torch.equal(tensor, before[name].to(tensor.dtype))
@@ -130,7 +138,7 @@ def test_an_export_holds_the_adapter_in_its_weights(
 def test_merging_is_what_peft_does(healed: Path) -> None:
     model = load_model(healed)
     layer = model.model.language_model.layers[4].mlp.down_proj
-    lora = Lora.open(healed / "calibration" / "adapter")
+    lora = Lora.open(adapter_of(healed))
     base = layer.base_layer.weight.detach()
     merged = lora.merged("model.language_model.layers.4.mlp.down_proj.weight", base)
     assert torch.allclose(merged, base + layer.get_delta_weight("default"), atol=1e-6)
@@ -145,7 +153,7 @@ def test_calibrating_again_without_healing_is_the_way_back(
     shutil.copytree(converted, never)
     recipe = RECIPE.model_copy(update={"heal": HealRecipe()})
     first, second = run(again, data, recipe), run(never, data, recipe)
-    assert not (again / "calibration" / "adapter").exists()
+    assert not list(again.rglob("adapter"))
     assert first.full.distortion == second.full.distortion == 0
     assert not load_model(again).is_adapted
 
@@ -201,7 +209,7 @@ def test_without_peft_healing_names_the_extra(
 
 def test_an_adapter_that_is_gone_or_strange_is_an_error(healed: Path, tmp_path: Path) -> None:
     shutil.copytree(healed, tmp_path / "tiny-dpn")
-    config = tmp_path / "tiny-dpn" / "calibration" / "adapter" / "adapter_config.json"
+    config = adapter_of(tmp_path / "tiny-dpn") / "adapter_config.json"
     config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
     with pytest.raises(CheckpointError, match="another adapter than plain LoRA"):
         export(tmp_path / "tiny-dpn", tmp_path / "out")

@@ -92,7 +92,7 @@ def test_a_second_run_is_refused_while_the_first_writes(tmp_path: Path, force: b
     with staged_folder(target, False, "dpn_llava") as stage:
         (stage / "config.json").write_text(OURS)
         for same in (target, tmp_path / "x" / ".." / "out"):
-            with pytest.raises(UsageError, match="another run is writing"):
+            with pytest.raises(UsageError, match="is being written by another run"):
                 write(same, force, config="{}")
         write(tmp_path / "other")
     assert listing(tmp_path) == {"other/config.json": OURS, "out/config.json": OURS}
@@ -112,7 +112,7 @@ def test_a_lock_that_ends_while_it_is_asked_for_is_asked_for_again(
     monkeypatch.setattr(fcntl, "flock", lost_race)
     with staged_folder(tmp_path / "out", False, "dpn_llava") as stage:
         (stage / "config.json").write_text(OURS)
-        with pytest.raises(UsageError, match="another run"):
+        with pytest.raises(UsageError, match="is being written by another run"):
             write(tmp_path / "out")
     assert listing(tmp_path) == {"out/config.json": OURS}
 

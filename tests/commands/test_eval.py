@@ -1,7 +1,10 @@
 """`dpn eval`, from the command line to its table and JSON."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.evaluation.judging import Panel
 
@@ -181,6 +186,78 @@ def test_an_interrupted_run_goes_on(
     assert capsys.readouterr().out == undisturbed
     assert batches == [3, 3, 2, 2, 3, 3, 2], "the first two batches of the pyramid are not judged again"
     assert not (data / ".dpn" / "evaluation").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "config.json"])
+def test_what_was_found_with_other_files_is_not_used(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Panel, "judge", raise_interrupt)
+        assert evaluate("--json") == 130
+    assert list(data.glob(".dpn/evaluation/*/*.json"))
+    (data / "tiny-dpn" / file).open("a").write(" ")
+    if file == "config.json":
+        config = read_json(data / "tiny-dpn" / file)
+        config["text_config"]["rms_norm_eps"] = 0.01
+        write_json(data / "tiny-dpn" / file, config)
+    capsys.readouterr()
+    assert evaluate("--json") == 0
+    error = capsys.readouterr().err
+    assert re.search(rf"Begun anew: the unfinished evaluation in \S+ had other values of {file}", error), error
+    assert "asking the teacher: 8/8" in error
+
+
+def raise_interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_same_evaluation_is_run_once_at_a_time(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    judge = Panel.judge
+
+    def meanwhile(self: Panel, *args: Any) -> Any:
+        if not codes:
+            codes.append(evaluate())
+            codes.append(evaluate("--max-new-tokens", "2"))  # another one
+        return judge(self, *args)
+
+    monkeypatch.setattr(Panel, "judge", meanwhile)
+    assert evaluate() == 0 and codes == [2, 0]
+    error = capsys.readouterr().err
+    assert "Error: this evaluation is being run by another run" in error and "wait for it, or stop it" in error
+    assert not (data / ".dpn").exists()
+
+
+def test_a_folder_that_is_evaluated_is_not_replaced(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_llava: Path
+) -> None:
+    judge = Panel.judge
+
+    def meanwhile(self: Panel, *args: Any) -> Any:
+        assert main(["convert", str(tiny_llava), "--force", "-o", "tiny-dpn"]) == 2
+        return judge(self, *args)
+
+    monkeypatch.setattr(Panel, "judge", meanwhile)
+    assert evaluate() == 0
+    assert "tiny-dpn is in use by another run: wait for its end, or stop it" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert evaluate() == 0
+    assert "cannot be written (Read-only file system): no results are kept" in capsys.readouterr().err
 
 
 @pytest.mark.slow

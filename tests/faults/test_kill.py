@@ -102,6 +102,6 @@ def at_once(folder: Path, source: str, head_start: float = 0) -> None:
     said = {process.returncode: text for process, (_, text) in ((p, p.communicate()) for p in (first, second))}
     assert said.keys() == {0, 2}
     assert said[0] == ""
-    assert "another run is writing" in said[2] or "out exists" in said[2]
+    assert "is being written by" in said[2] or "out exists" in said[2]
     assert said[2].count("\n") == 1
     assert {path.name for path in folder.iterdir()} == {source, f"{source}-dpn", "out", ".dpn"}

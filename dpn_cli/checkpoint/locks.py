@@ -1,0 +1,192 @@
+"""Locks that keep two runs apart: the kernel's, so that they die with their process, however that ends.
+
+Where a file system has none, runs are not kept apart, and all else works.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dpn_cli.errors import DpnError, UsageError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_PROGRAMS = {"dpn", "dpn_cli"}
+
+
+class NotWritableError(DpnError):
+    """Nothing can be written at a place."""
+
+
+class Use:
+    """A folder that this run uses."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def is_alone(self) -> bool:
+        """Say whether no other run uses the folder; from then on none begins to while this one goes on."""
+        if self._descriptor is None:
+            return True
+        try:
+            _flock(self._descriptor, fcntl.LOCK_EX)
+        except BlockingIOError:
+            with suppress(BlockingIOError):  # the kernel has dropped the lock
+                _flock(self._descriptor, fcntl.LOCK_SH)
+            return False
+        return True
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[Use]:
+    """Keep others from replacing a folder while it is read. Any number of runs may; nothing is written for it.
+
+    A folder that cannot be opened is not locked: whoever reads it says why.
+
+    Raises:
+        UsageError: if another run is replacing it; names that run.
+    """
+    with _holding(folder, fcntl.LOCK_SH, "is being replaced by {holder}: wait for its end, or stop it") as descriptor:
+        yield Use(descriptor)
+
+
+@contextmanager
+def to_be_replaced(folder: Path) -> Iterator[None]:
+    """Keep others from using a folder, if there is one, while another one is made that takes its place.
+
+    Raises:
+        UsageError: if another run uses it; names that run.
+    """
+    with _holding(folder, fcntl.LOCK_EX, "is in use by {holder}: wait for its end, or stop it"):
+        yield
+
+
+@contextmanager
+def locked(target: Path, refusal: str, advice: str) -> Iterator[None]:
+    """Hold the lock of something that only one run at a time may write.
+
+    The lock is a hidden file beside `target`, which is there for as long as the lock is held.
+
+    Args:
+        target: its path; its parents are made.
+        refusal: the sentence for a second run, in which `{holder}` stands for the first one.
+        advice: what to do where nothing can be written.
+
+    Raises:
+        UsageError: if another run holds the lock.
+        NotWritableError: if nothing can be written there.
+        DpnError: if the file that is there is no lock.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        descriptor = _acquire(path, _open_lock, fcntl.LOCK_EX, refusal)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise NotWritableError(f"{target.parent} cannot be written ({error.strerror}): {advice}") from error
+    try:
+        yield
+    finally:
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _holding(folder: Path, kind: int, refusal: str) -> Iterator[int | None]:
+    """Lock a folder itself, which works where no file can be made, and goes along when the folder is renamed."""
+    try:
+        descriptor = _acquire(folder, _open_folder, kind, f"{folder} {refusal}")
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str) -> int:
+    """Open and lock what is at a path; return its descriptor."""
+    while True:
+        descriptor = open_it(path)
+        try:
+            _flock(descriptor, kind)
+            if _is_at(path, descriptor):
+                return descriptor
+            os.close(descriptor)  # the run that held the lock ended in between, and what was opened is gone
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise UsageError(refusal.replace("{holder}", holder)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+
+def _open_folder(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file, or make it; never follow a link, nor take a file that holds anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise DpnError(f"{path} is a symbolic link, through which dpn does not write: remove it") from None
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and not found.st_size:
+        return descriptor
+    os.close(descriptor)
+    raise DpnError(f"{path} is in the way of a lock and none of dpn's: move it elsewhere")
+
+
+def _flock(descriptor: int, kind: int) -> None:
+    """Lock an open file, at once or with a BlockingIOError; where there are no locks, do nothing."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    """Name the process that holds the lock of an open file, as far as the kernel tells (proc_locks(5))."""
+    inode = str(os.fstat(descriptor).st_ino)
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5].split(":")[-1] == inode and fields[4] != str(os.getpid()):
+                return _process(int(fields[4]))
+    return "another run"
+
+
+def _process(pid: int) -> str:
+    """Describe a running process: its number, its command and when it began."""
+    words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    names = [Path(word).name for word in words]
+    program = next((i for i, name in enumerate(names) if name in _PROGRAMS), None)
+    if program is None:
+        command = names[0]
+    else:
+        command = " ".join(["dpn", *[word for word in words[program + 1 :] if word.isalpha()][:1]])
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    since = time.strftime("%H:%M", time.localtime(time.time() - age_s))
+    return f"process {pid} ({command}, since {since})"
