@@ -57,8 +57,7 @@ def line_up(
     found, pyramid = Lineup(), model.pyramid
     different = batches if has_data else batches[:1]
     prompts = [prompt for batch in different for prompt in prompts_of(model, batch)]
-    if not has_data:
-        _validate_reach(model, prompts, budgets)
+    _validate(model, prompts, () if has_data else budgets, routes)
     entries: list[tuple[str, float | None, Routed]] = [(f"dpn at {b:g}", b, Routed(b)) for b in dict.fromkeys(budgets)]
     if not budgets and not routes:
         entries = [("dpn", pyramid.budget, Routed())]
@@ -73,23 +72,25 @@ def line_up(
         if isinstance(dpn, GivenRoutes):
             found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
         _add_rivals(found, model, prompts, fractions, budget, against)
-    for route in routes:
-        try:
-            for prompt in prompts:
-                pyramid.walk(route, prompt.grids)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        fixed = FixedRoute(pyramid, route)
-        found.contenders[fixed.label] = fixed
+    fixed = [FixedRoute(pyramid, route) for route in routes]
+    found.contenders.update({each.label: each for each in fixed})
     return found
 
 
-def _validate_reach(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float]) -> None:
-    """Check that some routes spend as little as every budget on synthetic prompts.
+def _validate(
+    model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float], routes: Sequence[Route]
+) -> None:
+    """Check that prompts are offered some routes, and that others spend as little as some budgets.
 
     Raises:
-        UsageError: if none do.
+        UsageError: if not.
     """
+    try:
+        for route in routes:
+            for prompt in prompts:
+                model.pyramid.walk(route, prompt.grids)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     lengths = [(prompt.grids, prompt.text_tokens) for prompt in prompts]
     cheapest = cheapest_fraction(model.model.language_model.shape, model.pyramid, lengths)
     for budget in budgets:
