@@ -61,7 +61,7 @@ def leave_to_the_first() -> None:
 
 
 def harmless(text: str) -> str:
-    r"""Return text with what a terminal would obey written as \\u001b, which is right inside of JSON too."""
+    r"""Return text with what a terminal would obey written as \u001b, which is right inside of JSON too."""
     return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
