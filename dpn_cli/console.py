@@ -65,7 +65,7 @@ def speak_up() -> None:
 
 
 def harmless(text: str) -> str:
-    r"""Return text with what a terminal would obey written as \\u001b, which is right inside of JSON too."""
+    r"""Return text with what a terminal would obey written as \u001b, which is right inside of JSON too."""
     return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
