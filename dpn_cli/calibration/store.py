@@ -96,14 +96,14 @@ def sweep(folder: Path) -> None:
     stale = [path for path in (folder / GENERATIONS).iterdir() if path.name != current.name]
     for path in (*stale, *(folder / file for file in _FIRST_FILES)):
         with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.replace(_empty_stage(folder))  # at once: half a generation must not look like a whole one
+    _empty_stage(folder)
 
 
 def _write_generation(folder: Path, adapted: PyramidGenerationMixin | None, routers: nn.ModuleList) -> Path:
     """Write routers, index and adapter; return where they are, inside the checkpoint's folder."""
     source = Checkpoint.open(folder)
-    stage = folder / GENERATIONS / "stage"
-    shutil.rmtree(stage, ignore_errors=True)
+    stage = _empty_stage(folder)
     stage.mkdir(parents=True)
     try:
         file, tensors = _with_routers(source, routers)
@@ -120,6 +120,16 @@ def _write_generation(folder: Path, adapted: PyramidGenerationMixin | None, rout
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return generation
+
+
+def _empty_stage(folder: Path) -> Path:
+    """Return the path of what a generation is made in, or removed from, with nothing there."""
+    stage = folder / GENERATIONS / "stage"
+    if stage.is_dir() and not stage.is_symlink():
+        shutil.rmtree(stage, ignore_errors=True)
+    else:
+        stage.unlink(missing_ok=True)
+    return stage
 
 
 def _with_routers(source: Checkpoint, routers: nn.ModuleList) -> tuple[str, dict[str, Any]]:

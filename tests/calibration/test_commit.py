@@ -117,8 +117,8 @@ def whole(folder: Path) -> tuple[Any, ...]:
 def test_a_kill_at_any_file_event_leaves_the_old_or_the_new_calibration(
     folders: dict[str, tuple[Path, Save]], executioner: Executioner, tmp_path: Path, before: str, after: str
 ) -> None:
-    (source, _), (wanted, save) = folders[before], folders[after]
-    old, new, undisturbed = whole(source), whole(wanted), digests(wanted)
+    (source, save_again), (wanted, save) = folders[before], folders[after]
+    old, new = whole(source), whole(wanted)
     seen = []
     for event in range(100):
         folder = Path(shutil.copytree(source, tmp_path / str(event) / "tiny-dpn"))
@@ -129,9 +129,11 @@ def test_a_kill_at_any_file_event_leaves_the_old_or_the_new_calibration(
             state = whole(folder)
             assert state in (old, new)
             seen.append(state == new)
-            save(folder)
-            assert digests(folder) == undisturbed, "what a killed one left is swept"
-            assert not list(folder.rglob(".*"))
+            back = Path(shutil.copytree(folder, tmp_path / str(event) / "back"))
+            for where, rerun, undisturbed in (folder, save, wanted), (back, save_again, source):
+                rerun(where)
+                assert digests(where) == digests(undisturbed), "what a killed one left is swept, or made again"
+                assert not list(where.rglob(".*"))
         else:
             break
     assert len(seen) > 15 and seen == sorted(seen), "old until one moment, new from it on"
