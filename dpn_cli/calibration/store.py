@@ -18,7 +18,6 @@ from torch import nn
 
 from dpn_cli.calibration.html import render
 from dpn_cli.calibration.report import Report
-from dpn_cli.calibration.state import STATE_FOLDER
 from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.locks import Use, in_use, locked
@@ -48,10 +47,7 @@ def calibrating(folder: Path) -> Iterator[Use]:
         DpnError: if it cannot be written.
         CheckpointError: if it is no checkpoint, or what calibration writes would follow a link.
     """
-    read_config(folder)
-    for path in (folder / CALIBRATION, folder / GENERATIONS, folder / STATE_FOLDER):
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link, through which dpn does not write: remove it")
+    read_config(folder)  # which looks for links, too
     refusal = f"{folder} is being calibrated by " + "{holder}: wait for it, or stop it"
     with in_use(folder) as use, locked(folder / CALIBRATION, refusal, "copy it to where it can"):
         yield use

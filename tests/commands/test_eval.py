@@ -117,7 +117,7 @@ def test_figures_are_grouped_by_a_field_of_the_data(data: Path, capsys: pytest.C
 def test_a_field_that_is_not_there_is_refused_before_the_model_is_loaded(
     data: Path, source: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpn_cli.evaluation.run.load_model", None)
+    monkeypatch.setattr("dpn_cli.evaluation.run.load_opened", None)
     if source == ".":
         (data / "data.json").unlink()
     assert main(["eval", "--model", "tiny-dpn", "--data", source, "--by", "levels"]) == 2
