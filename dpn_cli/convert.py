@@ -15,12 +15,16 @@ from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
+from dpn_cli.checkpoint.original import is_original
+from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN
+from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.rewriting import Written
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import only_finite, verify_bytes
+from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, write_index, write_json, write_shard
-from dpn_cli.errors import DpnError, RecipeError
+from dpn_cli.errors import DpnError, RecipeError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
 
@@ -70,6 +74,7 @@ def convert(
     link: bool = False,
     check_values: bool = False,
     verify: bool = False,
+    chat_template: Path | None = None,
 ) -> Conversion:
     """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
 
@@ -86,9 +91,11 @@ def convert(
         link: let shards share their bytes with the source (reflinks, else hard links) where the file system can.
         check_values: search the source for NaN and infinite values first.
         verify: afterwards read everything back from the disk and compare it with the source, byte by byte.
+        chat_template: a file with a Jinja template, in the place of the source's.
 
     Raises:
-        CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
+        CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid, or its processor
+            belongs to another one.
         RecipeError: if the recipe does not fit the model's depth, or the source has a pyramid of its own.
         UsageError: if the output exists or overlaps the source.
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
@@ -102,6 +109,7 @@ def convert(
     validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
     check_complete(checkpoint, layout, added={})
+    completion = _completion(source.path, opened, layout, chat_template)
     pyramid = opened.pyramid or recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
@@ -114,7 +122,7 @@ def convert(
         added=layout.added_tensors(pyramid),
         base_bytes=checkpoint.nbytes,
         placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
-        notes=opened.notes,
+        notes=(*opened.notes, *completion.notes()),
     )
     check_target(conversion.output, force, CONVERTED, source.path)
     if check_values:
@@ -123,7 +131,7 @@ def convert(
         return conversion
     check_space(conversion.output, _needed_bytes(opened, conversion))
     with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
-        written = _write(stage, opened, conversion, recipe)
+        written = _write(stage, opened, conversion, recipe, completion)
         if verify and written.placement != "linked":  # a hard link is the very same file
             verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
     return replace(conversion, placement=written.placement)
@@ -158,8 +166,21 @@ def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
     return conversion.base_bytes + added
 
 
-def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> Written:
+def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template: Path | None) -> Completion:
+    """Return what the source's processor lacks; that of the original layout is written anew, and whole."""
+    template = None if chat_template is None else ChatTemplate.read(chat_template)
+    if not is_original(read_config(source)):
+        return complete_processor(opened.checkpoint, layout, template)
+    if template is not None:
+        template.validate(IMAGE_TOKEN, {})
+        if opened.pyramid is not None and opened.pyramid.router.token_id is not None:
+            raise UsageError(f"{source} has routers that read a token of its own chat template: leave the option out")
+    return Completion(template=template)
+
+
+def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe, completion: Completion) -> Written:
     written = opened.write(stage, link=conversion.placement == "linked")
+    completion.write(stage)
     _write_dpe(stage / DPE_FILE, opened, conversion)
     tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
     if opened.pyramid is None:
@@ -173,16 +194,13 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) 
 def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}}
     family = Family.of(config)
-    base = conversion.source.origin
-    if conversion.source.revision:
-        base += f"@{conversion.source.revision}"
     return (
         kept
         | read_licence(conversion.source.path)
         | {
             "model_type": family.converted_type,
             "architectures": [family.architecture],
-            "base_model": base,
+            "base_model": conversion.source.reference,
             "pyramid": conversion.pyramid.to_dict(),
         }
     )
@@ -207,4 +225,5 @@ def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None
     expected |= {name: ("F32", shape) for name, shape in conversion.added.items()}
     if {name: (t.dtype, t.shape) for name, t in written.tensors.items()} != expected:
         raise DpnError(f"{conversion.output}: the written tensors are not the expected ones; please report this")
-    LlavaLayout.of(written)
+    if lacking := complete_processor(written, LlavaLayout.of(written)).summary():
+        raise DpnError(f"{conversion.output}: the written processor lacks {lacking}; please report this")

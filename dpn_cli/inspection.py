@@ -7,6 +7,7 @@ from typing import Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, LlavaLayout, open_llava, read_pyramid
+from dpn_cli.checkpoint.processor import complete_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
@@ -55,6 +56,7 @@ class Inspection:
         grids: visual tokens of the sample that `routes` were computed for.
         text_tokens: of that sample.
         routes: full, each uniform one, the cheapest, and those that were asked for.
+        notes: what the user should know about the processor.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Inspection:
     grids: tuple[Grid, ...]
     text_tokens: int
     routes: tuple[RouteCost, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -107,10 +110,11 @@ def inspect_checkpoint(
         asked: more routes, see `parse_route`.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or no LLaVA.
+        CheckpointError: if it is missing, damaged, or no LLaVA, or its processor belongs to another model.
         UsageError: if the sample does not fit the model's positions, or a route not the pyramid.
     """
     checkpoint, layout = open_llava(folder)
+    lacking = complete_processor(checkpoint, layout).summary()
     grids = layout.image_grids([image_size] * images)
     _check_length(layout, grids, text_tokens)
     pyramid = read_pyramid(checkpoint, layout)
@@ -137,6 +141,7 @@ def inspect_checkpoint(
         grids=grids,
         text_tokens=text_tokens,
         routes=tuple(cost(name, route) for name, route in routes.items()),
+        notes=(f"Missing, and completed by dpn wherever it is used: {lacking}.",) if lacking else (),
     )
 
 

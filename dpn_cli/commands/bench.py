@@ -104,8 +104,8 @@ def command(
     from dpn_cli.route import parse_route
 
     experts = [parse_route(route, open_converted(folder)[2].sites) for route in routes]
-    loaded = load_model(folder, device_map=default_device())
     processor = load_processor(folder)
+    loaded = load_model(folder, device_map=default_device())
     results = []
     for batch_size in batch_sizes:
         if data is None:

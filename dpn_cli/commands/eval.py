@@ -87,10 +87,10 @@ def command(
     names = contender_names(against)
     if (data is None) == (tasks is None):
         raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
-    folder = checkpoint_folder(model)
     if data is None:
-        _run_benchmarks(folder, tasks or "", names, budgets, batch_size, samples, include_path, as_json)
+        _run_benchmarks(model, tasks or "", names, budgets, batch_size, samples, include_path, as_json)
         return
+    folder = checkpoint_folder(model)
     from dpn_cli.evaluation.pictures import plot_evaluation
     from dpn_cli.evaluation.plots import check_plot
     from dpn_cli.evaluation.run import evaluate_folder
@@ -121,7 +121,7 @@ def command(
 
 
 def _run_benchmarks(
-    folder: Path,
+    model: Path | None,
     tasks: str,
     against: Sequence[str],
     budgets: Sequence[float],
@@ -141,6 +141,7 @@ def _run_benchmarks(
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
     if is_launched():
         raise UsageError("--tasks runs in one process; for several: accelerate launch -m lmms_eval eval --model dpn …")
+    folder = checkpoint_folder(model)
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]

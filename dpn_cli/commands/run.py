@@ -55,9 +55,9 @@ def command(
     experts = None if route is None else parse_route(route, open_converted(folder)[2].sites)
     sample = Sample("question", images, (Turn(question),))
     sample.open_images()  # a missing image is named before the model is loaded
+    processor = load_processor(folder)
     loaded = load_model(folder, device_map=default_device())
     _choose(loaded, budget, experts)
-    processor = load_processor(folder)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(folder), **done.to_dict()}, indent=2, ensure_ascii=False))
