@@ -54,7 +54,7 @@ def main(source: Path, kinds: tuple[str, ...], load: bool) -> None:
         click.echo(row("convert --link", run(*DPN, "-q", "convert", source, "--link", "-o", converted), converted))
         for kind in kinds or KINDS:
             cold(source)
-            done = run(*DPN, "-q", "export", "--model", converted, "-o", output, *KINDS[kind])
+            done = run(*DPN, "-q", "export", "--model", converted, "-o", output, "--uncalibrated", *KINDS[kind])
             click.echo(row(f"export {kind}", done, output))
             if load:
                 cold(output)

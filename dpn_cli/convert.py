@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
+from dpn_cli.checkpoint.cue import answer_cue
 from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family
 from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.opening import Copied, Opened, open_source
+from dpn_cli.checkpoint.original import is_original
+from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN
+from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.rewriting import Written
 from dpn_cli.checkpoint.side_files import left_behind, without_code
 from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
+from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, write_index, write_json, write_shard
-from dpn_cli.errors import DpnError, RecipeError
+from dpn_cli.errors import DpnError, RecipeError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
 from dpn_cli.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
 
@@ -73,6 +78,7 @@ def convert(
     link: bool = False,
     check_values: bool = False,
     verify: bool = False,
+    chat_template: Path | None = None,
 ) -> Conversion:
     """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
 
@@ -89,9 +95,11 @@ def convert(
         link: let shards share their bytes with the source (reflinks, else hard links) where the file system can.
         check_values: search the source for NaN and infinite values first.
         verify: afterwards read everything back from the disk and compare it with the source, byte by byte.
+        chat_template: a file with a Jinja template, in the place of the source's.
 
     Raises:
-        CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid.
+        CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid, or its processor
+            belongs to another one.
         RecipeError: if the recipe does not fit the model's depth, or the source has a pyramid of its own.
         UsageError: if the output exists or overlaps the source.
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
@@ -105,6 +113,7 @@ def convert(
     validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
     check_complete(checkpoint, layout, added={})
+    completion = _completion(source.path, opened, layout, chat_template)
     pyramid = opened.pyramid or recipe.pyramid_config(layout.shape.num_layers)
     if pyramid.router.hidden_ratio > layout.shape.hidden_size:
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
@@ -117,7 +126,7 @@ def convert(
         added=layout.added_tensors(pyramid),
         base_bytes=checkpoint.nbytes,
         placement="rewritten" if not isinstance(opened, Copied) else "linked" if link else "copied",
-        notes=(*opened.notes, *left_behind(source.path)),
+        notes=(*opened.notes, *completion.notes(), *left_behind(source.path)),
     )
     check_target(conversion.output, force, CONVERTED, source.path)
     if check_values:
@@ -126,7 +135,7 @@ def convert(
         return conversion
     check_space(conversion.output, _needed_bytes(opened, conversion))
     with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
-        written = _write(stage, opened, conversion, recipe)
+        written = _write(stage, opened, conversion, recipe, completion)
         if verify and written.placement != "linked":  # a hard link is the very same file
             verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
     return replace(conversion, placement=written.placement)
@@ -161,33 +170,44 @@ def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
     return conversion.base_bytes + added
 
 
-def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe) -> Written:
+def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template: Path | None) -> Completion:
+    """Return what the source's processor lacks; that of the original layout is written anew, and whole."""
+    template = None if chat_template is None else ChatTemplate.read(chat_template)
+    if not is_original(read_config(source)):
+        return complete_processor(opened.checkpoint, layout, template)
+    if template is not None:
+        template.validate(IMAGE_TOKEN, {})
+        if opened.pyramid is not None and opened.pyramid.router.token_id is not None:
+            raise UsageError(f"{source} has routers that read a token of its own chat template: leave the option out")
+    return Completion(template=template)
+
+
+def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe, completion: Completion) -> Written:
     """Write the folder; return what of it comes from the source."""
     written = opened.write(stage, link=conversion.placement == "linked")
+    completion.write(stage)
     _write_dpe(stage / DPE_FILE, opened, conversion)
     tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
     if opened.pyramid is None:
         write_json(stage / RECIPE_FILE, recipe.to_dict())
-    write_json(stage / "config.json", _config(opened.checkpoint.config, conversion))
+    pyramid = replace(conversion.pyramid, answer_cue=answer_cue(stage))
+    write_json(stage / "config.json", _config(opened.checkpoint.config, conversion, pyramid))
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
     return replace(written, tensors=tensors) if opened.dpe else written
 
 
-def _config(config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+def _config(config: dict[str, Any], conversion: Conversion, pyramid: PyramidConfig) -> dict[str, Any]:
     kept = {key: value for key, value in without_code(config).items() if key not in {"_name_or_path", WEIGHTS_KEY}}
     family = Family.of(config)
-    base = conversion.source.origin
-    if conversion.source.revision:
-        base += f"@{conversion.source.revision}"
     return (
         kept
         | read_licence(conversion.source.path)
         | {
             "model_type": family.converted_type,
             "architectures": [family.architecture],
-            "base_model": base,
-            "pyramid": conversion.pyramid.to_dict(),
+            "base_model": conversion.source.reference,
+            "pyramid": pyramid.to_dict(),
         }
     )
 
@@ -208,4 +228,5 @@ def _verify(stage: Path, checkpoint: Checkpoint, conversion: Conversion) -> None
     expected |= {name: ("F32", shape) for name, shape in conversion.added.items()}
     if {name: (t.dtype, t.shape) for name, t in written.tensors.items()} != expected:
         raise DpnError(f"{conversion.output}: the written tensors are not the expected ones; please report this")
-    LlavaLayout.of(written)
+    if lacking := complete_processor(written, LlavaLayout.of(written)).summary():
+        raise DpnError(f"{conversion.output}: the written processor lacks {lacking}; please report this")

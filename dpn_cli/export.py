@@ -4,16 +4,18 @@ Tensors are streamed from shard to shard in small pieces: no model is loaded, an
 is touched (nor torch imported), but for those that healing has an adapter for: it is merged, one weight at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
+from dpn_cli.checkpoint.cue import answer_cue
 from dpn_cli.checkpoint.family import CONVERTED
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_files
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import write_json
@@ -22,7 +24,7 @@ from dpn_cli.exporting.config import export_config, stored_dtype, without_unused
 from dpn_cli.exporting.content import verify_untouched, write_weights
 from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
-from dpn_cli.exporting.routes import exported_pyramid
+from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
 from dpn_cli.model_card import model_card
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.modeling.pyramid_config import PyramidConfig
@@ -44,7 +46,7 @@ class Export:
         dtype: the one that the tensors were converted to, or None where they were left as they were.
         scheme: that the decoder's linear layers were quantised by, or None.
         num_verified: how many tensors were compared with the source, or None where none were.
-        notes: what the user should know about what was left out.
+        notes: what the user should know about the processor, and about what was left out.
     """
 
     source: Path
@@ -71,11 +73,12 @@ def export(
     drop_unused: bool = False,
     check_values: bool = True,
     verify: bool = False,
+    uncalibrated: bool = False,
 ) -> Export:
     """Write a converted checkpoint as one compact folder: weights, code, processor and model card.
 
     Args:
-        checkpoint: a folder that `dpn convert` wrote, calibrated or not.
+        checkpoint: a folder that `dpn convert` wrote.
         output: the folder to write.
         dtype: `bf16`, `fp16` or `fp32` for all floating-point tensors but the routers', which stay float32; None
             leaves every tensor as it is, byte for byte.
@@ -88,13 +91,16 @@ def export(
         drop_unused: leave out the vision layers behind the one whose features are used.
         check_values: stop at NaN and infinite values.
         verify: read the tensors that no option changes back from the disk and compare them with the source.
+        uncalibrated: export also where the routers are not calibrated, and so pool nothing.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, damaged, or not converted.
+        CheckpointError: if the checkpoint is missing, damaged, or not converted, or its processor another model's.
         UsageError: if the output exists or overlaps the checkpoint, or an option makes no sense for it.
     """
     with in_use(checkpoint):
-        draft = _draft(checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused)
+        draft = _draft(
+            checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused, uncalibrated
+        )
         plan = draft.plan
         check_target(output, force, CONVERTED, plan.source.path)
         check_space(output, plan.nbytes)
@@ -113,7 +119,7 @@ def export(
         dtype=dtype,
         scheme=quantize,
         num_verified=num_verified,
-        notes=left_behind(checkpoint, written=(CODE_FILE,)),
+        notes=(*draft.completion.notes(), *left_behind(checkpoint, written=(CODE_FILE,))),
     )
 
 
@@ -125,6 +131,7 @@ class _Draft:
     config: dict[str, Any]
     layout: LlavaLayout
     pyramid: PyramidConfig
+    completion: Completion
 
 
 def _draft(
@@ -135,6 +142,7 @@ def _draft(
     scheme: Scheme | None,
     static: str | None,
     drop_unused: bool,
+    uncalibrated: bool,
 ) -> _Draft:
     source, layout, pyramid = open_converted(checkpoint)
     refuse_quantised(source)
@@ -142,8 +150,16 @@ def _draft(
     for what, choice, known in (("dtype", dtype, DTYPES), ("quantisation", scheme, SCHEMES)):
         if choice is not None and choice not in known:
             raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")
+    completion = complete_processor(source, layout)
+    if not uncalibrated and static is None and pools_nothing(source, layout, pyramid):
+        raise UsageError(
+            f"{checkpoint} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` first, "
+            "or pass --static ROUTE for a fixed route, or --uncalibrated"
+        )
     lora = Lora.of(checkpoint, pyramid)
     pyramid = exported_pyramid(pyramid, layout.grid, budget, static)
+    if not pyramid.answer_cue:  # as in folders that earlier versions converted
+        pyramid = replace(pyramid, answer_cue=answer_cue(checkpoint))
     if scheme and dtype is None:  # as on loading, where a weight is cast before it is quantised
         names = {TORCH_DTYPES[stored]: name for name, stored in DTYPES.items()}
         dtype = names.get(str(stored_dtype(source, layout)))
@@ -156,12 +172,13 @@ def _draft(
     if scheme:
         kept = [move.name for move in plan.moves if not move.scheme and is_linear(move.name, move.tensor.shape)]
         config["quantization_config"] = quantization_config(scheme, config["dtype"], kept)
-    return _Draft(plan, config, layout, pyramid)
+    return _Draft(plan, config, layout, pyramid, completion)
 
 
 def _write_side_files(stage: Path, draft: _Draft, name: str) -> None:
     for file in side_files(draft.plan.source.path):
         copy_side_file(file, stage)
+    draft.completion.write(stage)
     card = model_card(name, draft.config, draft.layout, draft.pyramid)
     write_code(stage)
     (stage / "README.md").write_text(card, encoding="utf-8")

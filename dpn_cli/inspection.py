@@ -8,6 +8,7 @@ from typing import Any, Literal
 from dpn_cli.calibration.reach import typical_length
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_llava, read_pyramid
+from dpn_cli.checkpoint.processor import complete_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.cost import flops_fraction, tokens_per_layer
 from dpn_cli.errors import UsageError
@@ -58,6 +59,7 @@ class Inspection:
         sample_from: who chose that sample: the caller, at least in part (`options`), the `calibration`, whose typical
             one it is, or nobody (`default`).
         routes: full, each uniform one, the cheapest, and those that were asked for.
+        notes: what the user should know about the processor.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Inspection:
     text_tokens: int
     sample_from: Literal["options", "calibration", "default"]
     routes: tuple[RouteCost, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -113,10 +116,11 @@ def inspect_checkpoint(
         asked: more routes, see `parse_route`.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or no LLaVA.
+        CheckpointError: if it is missing, damaged, or no LLaVA, or its processor belongs to another model.
         UsageError: if the sample does not fit the model's positions, or a route not the pyramid.
     """
     checkpoint, layout = open_llava(folder)
+    lacking = complete_processor(checkpoint, layout).summary()
     pyramid = read_pyramid(checkpoint, layout)
     typical = typical_length(pyramid)
     default = layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS
@@ -150,6 +154,7 @@ def inspect_checkpoint(
         text_tokens=text_tokens,
         sample_from="options" if is_chosen else "default" if typical is None else "calibration",
         routes=tuple(cost(name, route) for name, route in routes.items()),
+        notes=(f"Missing, and completed by dpn wherever it is used: {lacking}.",) if lacking else (),
     )
 
 

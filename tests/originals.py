@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
+
 TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What is in this picture? ASSISTANT: A red circle."
@@ -223,6 +225,8 @@ def write_hugging_face(original: Original, folder: Path, layout: str, files: str
     if original.config.tie_word_embeddings:
         renamed.pop("language_model.lm_head.weight" if layout == "hub" else "lm_head.weight")
     _write_weights(folder, renamed, files)
+    tokenizer = Words.of(original.folder).tokenizer([IMAGE_TOKEN, PAD_TOKEN])
+    write_processor(folder, tokenizer, chat_template(), SIDE, PATCH, normalisation={}, pad_to_square=True)
     return folder
 
 

@@ -174,7 +174,7 @@ def test_both_layouts_give_the_same_files(tiny_llava_factory: Callable[..., Path
     for layout, count in (("hub", 1), ("new", 2)):
         folder = tmp_path / f"{layout}-dpn"
         convert(str(tiny_llava_factory(layout=layout, shards=count)), output=folder)
-        done = export(folder, tmp_path / layout, max_shard_size="400KB")
+        done = export(folder, tmp_path / layout, max_shard_size="400KB", uncalibrated=True)
         shards[layout] = {file: (tmp_path / layout / file).read_bytes() for file in done.files}
     assert len(shards["hub"]) > 1
     assert shards["hub"] == shards["new"]
@@ -214,7 +214,7 @@ def test_the_folder_is_complete_and_compact(make_converted: Callable[..., Path],
 
 
 def test_the_card_says_what_it_is(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    export(make_converted(calibrated=False), tmp_path / "plain")
+    export(make_converted(calibrated=False), tmp_path / "plain", uncalibrated=True)
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "Not calibrated" in card and "12×12 = 144 visual tokens" in card
     assert "| after decoder layer 1 | 1×1, 1×2, 2×2 |" in card
@@ -321,7 +321,7 @@ def test_buffers_of_old_versions_are_left_out(tiny_llava: Path, tmp_path: Path) 
     tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(145)[None]
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     convert(str(old), output=tmp_path / "old-dpn")
-    export(tmp_path / "old-dpn", tmp_path / "out")
+    export(tmp_path / "old-dpn", tmp_path / "out", uncalibrated=True)
     assert len(stored(tmp_path / "out")) == len(stored(tmp_path / "old-dpn")) - 2
 
 
@@ -355,7 +355,7 @@ def test_licence_and_base_model_are_carried_over(
         "dpn_cli.convert.resolve_source", lambda _: Source(source, "llava", "llava-hf/llava-1.5-7b-hf", "abc")
     )
     convert("llava", output=tmp_path / "llava-dpn")
-    export(tmp_path / "llava-dpn", tmp_path / "out", quantize="int8")
+    export(tmp_path / "llava-dpn", tmp_path / "out", quantize="int8", uncalibrated=True)
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "llama2" and head["base_model"] == "llava-hf/llava-1.5-7b-hf"

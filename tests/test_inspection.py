@@ -16,6 +16,7 @@ from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.inspection import Inspection, inspect_checkpoint
 from dpn_cli.recipe import load_recipe
+from tests.conftest import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,33 @@ HUB: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def write_hub_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Write a processor's files as they are on the hub, with no words in the tokenizer."""
+    kind, side = config["model_type"], config["vision_config"]["image_size"]
+    square = {"height": side, "width": side}
+    images: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": square,
+        "size": {"shortest_edge": side},
+    }
+    settings: dict[str, Any] = {"processor_class": "LlavaProcessor"}
+    if kind == "llava_onevision":
+        images = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square}
+        settings = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 729}
+        settings |= {"vision_feature_select_strategy": "full"}
+    else:
+        settings |= {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    if kind == "llava_next":
+        images["image_processor_type"], settings["processor_class"] = "LlavaNextImageProcessor", "LlavaNextProcessor"
+    image = config["image_token_index"]
+    added = [{"id": image, "content": "<image>"}, {"id": image + 1, "content": "<pad>"}, {"id": 2, "content": "</s>"}]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": added}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+
+
 @pytest.mark.parametrize(
     ("model", "tokens", "key_width", "sites"),
     [
@@ -169,8 +197,10 @@ def test_the_models_of_the_hub_are_read_from_their_headers(
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + stop)  # a hole: it takes no disk
+    write_hub_processor(tmp_path, config)
 
     found = inspect_checkpoint(tmp_path)
+    assert not found.notes, "a processor as it is on the hub lacks nothing"
     assert set(visual_tokens(found, "full")) == {tokens}
     assert {layer.kv_bytes for layer in found.routes[0].layers} == {2 * (tokens + 64) * key_width * 2}
     plan = convert(str(tmp_path), output=tmp_path.parent / "never-written", dry_run=True)

@@ -53,7 +53,7 @@ def test_code_of_a_source_is_never_run(
     assert not list(Path("out").glob("*.py")) and "auto_map" not in read_json(Path("out", "config.json"))
     shutil.copy(source / "evil.py", "out")
     code = main(["run", "--model", "out", "--image", str(picture), "what colour ?", "--max-new-tokens", "1"])
-    assert main(["export", "--model", "out", "-o", "exported"]) == 0
+    assert main(["export", "--model", "out", "-o", "exported", "--uncalibrated"]) == 0
     assert not Path("exported", "evil.py").exists()
     assert not Path("ran").exists()
     assert code == (3 if only_foreign else 0), capsys.readouterr().err
@@ -61,10 +61,8 @@ def test_code_of_a_source_is_never_run(
 
 def test_a_processor_that_needs_foreign_code_is_refused(source: Path) -> None:
     (source / "evil.py").write_text("import os; os.mkdir('ran')\n")
-    shutil.rmtree(source / "tokenizer.json", ignore_errors=True)
-    for file in ("processor_config.json", "tokenizer_config.json"):
-        (source / file).unlink()
-    write_json(source / "processor_config.json", {"auto_map": {"AutoProcessor": "evil.Evil"}})
+    foreign = {"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "EvilProcessor"}
+    write_json(source / "processor_config.json", read_json(source / "processor_config.json") | foreign)
     with pytest.raises(CheckpointError, match="without foreign code"):
         load_processor(source)
     assert not Path("ran").exists()
@@ -74,7 +72,7 @@ def test_a_pickle_beside_safetensors_is_not_opened(source: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(Path("opened").absolute())))
     write_json(source / "pytorch_model.bin.index.json", {"weight_map": {"x": "pytorch_model.bin"}})
     assert main(["convert", str(source), "-o", "out"]) == 0
-    assert main(["export", "--model", "out", "-o", "exported"]) == 0
+    assert main(["export", "--model", "out", "-o", "exported", "--uncalibrated"]) == 0
     assert main(["inspect", str(source)]) == 0
     assert not [path for folder in ("out", "exported") for path in Path(folder).glob("*.bin*")]
     assert not Path("opened").exists()

@@ -18,7 +18,9 @@ class Family:
         stem: what the names of our classes for it start with.
         select_strategy: the `vision_feature_select_strategy` of its configs where they say nothing.
         feature_layer: their `vision_feature_layer`, likewise.
-        cuts_images: whether images are cut into tiles, with newline tokens.
+        image_processor: the class that prepares its images where nothing says which.
+        cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
+        counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
         recipe: for its models that have none of their own.
     """
 
@@ -26,7 +28,9 @@ class Family:
     stem: str
     select_strategy: str = "default"
     feature_layer: int = -2
+    image_processor: str = "LlavaImageProcessor"
     cuts_images: bool = False
+    counts_tokens: bool = False
     recipe: str = DEFAULT_RECIPE
 
     @classmethod
@@ -48,18 +52,31 @@ class Family:
         """The class that loads a converted checkpoint."""
         return f"{self.stem}ForConditionalGeneration"
 
+    @property
+    def processor(self) -> str:
+        """The class of its processors, which is the originals'."""
+        return f"{self.stem.removeprefix('Dpn')}Processor"
+
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llava", "DpnLlava"),
-        Family("llava_next", "DpnLlavaNext", cuts_images=True, recipe="llava-next"),
+        Family(
+            "llava_next",
+            "DpnLlavaNext",
+            image_processor="LlavaNextImageProcessor",
+            cuts_images=True,
+            recipe="llava-next",
+        ),
         Family(
             "llava_onevision",
             "DpnLlavaOnevision",
             select_strategy="full",
             feature_layer=-1,
+            image_processor="LlavaOnevisionImageProcessor",
             cuts_images=True,
+            counts_tokens=True,
             recipe="llava-onevision",
         ),
     )

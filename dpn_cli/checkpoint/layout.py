@@ -8,7 +8,7 @@ from typing import Any
 
 from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family, is_converted
-from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
+from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config, wrappers
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
@@ -64,6 +64,8 @@ class LlavaLayout:
         text_prefix: what stands before `layers.0…` in tensor names.
         text_config: with transformers' defaults filled in.
         shape: sizes of the decoder.
+        pixels: side of an image, or of a tile.
+        patch: side of the square that becomes one visual token, in pixels.
         grid: visual tokens of a whole image.
         tiling: how images are cut into tiles beside that, or None where they are not.
     """
@@ -71,6 +73,8 @@ class LlavaLayout:
     text_prefix: str
     text_config: dict[str, Any]
     shape: DecoderShape
+    pixels: int
+    patch: int
     grid: Grid
     tiling: Tiling | None
 
@@ -83,11 +87,14 @@ class LlavaLayout:
         """
         config, where = checkpoint.config, checkpoint.path
         text_config = TEXT_DEFAULTS[config["text_config"].get("model_type", "llama")] | config["text_config"]
-        grid = _grid(config["vision_config"], _prepooling(config), where)
+        pixels, patch = _pixels(config["vision_config"], _prepooling(config), where)
+        grid = (pixels // patch, pixels // patch)
         layout = cls(
             text_prefix=_text_prefix(checkpoint),
             text_config=text_config,
             shape=_shape(text_config, where),
+            pixels=pixels,
+            patch=patch,
             grid=grid,
             tiling=_tiling(config, grid, where),
         )
@@ -278,13 +285,13 @@ def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
     return DecoderShape.from_config(text_config)
 
 
-def _grid(vision_config: dict[str, Any], prepooling: int, where: Path) -> Grid:
+def _pixels(vision_config: dict[str, Any], prepooling: int, where: Path) -> tuple[int, int]:
+    """Return the sides of an image and of a visual token."""
     vision_config = VISION_DEFAULTS[vision_config["model_type"]] | vision_config
     image_size, patch_size = vision_config["image_size"], vision_config["patch_size"]
     if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
         raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
-    side: int = image_size // patch_size // prepooling
-    return side, side
+    return image_size, patch_size * prepooling
 
 
 def _prepooling(config: dict[str, Any]) -> int:
@@ -312,6 +319,13 @@ def _text_prefix(checkpoint: Checkpoint) -> str:
     for prefix in TEXT_PREFIXES:
         if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
             return prefix
+    if found := wrappers(checkpoint.tensors):
+        remedy = (
+            "save the model inside of the wrapper again"
+            if is_converted(checkpoint.config)
+            else f"`dpn convert {checkpoint.path}` takes it off"
+        )
+        raise CheckpointError(f"{checkpoint.path} was saved from a wrapped model, with {found} in its names: {remedy}")
     raise CheckpointError(
         f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}embed_tokens.weight (nor {TEXT_PREFIXES[1]}…): "
         "its weights are not a LLaVA's in Hugging Face's layout"

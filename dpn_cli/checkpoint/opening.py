@@ -7,7 +7,6 @@ from typing import Protocol
 
 from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.authors import import_authors
-from dpn_cli.checkpoint.bins import BinWeights
 from dpn_cli.checkpoint.family import is_converted
 from dpn_cli.checkpoint.headers import (
     SINGLE_FILE,
@@ -16,13 +15,14 @@ from dpn_cli.checkpoint.headers import (
     adapter_refusal,
     read_config,
     read_header,
+    wrappers,
 )
 from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
 from dpn_cli.checkpoint.original import is_original, rewrite_original
-from dpn_cli.checkpoint.rewriting import Written, rewrite_bins
+from dpn_cli.checkpoint.rewriting import Written, rewrite_weights
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
-from dpn_cli.checkpoint.weights import holds_bins
+from dpn_cli.checkpoint.weights import holds_bins, open_weights
 from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.modeling.pyramid_config import PyramidConfig
@@ -123,8 +123,10 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
     if holds_bins(folder):
-        return rewrite_bins(folder, config, BinWeights(folder), notes)
+        return rewrite_weights(config, open_weights(folder), notes)
     checkpoint = Checkpoint.open(folder)
+    if wrappers(checkpoint.tensors):
+        return rewrite_weights(config, open_weights(folder), notes)
     if DPE_FILE in checkpoint.files:
         raise CheckpointError(
             f"{folder} has a shard {DPE_FILE}, a name that the pyramid's own takes: rename it, in the index too"

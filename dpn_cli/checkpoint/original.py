@@ -125,7 +125,7 @@ def rewrite_original(
             strategy=config["vision_feature_select_strategy"],
         )
 
-    return Rewritten.of(folder, config, planned, write_side_files, notes), tokenizer
+    return Rewritten.of(folder, config, planned, write_side_files, (*weights.notes, *notes)), tokenizer
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

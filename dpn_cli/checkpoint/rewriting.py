@@ -141,12 +141,13 @@ class Rewritten:
         return self.planned[name].file
 
 
-def rewrite_bins(folder: Path, config: dict[str, Any], weights: Weights, notes: tuple[str, ...]) -> Rewritten:
-    """Take a LLaVA in Hugging Face's layout whose weights are .bin shards."""
+def rewrite_weights(config: dict[str, Any], weights: Weights, notes: tuple[str, ...]) -> Rewritten:
+    """Take a LLaVA in Hugging Face's layout whose weights are .bin shards, or named as in a wrapped model."""
+    folder = weights.folder
 
     def copy_side_files(stage: Path) -> None:
         for file in side_files(folder):
             copy_side_file(file, stage)
 
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
-    return Rewritten.of(folder, config, planned, copy_side_files, notes)
+    return Rewritten.of(folder, config, planned, copy_side_files, (*weights.notes, *notes))

@@ -22,6 +22,7 @@ ALIASES = {
 }
 DEMO = "demo"
 
+_REPO_PREFIX = "models--"  # of a model's folder in the hub's cache
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 _NEEDED = ["*.safetensors", INDEX_FILE, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
@@ -44,6 +45,16 @@ class Source:
     origin: str
     revision: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What messages call it: as the hub does, or by its path."""
+        return str(self.path) if self.revision is None else self.reference
+
+    @property
+    def reference(self) -> str:
+        """What names it for good: OWNER/NAME@COMMIT for a model of the hub, else its origin."""
+        return self.origin if self.revision is None else f"{self.origin}@{self.revision}"
+
 
 def resolve_source(model: str) -> Source:
     """Find a model: a local folder first, then an alias, then a hub id (its cache before the network).
@@ -53,8 +64,7 @@ def resolve_source(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if path.exists():
-        name = path.resolve().name if path.name in {"", ".."} else path.name
-        return Source(path, name, origin=name)
+        return _from_folder(path)
     if model == DEMO:
         from dpn_cli.demo import teacher_path
 
@@ -68,6 +78,18 @@ def resolve_source(model: str) -> Source:
             f"{', '.join([*ALIASES, DEMO])}.{hint}"
         )
     return _from_hub(model, name=model.split("/")[1])
+
+
+def _from_folder(path: Path) -> Source:
+    """Return what a path leads to; a snapshot in a cache of the hub's client is a model of the hub."""
+    resolved = path.resolve()
+    name = resolved.name if path.name in {"", ".."} else path.name
+    repo_folder = resolved.parent.parent.name
+    if resolved.parent.name != "snapshots" or not repo_folder.startswith(_REPO_PREFIX):
+        return Source(path, name, origin=name)
+    repo_id = repo_folder.removeprefix(_REPO_PREFIX).replace("--", "/")  # ids of the hub have no -- of their own
+    commit = resolved.name
+    return Source(path, repo_id.split("/")[-1] if name == commit else name, repo_id, revision=commit)
 
 
 def _from_hub(repo_id: str, name: str) -> Source:

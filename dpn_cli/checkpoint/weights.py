@@ -13,6 +13,8 @@ from dpn_cli.checkpoint.headers import (
     TORCH_DTYPES,
     Checkpoint,
     TensorInfo,
+    unwrapped,
+    wrappers,
 )
 from dpn_cli.errors import CheckpointError
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Weights(Protocol):
+class Shards(Protocol):
     """Where tensors of floats come from; `tensors` says which there are, in which file, of which dtype and shape."""
 
     folder: Path
@@ -28,6 +30,32 @@ class Weights(Protocol):
 
     def read(self, name: str) -> "torch.Tensor":
         """Return one tensor, backed by its file where it can be."""
+
+
+class Weights:
+    """The tensors of a checkpoint, by the names that the model itself has for them.
+
+    Attributes:
+        folder: of the checkpoint.
+        tensors: which there are, in which file, of which dtype and shape.
+        notes: what the user should know about their names.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.folder = shards.folder
+        self._shards = shards
+        self._stored = {unwrapped(name): name for name in shards.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {new: shards.tensors[name] for new, name in self._stored.items()}
+        found = wrappers(shards.tensors)
+        if len(self._stored) < len(shards.tensors):
+            raise CheckpointError(
+                f"{self.folder} holds tensors twice, with {found} in their names and without: keep one of the two"
+            )
+        self.notes = (f"Its tensors were saved from a wrapped model: {found} is taken off their names.",) * bool(found)
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor, backed by its file where it can be."""
+        return self._shards.read(self._stored[name])
 
 
 class SafetensorsWeights:
@@ -57,9 +85,9 @@ def open_weights(folder: Path) -> Weights:
         CheckpointError: if it holds nothing, or what it holds is damaged.
     """
     if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        return SafetensorsWeights(folder)
+        return Weights(SafetensorsWeights(folder))
     if holds_bins(folder):
-        return BinWeights(folder)
+        return Weights(BinWeights(folder))
     raise CheckpointError(
         f"{folder} has no weights: expected {SINGLE_FILE}, {INDEX_FILE}, {BIN_FILE} or {BIN_INDEX_FILE}: "
         "download the checkpoint again"

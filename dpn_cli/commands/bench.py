@@ -118,8 +118,8 @@ def command(
     experts = [parse_route(route, pyramid.sites) for route in routes]
     validate_budgets(pyramid, budgets)
     typical = typical_length(pyramid)
-    loaded = load_model(folder, device_map=default_device())
     processor = load_processor(folder)
+    loaded = load_model(folder, device_map=default_device())
     results, lineups = [], []
     for batch_size in batch_sizes:
         if data is None:

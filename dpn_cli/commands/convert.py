@@ -23,6 +23,10 @@ PLACEMENTS = {
     metavar="PATH|ID",
     help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that it names.",
 )
+@click.option(
+    "--chat-template", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
+    help="A Jinja template that writes the prompts, images as MODEL's image token; default: MODEL's own.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
 @click.option(
     "--link", is_flag=True,
@@ -43,6 +47,7 @@ def command(
     recipe: str | None,
     overrides: tuple[str, ...],
     vision_tower: str | None,
+    chat_template: Path | None,
     output: Path | None,
     link: bool,
     check_values: bool,
@@ -64,15 +69,16 @@ def command(
         recipe = default_recipe(resolve_source(model))
     chosen = load_recipe(recipe, overrides) if recipe else None
     done = convert(
-        model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify
-    )
+        model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,
+        chat_template=chat_template,
+    )  # fmt: skip
 
     if not dry_run:
         workspace.remember(done.output)  # before anything is shown: the reader may be gone
     rows = [
         (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
     ]
-    console.table(f"{done.source.name} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
+    console.table(f"{done.source.reference} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
     for note in done.notes:
         console.note(note)
     if link and done.placement in ("copied", "rewritten"):

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     "1x1,1x2,2x2 (or 0,1,2).",
 )  # fmt: skip
 @click.option(
+    "--uncalibrated", is_flag=True,
+    help="Export although the routers are not calibrated: the model answers as the original does, and pools nothing.",
+)  # fmt: skip
+@click.option(
     "--drop-unused", is_flag=True, help="Leave out the vision layers behind the last one that is used; same outputs."
 )
 @click.option(
@@ -62,6 +66,7 @@ def command(
     max_shard_size: str,
     quantize: str | None,
     static: str | None,
+    uncalibrated: bool,
     drop_unused: bool,
     check_values: bool,
     verify: bool,
@@ -71,6 +76,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write one compact folder of safetensors with its code: it loads with dpn-cli installed or without."""
+    from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.export import export
     from dpn_cli.exporting import hub
 
@@ -80,11 +86,13 @@ def command(
         hub.check_push(push)
     folder = checkpoint_folder(model)
     if output is None:
-        output = Path(f"{folder.resolve().name.removesuffix('-dpn')}-dpn-export")
+        output = Path(f"{resolve_source(str(folder)).name.removesuffix('-dpn')}-dpn-export")
     done = export(
         folder, output, dtype, max_shard_size, budget, force,
-        cast("Scheme | None", quantize), static, drop_unused, check_values, verify,
+        cast("Scheme | None", quantize), static, drop_unused, check_values, verify, uncalibrated,
     )  # fmt: skip
+    for note in done.notes:
+        console.note(note)
     url = hub.push(output, push, private) if push else None
     if as_json:
         _print_json(done, budget, url)
@@ -119,6 +127,8 @@ def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
 
 
 def _show(done: "Export", budget: float | None) -> None:
+    from dpn_cli.checkpoint.source import resolve_source
+
     pyramid = done.pyramid
     if pyramid.static_route is not None:
         rates = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
@@ -129,7 +139,7 @@ def _show(done: "Export", budget: float | None) -> None:
         route = f"{asked}λ {pyramid.trade_off:.4g}"
     kind = " + ".join(filter(None, (done.dtype, done.scheme))) or "unchanged"
     console.table(
-        f"{done.source} → {done.output}",
+        f"{resolve_source(str(done.source)).label} → {done.output}",
         ["tensors", "MB", "files", "dtype", "route"],
         [(done.num_tensors, f"{done.nbytes / 1e6:,.1f}", len(done.files), kind, route)],
     )

@@ -58,6 +58,8 @@ def command(
         raise UsageError("give MODEL or --model, not both")
     folder = resolve_source(name).path if name else checkpoint_folder(model)
     found = inspect_checkpoint(folder, text_tokens, images, image_size, routes)
+    for note in found.notes:
+        console.note(note)
     if as_json:
         console.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -65,8 +67,10 @@ def command(
 
 
 def _show(found: "Inspection") -> None:
+    from dpn_cli.checkpoint.source import resolve_source
+
     console.table(
-        f"{found.path} ({found.config['model_type']})",
+        f"{resolve_source(str(found.path)).label} ({found.config['model_type']})",
         ["part", "parameters", "MB"],
         [(part.name, f"{part.parameters:,}", f"{part.nbytes / 1e6:,.2f}") for part in found.parts],
     )

@@ -13,6 +13,7 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.calibration.launch import is_launched, launch, place
+from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 
@@ -110,8 +111,10 @@ def checkpoint_folder(model: Path | None) -> Path:
 
     Raises:
         UsageError: if there is no current one.
+        CheckpointError: if there is no checkpoint in the folder.
     """
     folder = workspace.current(model)
+    read_config(folder)
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder

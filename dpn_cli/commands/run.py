@@ -59,9 +59,9 @@ def command(
     validate_budgets(pyramid, [] if budget is None else [budget])
     sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
     sample.open_images()  # an image that cannot be read is named before the model is loaded
+    processor = load_processor(folder)
     loaded = load_model(folder, device_map=default_device())
     _choose(loaded, budget, experts)
-    processor = load_processor(folder)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     asked = loaded.pyramid.budget if experts is None else None
     spending = None if asked is None else Spending(asked, done.flops_fraction, samples=1)

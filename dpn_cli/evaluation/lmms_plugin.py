@@ -51,8 +51,8 @@ class DpnLlava(lmms):
             self.device += f":{os.environ['LOCAL_RANK']}"
         self.batch_size = int(batch_size)
         self.contender = Original() if teacher else Routed(None if budget is None else float(budget))
-        self.model = load_model(Path(pretrained), device_map=self.device)
         self.processor = load_processor(Path(pretrained))
+        self.model = load_model(Path(pretrained), device_map=self.device)
         self.record = None if record is None else Path(record)
         self.fractions: dict[str, list[float]] = {}
 

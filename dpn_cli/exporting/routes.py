@@ -4,10 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.lora import without_adapter
+from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
 from dpn_cli.route import parse_route
+
+
+def pools_nothing(checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig) -> bool:
+    """Say whether the routers are those that conversion adds: with heads of zeros, which keep every token."""
+    if pyramid.static_route is not None:
+        return False
+    heads = (checkpoint.tensors[name] for name in layout.added_tensors(pyramid) if ".head." in name)
+    return not any(any(piece) for head in heads for piece in read_pieces(checkpoint.path, head))
 
 
 def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, static: str | None) -> PyramidConfig:

@@ -10,10 +10,11 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
-from dpn_cli.checkpoint.headers import Checkpoint, read_config
-from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import open_converted, open_llava
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.processor import complete_processor
 from dpn_cli.errors import CheckpointError
 from dpn_cli.modeling.adapter import hush_bitsandbytes, load_adapter
 from dpn_cli.modeling.code import MODEL_CLASSES
@@ -85,23 +86,28 @@ def load_opened(
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the processor of a checkpoint; code that it may bring along is never run.
+    """Load the processor of a checkpoint, complete; code that it may bring along is never run.
 
     Raises:
-        CheckpointError: if it is missing or damaged, or needs such code.
+        CheckpointError: if it is missing, damaged or another model's, or needs such code.
     """
-    onevision = read_config(folder).get("model_type") == DpnLlavaOnevisionConfig.model_type
+    checkpoint, layout = open_llava(folder)
+    onevision = checkpoint.config["model_type"] == DpnLlavaOnevisionConfig.model_type
+    completion = complete_processor(checkpoint, layout)
     try:
-        processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with completion.applied(folder) as complete:
+            processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
+                complete, local_files_only=True, trust_remote_code=False
+            )
         if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
             raise TypeError(f"{type(processor).__name__} is no processor")
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "
             "the model again from a folder that has its tokenizer and processor files"
         ) from error
+    if processor.tokenizer.pad_token is None:  # where a vocabulary is read by its own library alone
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 

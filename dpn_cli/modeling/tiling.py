@@ -20,6 +20,7 @@ RESOLUTIONS: dict[str, list[list[int]]] = {
     "llava_next": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     "llava_onevision": [list(pair) for pair in product(range(384, 2305, 384), repeat=2)],
 }
+DEFAULT_ASPECT_RATIO = "anyres_max_9"  # likewise, of OneVision's vision_aspect_ratio
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Tiling:
             KeyError, TypeError, ValueError: if the config does not say how.
         """
         family = config["model_type"].removeprefix("dpn_")
-        limit = config.get("vision_aspect_ratio", "anyres_max_9") if family == "llava_onevision" else None
+        limit = config.get("vision_aspect_ratio", DEFAULT_ASPECT_RATIO) if family == "llava_onevision" else None
         pixels = config["vision_config"]["image_size"]
         resolutions = [(tall, wide) for tall, wide in config.get("image_grid_pinpoints") or RESOLUTIONS[family]]
         if any(type(side) is not int or side < pixels for pair in resolutions for side in pair):

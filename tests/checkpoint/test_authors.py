@@ -4,6 +4,7 @@ The reference below is written from the description of their code: one sample, l
 in every layer, and while decoding from the length of that layer's own cache.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import dpn_cli
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.cli import main
 from dpn_cli.convert import convert
-from dpn_cli.errors import CheckpointError, RecipeError
+from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.export import export
 from dpn_cli.inspection import inspect_checkpoint
 from dpn_cli.recipe import load_recipe
+from tests.conftest import CHAT_TEMPLATE
 from tests.originals import Original
 
 ROUTER, IMAGE, PAD = "<ROUTER>", 340, 341
@@ -392,6 +394,22 @@ def test_a_recipe_for_an_import_is_refused(make_original: Callable[..., Original
     original, _ = make_dpn(make_original)
     with pytest.raises(RecipeError, match="has a pyramid of its own"):
         convert(str(original.folder), load_recipe("demo"), tmp_path / "out", vision_tower=str(original.clip))
+
+
+def test_a_chat_template_can_be_given_unless_routers_read_a_token_of_its_own(
+    make_original: Callable[..., Original], tmp_path: Path
+) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(CHAT_TEMPLATE)
+    original, _ = make_dpn(make_original, use_special_token=False)
+    tower = str(original.clip)
+    output = convert(str(original.folder), output=tmp_path / "out", vision_tower=tower, chat_template=file).output
+    assert (output / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    shutil.rmtree(original.folder)
+    shutil.rmtree(original.clip)
+    original, _ = make_dpn(make_original)
+    with pytest.raises(UsageError, match="routers that read a token of its own chat template"):
+        convert(str(original.folder), output=tmp_path / "again", vision_tower=tower, chat_template=file)
 
 
 def test_the_command_says_what_became_of_it(

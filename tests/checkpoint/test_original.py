@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dpn_cli
 from dpn_cli.checkpoint.architecture import llava_tensors
@@ -15,6 +16,7 @@ from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.convert import convert
 from dpn_cli.errors import CheckpointError
+from dpn_cli.inspection import inspect_checkpoint
 from tests.originals import Original, write_hugging_face
 
 
@@ -264,3 +266,70 @@ def test_damage_is_named_and_nothing_is_written(
     harm, message = DAMAGES[damage]
     harm(original.folder)
     refused(original, tmp_path, message)
+
+
+def wrapped(folder: Path, *prefixes: str, inside: str = "") -> None:
+    """Name the tensors of a folder's safetensors or .bin shards as a wrapped model has them."""
+
+    def name(old: str) -> str:
+        return "".join(prefixes) + old.replace(".layers.", f".{inside}layers.")
+
+    if (whole := folder / "model.safetensors").exists():
+        save_file({name(key): t for key, t in load_file(whole).items()}, whole, metadata={"format": "pt"})
+    for shard in folder.glob("*.bin"):
+        torch.save({name(key): tensor for key, tensor in torch.load(shard).items()}, shard)
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"] = {name(key): file for key, file in index["weight_map"].items()}
+        path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("layout", "files", "prefixes", "inside"),
+    [
+        ("original", "bin", ("module.",), ""),
+        ("original", "safetensors", ("_orig_mod.", "module."), ""),
+        ("hub", "safetensors", ("module.",), ""),
+        ("new", "safetensors", ("module.", "_orig_mod."), ""),
+        ("hub", "bin", ("_orig_mod.",), ""),
+        ("hub", "safetensors", ("_fsdp_wrapped_module.",), "_checkpoint_wrapped_module."),
+    ],
+)
+def test_what_wrappers_add_to_names_is_taken_off(
+    make_original: Callable[..., Original], tmp_path: Path, layout: str, files: str, prefixes: tuple[str, ...],
+    inside: str,
+) -> None:  # fmt: skip
+    original = make_original(files=files) if layout == "original" else make_original()
+    if layout == "original":
+        source, tower = original.folder, str(original.clip)
+        wrapped(original.clip, *prefixes)
+    else:
+        source, tower = write_hugging_face(original, tmp_path / "in", layout, files), None
+    wrapped(source, *prefixes, inside=inside)
+    before = digest(source)
+    done = convert(str(source), output=tmp_path / "out", vision_tower=tower, verify=True)
+    assert all(part in done.notes[0] for part in (*prefixes, inside))
+    assert torch.equal(logits(dpn_cli.load(done.output), original.rows), logits(original.reference(), original.rows))
+    assert digest(source) == before
+
+
+def test_wrappers_names_are_named_where_they_cannot_be_taken_off(
+    make_original: Callable[..., Original], tmp_path: Path
+) -> None:
+    source = write_hugging_face(make_original(), tmp_path / "in", "hub")
+    converted_folder = convert(str(source), output=tmp_path / "out").output
+    wrapped(source, "module.")
+    with pytest.raises(CheckpointError, match=r"wrapped model, with module\. in its names: `dpn convert .*` takes it"):
+        inspect_checkpoint(source)
+    for shard in converted_folder.glob("*.safetensors"):
+        save_file({f"_orig_mod.{k}": t for k, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    index = converted_folder / "model.safetensors.index.json"
+    stored = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {f"_orig_mod.{k}": v for k, v in stored["weight_map"].items()}}))
+    with pytest.raises(CheckpointError, match=r"with _orig_mod\. in its names: save the model inside"):
+        dpn_cli.load(converted_folder)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {name.removeprefix("module."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"twice, with module\. in their names and without"):
+        convert(str(source), output=tmp_path / "again")

@@ -200,3 +200,38 @@ def test_a_missing_path_is_one_sentence(model: str) -> None:
 def test_an_alias_is_suggested() -> None:
     with pytest.raises(CheckpointError, match=r"Did you mean 'llava-1\.5-13b'"):
         resolve_source("llava-1.5-13")
+
+
+@pytest.mark.parametrize("spelling", ["{snapshot}", "{snapshot}/", "{cache}/link", "."])
+def test_a_snapshot_by_its_path_is_named_as_the_model_on_the_hub(
+    tiny_llava: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], spelling: str,
+) -> None:  # fmt: skip
+    from dpn_cli.cli import main
+
+    repo_id = ALIASES["llava-1.5-13b"]
+    snapshot = put_in_cache(hub_cache, repo_id, tiny_llava)
+    (hub_cache / "link").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot if spelling == "." else tmp_path)
+    model = spelling.format(snapshot=snapshot, cache=hub_cache)
+    source = resolve_source(model)
+    assert source.name == ("link" if "link" in model else "llava-1.5-13b-hf")
+    assert (source.reference, source.revision) == (f"{repo_id}@{COMMIT}", COMMIT)
+    monkeypatch.chdir(tmp_path)
+    if spelling == "{snapshot}":
+        assert main(["convert", model]) == 0
+        assert f"{repo_id}@{COMMIT} → llava-1.5-13b-hf-dpn (recipe llava-1.5-13b)" in capsys.readouterr().out
+        assert Checkpoint.open(Path("llava-1.5-13b-hf-dpn")).config["base_model"] == f"{repo_id}@{COMMIT}"
+        assert main(["inspect", model]) == 0
+        assert f"{repo_id}@{COMMIT} (llava)" in capsys.readouterr().out
+
+
+def test_an_export_of_a_snapshot_is_named_as_on_the_hub(
+    make_converted: Callable[..., Path], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpn_cli.cli import main
+
+    snapshot = put_in_cache(hub_cache, "me/tiny-dpn", make_converted(calibrated=False))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", str(snapshot), "--uncalibrated"]) == 0
+    assert (tmp_path / "tiny-dpn-export" / "config.json").is_file()

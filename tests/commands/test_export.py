@@ -23,7 +23,11 @@ def test_the_current_checkpoint_is_exported_beside_it(
 ) -> None:
     assert main(["convert", str(tiny_llava), "-o", "llava-dpn"]) == 0
     capsys.readouterr()
-    assert main(["export"]) == 0
+    assert main(["export"]) == 2
+    message = capsys.readouterr().err
+    assert "is not calibrated, so its export would pool nothing: run `dpn calibrate" in message
+    assert not (here / "llava-dpn-export").exists()
+    assert main(["export", "--uncalibrated"]) == 0
     captured = capsys.readouterr()
     assert f"Checkpoint: {here / 'llava-dpn'}" in captured.err
     assert "not calibrated" in captured.out
@@ -59,6 +63,7 @@ def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend_calibration(here / "tiny-dpn")
     tensors = load_file(here / "tiny-dpn" / "dpe.safetensors")
     next(iter(tensors.values())).flat[0] = np.nan
     save_file(tensors, here / "tiny-dpn" / "dpe.safetensors")
@@ -89,6 +94,8 @@ def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, caps
 def test_faults(
     here: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str], args: str, code: int, complaint: str
 ) -> None:
+    if "--budget 0.5" not in args:
+        pretend_calibration(here / "tiny-dpn")
     (here / "taken").mkdir()
     (here / "taken" / "notes.txt").write_text("mine")
     before = sorted(path.relative_to(here) for path in here.rglob("*"))

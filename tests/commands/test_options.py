@@ -1,7 +1,11 @@
+from importlib import import_module
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
 
+from dpn_cli.cli import COMMANDS, main
 from dpn_cli.commands.options import Choice, Fraction, Names, Percent, Size
 
 
@@ -56,3 +60,27 @@ def test_sizes_of_images_that_are_not_read_are_refused(value: str) -> None:
 
 def test_names_stand_between_commas() -> None:
     assert Names().convert("a, b c,", None, None) == ("a", "b c")
+
+
+# What a command needs beside --model.
+NEEDED = {
+    "run": ["--image", "picture.png", "what ?"],
+    "calibrate": ["--data", "data.json"],
+    "eval": ["--data", "data.json"],
+}
+
+
+def takes_a_model(name: str) -> bool:
+    return any(parameter.opts == ["--model"] for parameter in import_module(f"dpn_cli.commands.{name}").command.params)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if takes_a_model(name)])
+@pytest.mark.parametrize(("folder", "complaint"), [("nosuchdir", "does not exist"), ("file", "is a file")])
+def test_every_command_says_that_there_is_no_such_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, folder: str,
+    complaint: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no folder")
+    assert main([name, "--model", folder, *NEEDED.get(name, [])]) == 3
+    assert f"Error: {folder} {complaint}" in capsys.readouterr().err

@@ -33,14 +33,16 @@ BIN_SHARD, BIN_INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.in
 LIMIT_S = 60  # a case takes milliseconds: whoever gets here waits for something
 MEMORY_BYTES = 500_000_000  # all cases of a kind together may add so much to the peak
 
+PROCESSOR = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
+
 # What is damaged in each kind of source.
 FILES = {
-    "hub": (CONFIG, INDEX, SHARD),
+    "hub": (CONFIG, INDEX, SHARD, *PROCESSOR),
     "converted": (CONFIG, INDEX, OTHER_SHARD, "dpe.safetensors"),
     "original": (CONFIG, BIN_INDEX, BIN_SHARD, "tokenizer_config.json", "added_tokens.json", "tokenizer.model"),
     "tower": (CONFIG, "preprocessor_config.json", "pytorch_model.bin"),
     "hr": (CONFIG, BIN_INDEX, BIN_SHARD),
-    "tiled": (CONFIG, SINGLE_FILE),
+    "tiled": (CONFIG, SINGLE_FILE, *PROCESSOR),
 }
 CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000, "tiled": 1500}
 QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10, "hr": 20, "tiled": 60}

@@ -49,7 +49,9 @@ def finish(*args: str, cwd: Path) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("convert", "source"), ("export", "--model", "source-dpn")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("convert", "source"), ("export", "--model", "source-dpn", "--uncalibrated")], ids=lambda c: c[0]
+)
 def test_kill_at_any_moment(large: Path, command: tuple[str, ...]) -> None:
     target = large / "out"
     run = (*command, "--output", "out")

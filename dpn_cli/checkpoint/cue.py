@@ -1,0 +1,26 @@
+"""What a chat template writes between a question and its answer. No torch."""
+
+from pathlib import Path
+
+from dpn_cli.checkpoint.headers import TOKENIZER_FILE
+from dpn_cli.checkpoint.template import QUESTION, ChatTemplate
+from dpn_cli.checkpoint.tokens import Tokens
+
+
+def answer_cue(folder: Path) -> tuple[int, ...]:
+    """Return it as token ids, without blanks in front, which may be part of the question's last token.
+
+    Empty where the template writes nothing there, or the tokenizer is one that only its own library reads.
+
+    Args:
+        folder: of a checkpoint whose processor is complete.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return ()
+    from tokenizers import Tokenizer
+
+    text = ChatTemplate.find(folder).prompt(Tokens.of(folder).special)
+    start = len(text) - len(text.rpartition(QUESTION)[2].lstrip())
+    encoded = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
+    return tuple(token for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if end > start)

@@ -1,0 +1,260 @@
+"""Do the processor, tokenizer and chat template of a folder belong to its model? No torch.
+
+transformers loads a processor without a look at the model: a setting that is missing, or another model's, shows when
+the first image is encoded, or never. Here what config.json implies is completed, and what contradicts it refused.
+Where a value is looked for, and what stands in for it, is as in transformers 5.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dpn_cli.checkpoint.family import FAMILIES, Family
+from dpn_cli.checkpoint.headers import (
+    IMAGES_FILE,
+    PROCESSOR_FILE,
+    TOKENIZER_CONFIG_FILE,
+    Checkpoint,
+    read_json_if_there,
+)
+from dpn_cli.checkpoint.layout import VISION_STRATEGY, LlavaLayout
+from dpn_cli.checkpoint.side_files import copy_side_file, side_files
+from dpn_cli.checkpoint.template import ChatTemplate
+from dpn_cli.checkpoint.tokens import DEFAULT_IMAGE_TOKEN, Tokens
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.errors import CheckpointError
+from dpn_cli.modeling.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
+
+# What transformers' image processors assume about sizes where a key is missing (a test compares).
+_CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP_SIZES,
+    "LlavaImageProcessor": _CLIP_SIZES,
+    "LlavaNextImageProcessor": _CLIP_SIZES,
+    "LlavaOnevisionImageProcessor": {"size": {"height": 384, "width": 384}},
+    "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
+}
+_PADS = "LlavaImageProcessor"  # to a square, where do_pad is set
+
+_STRATEGY = "vision_feature_select_strategy"
+
+Place = tuple[str, ...]  # a file, and the keys that lead to a value in it
+
+IMAGES_PLACE: Place = (PROCESSOR_FILE, "image_processor")  # or a file of its own
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a folder's processor lacks.
+
+    Attributes:
+        settings: the values that config.json implies, by their place.
+        template: the chat template that it is to have, where it does not find its own.
+    """
+
+    settings: Mapping[Place, Any] = field(default_factory=dict)
+    template: ChatTemplate | None = None
+
+    def summary(self) -> str:
+        """Return what is completed, for a message; empty if nothing is."""
+        parts = [f"{'.'.join(keys)} {value!r} in {file}" for (file, *keys), value in self.settings.items()]
+        return ", ".join([*parts, *([f"the chat template of {self.template.path.name}"] if self.template else [])])
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what to tell the user about it."""
+        return (f"Completed to fit config.json: {self.summary()}.",) if self.summary() else ()
+
+    def write(self, folder: Path) -> None:
+        """Complete the files of a folder, which must be our own."""
+        for (file, *keys), value in self.settings.items():
+            data = inner = read_json_if_there(folder / file)
+            for key in keys[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = value
+            write_json(folder / file, data)
+        if self.template is not None:
+            self.template.write(folder)
+
+    @contextmanager
+    def applied(self, folder: Path) -> Iterator[Path]:
+        """Yield a folder whose processor is complete: the very one, or a copy of its small files."""
+        if not self.summary():
+            yield folder
+            return
+        with TemporaryDirectory() as name:
+            for file in (folder / "config.json", *side_files(folder)):
+                copy_side_file(file, Path(name))
+            self.write(Path(name))
+            yield Path(name)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value of the processor that config.json implies.
+
+    Attributes:
+        place: where it belongs.
+        expected: the value.
+        assumed: by transformers, where the key is missing.
+        fits: says of another value whether it will do.
+    """
+
+    place: Place
+    expected: Any
+    assumed: Any = None
+    fits: Callable[[Any], bool] = lambda found: False
+
+
+def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
+    """Hold the processor, tokenizer and chat template of a folder against its config.
+
+    Args:
+        checkpoint: of the folder, in Hugging Face's layout, converted or not.
+        layout: of the checkpoint.
+        template: in the place of the folder's own.
+
+    Returns:
+        What is missing and config.json implies.
+
+    Raises:
+        CheckpointError: naming the file and the key that contradict config.json, or cannot be completed.
+        UsageError: if the template that is given does not show images.
+    """
+    folder, config = checkpoint.path, checkpoint.config
+    files = _Files(folder)
+    tokens = Tokens.of(folder)
+    tokens.validate_ids(config, layout.shape.vocab_size)
+    settings = [*_processor_settings(files, config, layout), *_image_settings(files, config, layout)]
+    missing = {setting.place: setting.expected for setting in settings if files.lacks(setting)}
+    image_token, is_implied = tokens.image_token(config, files.processor.get("image_token"))
+    if is_implied and files.processor.get("image_token", DEFAULT_IMAGE_TOKEN) != image_token:
+        missing[PROCESSOR_FILE, "image_token"] = image_token
+    missing |= tokens.missing(config, image_token)
+    template = template or ChatTemplate.find(folder)
+    template.validate(image_token, tokens.special)
+    return Completion(missing, None if template.is_found else template)
+
+
+class _Files:
+    """The JSON files of a folder's processor; a file that is not there is empty.
+
+    Attributes:
+        images_place: where the image processor's settings are.
+        data: the settings by the place of their group, in the order in which transformers asks for the class.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        processor = read_json_if_there(folder / PROCESSOR_FILE)
+        images, self.images_place = processor.get("image_processor"), IMAGES_PLACE
+        if not isinstance(images, dict):
+            images, self.images_place = read_json_if_there(folder / IMAGES_FILE), (IMAGES_FILE,)
+        if not images:
+            raise CheckpointError(
+                f"{folder} has neither {IMAGES_FILE} nor an image_processor in {PROCESSOR_FILE}, so nobody knows how "
+                "its images are prepared: copy them from the model that it was made from"
+            )
+        tokenizer = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
+        self.data: dict[Place, dict[str, Any]] = {
+            (PROCESSOR_FILE,): processor, self.images_place: images, (TOKENIZER_CONFIG_FILE,): tokenizer,
+        }  # fmt: skip
+
+    @property
+    def processor(self) -> dict[str, Any]:
+        """The processor's own settings."""
+        return self.data[PROCESSOR_FILE,]
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """The image processor's settings."""
+        return self.data[self.images_place]
+
+    def lacks(self, setting: _Setting) -> bool:
+        """Say whether a setting has to be completed.
+
+        Raises:
+            CheckpointError: if it has a value that contradicts config.json.
+        """
+        (file, *keys), group = setting.place, self.data[setting.place[:-1]]
+        found = group.get(keys[-1], setting.assumed)
+        if found is not None and (found == setting.expected or setting.fits(found)):
+            return False
+        if group.get(keys[-1]) is None:
+            return True
+        raise CheckpointError(
+            f"{self._folder / file} has the {'.'.join(keys)} {found!r}, config.json implies {setting.expected!r}: they "
+            "do not belong together, take both from one model or correct the one that is wrong"
+        )
+
+
+def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) -> Iterator[_Setting]:
+    """Yield what the processor itself is told: above all, how many tokens an image has."""
+    family, own = Family.of(config), files.processor
+    place = next((place for place, group in files.data.items() if group.get("processor_class")), (PROCESSOR_FILE,))
+    others = [each.processor for each in FAMILIES.values()]  # a class of foreign code is refused on loading
+    yield _Setting((*place, "processor_class"), family.processor, fits=lambda found: found not in others)
+    if family.counts_tokens:
+        key, base, assumed = "num_image_tokens", layout.grid[0] * layout.grid[1], None
+        ratio = config.get("vision_aspect_ratio", DEFAULT_ASPECT_RATIO)
+        yield _Setting((PROCESSOR_FILE, "vision_aspect_ratio"), ratio, DEFAULT_ASPECT_RATIO)
+    else:
+        key, base, assumed = "num_additional_image_tokens", 0, 0
+        yield _Setting((PROCESSOR_FILE, "patch_size"), layout.patch)
+    strategy = VISION_STRATEGY[config["vision_config"]["model_type"]]
+
+    def count(strategy: Any) -> int:
+        return base + (strategy == "default")  # the class token, which that strategy takes away again
+
+    yield _Setting(
+        (PROCESSOR_FILE, _STRATEGY),
+        strategy,
+        fits=lambda found: found in VISION_STRATEGY.values() and own.get(key, assumed) == count(found),
+    )
+    yield _Setting((PROCESSOR_FILE, key), count(own.get(_STRATEGY) or strategy), assumed)
+
+
+def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) -> Iterator[_Setting]:
+    """Yield what the image processor is told: the size of what it hands to the vision tower."""
+    family, images, side = Family.of(config), files.images, layout.pixels
+    stated = images.get("image_processor_type") or images.get("feature_extractor_type")
+    kind = str(stated or family.image_processor).replace("FeatureExtractor", "ImageProcessor")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    cutters = {each.image_processor for each in FAMILIES.values() if each.cuts_images}
+    yield _Setting(
+        (*files.images_place, "image_processor_type"),
+        family.image_processor,
+        stated,
+        fits=lambda found: kind == family.image_processor or not (family.cuts_images or kind in cutters),
+    )
+    square = {"height": side, "width": side}
+    assumed = IMAGE_DEFAULTS.get(kind, {"size": square})  # what another class assumes is left to it
+    crops = images.get("do_center_crop", assumed.get("do_center_crop"))
+    if crops or (family.cuts_images and images.get("crop_size") is not None):
+        crop = assumed.get("crop_size", square)
+        yield _Setting((*files.images_place, "crop_size"), square, crop, lambda found: _side(found) == side)
+
+    def fits(size: Any) -> bool:
+        if crops and not family.cuts_images:
+            return _side(size) >= side  # the middle is cut out
+        is_square = isinstance(size, dict) and "height" in size
+        pads = kind == _PADS and images.get("do_pad")
+        return _side(size) == side and bool(is_square or pads or family.cuts_images)
+
+    edge = {"shortest_edge": side}
+    yield _Setting((*files.images_place, "size"), edge if crops else square, assumed["size"], fits)
+    if layout.tiling is not None:
+        resolutions = [list(pair) for pair in layout.tiling.resolutions]
+        yield _Setting((*files.images_place, "image_grid_pinpoints"), resolutions, RESOLUTIONS[family.model_type])
+
+
+def _side(size: Any) -> int:
+    """Return the side of the square that a size means, or of the shortest edge; 0 for another kind of size."""
+    if isinstance(size, dict):
+        stated = {key: value for key, value in size.items() if value is not None}
+        known = stated.keys() in ({"height", "width"}, {"shortest_edge"})
+        size, *others = stated.values() if known else (None,)
+        size = size if others in ([], [size]) else None
+    return size if type(size) is int else 0

@@ -1,0 +1,117 @@
+"""The chat template of a folder: where transformers keeps it, and whether it shows images. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, read_json_if_there
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.errors import CheckpointError, DpnError, UsageError
+
+TEMPLATE_FILE = "chat_template.jinja"
+OLD_TEMPLATE_FILE = "chat_template.json"
+
+QUESTION = "What is this?"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template that writes conversations.
+
+    Attributes:
+        text: of the template.
+        path: the file that it is from.
+        is_found: whether transformers finds it there for a processor.
+        fault: what is raised where it is of no use.
+    """
+
+    text: str
+    path: Path
+    is_found: bool = False
+    fault: type[DpnError] = CheckpointError
+
+    @classmethod
+    def find(cls, folder: Path) -> "ChatTemplate":
+        """Return the template that a folder's processor has, else its tokenizer's.
+
+        Raises:
+            CheckpointError: if there is neither.
+        """
+        for file in (PROCESSOR_FILE, OLD_TEMPLATE_FILE):
+            if text := _default(read_json_if_there(folder / file).get("chat_template")):
+                return cls(text, folder / file, is_found=True)
+        if (folder / TEMPLATE_FILE).is_file():
+            return cls(_read_text(folder / TEMPLATE_FILE, CheckpointError), folder / TEMPLATE_FILE, is_found=True)
+        if text := _default(read_json_if_there(folder / TOKENIZER_CONFIG_FILE).get("chat_template")):
+            return cls(text, folder / TOKENIZER_CONFIG_FILE)
+        raise CheckpointError(
+            f"{folder} has no chat template, neither as {TEMPLATE_FILE} nor as chat_template in "
+            f"{TOKENIZER_CONFIG_FILE}: pass a Jinja template that writes its prompts, with `dpn convert "
+            "--chat-template FILE`"
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "ChatTemplate":
+        """Read a template that the user gives in the place of a folder's own."""
+        return cls(_read_text(path, UsageError), path, fault=UsageError)
+
+    def validate(self, image_token: str, special_tokens: Mapping[str, str]) -> None:
+        """Check that it writes a question about an image, with one image token in it.
+
+        Args:
+            image_token: the placeholder of an image.
+            special_tokens: of the tokenizer, which templates use by name (`bos_token`).
+
+        Raises:
+            CheckpointError, UsageError: if it does not.
+        """
+        try:
+            text = self.prompt(special_tokens)
+        except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
+            found = f"fails with {next(iter(str(error).splitlines()), type(error).__name__)!r}"
+        else:
+            if text.count(image_token) == 1 and QUESTION in text:
+                return
+            found = f"writes {text[:200]!r}"
+        raise self.fault(
+            f"the chat template in {self.path} does not show images: of an image and a question it {found}, expected "
+            f"{image_token} once and the question: pass one that does, with `dpn convert --chat-template FILE`"
+        )
+
+    def prompt(self, special_tokens: Mapping[str, str]) -> str:
+        """Return what it writes for `QUESTION` about an image, up to where the answer begins."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        [text], _ = render_jinja_template(
+            conversations=[[{"role": "user", "content": content}]],
+            chat_template=self.text,
+            add_generation_prompt=True,
+            **special_tokens,
+        )
+        return str(text)
+
+    def write(self, folder: Path) -> None:
+        """Make it the template of a folder's processor."""
+        (folder / TEMPLATE_FILE).write_text(self.text, encoding="utf-8")
+        (folder / OLD_TEMPLATE_FILE).unlink(missing_ok=True)  # both would win
+        processor = read_json_if_there(folder / PROCESSOR_FILE)
+        if processor.pop("chat_template", None) is not None:
+            write_json(folder / PROCESSOR_FILE, processor)
+
+
+def _default(stored: Any) -> str | None:
+    """Return the template that is used where several are stored, by name or as a list."""
+    if isinstance(stored, list):
+        stored = {each.get("name"): each.get("template") for each in stored if isinstance(each, dict)}
+    if isinstance(stored, dict):
+        stored = stored.get("default")
+    return stored if isinstance(stored, str) else None
+
+
+def _read_text(path: Path, fault: type[DpnError]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise fault(f"{path} is no text in UTF-8, expected a Jinja template") from None

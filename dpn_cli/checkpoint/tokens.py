@@ -1,0 +1,166 @@
+"""The tokens of a folder's tokenizer, held against its model's config. No torch, and no tokenizer is loaded."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    read_json,
+    read_json_if_there,
+)
+from dpn_cli.errors import CheckpointError
+
+DEFAULT_IMAGE_TOKEN = "<image>"  # of transformers' processors
+
+_ADDED_FILE, _SPECIAL_FILE, _GENERATION_FILE = "added_tokens.json", "special_tokens_map.json", "generation_config.json"
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "tiktoken.model", "tekken.json")  # without the tokens added to them
+_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a tokenizer's files say.
+
+    Attributes:
+        folder: that they are in.
+        file: the one that has the ids.
+        ids: of the tokens; without those of a vocabulary that only its own library reads.
+        is_whole: whether that is every token.
+        special: the special tokens, by what they are for (`eos_token`).
+        special_file: where these are.
+    """
+
+    folder: Path
+    file: str
+    ids: Mapping[str, int]
+    is_whole: bool
+    special: Mapping[str, str]
+    special_file: str
+
+    @classmethod
+    def of(cls, folder: Path) -> "Tokens":
+        """Read a tokenizer's files.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged.
+        """
+        config = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
+        noted, special_file = config, TOKENIZER_CONFIG_FILE
+        if "added_tokens_decoder" not in config and (folder / _SPECIAL_FILE).is_file():
+            noted, special_file = config | read_json(folder / _SPECIAL_FILE), _SPECIAL_FILE
+        named = noted | noted["extra_special_tokens"] if isinstance(noted.get("extra_special_tokens"), dict) else noted
+        contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        special = {key: text for key, text in contents.items() if key.endswith("_token") and isinstance(text, str)}
+        path = folder / TOKENIZER_FILE
+        if not path.is_file() and not any((folder / name).is_file() for name in _VOCABULARIES):
+            raise CheckpointError(f"{folder} has no {TOKENIZER_FILE} and no {_VOCABULARIES[0]}: download it again")
+        try:
+            added = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+            if path.is_file():
+                return cls(folder, TOKENIZER_FILE, added | _all_ids(read_json(path)), True, special, special_file)
+            added |= {token: int(i) for token, i in read_json_if_there(folder / _ADDED_FILE).items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{folder} has a damaged tokenizer: download it again") from None
+        return cls(folder, TOKENIZER_CONFIG_FILE, added, False, special, special_file)
+
+    def validate_ids(self, config: Mapping[str, Any], num_rows: int) -> None:
+        """Check that every token has its row in the embedding.
+
+        Args:
+            config: of the model.
+            num_rows: of the embedding.
+
+        Raises:
+            CheckpointError: naming a token, or a key of a config, that has none.
+        """
+        last, i = max(self.ids.items(), key=lambda item: item[1], default=("", -1))
+        if i >= num_rows:
+            raise CheckpointError(
+                f"{self.folder / self.file} gives {last!r} the id {i}, the embedding ends at {num_rows - 1}: resize "
+                "the model's embedding, or take the tokenizer that belongs to it"
+            )
+        for file, key, value in self._noted_ids(config):
+            if value >= num_rows:
+                raise CheckpointError(
+                    f"{self.folder / file} has the {key} {value}, the embedding ends at {num_rows - 1}: they do not "
+                    "belong together"
+                )
+
+    def image_token(self, config: Mapping[str, Any], stated: Any) -> tuple[str, bool]:
+        """Return the placeholder of an image, and whether it has yet to be stated.
+
+        Args:
+            config: of the model, which has its id.
+            stated: by the processor; the tokenizer's own wins.
+
+        Raises:
+            CheckpointError: if the tokenizer has it not, or under another id.
+        """
+        key = "image_token_index" if "image_token_index" in config else "image_token_id"
+        named = self.special.get("image_token") or (stated if isinstance(stated, str) else None)
+        token = named or DEFAULT_IMAGE_TOKEN
+        if named is None and token not in self.ids:
+            token = next((each for each, i in self.ids.items() if i == config[key]), token)
+        if self.ids.get(token) != config[key]:
+            has = f"gives {token!r} the id {self.ids[token]}" if token in self.ids else f"has no token {token!r}"
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} has the {key} {config[key]}, but {self.file} {has}: they do not belong "
+                "together"
+            )
+        return token, named is None
+
+    def missing(self, config: Mapping[str, Any], image_token: str) -> Iterator[tuple[tuple[str, str], str]]:
+        """Yield the special tokens that are needed and not there, by file and key: one that ends and one that pads.
+
+        Any will do for padding, which is masked, but that of an image.
+
+        Raises:
+            CheckpointError: if config.json does not imply one.
+        """
+        eos = self.special.get("eos_token")
+        if eos is None and (eos := self._by_id(config, "eos_token_id")) is not None:
+            yield (self.special_file, "eos_token"), eos
+        if self.is_whole and eos not in self.ids:
+            raise CheckpointError(
+                f"{self.folder / self.special_file} has the eos_token {eos!r}, which {self.file} has not: say which "
+                "token ends an answer"
+            )
+        pad = self.special.get("pad_token")
+        if pad is None or pad == image_token or (self.is_whole and pad not in self.ids):
+            noted = self._by_id(config, "pad_token_id")
+            pad = eos if noted in (None, image_token) else noted
+            if pad is not None:
+                yield (self.special_file, "pad_token"), pad
+
+    def _by_id(self, config: Mapping[str, Any], key: str) -> str | None:
+        """Return the token whose id the model's configs have under a key."""
+        noted = [value for _, each, value in self._noted_ids(config) if each.endswith(key)]
+        return next((token for value in noted for token, i in self.ids.items() if i == value), None)
+
+    def _noted_ids(self, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+        """Yield file, key and value of every id that the model's configs have for a special token."""
+        generation = read_json_if_there(self.folder / _GENERATION_FILE)
+        text = config["text_config"]
+        for file, prefix, data in (
+            (_GENERATION_FILE, "", generation), ("config.json", "text_config.", text), ("config.json", "", config),
+        ):  # fmt: skip
+            for key in _ID_KEYS:
+                values = data.get(key)
+                yield from (
+                    (file, prefix + key, value)
+                    for value in (values if isinstance(values, list) else [values])
+                    if type(value) is int
+                )
+
+
+def _all_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Return every token of a tokenizer.json: words by id, or in their order, and what was added."""
+    words = tokenizer["model"]["vocab"]
+    ids = words if isinstance(words, dict) else {word: i for i, (word, _) in enumerate(words)}
+    ids = ids | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
+    if not all(type(i) is int for i in ids.values()):
+        raise TypeError("an id is no number")
+    return ids
