@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.encoding import IGNORED, VISUAL, Example, collate
+from dpn_cli.modeling.renamed import CHECKPOINTING
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -138,13 +139,13 @@ def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -
         yield
         return
     layers = text_model.layers[text_model.segments[0].stop :]
-    text_model.activation_checkpointing_enable({"use_reentrant": False})
+    getattr(text_model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     for layer in layers:
         layer.training = True  # of the layer alone, which checkpoints then; dropout inside of it stays off
     try:
         yield
     finally:
-        text_model.activation_checkpointing_disable()
+        getattr(text_model, f"{CHECKPOINTING}_disable")()
         for layer in layers:
             layer.training = False
 

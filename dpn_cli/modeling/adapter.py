@@ -1,4 +1,7 @@
-"""LoRA adapters on the decoder layers behind the first site, through peft (the extra `heal`)."""
+"""LoRA adapters on the decoder layers after the first site, through peft (the extra `heal`).
+
+peft's own functions are called, since those of transformers' models take only peft's latest release.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -47,7 +50,7 @@ def add_adapter(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.add_adapter(config, NAME)
+        peft.inject_adapter_in_model(config, model, NAME)
     model.eval()  # what is new came in training mode
     return adapter_parameters(model)
 
@@ -82,7 +85,7 @@ def load_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
     """
     peft = _peft()
     try:
-        model.add_adapter(peft.LoraConfig.from_pretrained(str(folder)), NAME)
+        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), model, NAME)
     except ValueError as error:
         raise CheckpointError(f"the adapter in {folder} does not fit the model ({error}): calibrate it again") from None
     parameters = adapter_parameters(model)

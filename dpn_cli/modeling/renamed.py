@@ -2,7 +2,12 @@
 
 import inspect
 
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What arguments and outputs call the KV cache: `cache` since 5.24, `past_key_values` before."""
+
+_OLD, _NEW = "gradient_checkpointing", "activation_checkpointing"
+CHECKPOINTING = _NEW if hasattr(PreTrainedModel, f"{_NEW}_enable") else _OLD
+"""What the names of the methods begin with that let layers recompute their activations, `_enable` and `_disable`."""

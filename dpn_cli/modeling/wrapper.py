@@ -226,19 +226,20 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether the weights carry an adapter (peft)."""
-        return bool(self._hf_peft_config_loaded)
+        """Whether layers carry an adapter (peft)."""
+        return any(map(_is_adapter, self.modules()))
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Switch the adapter off for the duration, if there is one."""
-        if self.is_adapted:
-            self.disable_adapters()
+        layers = [layer for layer in self.modules() if _is_adapter(layer) and not layer.disable_adapters]
+        for layer in layers:
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            if self.is_adapted:
-                self.enable_adapters()
+            for layer in layers:
+                layer.enable_adapters(True)
 
     @contextmanager
     def teacher(self) -> Iterator["PyramidGenerationMixin"]:
@@ -250,6 +251,11 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
                 yield self
         finally:
             self._text_model.pooling_enabled = before
+
+
+def _is_adapter(layer: Any) -> bool:
+    """Say whether a layer is one of peft's, around an original one."""
+    return hasattr(layer, "base_layer")
 
 
 def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int:

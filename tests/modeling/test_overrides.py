@@ -13,7 +13,7 @@ from dpn_cli.modeling.code import MODEL_CLASSES
 from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.loading import register
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS
-from dpn_cli.modeling.renamed import CACHE
+from dpn_cli.modeling.renamed import CACHE, CHECKPOINTING
 
 LATER = {"_maybe_prepare_encoder_kwargs_for_generation": "5.16"}  # not there before; then it is not needed
 CLASSES = [
@@ -49,7 +49,7 @@ def test_what_is_overridden_is_there(ours: type) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "_keep_in_fp32_modules_strict", "_can_compile_fullgraph", "_init_weights", "_hf_peft_config_loaded", "add_adapter",
+    "_keep_in_fp32_modules_strict", "_can_compile_fullgraph", "_init_weights", f"{CHECKPOINTING}_enable",
 ])  # fmt: skip
 def test_what_is_set_or_called_is_there(name: str) -> None:
     assert hasattr(transformers.PreTrainedModel, name)
