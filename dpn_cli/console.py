@@ -38,7 +38,6 @@ _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 _formatwarning = warnings.formatwarning
 _stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _hushed: list[int] = []  # stderr as it was before `hush`
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from dpn_cli.checkpoint.headers import TOKENIZER_FILE
 from dpn_cli.checkpoint.template import QUESTION, ChatTemplate
 from dpn_cli.checkpoint.tokens import Tokens
+from dpn_cli.errors import CheckpointError
 
 
 def answer_cue(folder: Path) -> tuple[int, ...]:
@@ -14,6 +15,9 @@ def answer_cue(folder: Path) -> tuple[int, ...]:
 
     Args:
         folder: of a checkpoint whose processor is complete.
+
+    Raises:
+        CheckpointError: if tokenizer.json is damaged.
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -22,5 +26,9 @@ def answer_cue(folder: Path) -> tuple[int, ...]:
 
     text = ChatTemplate.find(folder).prompt(Tokens.of(folder).special)
     start = len(text) - len(text.rpartition(QUESTION)[2].lstrip())
-    encoded = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
+    encoded = tokenizer.encode(text, add_special_tokens=False)
     return tuple(token for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if end > start)

@@ -253,7 +253,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
 def _side(size: Any) -> int:
     """Return the side of the square that a size means, or of the shortest edge; 0 for another kind of size."""
     if isinstance(size, dict):
-        stated = {key: value for key, value in size.items() if value is not None}
+        stated = {key: size[key] for key in ("height", "width", "shortest_edge") if size.get(key) is not None}
         known = stated.keys() in ({"height", "width"}, {"shortest_edge"})
         size, *others = stated.values() if known else (None,)
         size = size if others in ([], [size]) else None
