@@ -17,13 +17,13 @@ import click
 import torch
 
 from dpn_cli import console
-from dpn_cli.calibration.data import load_data
-from dpn_cli.calibration.encoding import encode
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
-from dpn_cli.evaluation.statistics import bootstrap_mean
-from dpn_cli.modeling.loading import load_model, load_processor
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.data import load_data
+from dpn_cli.data.encoding import encode
+from dpn_cli.inference.loading import load_model, load_processor
+from dpn_cli.intervals import bootstrap_mean
+from dpn_cli.pyramid.config import PyramidConfig
 
 BUDGETS = (0.8, 0.65, 0.55, 0.5, 0.44, 0.4)  # and the cheapest
 

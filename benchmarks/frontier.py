@@ -15,14 +15,14 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.calibration.data import MAX_BAD
-from dpn_cli.calibration.processes import ALONE
+from dpn_cli.data import MAX_BAD
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.contenders.contender import TOLERANCE
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.pictures import plot_evaluation
 from dpn_cli.evaluation.run import evaluate_folder
-from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
+from dpn_cli.intervals import Estimate, bootstrap_mean
+from dpn_cli.parallel.processes import ALONE
 
 BUDGETS = (0.8, 0.65, 0.5, 0.44, 0.36)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.calibration.data import MAX_BAD
-from dpn_cli.calibration.processes import ALONE
+from dpn_cli.data import MAX_BAD
 from dpn_cli.evaluation.figures import Figures
 from dpn_cli.evaluation.run import evaluate_folder
+from dpn_cli.parallel.processes import ALONE
 
 BATCH_SIZE = 32
 NEW_TOKENS = 4  # of the demo's one-word answers

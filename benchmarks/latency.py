@@ -23,7 +23,6 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
-from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
@@ -32,7 +31,8 @@ from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synth
 from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 
 DEPTHS = (0.25, 0.5, 0.75)
 RATES = ((1, 1), (1, 2), (2, 2), (4, 4))

@@ -21,8 +21,8 @@ import numpy as np
 from dpn_cli.checkpoint.architecture import Shapes, llava_tensors
 from dpn_cli.checkpoint.headers import read_header
 from dpn_cli.checkpoint.layout import TEXT_DEFAULTS
-from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, chat_template, write_processor
 from dpn_cli.checkpoint.writer import write_index, write_json, write_shard
+from dpn_cli.conversion.tokenizer import IMAGE_TOKEN, PAD_TOKEN, chat_template, write_processor
 
 # What the hub's text_config says; all else is left to the defaults of transformers' LlamaConfig.
 LAYOUTS: dict[str, dict[str, Any]] = {

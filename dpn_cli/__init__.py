@@ -21,6 +21,6 @@ def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
         CheckpointError: if it is missing or not converted, or its tensors are not exactly the model's.
     """
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.modeling.loading import load_model
+    from dpn_cli.inference.loading import load_model
 
     return load_model(resolve_source(str(model)).path, **kwargs)

@@ -9,9 +9,9 @@ import pytest
 
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
-from dpn_cli.convert import convert
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig
-from dpn_cli.recipe import load_recipe
+from dpn_cli.conversion.convert import convert
+from dpn_cli.pyramid.config import Budget, PyramidConfig
+from dpn_cli.pyramid.recipe import load_recipe
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.checkpoint.architecture import decoder_tensors
-from dpn_cli.cost import DecoderShape
+from dpn_cli.pyramid.cost import DecoderShape
 from tests.originals import Original
 
 Tensors = dict[str, torch.Tensor]

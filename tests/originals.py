@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from dpn_cli.checkpoint.preprocessing import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
+from dpn_cli.conversion.tokenizer import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 
 TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.pyramid_config import PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
 
 RATES = ((1, 1), (1, 2), (2, 2))
 IMAGE, VISUAL = 4, 144

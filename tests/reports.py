@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.cases import Case, extremes
-from dpn_cli.calibration.data import Sample
 from dpn_cli.calibration.policy import Policy, outcome
-from dpn_cli.calibration.report import Report
+from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.cost import DecoderShape, flops_fraction
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig, Site
+from dpn_cli.data import Sample
+from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
+from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 
 GRIDS = ((24, 24),)
 SHAPE = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)

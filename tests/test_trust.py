@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dpn_cli.calibration.launch import launch
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.loading import load_processor
+from dpn_cli.inference.loading import load_processor
+from dpn_cli.parallel.launch import launch
 from tests.originals import Original
 
 

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
+from dpn_cli.inference.onevision_processor import OnevisionImages
 from dpn_cli.modeling.families import MODELS
-from dpn_cli.modeling.onevision_processor import OnevisionImages
 from tests.conftest import CHAT_TEMPLATE, hub_name, tiny_text_config, tiny_tokenizer
 from tests.pyramids import pyramid
 

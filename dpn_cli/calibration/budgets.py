@@ -5,7 +5,7 @@ from torch import nn
 
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.modeling.pyramid_config import Budget
+from dpn_cli.pyramid.config import Budget
 
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
 HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion

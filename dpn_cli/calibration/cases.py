@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from dpn_cli.calibration.data import Sample
-from dpn_cli.calibration.encoding import prompts
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.modeling.pyramid_config import Route
+from dpn_cli.data import Sample
+from dpn_cli.data.encoding import prompts
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import Route
 
 CASES = 10  # at either end
 

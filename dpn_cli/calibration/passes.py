@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.encoding import IGNORED, VISUAL, Example, collate
+from dpn_cli.data.encoding import IGNORED, VISUAL, Example, collate
 from dpn_cli.modeling.renamed import CHECKPOINTING
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.modeling.pyramid_config import Route
+from dpn_cli.pyramid.config import Route
 
 
 @dataclass(frozen=True)

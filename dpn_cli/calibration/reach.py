@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.errors import RecipeError, UsageError
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
-from dpn_cli.recipe import CalibrationRecipe, available_recipes, load_recipe
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
+from dpn_cli.pyramid.recipe import CalibrationRecipe, available_recipes, load_recipe
 
 Length = tuple[tuple[Grid, ...], int]  # a sample's visual grids, and the text tokens of its prompt
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.encoding import Example, collate
 from dpn_cli.calibration.passes import answer_log_probs, answer_positions, mean_by_row, start_batch
-from dpn_cli.calibration.processes import ALONE, Kept, Processes
-from dpn_cli.cost import flops_fraction
+from dpn_cli.data.encoding import Example, collate
 from dpn_cli.errors import DataError
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.parallel.processes import ALONE, Kept, Processes
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.cost import flops_fraction
 
 
 @dataclass(frozen=True)

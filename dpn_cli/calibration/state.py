@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from dpn_cli.calibration.fingerprint import differences
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
+from dpn_cli.parallel.fingerprint import differences
 
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"

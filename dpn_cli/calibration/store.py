@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import nn
 
-from dpn_cli.calibration.html import render
-from dpn_cli.calibration.report import Report
+from dpn_cli.calibration.reporting.html import render
+from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.locks import Use, in_use, locked
@@ -25,9 +25,9 @@ from dpn_cli.checkpoint.lora import ADAPTER_KEY
 from dpn_cli.checkpoint.staging import sync_entry, sync_folder
 from dpn_cli.checkpoint.writer import replace_file, write_index, write_json
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.adapter import save_adapter
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.inference.adapter import save_adapter
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import PyramidConfig
 
 CALIBRATION = Path("calibration")
 GENERATIONS = CALIBRATION / "generations"

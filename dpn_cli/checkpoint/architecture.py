@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpn_cli.checkpoint.family import Family
-from dpn_cli.cost import DecoderShape
+from dpn_cli.pyramid.cost import DecoderShape
 
 HR_TOWER = "llava_hr_vision"  # the model type of LLaVA-HR's
 

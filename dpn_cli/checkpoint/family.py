@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpn_cli.recipe import DEFAULT_RECIPE
+from dpn_cli.pyramid.recipe import DEFAULT_RECIPE
 
 CONVERTED = "dpn_"  # before a family's model type, in what dpn writes
 

@@ -10,10 +10,10 @@ from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config, wrappers
 from dpn_cli.checkpoint.quantisation import has_shape
-from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig
-from dpn_cli.modeling.tiling import Tiling
+from dpn_cli.pyramid.config import Grid, PyramidConfig
+from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.tiling import Tiling
 
 DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import is_inside, read_header, read_json
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
 
 if TYPE_CHECKING:
     import torch

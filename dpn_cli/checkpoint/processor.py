@@ -26,7 +26,7 @@ from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.tokens import DEFAULT_IMAGE_TOKEN, Tokens
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
-from dpn_cli.modeling.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
+from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
 
 # What transformers' image processors assume about sizes where a key is missing (a test compares).
 _CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}

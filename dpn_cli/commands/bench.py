@@ -111,8 +111,8 @@ def command(
     from dpn_cli.evaluation.latency import measure_latency
     from dpn_cli.evaluation.lineup import line_up
     from dpn_cli.evaluation.spending import unmet
-    from dpn_cli.modeling.loading import default_device, load_model, load_processor
-    from dpn_cli.route import parse_route
+    from dpn_cli.inference.loading import default_device, load_model, load_processor
+    from dpn_cli.pyramid.route import parse_route
 
     pyramid = open_converted(folder)[2]
     experts = [parse_route(route, pyramid.sites) for route in routes]
@@ -186,8 +186,8 @@ def _from_data(
     rounds: int,
 ) -> "list[Inputs]":
     """Return a batch of other samples for every round."""
-    from dpn_cli.calibration.data import load_data
-    from dpn_cli.calibration.encoding import prompts
+    from dpn_cli.data import load_data
+    from dpn_cli.data.encoding import prompts
 
     dataset = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored)
     samples = [sample for sample in dataset.samples if sample.images]

@@ -62,8 +62,8 @@ def command(
     """
     workspace.check_state_folder()
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.convert import IMPORTED, convert, default_recipe
-    from dpn_cli.recipe import load_recipe
+    from dpn_cli.conversion.convert import IMPORTED, convert, default_recipe
+    from dpn_cli.pyramid.recipe import load_recipe
 
     if recipe is None and overrides:
         recipe = default_recipe(resolve_source(model))

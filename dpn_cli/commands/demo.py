@@ -30,7 +30,7 @@ BATCH_SIZE = 32
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(output: Path, budget: float, samples: int | None, questions: int, as_json: bool) -> None:
     """Convert, calibrate, export and evaluate a small embedded LLaVA on pictures that it has never seen."""
-    from dpn_cli.convert import convert
+    from dpn_cli.conversion.convert import convert
 
     started = time.monotonic()
     converted, exported = output / "demo-dpn", output / "demo-dpn-export"
@@ -38,12 +38,12 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     convert("demo", output=converted, force=True)
 
     from dpn_cli.calibration.calibrate import calibrate
-    from dpn_cli.calibration.data import MAX_BAD
-    from dpn_cli.calibration.processes import ALONE
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+    from dpn_cli.data import MAX_BAD
     from dpn_cli.evaluation.run import evaluate_folder
-    from dpn_cli.export import export
+    from dpn_cli.exporting.export import export
+    from dpn_cli.parallel.processes import ALONE
 
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})

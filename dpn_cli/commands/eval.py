@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.calibration.launch import is_launched
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
@@ -23,9 +22,10 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.harness import PAPER_TASKS
+from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:
-    from dpn_cli.calibration.data import OnBadRow
+    from dpn_cli.data import OnBadRow
 
 
 @click.command("eval")

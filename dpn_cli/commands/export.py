@@ -11,7 +11,7 @@ from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpn_cli.export import Export
+    from dpn_cli.exporting.export import Export
     from dpn_cli.exporting.quantise import Scheme
 
 
@@ -77,8 +77,8 @@ def command(
 ) -> None:
     """Write one compact folder of safetensors with its code: it loads with dpn-cli installed or without."""
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.export import export
     from dpn_cli.exporting import hub
+    from dpn_cli.exporting.export import export
 
     if private and not push:
         raise UsageError("--private is about the repository of --push, which is not given")

@@ -12,7 +12,7 @@ from dpn_cli.commands.options import Size, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpn_cli.inspection import Inspection, RouteCost
+    from dpn_cli.checkpoint.inspection import Inspection, RouteCost
 
 
 SAMPLE_FROM = {
@@ -51,8 +51,8 @@ def command(
 
     MODEL may be all that `dpn convert` takes, converted or not.
     """
+    from dpn_cli.checkpoint.inspection import inspect_checkpoint
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.inspection import inspect_checkpoint
 
     if name and model:
         raise UsageError("give MODEL or --model, not both")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.calibration.launch import is_launched, launch, place
 from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.parallel.launch import is_launched, launch, place
 
 if TYPE_CHECKING:
-    from dpn_cli.modeling.pyramid_config import PyramidConfig
+    from dpn_cli.pyramid.config import PyramidConfig
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def together() -> Iterator[None]:
     if not is_launched():
         yield
         return
-    from dpn_cli.calibration.processes import Processes
+    from dpn_cli.parallel.processes import Processes
 
     with Processes.join().as_one():
         yield
@@ -199,7 +199,7 @@ class Size(click.ParamType[tuple[int, int]]):
         match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(value))
         if match is None:
             self.fail(f"{value!r} is no size: expected height and width in pixels, such as 480x640", param, ctx)
-        from dpn_cli.calibration.data.images import size_fault
+        from dpn_cli.data.images import size_fault
 
         height, width = int(match[1]), int(match[2])
         if fault := size_fault(width, height):

@@ -5,7 +5,7 @@ import json
 import click
 
 from dpn_cli import console
-from dpn_cli.recipe import available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import available_recipes, load_recipe
 
 
 @click.group("recipes", invoke_without_command=True)

@@ -11,7 +11,7 @@ from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option, 
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpn_cli.answering import Answer
+    from dpn_cli.inference.answering import Answer
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
@@ -46,13 +46,13 @@ def command(
         raise UsageError("the question is empty")
     folder = checkpoint_folder(model)
 
-    from dpn_cli.answering import answer
-    from dpn_cli.calibration.data import Sample, Turn
-    from dpn_cli.calibration.data.images import image_path
     from dpn_cli.checkpoint.layout import open_converted
+    from dpn_cli.data import Sample, Turn
+    from dpn_cli.data.images import image_path
     from dpn_cli.evaluation.spending import Spending, unmet
-    from dpn_cli.modeling.loading import default_device, load_model, load_processor
-    from dpn_cli.route import parse_route
+    from dpn_cli.inference.answering import answer
+    from dpn_cli.inference.loading import default_device, load_model, load_processor
+    from dpn_cli.pyramid.route import parse_route
 
     pyramid = open_converted(folder)[2]
     experts = None if route is None else parse_route(route, pyramid.sites)

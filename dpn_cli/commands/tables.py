@@ -8,12 +8,12 @@ from dpn_cli import console
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.policy import Outcome
-    from dpn_cli.calibration.report import Report
+    from dpn_cli.calibration.reporting.report import Report
     from dpn_cli.evaluation.evaluate import Evaluation, Standing
     from dpn_cli.evaluation.figures import Figures
     from dpn_cli.evaluation.harness import Benchmark
     from dpn_cli.evaluation.latency import Latency, Measured
-    from dpn_cli.modeling.pyramid_config import Route
+    from dpn_cli.pyramid.config import Route
 
 PHASE_NAMES = {
     "vision": "vision tower",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dpn_cli.calibration.data import Sample
+from dpn_cli.data import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import make_contender
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal
@@ -14,7 +14,7 @@ from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Outcome, Panel
 from dpn_cli.evaluation.spending import Spending
-from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean
+from dpn_cli.intervals import Estimate, bootstrap_mean
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 Entry = tuple[float | None, Contender]  # a budget, and who is to spend it

@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 
 from dpn_cli.evaluation.judging import Outcome
 from dpn_cli.evaluation.metrics import METRICS
-from dpn_cli.evaluation.statistics import Estimate, bootstrap_mean, mcnemar
+from dpn_cli.intervals import Estimate, bootstrap_mean, mcnemar
 
 RIGHT = 0.5  # a score from here on counts as a right answer
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpn_cli.calibration.launch import without_place
 from dpn_cli.errors import DpnError, MissingExtraError, UsageError
 from dpn_cli.evaluation.spending import Spending
+from dpn_cli.parallel.launch import without_place
 
 PAPER_TASKS = (
     "vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev", "seedbench",

@@ -11,8 +11,8 @@ from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Prompt
 from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import PyramidConfig, Route
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from dpn_cli.calibration.data import Sample, Turn
-from dpn_cli.calibration.encoding import prompts
-from dpn_cli.calibration.launch import is_launched
+from dpn_cli.data import Sample, Turn
+from dpn_cli.data.encoding import prompts
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
-from dpn_cli.modeling.loading import default_device, load_model, load_processor
+from dpn_cli.inference.loading import default_device, load_model, load_processor
+from dpn_cli.parallel.launch import is_launched
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 

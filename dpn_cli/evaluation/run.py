@@ -4,20 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from dpn_cli.calibration.data import Dataset, OnBadRow, load_data
-from dpn_cli.calibration.encoding import token_limit
-from dpn_cli.calibration.fingerprint import evaluation_fingerprint, validate_same
-from dpn_cli.calibration.processes import Processes
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.data import Dataset, OnBadRow, load_data
+from dpn_cli.data.encoding import token_limit
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.modeling.loading import default_device, load_opened, load_processor, max_positions
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.inference.loading import default_device, load_opened, load_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
+from dpn_cli.parallel.processes import Processes
+from dpn_cli.pyramid.config import PyramidConfig
 
 
 def evaluate_folder(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
 
 OVERSPENT, UNDERSPENT = 0.02, 0.05  # of a FLOPs fraction: from here on the budget was not met
 

@@ -9,7 +9,7 @@ from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES
 from dpn_cli.modeling.code import auto_map
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
 
 
 def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig, dtype: str | None) -> dict[str, Any]:

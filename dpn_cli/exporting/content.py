@@ -18,7 +18,7 @@ from dpn_cli.checkpoint.writer import write_index, write_named_pieces
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import Move, Plan
 from dpn_cli.exporting.quantise import quantised
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
 
 if TYPE_CHECKING:
     import torch

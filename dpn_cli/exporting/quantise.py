@@ -137,7 +137,7 @@ def _state_dict(absmax: "torch.Tensor", dtype: str, shape: tuple[int, ...]) -> "
 
 
 def _bitsandbytes() -> Any:
-    from dpn_cli.modeling.adapter import hush_bitsandbytes
+    from dpn_cli.inference.adapter import hush_bitsandbytes
 
     hush_bitsandbytes()
     from bitsandbytes import functional

@@ -26,5 +26,5 @@ def write_code(folder: Path) -> None:
     if __name__.rpartition(".")[2] == CODE_MODULE:  # this is that file
         source = Path(__file__).read_text(encoding="utf-8")
     else:  # not an import statement: what merges the modules is no part of them
-        source = importlib.import_module("dpn_cli.bundle").bundle_modeling()
+        source = importlib.import_module("dpn_cli.modeling.bundle").bundle_modeling()
     (folder / CODE_FILE).write_text(source, encoding="utf-8")

@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 from typing_extensions import override
 
 from dpn_cli.modeling.code import auto_map, write_code
-from dpn_cli.modeling.pyramid_config import PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
 
 
 class PyramidSection:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dpn_cli.modeling.pyramid_config import Grid, Rate, kernel_on
+from dpn_cli.pyramid.config import Grid, Rate, kernel_on
 
 
 @dataclass(frozen=True)

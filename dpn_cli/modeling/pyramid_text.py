@@ -22,11 +22,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
-from dpn_cli.cost import DecoderShape, flops_fraction
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
 from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
@@ -44,6 +42,8 @@ from dpn_cli.modeling.state import (
     visual_grids,
     without_hidden,
 )
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 
 
 class PyramidTextMixin:

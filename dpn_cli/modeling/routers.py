@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.modeling.pyramid_config import RouterConfig
+from dpn_cli.pyramid.config import RouterConfig
 
 GATE_TEMPERATURE = 10.0  # of the authors' probability gate
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dpn_cli.modeling.pyramid_config import Grid, Route
+from dpn_cli.pyramid.config import Grid, Route
 
 PACKED = (
     "rows that hold several samples one after another (position ids that start anew) cannot be pooled: give every "

@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
-from dpn_cli.modeling.pyramid_config import Block, Grid
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
+from dpn_cli.pyramid.config import Block, Grid
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
 

@@ -25,10 +25,10 @@ from typing_extensions import override
 
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.instruction import instruction_ends
-from dpn_cli.modeling.pyramid_config import Grid, PyramidConfig, Route
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
 
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 

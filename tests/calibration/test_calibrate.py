@@ -15,13 +15,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.checkpoint.headers import INDEX_FILE
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.cli import main
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import DataError, UsageError
-from dpn_cli.export import export
-from dpn_cli.inspection import inspect_checkpoint
-from dpn_cli.modeling.loading import load_model
-from dpn_cli.recipe import CalibrationRecipe
+from dpn_cli.exporting.export import export
+from dpn_cli.inference.loading import load_model
+from dpn_cli.pyramid.recipe import CalibrationRecipe
 from tests.runs import noise_pictures
 
 RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 
 from dpn_cli import cli
-from dpn_cli import export as exporting
 from dpn_cli.calibration import calibrate as calibration
-from dpn_cli.calibration.processes import ALONE
 from dpn_cli.calibration.store import GENERATIONS, calibrating, save_calibration, sweep
 from dpn_cli.checkpoint.headers import WEIGHTS_KEY
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.streams import read_pieces
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
-from dpn_cli.export import export
-from dpn_cli.modeling.loading import load_model
-from dpn_cli.recipe import CalibrationRecipe, HealRecipe
+from dpn_cli.exporting import export as exporting
+from dpn_cli.exporting.export import export
+from dpn_cli.inference.loading import load_model
+from dpn_cli.parallel.processes import ALONE
+from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
 from tests.runs import digests, noise_pictures
 
 HEAL = HealRecipe(method="lora", rank=2, steps=1, batch_size=2, gradient_accumulation=1)
@@ -269,7 +269,7 @@ def test_a_checkpoint_that_is_being_calibrated_is_left_alone(
 def test_a_folder_that_is_being_replaced_is_not_read(
     folders: dict[str, tuple[Path, Save]], tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpn_cli import convert as conversion
+    from dpn_cli.conversion import convert as conversion
 
     folder = Path(shutil.copytree(folders["plain"][0], tmp_path / "tiny-dpn"))
     write = conversion._write

@@ -9,8 +9,8 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.fitting import fit_routers
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig, RouterConfig, Site
 from dpn_cli.modeling.routers import Router, decide
+from dpn_cli.pyramid.config import Budget, PyramidConfig, RouterConfig, Site
 
 RATES = ((1, 1), (1, 2), (2, 2))
 PYRAMID = PyramidConfig(sites=tuple(Site(layer, RATES) for layer in (1, 3, 5)))

@@ -17,7 +17,7 @@ from PIL import Image
 from dpn_cli import cli
 from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.checkpoint.headers import read_json
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
 SAMPLES = 16

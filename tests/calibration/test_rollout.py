@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.encoding import IGNORED, Example
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
+from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DataError, UsageError
 from tests.pyramids import prompt, pyramid
 
@@ -77,7 +77,7 @@ def test_features_are_what_the_router_reads(make_pair: Any) -> None:
 
 def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) -> None:
     from dpn_cli.calibration.policy import Policy
-    from dpn_cli.modeling.pyramid_config import RouterConfig
+    from dpn_cli.pyramid.config import RouterConfig
 
     _, model = make_pair(router=RouterConfig())
     text_model = model.model.language_model

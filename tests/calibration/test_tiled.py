@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dpn_cli.calibration.data import RowError, Sample, Turn
-from dpn_cli.calibration.encoding import IGNORED, collate, encode, prompts, token_limit
 from dpn_cli.calibration.rollout import measure, plan_batches, sample_grids
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.cli import main
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
+from dpn_cli.data import RowError, Sample, Turn
+from dpn_cli.data.encoding import IGNORED, collate, encode, prompts, token_limit
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
-from dpn_cli.inspection import inspect_checkpoint
-from dpn_cli.modeling.loading import load_model, load_processor
-from dpn_cli.recipe import load_recipe
+from dpn_cli.inference.loading import load_model, load_processor
+from dpn_cli.pyramid.recipe import load_recipe
 
 FAMILIES = {"llava_next": "mistral", "llava_onevision": "qwen2"}
 WIDE, TALL, SQUARE = (

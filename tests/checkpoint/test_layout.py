@@ -9,7 +9,7 @@ import pytest
 
 from dpn_cli.checkpoint.family import FAMILIES, Family
 from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, VISION_DEFAULTS, open_llava, validate_llava
-from dpn_cli.checkpoint.tower import CLIP_DEFAULTS
+from dpn_cli.conversion.tower import CLIP_DEFAULTS
 from dpn_cli.errors import CheckpointError
 
 

@@ -12,12 +12,12 @@ import transformers
 from PIL import Image
 
 from dpn_cli.checkpoint.family import FAMILIES
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.processor import IMAGE_DEFAULTS
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
-from dpn_cli.export import export
-from dpn_cli.inspection import inspect_checkpoint
-from dpn_cli.modeling.loading import load_processor
+from dpn_cli.exporting.export import export
+from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
 
 PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"

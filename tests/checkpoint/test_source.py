@@ -8,7 +8,7 @@ import pytest
 
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, resolve_source
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from tests.hr import Hr
 from tests.originals import Original

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpn_cli.cli import main
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from tests.calibration.test_data import bomb
+from tests.data.test_data import bomb
 
 LIGHT = ["--samples", "24", "--set", "calibration.epochs=3", "--set", "calibration.holdout=0.25", "--budget", "0.6"]
 

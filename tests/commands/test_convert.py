@@ -71,7 +71,7 @@ def test_a_link_that_cannot_be_is_a_copy_and_said(
 
 def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
     script = (
-        "import os, signal; from dpn_cli import convert, cli\n"
+        "import os, signal; from dpn_cli.conversion import convert; from dpn_cli import cli\n"
         "convert.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"cli.main(['convert', {str(tiny_llava)!r}, '-o', 'out'])"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.cli import main
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig
+from dpn_cli.pyramid.config import Budget, PyramidConfig
 
 
 @pytest.fixture

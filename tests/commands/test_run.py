@@ -38,7 +38,7 @@ def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytes
     from transformers import AutoProcessor
 
     import dpn_cli
-    from dpn_cli.cost import flops_fraction
+    from dpn_cli.pyramid.cost import flops_fraction
 
     found = run_json(capsys)
     model, processor = dpn_cli.load("tiny-dpn"), AutoProcessor.from_pretrained("tiny-dpn")

@@ -2,8 +2,8 @@
 
 import torch
 
-from dpn_cli.demo.assembly import build_model, build_tokenizer
-from dpn_cli.demo.grow import FRONT_BLOCKS, grow
+from tools.teacher.assembly import build_model, build_tokenizer
+from tools.teacher.grow import FRONT_BLOCKS, grow
 
 
 def test_grown_model_gives_the_same_logits() -> None:

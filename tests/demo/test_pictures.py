@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from dpn_cli.demo.labels import CLASSES, patch_labels
 from dpn_cli.demo.pictures import GRID, KINDS, PATCH, SIZE, Split, answers, samples, scenes
+from tools.teacher.labels import CLASSES, patch_labels
 
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
 

@@ -5,11 +5,11 @@ import torch
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo import teacher_path
-from dpn_cli.demo.assembly import prompt
-from dpn_cli.demo.evaluate import accuracy
-from dpn_cli.demo.packing import Packer
 from dpn_cli.demo.pictures import GRAINS, KINDS, Sample, answers, samples
-from dpn_cli.demo.train_vision import pixel_batch, scenes
+from tools.teacher.assembly import prompt
+from tools.teacher.evaluate import accuracy
+from tools.teacher.packing import Packer
+from tools.teacher.train_vision import pixel_batch, scenes
 
 PER_KIND = 60
 

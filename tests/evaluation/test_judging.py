@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.calibration.data import Sample, Turn
-from dpn_cli.calibration.encoding import prompts
+from dpn_cli.data import Sample, Turn
+from dpn_cli.data.encoding import prompts
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.judging import Outcome, Panel
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.modeling.loading import load_model
+from dpn_cli.inference.loading import load_model
 
 
 def questions(count: int = 5) -> list[Sample]:

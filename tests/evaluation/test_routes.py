@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.cost import flops_fraction
 from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
 from dpn_cli.evaluation.contenders.contender import Prompt, full_flops
 from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
-from dpn_cli.modeling.pyramid_config import Budget
+from dpn_cli.pyramid.config import Budget
+from dpn_cli.pyramid.cost import flops_fraction
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import collate, prompt, pyramid, ragged_batch
 

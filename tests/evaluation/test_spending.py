@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpn_cli.evaluation.spending import Spending, unmet
-from dpn_cli.modeling.pyramid_config import Budget, PyramidConfig
+from dpn_cli.pyramid.config import Budget, PyramidConfig
 
 TABLE = (Budget(1.003, 0.0, 0.0), Budget(0.98, 0.001, 0.0), Budget(0.6, 0.5, 0.1), Budget(0.33, 20.0, 0.9))
 

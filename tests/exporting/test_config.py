@@ -9,8 +9,8 @@ import torch
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
-from dpn_cli.export import export
-from dpn_cli.modeling.loading import load_model
+from dpn_cli.exporting.export import export
+from dpn_cli.inference.loading import load_model
 from tests.exports import question
 
 

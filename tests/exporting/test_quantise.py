@@ -10,17 +10,17 @@ from safetensors.torch import save_file
 
 from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.quantisation import SKIPPED
 from dpn_cli.checkpoint.writer import write_json
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
-from dpn_cli.export import export
+from dpn_cli.exporting.export import export
 from dpn_cli.exporting.quantise import quantised, stored_tensors
-from dpn_cli.inspection import inspect_checkpoint
+from dpn_cli.inference.loading import load_model
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.modeling.loading import load_model
+from tests.exporting.test_export import in_fresh_process
 from tests.exports import question, stored
-from tests.test_export import in_fresh_process
 
 
 def quantised_on_loading(folder: Path, scheme: str, dtype: str) -> DpnLlavaForConditionalGeneration:

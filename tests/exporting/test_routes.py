@@ -9,14 +9,14 @@ import torch
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
-from dpn_cli.cost import flops_fraction
 from dpn_cli.errors import UsageError
-from dpn_cli.export import export
+from dpn_cli.exporting.export import export
 from dpn_cli.exporting.routes import exported_pyramid
-from dpn_cli.modeling.loading import load_model
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Site
+from dpn_cli.inference.loading import load_model
+from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.pyramid.cost import flops_fraction
+from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
-from tests.test_export import in_fresh_process
 
 
 def test_a_static_export_is_the_model_with_that_route_forced(

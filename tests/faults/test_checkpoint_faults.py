@@ -151,7 +151,7 @@ def here(tiny_llava_factory: Callable[..., Path], tmp_path: Path, monkeypatch: p
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llava_factory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Listing:
     """The files of a conversion that nothing went wrong with."""
-    from dpn_cli.convert import convert
+    from dpn_cli.conversion.convert import convert
 
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(tiny_llava_factory(shards=2), folder / SOURCE)
@@ -208,7 +208,7 @@ def test_a_bad_checkpoint_is_refused_and_a_mended_one_converted(
     "fault", [f for f in HEADERS | TENSORS if not f.startswith(("LoRA", "empty folder", "config of", ".bin"))]
 )
 def test_export_refuses_what_convert_refuses(here: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    from dpn_cli.convert import convert
+    from dpn_cli.conversion.convert import convert
 
     convert(SOURCE, output=here / "pyramid")
     harm, message = (HEADERS | TENSORS)[fault]
@@ -329,7 +329,7 @@ def test_a_full_disk_is_seen_before_the_first_byte(
         check_space(target, needed_bytes + (1 << 60))
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpn_cli.convert.check_space", full)
+        patch.setattr("dpn_cli.conversion.convert.check_space", full)
         refused(["convert", SOURCE, "-o", "deep/er"], 1, "free some space or choose another --output", capsys)
     converts(undisturbed)
 
@@ -360,7 +360,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
 ) -> None:
     before, handlers = listing(here), {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
-        patch.setattr("dpn_cli.convert.write_index", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr("dpn_cli.conversion.convert.write_index", lambda *_: os.kill(os.getpid(), number))
         assert main(["convert", SOURCE, "-o", OUTPUT]) == 130
     for each, handler in handlers.items():
         signal.signal(each, handler)

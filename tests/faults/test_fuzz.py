@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from dpn_cli.checkpoint.headers import SINGLE_FILE
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
-from dpn_cli.convert import convert
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import DpnError
-from dpn_cli.export import export
-from dpn_cli.inspection import inspect_checkpoint
+from dpn_cli.exporting.export import export
 from tests.converted import pretend_calibration
 from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
 from tests.faults.mutation import mutated

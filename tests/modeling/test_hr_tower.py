@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpn_cli.checkpoint.architecture import hr_tensors
-from dpn_cli.checkpoint.hr import HrTower
+from dpn_cli.conversion.hr import HrTower
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
 from tests.hr import features, random_tower
 

@@ -8,10 +8,10 @@ import torch
 import transformers
 from packaging.version import Version
 
+from dpn_cli.inference.loading import register
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.code import MODEL_CLASSES
 from dpn_cli.modeling.families import MODELS
-from dpn_cli.modeling.loading import register
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS
 from dpn_cli.modeling.renamed import CACHE, CHECKPOINTING
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dpn_cli.modeling.pooling import merge_cells, pool_tokens
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Site
+from dpn_cli.pyramid.config import PyramidConfig, Site
 
 SIZE = 3
 grids = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), max_size=3)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpn_cli.evaluation.contenders.contender import Contender
-    from dpn_cli.modeling.pyramid_config import PyramidConfig
+    from dpn_cli.pyramid.config import PyramidConfig
 
 CONTENDERS = ("original", "fixed", "random", "downsample", "prepool", "fastv", "pyramiddrop", "visionzip")
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from dpn_cli.cost import DecoderShape
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.pyramid_config import Grid, Route
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import Grid, Route
+from dpn_cli.pyramid.cost import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
 

@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over, validate_clip
 from dpn_cli.evaluation.contenders.dropping import keep_tokens
-from dpn_cli.modeling.pyramid_config import Grid
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import Grid
+from dpn_cli.pyramid.cost import DecoderShape
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import torch
 
-from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, segments_between, taken_over
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.cost import DecoderShape
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.attention import instruction_attention
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
+from dpn_cli.pyramid.cost import DecoderShape
 
 PAPER_K = (2, 3, 5)
 

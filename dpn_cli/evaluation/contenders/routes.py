@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from dpn_cli.cost import DecoderShape, flops_fraction, tokens_per_layer
 from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
-from dpn_cli.modeling.pyramid_config import PyramidConfig, Route
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.cost import DecoderShape, flops_fraction, tokens_per_layer
 
 ROUTES_WITHIN = 0.02  # of the FLOPs fraction of the cheapest route that spends a budget
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.cost import DecoderShape
 from dpn_cli.evaluation.contenders.contender import Prompt, taken_over, validate_clip
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.cost import DecoderShape
 
 CONTEXTUAL_SHARE = 10 / 64  # of the kept patches, as in the authors' settings
 

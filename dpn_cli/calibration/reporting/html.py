@@ -1,0 +1,167 @@
+"""A calibration's report as one page that needs nothing else: plots, budgets, the worst and the best samples."""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from io import BytesIO
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from dpn_cli.calibration import svg
+from dpn_cli.calibration.cases import Case
+from dpn_cli.calibration.policy import Outcome
+from dpn_cli.calibration.reporting.report import Report
+from dpn_cli.pyramid.config import Route
+
+TEMPLATE = "report.html.jinja"
+THUMBNAIL_PX = 160
+THUMBNAILS = 3  # per sample
+BARS = 9
+LONGEST_TEXT = 600  # characters of a question or an answer
+FLOPS = "prefill FLOPs, share of the original's"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of budgets."""
+
+    outcome: Outcome
+    trade_off: float
+    chosen: bool = False
+
+
+def render(report: Report) -> str:
+    """Return the page.
+
+    Args:
+        report: the images of its samples are read once more.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=_percent, nats=_nats, shorten=_shorten, thumbnails=_thumbnails)
+    template = environment.from_string((files("dpn_cli.calibration.reporting") / TEMPLATE).read_text("utf-8"))
+    coloured, others = _colours(report)
+    text = template.render(
+        report=report,
+        rows=_rows(report),
+        fidelity=_tradeoff(report, "distortion"),
+        agreement=_tradeoff(report, "agreement"),
+        shares=_shares(report, coloured),
+        legend=[(colour, report.rates(route)) for route, colour in coloured.items()],
+        others=others,
+        tokens=_tokens(report),
+        settings=[(key, _plain(value)) for key, value in (report.settings | report.versions).items()],
+    )
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
+
+
+def _tradeoff(report: Report, figure: str) -> Markup:
+    """Plot a figure against FLOPs: the calibrated model as a curve, fixed routes as dots."""
+
+    def value(each: Outcome) -> float:
+        return float(getattr(each, figure))
+
+    def dot(each: Outcome, name: str) -> svg.Dot:
+        figures = f"KL {_nats(each.distortion)}, top-1 {_percent(each.agreement)}"
+        return svg.Dot(each.fraction, value(each), f"{name}: {_percent(each.fraction)} FLOPs, {figures}")
+
+    fixed = sorted(report.fixed.items(), key=lambda item: item[1].fraction)
+    values = [value(each) for each in (*report.per_budget, *report.fixed.values(), report.routed)]
+    better = min if figure == "distortion" else max
+    envelope = [
+        (each.fraction, better(value(o) for _, o in fixed[: i + 1])) for i, (_, each) in enumerate(fixed)
+    ]  # fmt: skip
+    cheapest = min(each.fraction for each in (*report.fixed.values(), *report.per_budget))
+    if figure == "distortion":
+        y, name = svg.vertical_log(values), "KL from the original, nats per token"
+    else:
+        y, name = svg.vertical(min(values) - 0.01, 1.0, percent=True), "top-1 agreement with the original"
+    return svg.tradeoff_plot(
+        svg.horizontal(cheapest - 0.02, 1.0, percent=True), y, (FLOPS, name),
+        curve=[dot(each, "routed") for each in report.per_budget],
+        envelope=envelope,
+        dots=[dot(each, f"fixed {report.rates(route)}") for route, each in fixed],
+        chosen=dot(report.routed, f"routed, budget {report.budget:g}"),
+        name=f"{name}, against {FLOPS}",
+    )  # fmt: skip
+
+
+def _rows(report: Report) -> list[Row]:
+    """Return some budgets of the table and the chosen one, the dearest first."""
+    rows = [Row(o, b.trade_off) for o, b in zip(report.per_budget, report.budgets, strict=True)]
+    step = max(1, -(-len(rows) // BARS))
+    some = [*rows[:-1:step], rows[-1]]
+    chosen = Row(report.routed, report.trade_off, chosen=True)
+    near = step * 0.01
+    some = [row for row in some if abs(row.outcome.fraction - report.routed.fraction) > near]
+    return sorted([*some, chosen], key=lambda row: -row.outcome.fraction)
+
+
+def _colours(report: Report) -> tuple[dict[Route, int], bool]:
+    """Return the colours of the routes that are taken most, the dearest first, and whether there are others."""
+    total: dict[Route, float] = {}
+    for row in _rows(report):
+        for route, share in row.outcome.shares.items():
+            total[route] = total.get(route, 0.0) + share
+    most = sorted(total, key=lambda route: -total[route])[: svg.NUM_COLOURS - 1]
+    most.sort(key=lambda route: (-report.fixed[route].fraction if route in report.fixed else 0.0, route))
+    return {route: colour for colour, route in enumerate(most)}, len(total) > len(most)
+
+
+def _shares(report: Report, coloured: dict[Route, int]) -> Markup:
+    """Plot which routes are taken at which budget."""
+
+    def parts(shares: dict[Route, float]) -> Iterator[tuple[int, float, str]]:
+        for route, colour in coloured.items():
+            if share := shares.get(route, 0.0):
+                yield colour, share, f"{report.rates(route)}: {_percent(share)}"
+        if rest := sum(share for route, share in shares.items() if route not in coloured):
+            yield svg.NUM_COLOURS - 1, rest, f"other routes: {_percent(rest)}"
+
+    bars = [(f"{row.outcome.fraction:.0%}", row.chosen, list(parts(row.outcome.shares))) for row in _rows(report)]
+    return svg.stacked_bars(bars, (FLOPS, "share of the samples"))
+
+
+def _tokens(report: Report) -> Markup:
+    """Plot the visual tokens of every layer."""
+    return svg.staircase(
+        report.visual_tokens, report.visual_tokens_full, [layer for layer, _ in report.sites],
+        ("decoder layer", "visual tokens, mean"), "layer {step}: {value:.0f} of {reference:.0f} visual tokens",
+    )  # fmt: skip
+
+
+def _thumbnails(case: Case) -> list[str]:
+    """Return small copies of a sample's first images, as data URIs."""
+    return [_data_uri(image) for image in case.sample.open_images()[:THUMBNAILS]]
+
+
+def _data_uri(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    stream = BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _nats(value: float) -> str:
+    if 0 < value < 1e-4:
+        return "<0.0001"
+    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

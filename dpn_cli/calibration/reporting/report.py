@@ -1,0 +1,156 @@
+"""What a calibration reached: figures of held-out samples, for the user and for the record."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from dpn_cli import __version__
+from dpn_cli.calibration.cases import Case
+from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
+from dpn_cli.intervals import wilson_interval
+from dpn_cli.pyramid.config import Budget, Grid, PyramidConfig, Route
+from dpn_cli.pyramid.cost import DecoderShape, tokens_per_layer
+
+LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a calibration reached; every figure is of held-out samples.
+
+    Attributes:
+        budget: asked for.
+        trade_off: the λ that it takes.
+        routed: the calibrated model at that λ.
+        full: the model that pools nothing.
+        best_fixed: the best fixed route that spends no more than the routed model, as (route, its outcome).
+        agreement_interval: 95%, of `routed.agreement`.
+        budgets: the whole table.
+        per_budget: the calibrated model at every row of `budgets`.
+        fixed: what every route does that all samples were sent down.
+        visual_tokens: of every decoder layer, the mean over the samples.
+        visual_tokens_full: the same where nothing is pooled.
+        sites: (the layer that it follows, its rates) of every site.
+        worst: the samples with the largest distortion, the largest first.
+        best: those with the smallest, the smallest first.
+        settings: what was run, for the record.
+        versions: of what it was run with.
+    """
+
+    budget: float
+    trade_off: float
+    routed: Outcome
+    full: Outcome
+    best_fixed: tuple[Route, Outcome] | None
+    agreement_interval: tuple[float, float]
+    budgets: tuple[Budget, ...]
+    per_budget: tuple[Outcome, ...]
+    fixed: dict[Route, Outcome]
+    visual_tokens: list[float]
+    visual_tokens_full: list[float]
+    sites: list[tuple[int, list[str]]]
+    worst: list[Case]
+    best: list[Case]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        pyramid: PyramidConfig,
+        shape: DecoderShape,
+        grids: Sequence[tuple[Grid, ...]],
+        budget: float,
+        worst: Sequence[Case],
+        best: Sequence[Case],
+        settings: dict[str, Any],
+    ) -> "Report":
+        """Sum a calibration up.
+
+        Args:
+            policy: of the fitted routers, over the held-out samples.
+            pyramid: with the budget table and the λ for the budget.
+            shape: of the decoder.
+            grids: of every held-out sample.
+            budget: asked for.
+            worst: see above.
+            best: see above.
+            settings: what was run.
+        """
+        held, taken = policy.table, policy.choose(pyramid.trade_off)
+        routed, fixed = outcome(held, taken), fixed_routes(held)
+        affordable = {route: o for route, o in fixed.items() if o.fraction <= routed.fraction}
+        cheapest = min(affordable, key=lambda route: affordable[route].distortion, default=None)
+        routes = [held.tree.routes[i] for i in taken.tolist()]
+        return cls(
+            budget=budget,
+            trade_off=pyramid.trade_off,
+            routed=routed,
+            full=fixed[pyramid.full_route],
+            best_fixed=None if cheapest is None else (cheapest, affordable[cheapest]),
+            agreement_interval=wilson_interval(routed.agreement * len(taken), len(taken)),
+            budgets=pyramid.budgets,
+            per_budget=tuple(outcome(held, policy.choose(row.trade_off)) for row in pyramid.budgets),
+            fixed=fixed,
+            visual_tokens=_visual_tokens(pyramid, shape, routes, grids),
+            visual_tokens_full=_visual_tokens(pyramid, shape, [pyramid.full_route] * len(routes), grids),
+            sites=[(site.after_layer, [f"{h}×{w}" for h, w in site.rates]) for site in pyramid.sites],
+            worst=list(worst),
+            best=list(best),
+            settings={**settings, "held_out": len(taken)},
+            versions={"dpn-cli": __version__, "python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
+        )
+
+    def rates(self, route: Route) -> str:
+        """Return a route as the rate of every site, 1×1 · 1×2 · 2×2."""
+        return " · ".join(rates[expert] for expert, (_, rates) in zip(route, self.sites, strict=True))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what config.json remembers of a calibration."""
+        return {
+            **self.settings,
+            "distortion": self.routed.distortion,
+            "agreement": self.routed.agreement,
+            "agreement_interval": list(self.agreement_interval),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        best_fixed = self.best_fixed and {"route": list(self.best_fixed[0]), **_plain(self.best_fixed[1])}
+        return {
+            "budget": self.budget,
+            "trade_off": self.trade_off,
+            "routed": _plain(self.routed),
+            "full": _plain(self.full),
+            "best_fixed": best_fixed,
+            "agreement_interval": list(self.agreement_interval),
+            "budgets": [asdict(row) for row in self.budgets],
+            "per_budget": [_plain(each) for each in self.per_budget],
+            "fixed": [{"route": list(route), **_plain(each)} for route, each in self.fixed.items()],
+            "visual_tokens": self.visual_tokens,
+            "visual_tokens_full": self.visual_tokens_full,
+            "sites": [{"after_layer": layer, "rates": rates} for layer, rates in self.sites],
+            "worst": [case.to_dict() for case in self.worst],
+            "best": [case.to_dict() for case in self.best],
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+
+
+def _visual_tokens(
+    pyramid: PyramidConfig, shape: DecoderShape, routes: Sequence[Route], grids: Sequence[tuple[Grid, ...]]
+) -> list[float]:
+    """Return the mean visual tokens of every decoder layer."""
+    counts = [tokens_per_layer(shape, pyramid, *each, text_tokens=0) for each in zip(routes, grids, strict=True)]
+    return torch.tensor(counts, dtype=torch.float64).mean(0).tolist()
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome with routes as text, as JSON's keys must be."""
+    shares = {",".join(map(str, route)): share for route, share in outcome.shares.items()}
+    return {**asdict(outcome), "shares": shares}

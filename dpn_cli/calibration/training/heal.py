@@ -1,0 +1,139 @@
+"""Healing: an adapter on the layers behind the first site learns to answer from pooled tokens as from all of them.
+
+Teacher and student are one model: its pyramid and its adapter are switched off for the one, on for the other. Every
+forward pass takes one route, drawn around the budget; some take the full route, so that the unpooled model stays
+what it was.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_logits, teacher_logits, training_mode
+from dpn_cli.calibration.training.loop import Draw, Draws, train
+from dpn_cli.data.encoding import Example
+from dpn_cli.inference.adapter import add_adapter
+from dpn_cli.modeling.state import Choice, PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.parallel.processes import ALONE, Processes
+from dpn_cli.pyramid.config import Route
+from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.recipe import HealRecipe
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """What healing did.
+
+    Attributes:
+        trained: parameters of the adapter.
+        loss: of every step.
+    """
+
+    trained: int
+    loss: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """Return plain data: the loss is the mean of the first and of the last tenth of the steps."""
+        tenth = max(1, len(self.loss) // 10)
+        return {
+            "trained_parameters": self.trained,
+            "steps": len(self.loss),
+            "loss_at_first": sum(self.loss[:tenth]) / tenth,
+            "loss_at_last": sum(self.loss[-tenth:]) / tenth,
+        }
+
+
+def heal(
+    model: PyramidGenerationMixin,
+    examples: Sequence[Example],
+    has_labels: Sequence[bool],
+    recipe: HealRecipe,
+    *,
+    budget: float,
+    pad_token_id: int,
+    seed: int,
+    state: Path | None = None,
+    processes: Processes = ALONE,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> HealReport:
+    """Train an adapter; the model carries it from then on, all else of it is untouched.
+
+    Args:
+        model: converted, without an adapter, in eval mode.
+        examples: none of those that the result is judged by.
+        has_labels: of every example, whether its answers are from the data rather than the teacher's own.
+        recipe: with method `lora`.
+        budget: mean fraction of the prefill FLOPs around which routes are drawn.
+        pad_token_id: fills up the shorter samples of a batch.
+        seed: of everything that is drawn.
+        state: a folder; a run that was killed goes on from there.
+        processes: share the forward passes of every step.
+        advance: called with the number of steps done.
+
+    Raises:
+        DpnError: if the loss or its gradient is not a finite number.
+        MissingExtraError: without peft.
+    """
+    parameters = add_adapter(model, recipe.rank, recipe.alpha, recipe.target_modules, seed)
+
+    def loss_of(draw: Draw) -> torch.Tensor:
+        trunk = run_trunk(model, [examples[i] for i in draw.rows], [has_labels[i] for i in draw.rows], pad_token_id)
+        return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
+
+    with training_mode(model, recipe.gradient_checkpointing):
+        loss = train(parameters, loss_of, Draws(len(examples), recipe, seed), model.dtype, state, processes, advance)
+    model.requires_grad_(False)
+    return HealReport(sum(p.numel() for p in parameters.values()), loss)
+
+
+def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
+    """Return KL to the teacher plus, where the route pools, the weighted cross-entropy to the data's labels."""
+    text_model: Any = model.model.language_model
+
+    def follow(state: PyramidState, site: int) -> Choice:
+        return text_model.take(state, site, [route[site] if grids else 0 for grids in state.grids])
+
+    teacher = teacher_logits(model, trunk)
+    student = student_logits(model, trunk, follow)
+    loss = divergence(student, teacher, recipe.temperature)
+    if any(route):
+        labelled = trunk.has_labels[trunk.answers[0]]
+        loss = loss + recipe.ce_weight * labelled * F.cross_entropy(student, trunk.targets, reduction="none")
+    return trunk.mean(loss)
+
+
+def draw_route(
+    model: PyramidGenerationMixin,
+    state: PyramidState,
+    budget: float,
+    recipe: HealRecipe,
+    rng: random.Random,
+) -> Route:
+    """Draw the route of a batch: the full one now and then, else the one whose FLOPs are next to a drawn fraction.
+
+    Args:
+        model: offers the routes.
+        state: the batch before the first site.
+        budget: the middle of the drawn fractions.
+        recipe: their spread, and the share of the full route.
+        rng: draws.
+    """
+    full = rng.random() < recipe.full_share
+    wanted = rng.uniform(budget - recipe.budget_spread, budget + recipe.budget_spread)
+    samples = [(grids, text) for grids, text in zip(state.image_grids, state.text_tokens, strict=True) if grids]
+    if full or not samples:
+        return model.pyramid.full_route
+    shape = model.model.language_model.shape
+    offered = set.intersection(*(set(model.pyramid.routes(grids)) for grids in {grids for grids, _ in samples}))
+
+    def distance(route: Route) -> float:
+        fractions = [flops_fraction(shape, model.pyramid, route, grids, text) for grids, text in samples]
+        return abs(sum(fractions) / len(fractions) - wanted)
+
+    return min(sorted(offered), key=distance)

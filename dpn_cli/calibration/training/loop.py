@@ -1,0 +1,186 @@
+"""Training a few parameters for a number of steps: the loop that healing and the paper's objective share.
+
+Nothing is drawn from a random state that runs along: what a step sees follows from the seed and its number, so that
+a run that was killed goes on exactly as it would have gone.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpn_cli.checkpoint.writer import replace_file
+from dpn_cli.errors import DpnError
+from dpn_cli.parallel.processes import ALONE, Processes
+from dpn_cli.pyramid.recipe import TrainingRecipe
+
+STATE_FILE = "training.pt"  # in the folder of the calibration's state
+WARM_UP = 0.05  # of the steps
+MAX_GRAD_NORM = 1.0
+WEIGHT_DECAY = 0.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one forward pass is about.
+
+    Attributes:
+        rows: indices of the samples.
+        random: for every other choice.
+    """
+
+    rows: list[int]
+    random: random.Random
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The samples of every forward pass: each once per epoch, shuffled anew in each."""
+
+    count: int
+    recipe: TrainingRecipe
+    seed: int
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    def at(self, step: int, part: int) -> Draw:
+        """Return the draw of one of a step's forward passes."""
+        recipe = self.recipe
+        number = step * recipe.gradient_accumulation + part
+        first = number * recipe.batch_size
+        rows = [self._order(i // self.count)[i % self.count] for i in range(first, first + recipe.batch_size)]
+        return Draw(rows, random.Random(f"{self.seed}, pass {number}"))
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(self.count))
+            random.Random(f"{self.seed}, epoch {epoch}").shuffle(order)
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of: Callable[[Draw], torch.Tensor],
+    draws: Draws,
+    dtype: torch.dtype,
+    state: Path | None = None,
+    processes: Processes = ALONE,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> list[float]:
+    """Train parameters in place.
+
+    Several processes share the forward passes of a step, add up their gradients and take the same step.
+
+    Args:
+        parameters: float32, by name.
+        loss_of: the loss of one forward pass, a mean over its samples.
+        draws: what the passes are about; their recipe says how to train.
+        dtype: of the activations; in float16 the loss is scaled so that small gradients survive.
+        state: a folder; the state is kept there every few steps, and found there after a kill; the main process's.
+        processes: that train together; the parameters are the same in all.
+        advance: called with the number of steps done.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        DpnError: if the loss or its gradient is not a finite number.
+    """
+    recipe = draws.recipe
+    optimizer = _optimizer(parameters, recipe)
+    scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16)
+    path = state / STATE_FILE if state else None
+    history = _restore(processes.agree(_read(path, parameters)), parameters, optimizer, scaler)
+    advance(len(history))
+    for step in range(len(history), recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
+        loss = _backward(loss_of, draws, step, scaler, processes)
+        processes.sum_gradients(parameters.values())
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), MAX_GRAD_NORM)
+        if not math.isfinite(loss) or not (scaler.is_enabled() or norm.isfinite()):
+            raise DpnError(
+                f"training broke off at step {step + 1} of {recipe.steps}: the loss is {loss:g}, the gradient's norm "
+                f"{norm.item():g}; lower learning_rate (now {recipe.learning_rate:g}) or choose another dtype, and "
+                "pass --restart"
+            )
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        history.append(loss)
+        if path and (len(history) % recipe.save_every == 0 or len(history) == recipe.steps):
+            _save(path, parameters, optimizer, scaler, history)
+        advance(1)
+    return history
+
+
+def _backward(
+    loss_of: Callable[[Draw], torch.Tensor], draws: Draws, step: int, scaler: Any, processes: Processes
+) -> float:
+    """Run this process's share of a step's passes, forward and backward; return the loss of the whole step."""
+    parts, loss = draws.recipe.gradient_accumulation, 0.0
+    with processes.as_one():
+        for part in range(processes.index, parts, processes.count):
+            part_loss = loss_of(draws.at(step, part)) / parts
+            scaler.scale(part_loss).backward()
+            loss += part_loss.item()
+    return sum(processes.gather(loss))
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: a linear start, then a cosine to zero."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters.values(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+
+
+def _save(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, history: list[float]
+) -> None:
+    content = {
+        "parameters": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "history": history,
+    }
+    replace_file(path, lambda stage: torch.save(content, stage))
+
+
+def _read(path: Path | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
+    """Return a kept state, or None if there is none, or it is damaged or of other parameters."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 - torch raises of every kind; a damaged state is trained again
+        return None
+    shapes = {name: tensor.shape for name, tensor in content["parameters"].items()}
+    return content if shapes == {name: p.shape for name, p in parameters.items()} else None
+
+
+def _restore(
+    content: dict[str, Any] | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any
+) -> list[float]:
+    """Bring a kept state back; return its history."""
+    if content is None:
+        return []
+    for name, parameter in parameters.items():
+        parameter.data.copy_(content["parameters"][name])
+    optimizer.load_state_dict(content["optimizer"])
+    scaler.load_state_dict(content["scaler"])
+    return list(content["history"])

@@ -1,0 +1,112 @@
+"""What a calibration trains before it measures routes, if its recipe says so, and how that is kept."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.calibration.training.heal import HealReport, heal
+from dpn_cli.calibration.training.paper import train_as_paper
+from dpn_cli.data import Sample
+from dpn_cli.data.encoding import Example, encode
+from dpn_cli.errors import UsageError
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.parallel.processes import Processes
+from dpn_cli.pyramid.recipe import CalibrationRecipe, TrainingRecipe
+
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # the recipe's → torch's
+
+
+class Encoded(Sequence[Example]):
+    """Samples that are encoded when they are asked for, so that their pixels are not all in memory."""
+
+    def __init__(self, samples: Sequence[Sample], processor: Any, answer_tokens: int) -> None:
+        self.samples = samples
+        self.processor = processor
+        self.answer_tokens = answer_tokens
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return encode(self.samples[index], self.processor, self.answer_tokens)
+
+
+def training_recipe(recipe: CalibrationRecipe) -> TrainingRecipe | None:
+    """Return how a calibration trains, or None if it only measures."""
+    if recipe.objective == "paper":
+        return recipe.paper
+    return recipe.heal if recipe.heal.method == "lora" else None
+
+
+def frozen_dtype(recipe: CalibrationRecipe) -> str:
+    """Return the dtype to load the model in: what training asks for, else `auto`."""
+    training = training_recipe(recipe)
+    return DTYPES[training.dtype] if training else "auto"
+
+
+def validate_processes(recipe: CalibrationRecipe, count: int) -> None:
+    """Check that every process gets a forward pass of each training step.
+
+    Raises:
+        UsageError: if there are more processes than that.
+    """
+    training = training_recipe(recipe)
+    if training and count > training.gradient_accumulation:
+        raise UsageError(
+            f"{count} processes cannot share the {training.gradient_accumulation} forward passes of a training step: "
+            f"start at most {training.gradient_accumulation}, or raise gradient_accumulation and lower batch_size"
+        )
+
+
+def unused_sections(recipe: CalibrationRecipe) -> set[str]:
+    """Return the sections of a recipe that say nothing about this calibration."""
+    return {
+        name
+        for name, used in (
+            ("heal", recipe.heal.method == "lora" or (recipe.objective == "paper" and recipe.paper.train == "lora")),
+            ("paper", recipe.objective == "paper"),
+        )
+        if not used
+    }
+
+
+def tune(
+    model: PyramidGenerationMixin,
+    processor: Any,
+    samples: Sequence[tuple[Sample, bool]],
+    texts: Sequence[Sample],
+    recipe: CalibrationRecipe,
+    state: Path | None,
+    processes: Processes,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+) -> HealReport | None:
+    """Heal the model, or train it as the paper does; None if the recipe asks for neither.
+
+    Args:
+        model: the converted one.
+        processor: the checkpoint's.
+        samples: none of those that the result is judged by, all answered; each with whether its answers are from the
+            data rather than the teacher's own.
+        texts: samples without an image; those that the data answers are learned from too.
+        recipe: says which.
+        state: a folder for what a run that was killed goes on from; the main process's.
+        processes: that train together.
+        progress: opens a progress bar.
+    """
+    training = training_recipe(recipe)
+    if training is None:
+        return None
+    pairs = [*samples, *((sample, True) for sample in texts if sample.is_answered)]
+    examples = Encoded([sample for sample, _ in pairs], processor, recipe.answer_tokens)
+    options: dict[str, Any] = {
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "seed": recipe.seed,
+        "state": state,
+        "processes": processes,
+    }
+    with progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
+        if recipe.objective == "paper":
+            return train_as_paper(model, examples, recipe, advance=advance, **options)
+        has_labels = [labelled for _, labelled in pairs]
+        return heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)

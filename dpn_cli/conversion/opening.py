@@ -1,0 +1,139 @@
+"""Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from dpn_cli.checkpoint.architecture import HR_TOWER
+from dpn_cli.checkpoint.family import is_converted
+from dpn_cli.checkpoint.headers import (
+    SINGLE_FILE,
+    Checkpoint,
+    TensorInfo,
+    adapter_refusal,
+    read_config,
+    read_header,
+    wrappers,
+)
+from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
+from dpn_cli.checkpoint.side_files import copy_side_file, side_files
+from dpn_cli.checkpoint.streams import Piece, read_pieces
+from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
+from dpn_cli.conversion.dpn_authors import import_authors
+from dpn_cli.conversion.original import is_original, rewrite_original
+from dpn_cli.conversion.rewriting import Written, rewrite_weights
+from dpn_cli.conversion.weights import holds_bins, open_weights
+from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.pyramid.config import PyramidConfig
+
+
+class Opened(Protocol):
+    """A source, as convert needs it."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the config and tensors of the new folder, without the pyramid."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know about the change of layout."""
+
+    @property
+    def pyramid(self) -> PyramidConfig | None:
+        """Return the pyramid that the source has already, in another layout."""
+
+    @property
+    def dpe(self) -> Mapping[str, TensorInfo]:
+        """Return the tensors of that pyramid as the source has them, by their names in the new folder."""
+
+    def write(self, stage: Path, link: bool = False) -> Written:
+        """Write everything but config and index into a folder.
+
+        Args:
+            stage: the folder.
+            link: let shards that stay as they are share their bytes with the source, where the file system can.
+        """
+
+    def original(self, name: str) -> Iterator[Piece]:
+        """Yield the bytes that a tensor, of the pyramid too, has in the new folder, from the source."""
+
+    def origin(self, name: str) -> Path:
+        """Return the source's file that a tensor comes from."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A source in Hugging Face's layout, in safetensors: its files are copied as they are. No torch."""
+
+    checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
+    pyramid: None = None
+    dpe: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    def write(self, stage: Path, link: bool = False) -> Written:
+        """Copy side files; copy or link shards."""
+        folder = self.checkpoint.path
+        for path in side_files(folder):
+            copy_side_file(path, stage)
+        tensors: list[TensorInfo] = []
+        placements: set[Placement] = set()
+        for file in self.checkpoint.files:
+            name = _shard_name(file)
+            if link:
+                placements.add(link_file(folder / file, stage / name))
+            else:
+                copy_file(folder / file, stage / name)
+            tensors += read_header(stage / name).values()
+        return Written(tensors, placements.pop() if len(placements) == 1 else "copied")
+
+    def original(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor's bytes."""
+        return read_pieces(self.checkpoint.path, self.checkpoint.tensors[name])
+
+    def origin(self, name: str) -> Path:
+        """Return the file that a tensor comes from."""
+        return self.checkpoint.path / self.checkpoint.tensors[name].file
+
+
+def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
+    """Open a LLaVA that has no pyramid yet.
+
+    Args:
+        folder: of the checkpoint.
+        vision_tower: folder or hub id of a CLIP model, for a checkpoint in the original LLaVA layout.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of a kind that cannot be converted.
+        UsageError: if a vision tower is given to a checkpoint that has its own.
+    """
+    config = read_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(adapter_refusal(folder))
+    if is_converted(config):
+        raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
+    if is_original(config):
+        if "pooling" in config:
+            return import_authors(folder, vision_tower)
+        return rewrite_original(folder, vision_tower)[0]
+    config, notes = without_window(config)
+    validate_llava(config, folder)
+    if config["vision_config"]["model_type"] == HR_TOWER:
+        raise CheckpointError(f"{folder} is a LLaVA-HR that was converted before: start from its original checkpoint")
+    if vision_tower is not None:
+        raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
+    if holds_bins(folder):
+        return rewrite_weights(config, open_weights(folder), notes)
+    checkpoint = Checkpoint.open(folder)
+    if wrappers(checkpoint.tensors):
+        return rewrite_weights(config, open_weights(folder), notes)
+    if DPE_FILE in checkpoint.files:
+        raise CheckpointError(
+            f"{folder} has a shard {DPE_FILE}, a name that the pyramid's own takes: rename it, in the index too"
+        )
+    return Copied(replace(checkpoint, config=config), notes)
+
+
+def _shard_name(file: str) -> str:
+    """Return a shard's new name: a file named model.safetensors would shadow the index."""
+    return "model-00001-of-00001.safetensors" if file == SINGLE_FILE else Path(file).name

@@ -1,0 +1,102 @@
+"""Conversations: lists of messages, in all the forms that trainers and `datasets` store them in."""
+
+from typing import Any
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.samples import Turn
+from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
+from dpn_cli.errors import did_you_mean
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_NAMES = ("from", "role")
+_PAIR = ("user", "assistant")  # of The Cauldron: a question and its answer in one object
+_IMAGE_PARTS = {"image": ("image", "path", "url"), "image_url": ("image_url",)}  # where a part has its image, by type
+_PART_SETTINGS = ("type", "text", "detail")
+
+
+def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
+    """Return the system message, the turns with the placeholders before each, and images inside of messages.
+
+    Raises:
+        RowError: if it is no conversation.
+    """
+    messages = records(messages)
+    if not isinstance(messages, list):
+        raise RowError("no list of messages", f"expected a list of messages, found {type(messages).__name__}")
+    system: list[str] = []
+    turns: list[Turn] = []
+    inline: list[Any] = []
+    for message in (part for each in messages for part in _split(each)):
+        role, text, placeholders, images = _read_message(message)
+        inline += images
+        if placeholders and role != "user":
+            raise RowError(f"{PLACEHOLDER} outside of a question", f"{PLACEHOLDER} in a message of the {role}")
+        if role == "user" and turns and turns[-1].answer is None:  # one question in several messages
+            last = turns[-1]
+            turns[-1] = Turn(f"{last.question}\n{text}".strip(), None, last.images + placeholders)
+        elif role == "user":
+            turns.append(Turn(text, None, placeholders))
+        elif role == "assistant":
+            if not turns or turns[-1].answer is not None:
+                raise RowError("an answer without a question", "an answer comes before its question")
+            turns[-1] = Turn(turns[-1].question, read_answer(text), turns[-1].images)
+        elif turns:
+            raise RowError("a late system message", "a system message comes after the first question")
+        else:
+            system.append(text)
+    if not turns:
+        raise RowError("no question")
+    return "\n".join(filter(None, system)), turns, inline
+
+
+def _split(message: Any) -> list[Any]:
+    """Return a question and its answer that stand in one object as two messages."""
+    if isinstance(message, dict) and message.get(_PAIR[0]) is not None and not (message.keys() & set(_NAMES)):
+        return [{"role": role, "content": message[role]} for role in _PAIR if message.get(role) is not None]
+    return [message]
+
+
+def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
+    """Return a message's role, its text, the number of image placeholders and the images that it holds itself."""
+    if not isinstance(message, dict):
+        raise RowError("not a message", f"expected a message with from and value, found {type(message).__name__}")
+    name = next((message[key] for key in _NAMES if message.get(key)), None)
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        hint = did_you_mean(name, _ROLES) if isinstance(name, str) else ""
+        raise RowError("unknown role", f"a message from {name!r:.50}, expected one of {', '.join(_ROLES)}.{hint}")
+    content = records(message.get("value") if message.get("value") is not None else message.get("content"))
+    texts, placeholders, images = [], 0, []
+    for each in content if isinstance(content, list) else [content]:
+        part = each if isinstance(each, dict) else {"type": "text", "text": each}
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in _IMAGE_PARTS:
+            placeholders += 1
+            images += _image_of(part, _IMAGE_PARTS[kind])
+        elif kind == "text":
+            text = read_text(part.get("text"), f"message from {name}")
+            placeholders += count_images(text)
+            texts.append(without_images(text))
+        else:
+            keys = ", ".join(map(str, part))
+            expected = ", ".join(("text", *_IMAGE_PARTS))
+            raise RowError("unknown content", f"a part of type {kind!r:.50} with the keys {keys}, expected {expected}")
+    if images and len(images) != placeholders:
+        raise RowError("images and placeholders", f"a message has {placeholders} places for {len(images)} images")
+    return role, "\n".join(filter(None, texts)), placeholders, images
+
+
+def _image_of(part: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
+    """Return the image that a part of a message holds, if it does not only say where one stands.
+
+    Raises:
+        RowError: if it holds one under another key.
+    """
+    found = [part[key] for key in keys if part.get(key)][:1]
+    unknown = [k for k, v in part.items() if isinstance(v, str | bytes | dict | list) and v and k not in _PART_SETTINGS]
+    if unknown and not found:
+        raise RowError(
+            "unknown image part",
+            f"a part of type {part['type']!r} has {', '.join(map(repr, unknown))}, expected {' or '.join(keys)}",
+        )
+    return found

@@ -1,0 +1,99 @@
+"""Multiple choice: the choices as lettered lines of the question, the right one as its letter."""
+
+import ast
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase as LETTERS
+from typing import Any
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import Fields, is_blank, lettered
+from dpn_cli.data.texts import PLACEHOLDER, read_text
+
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+"""The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
+
+_LETTERED = re.compile(r"^\(?([A-Z])(?:[).:]\s*|$)", re.IGNORECASE)
+
+
+def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[str, ...]]:
+    """Return the choices of a row in the order of their letters, and the names of the fields that hold them.
+
+    Args:
+        fields: of the row.
+        field: with all choices, a list, or an object by letters; None if they may stand in fields of their own.
+
+    Raises:
+        RowError: if they cannot be told apart, or are no texts.
+    """
+    names = (field,) if field is not None else tuple(lettered(fields).values())
+    value = _unquoted(fields[field]) if field is not None else {k: fields[v] for k, v in lettered(fields).items()}
+    if isinstance(value, dict):
+        given = {str(letter).upper(): choice for letter, choice in value.items() if not is_blank(choice)}
+        if sorted(given) != list(LETTERS[: len(given)]):
+            raise RowError("unknown choices", f"choices {', '.join(given)}, expected A, B and so on without a gap")
+        value = [given[letter] for letter in sorted(given)]
+    if not isinstance(value, list) or len(value) > len(LETTERS):
+        raise RowError("unknown choices", f"expected a list of choices or an object by letters, found {value!r:.80}")
+    texts = [_text(choice) for choice in value]
+    bare = [_bare(text) for text in texts]
+    if all(bare) and [_letter(text) for text in texts] == list(LETTERS[: len(texts)]):  # they bring their letters
+        value = texts = bare
+    if any(not text or PLACEHOLDER in text for text in texts):
+        raise RowError("unknown choices", "a choice is empty or an image: only texts are read")
+    return value, names
+
+
+def ask_for_letter(question: str, choices: Sequence[Any]) -> str:
+    """Return a question with its choices as lettered lines."""
+    lines = [f"{letter}. {_text(choice)}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([question, *lines, INSTRUCTION])
+
+
+def answer_letter(answer: Any, choices: Sequence[Any]) -> str:
+    """Return the letter of the right choice.
+
+    Args:
+        answer: its place, counted from 0, as a number or in digits; its letter; or the choice itself.
+        choices: in the order of their letters.
+
+    Raises:
+        RowError: if that names none of them, or one in one way and another in another.
+    """
+    [answer] = answer if isinstance(answer, list) and len(answer) == 1 else [answer]
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    is_place = isinstance(answer, int) and not isinstance(answer, bool)
+    text = str(answer).strip()
+    named = set()
+    for i, choice in enumerate(choices):
+        is_choice = choice == answer or (_text(choice) == text and not is_place)
+        is_letter = LETTERS[i] == _letter(text) and _bare(text) in ("", _text(choice))
+        if is_choice or is_letter or text == str(i):
+            named.add(i)
+    if len(named) != 1:
+        reason = "an ambiguous answer" if named else "an answer that is none of the choices"
+        shown = ", ".join(f"{letter}. {_text(each):.20}" for letter, each in zip(LETTERS, choices, strict=False))
+        raise RowError(reason, f"{answer!r:.50} for {shown}; expected a letter, a choice or its number from 0")
+    return LETTERS[named.pop()]
+
+
+def _unquoted(value: Any) -> Any:
+    """Return the list that a text spells out, as MMMU stores its options; other values as they are."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def _letter(text: str) -> str | None:
+    match = _LETTERED.match(text)
+    return match[1].upper() if match else None
+
+
+def _bare(text: str) -> str:
+    return _LETTERED.sub("", text, count=1)
+
+
+def _text(choice: Any) -> str:
+    return read_text(str(choice) if isinstance(choice, int | float) else choice, "choice")

@@ -1,0 +1,41 @@
+"""The demo's pictures, drawn as they are needed."""
+
+from typing import TYPE_CHECKING
+
+from dpn_cli.data.rows import KIND_FIELD
+from dpn_cli.data.samples import Sample, Turn
+
+if TYPE_CHECKING:
+    from dpn_cli.demo.pictures import Split
+
+
+class DemoPictures:
+    """The first samples of one of the demo's streams."""
+
+    name = "demo"
+
+    def __init__(self, split: "Split", count: int) -> None:
+        """Draw the pictures."""
+        from dpn_cli.demo.pictures import samples
+
+        self.format = f"demo pictures ({split})"
+        self.samples = [
+            Sample(each.id, (each.image,), (Turn(each.question, each.answer, images=1),), each.kind)
+            for each in samples(split, count)
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.samples)
+
+    def number(self, index: int) -> int:
+        """Return the place in the stream, from 1."""
+        return index + 1
+
+    def fields(self) -> list[str]:
+        """Return the field to group by."""
+        return [KIND_FIELD]
+
+    def sample(self, index: int) -> Sample:
+        """Return one sample."""
+        return self.samples[index]

@@ -1,0 +1,230 @@
+"""From conversations to batches of token ids, labels and pixels.
+
+Shapes: B batch, L sequence.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+
+from dpn_cli.checkpoint.layout import LlavaLayout
+from dpn_cli.data import RowError, Sample
+from dpn_cli.errors import DataError
+from dpn_cli.modeling.visual import GRID_INPUTS
+from dpn_cli.pyramid.config import Grid
+
+IGNORED = -100  # the label of tokens that are not part of an answer
+VISUAL = ("pixel_values", *GRID_INPUTS)  # what the processors of all families return for images
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded sample.
+
+    Attributes:
+        input_ids: [L].
+        labels: [L].
+        visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
+            [images, tiles, 3, H, W] with the sizes of the images; empty without images.
+        name: for messages.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    visual: Mapping[str, torch.Tensor]
+    name: str = "a sample"
+
+
+def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
+    """Render a conversation up to one turn's question and the cue for its answer.
+
+    A system message that the chat template refuses or leaves out goes before the first question.
+
+    Raises:
+        DataError: if the template cannot render the conversation.
+    """
+    messages: list[dict[str, Any]] = []
+    for i, each in enumerate(sample.turns[: turn + 1]):
+        content = [{"type": "image"}] * each.images
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": each.question}]})
+        if i < turn:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": each.answer}]})
+    if sample.system:
+        system = {"role": "system", "content": [{"type": "text", "text": sample.system}]}
+        with suppress(TemplateError):
+            text = processor.apply_chat_template([system, *messages], add_generation_prompt=True)
+            if sample.system in text:
+                return text
+        messages[0]["content"][-1]["text"] = f"{sample.system}\n{sample.turns[0].question}"
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from None
+
+
+def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
+    """Encode an answered conversation; answers and their end-of-sequence tokens are labels.
+
+    The pieces are tokenised apart and then joined, so that labels are exact by construction. Answers before the last
+    image are context and no labels: a router decides when it has seen all images.
+
+    Args:
+        sample: every turn of it answered.
+        processor: the checkpoint's.
+        answer_tokens: at most so many per labelled answer; what follows a shortened answer is left out.
+
+    Raises:
+        DataError: if the chat template does not render turns one after another, or an image cannot be read.
+    """
+    if any(turn.answer is None for turn in sample.turns):
+        raise ValueError(f"sample {sample.id} has an unanswered turn")
+    pieces = list(_pieces(sample, processor, answer_tokens))
+    images = sample.open_images()[: sum(piece.images for piece in pieces)]
+    visual = _visual(images, processor) if images else {}
+    counts = (processor.replace_image_token(visual, i).count(processor.image_token) for i in range(len(images)))
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        tokens: list[int] = []
+        for token in piece.tokens:
+            tokens += [token] * (next(counts) if piece.images and token == processor.image_token_id else 1)
+        ids += tokens
+        labels += tokens if piece.labelled else [IGNORED] * len(tokens)
+    name = f"row {sample.row}" if sample.row else f"sample {sample.id}"
+    return Example(torch.tensor(ids), torch.tensor(labels), visual, name)
+
+
+def _visual(images: Sequence[Image.Image], processor: Any) -> dict[str, torch.Tensor]:
+    """Return what the processor makes of the images of one sample, whose number may decide how they are cut."""
+    text = processor.image_token * len(images)
+    inputs = processor(text=text, images=[images], add_special_tokens=False, return_tensors="pt")
+    return {name: inputs[name] for name in VISUAL if name in inputs}
+
+
+def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tokens: int) -> Callable[[Sample], None]:
+    """Return a check that refuses samples of more tokens than the model takes, for `load_data`.
+
+    Args:
+        processor: the checkpoint's.
+        layout: likewise.
+        max_tokens: positions of the language model.
+        answer_tokens: as for `encode`; also left free for answers to come.
+    """
+
+    def check(sample: Sample) -> None:
+        try:
+            pieces = list(_pieces(sample, processor, answer_tokens))
+        except DataError as error:
+            raise RowError("chat template", str(error)) from None
+        if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
+            shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
+            raise RowError("image tokens", f"its text has {shown} image tokens, the row {len(sample.images)} images")
+        visual = sum(height * width for height, width in expected_grids(sample, layout))
+        total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
+        total += answer_tokens if sample.turns[-1].answer is None else 0
+        if total > max_tokens:
+            raise RowError("over-long", f"{total} tokens with its images, the model takes {max_tokens}")
+
+    return check
+
+
+def prompt_tokens(sample: Sample, processor: Any, answer_tokens: int) -> int:
+    """Return the text tokens before the first answer that `encode` labels: those that a router decides after."""
+    pieces = takewhile(lambda piece: not piece.labelled, _pieces(sample, processor, answer_tokens))
+    return sum(len(piece.tokens) - piece.images for piece in pieces)
+
+
+def expected_grids(sample: Sample, layout: LlavaLayout) -> tuple[Grid, ...]:
+    """Return the visual grids of a sample without decoding its images."""
+    sizes = sample.image_sizes() if layout.tiling else [(1, 1)] * len(sample.images)  # else they do not matter
+    return layout.image_grids(sizes)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a conversation that is tokenised on its own.
+
+    Attributes:
+        text: of a question, or empty.
+        tokens: with one placeholder per image.
+        images: shown in it.
+        labelled: whether the model is to predict it.
+    """
+
+    text: str
+    tokens: list[int]
+    images: int = 0
+    labelled: bool = False
+
+
+def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Piece]:
+    """Yield the questions and answers of a conversation, up to one without an answer or a shortened one."""
+    tokenizer = processor.tokenizer
+    last_shown = max((i for i, turn in enumerate(sample.turns) if turn.images), default=0)
+    text = ""
+    for i, turn in enumerate(sample.turns):
+        before, text = text, chat_prompt(processor, sample, i)
+        question = text if i == 0 else _behind(text, before, str(sample.turns[i - 1].answer))
+        if question is None:
+            raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
+        question = question.removeprefix(tokenizer.eos_token if i else "")  # the answer has it
+        yield _Piece(question, tokenizer.encode(question, add_special_tokens=i == 0), turn.images)
+        if turn.answer is None:
+            return
+        gap = "" if text[-1:].isspace() else " "
+        answer = tokenizer.encode(f"{gap}{turn.answer}", add_special_tokens=False)
+        labelled = i >= last_shown
+        if labelled and len(answer) > answer_tokens:
+            yield _Piece("", answer[:answer_tokens], labelled=True)
+            return
+        yield _Piece("", [*answer, tokenizer.eos_token_id], labelled=labelled)
+
+
+def _behind(text: str, before: str, answer: str) -> str | None:
+    """Return what follows an answer in a longer prompt; None if the prompt before it is not there, blanks aside."""
+    kept = before.rstrip()
+    rest = text[len(kept) :].lstrip()
+    return rest.removeprefix(answer) if text.startswith(kept) and rest.startswith(answer) else None
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Pad examples on the left into one batch of `input_ids`, `labels`, `attention_mask` and what is visual."""
+    longest = max(len(example.input_ids) for example in examples)
+
+    def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows])
+
+    batch = {
+        "input_ids": pad([e.input_ids for e in examples], pad_token_id),
+        "labels": pad([e.labels for e in examples], IGNORED),
+        "attention_mask": pad([torch.ones_like(e.input_ids) for e in examples], 0),
+    }
+    for name in VISUAL:
+        if tensors := [example.visual[name] for example in examples if name in example.visual]:
+            batch[name] = _cat(tensors)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join what the images of several samples are, with empty tiles where one has fewer than another."""
+    if tensors[0].ndim == 5:
+        most = max(tensor.shape[1] for tensor in tensors)
+        tensors = [torch.nn.functional.pad(tensor, (*[0] * 7, most - tensor.shape[1])) for tensor in tensors]
+    return torch.cat(list(tensors))
+
+
+def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | str = "cpu") -> Any:
+    """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left."""
+    return processor(
+        text=[chat_prompt(processor, sample, sample.asked) for sample in samples],
+        images=[images for sample in samples if (images := sample.open_images(sample.asked))] or None,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    ).to(device)

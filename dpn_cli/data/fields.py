@@ -1,0 +1,217 @@
+"""The names that fields go by, in one place: what is read, what is left alone, and what stops a run.
+
+No text and no image of a row is passed over in silence. A field that is not read stops the run if it holds an image, or
+text, unless
+
+- its name says that it describes the row: an id, a source, a category, a size (`_DESCRIPTIVE`, the last word counts);
+- it is another answer or another path of the image than the one that was read, or explains the answer (`_SPARE`);
+- question and answer are found, and it holds single words under a name that means neither text nor choices; or
+- the user leaves it out.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from dpn_cli.data.faults import UNREAD, RowError
+from dpn_cli.data.images import SUFFIXES
+from dpn_cli.errors import DataError, did_you_mean
+
+Fields = Mapping[str, Any]
+"""A row's fields that hold something, by name."""
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "image": (
+        "decoded_image", "images", "image", "file_name", "image_path", "image_paths", "image_file", "img", "img_path",
+        "picture", "photo", "filename", "image_url",
+    ),
+    "conversation": ("conversations", "messages", "conversation", "texts"),
+    "question": ("question", "query", "prompt", "instruction", "problem"),
+    "answer": (
+        "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "completion", "target",
+        "correct_answer", "gt_answer", "ground_truth", "answer_key", "answer_idx", "answer_index", "correct_choice_idx",
+        "correct_choice", "correct_option", "solution", "full_answer", "direct_answers",
+    ),
+    "choices": ("choices", "options", "candidates"),
+    "context": ("hint", "context"),
+    "system": ("system", "system_prompt", "system_message"),
+    "caption": ("caption", "captions", "description", "text"),
+    "id": ("id", "question_id"),
+}  # fmt: skip
+"""The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
+
+_TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "system", "caption")
+_TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role])
+_SPARE = {
+    "image": ROLES["image"],
+    "answer": (*ROLES["answer"], "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning"),
+}
+_MAKES_TEXT_A_QUESTION = ("question_id", "answer", "answers")  # LLaVA's question files; else `text` is a caption
+_OTHER_MEDIA = ("video", "videos", "video_path", "video_file", "audio", "audios", "audio_path", "audio_file")
+_DESCRIPTIVE = {
+    "id", "ids", "idx", "index", "uid", "uuid", "guid", "pid", "qid", "key", "hash", "sha", "sha1", "sha256",
+    "md5", "checksum", "no", "number", "num", "page", "rank",
+    "url", "urls", "uri", "link", "path", "paths", "file", "files", "filename", "folder", "dir",
+    "source", "sources", "origin", "dataset", "split", "set", "subset", "partition", "fold",
+    "category", "categories", "type", "types", "class", "classes", "task", "tasks", "topic", "subject", "domain",
+    "field", "subfield", "subcategory", "skill", "grade", "level",
+    "difficulty", "capability", "license", "licence", "language", "lang", "locale", "country",
+    "width", "height", "size", "shape", "resolution", "format", "mode", "date", "time", "timestamp", "year",
+    "created", "modified",
+    "version", "model", "author", "annotator", "worker", "photographer", "metadata", "meta", "info", "status",
+    "flag", "score", "confidence", "weight",
+    "bbox", "bboxes", "box", "boxes", "polygon", "segmentation", "coordinates",
+    "set_name", "dataset_name", "ds_name", "model_name", "image_name",
+}  # fmt: skip
+_ANSWER_LIKE = re.compile(r"(?:choice|option|candidate|distractor|alternative|answer)\w*|\w")  # such as option_1
+_SINGLE_WORD = re.compile(r"[!-~]*")  # ASCII without blanks
+
+
+def present(row: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
+    """Return the fields of a row that hold something, without those to leave unread."""
+    return {name: value for name, value in row.items() if not (name in ignored or _is_missing(value))}
+
+
+def assign(names: Iterable[str]) -> dict[str, str]:
+    """Return which field is read in which role.
+
+    Args:
+        names: of the fields that a row or a table has.
+    """
+    known = {_normalise(name): name for name in names}
+    roles = {}
+    for role, aliases in ROLES.items():
+        if alias := next((alias for alias in aliases if alias in known), None):
+            roles[role] = known[alias]
+    is_caption = roles.keys().isdisjoint({"conversation", "question"}) and roles.get("caption") == known.get("text")
+    if "caption" in roles and is_caption and not known.keys().isdisjoint(_MAKES_TEXT_A_QUESTION):
+        roles["question"] = roles.pop("caption")
+    return roles
+
+
+def lettered(names: Iterable[str]) -> dict[str, str]:
+    """Return the fields that hold one choice each, by their letters: `A`, `B` or `option_a`, `choice_b`."""
+    matches = ((re.fullmatch(r"(?:(?:choice|option)_?)?([a-j])", _normalise(name)), name) for name in names)
+    found = {match[1].upper(): name for match, name in matches if match}
+    return found if {"A", "B"} <= found.keys() else {}
+
+
+def mapping(names: Iterable[str]) -> str:
+    """Return in words which fields are read, of those that there are."""
+    names = list(names)
+    roles = assign(names)
+    answer = f"`{roles['answer']}`" if "answer" in roles else "no answer"
+    if "conversation" in roles:
+        text = f"`{roles['conversation']}` as conversation"
+    elif "question" in roles:
+        choices = [roles["choices"]] if "choices" in roles else list(lettered(names).values())
+        of = f" with the choices {', '.join(f'`{name}`' for name in choices)}" if choices else ""
+        text = f"`{roles['question']}`{of} and {answer}"
+    else:
+        text = f"stock prompts and `{roles['caption']}` as answer" if "caption" in roles else "stock prompts"
+    images = f"`{roles['image']}`" if "image" in roles else "no images"
+    return f"{images}, {text}"
+
+
+def asks(names: Iterable[str]) -> bool:
+    """Tell whether any of the fields is known to hold what an image is asked or described by."""
+    return not assign(names).keys().isdisjoint({"conversation", "question", "caption"})
+
+
+def is_readable(names: Iterable[str]) -> bool:
+    """Tell whether the fields hold any images or text under names that are known."""
+    names = list(names)
+    return asks(names) or "image" in assign(names)
+
+
+def known_names() -> str:
+    """Return in words the names that text and images are read under."""
+    return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in (*_TEXT_ROLES, "image"))
+
+
+def validate_ignored(ignored: Collection[str], names: Collection[str], data: str) -> None:
+    """Check that the fields to leave unread exist.
+
+    Raises:
+        DataError: naming the first that does not.
+    """
+    for name in ignored:
+        if name not in names:
+            raise DataError(
+                f"--ignore-fields {name}: {data} has the fields {', '.join(names)}.{did_you_mean(name, names)}"
+            )
+
+
+def validate_media(fields: Fields) -> None:
+    """Check that a row is about images and text alone.
+
+    Raises:
+        RowError: naming a field with a video or a sound.
+    """
+    for name, value in fields.items():
+        if _normalise(name) in _OTHER_MEDIA and any(True for _ in _leaves(value)):
+            raise RowError("neither image nor text", f"`{name}` is filled: only images and text are read")
+
+
+def validate_all_read(
+    fields: Fields, read: Collection[str], *, has_image: bool, has_question: bool, has_answer: bool
+) -> None:
+    """Check that no text and no image is left unread.
+
+    Args:
+        fields: of a row.
+        read: the names of those that were read.
+        has_image: whether an image was.
+        has_question: whether a question was, not only a caption.
+        has_answer: whether an answer was, or a caption.
+
+    Raises:
+        RowError: naming the fields.
+    """
+    spare = {*(_SPARE["image"] if has_image else ()), *(_SPARE["answer"] if has_question and has_answer else ())}
+
+    def counts(name: str, value: Any) -> bool:
+        leaves = list(_leaves(value))
+        texts = [leaf for leaf in leaves if isinstance(leaf, str)]
+        if len(texts) < len(leaves):  # bytes: an encoded image
+            return True
+        if not has_image and any(PurePath(text).suffix.lower() in SUFFIXES for text in texts):
+            return True
+        if name in spare or name in _DESCRIPTIVE or name.rpartition("_")[2] in _DESCRIPTIVE:
+            return False
+        is_telling = not has_answer or name in _TEXTS or _ANSWER_LIKE.fullmatch(name)
+        return any(is_telling or not _SINGLE_WORD.fullmatch(text) for text in texts)
+
+    unread = [name for name, value in fields.items() if name not in read and counts(_normalise(name), value)]
+    if unread:
+        of = f", of the fields {', '.join(fields)}" if len(fields) > len(unread) else ""
+        raise RowError(UNREAD, f"{', '.join(f'`{name}`' for name in unread)}{of}")
+
+
+def is_blank(value: Any) -> bool:
+    """Tell whether a value says nothing, as empty cells do that pandas has written."""
+    return _is_missing(value) or (isinstance(value, str) and value.strip().casefold() in ("", "nan"))
+
+
+def _leaves(value: Any) -> Iterator[str | bytes]:
+    """Yield the texts and bytes in a value, at any depth, without blank ones."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str | bytes) and value and not is_blank(value):
+            yield value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
+
+
+def _normalise(name: str) -> str:
+    """Return a name in lower case with underscores, as `question_id` for `questionId`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name).casefold()

@@ -1,0 +1,147 @@
+"""Tables that the `datasets` package reads: of the hub, saved to disk, or parquet and arrow files."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.data.fields import asks, is_readable, known_names, mapping, validate_ignored
+from dpn_cli.data.images import image_path
+from dpn_cli.data.rows import Reading, read_row
+from dpn_cli.data.samples import ImageSource, Sample, StoredImage
+from dpn_cli.errors import DataError, MissingExtraError
+
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
+
+
+def is_hub_id(data: str) -> bool:
+    """Tell whether a text can name a data set of the hub: owner/name[:configuration[:split]]."""
+    return _HUB_ID.fullmatch(data) is not None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Tell whether a folder was written by `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Return the parquet files, or else the arrow files, in a folder and below."""
+    for suffix in TABLE_SUFFIXES:
+        if files := sorted(folder.rglob(f"*{suffix}")):
+            return files
+    return []
+
+
+class Table:
+    """The rows of a data set, images undecoded."""
+
+    def __init__(self, name: str, image_root: Path, reading: Reading) -> None:
+        """Open a data set.
+
+        Args:
+            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, or of the hub
+                owner/name[:configuration[:split]]; without a split, `train` or else the first one.
+            image_root: where the paths of images that are not in the table start.
+            reading: how its rows are read.
+
+        Raises:
+            DataError: if it cannot be opened or has no field that is known.
+            MissingExtraError: without the package.
+        """
+        kind, dataset = _open(name)
+        self.name = name
+        self.image_root = image_root
+        self.reading = reading
+        self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
+        validate_ignored(reading.ignored, dataset.column_names, name)
+        columns = [column for column in dataset.column_names if column not in reading.ignored]
+        if not is_readable(columns):
+            raise DataError(
+                f"{name} has the columns {', '.join(columns)}: none is known as images or text. "
+                f"Known are {known_names()}"
+            )
+        if len(dataset) == 0:
+            raise DataError(f"{name} holds no rows")
+        self.images_alone = not asks(columns)
+        self.format = f"{kind} ({mapping(columns)})"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def number(self, index: int) -> int:
+        """Return the row's number, from 1."""
+        return index + 1
+
+    def fields(self) -> list[str]:
+        """Return the columns of plain values, which hold groups."""
+        return [name for name, kind in self.rows.features.items() if _is_plain(kind)]
+
+    def sample(self, index: int) -> Sample:
+        """Read one row."""
+        return self._read(index, [])
+
+    def _read(self, index: int, values: list[Any]) -> Sample:
+        """Read one row and append what it holds for images to `values`."""
+
+        def open_image(value: Any) -> ImageSource:
+            values.append(value)
+            if _bytes(value) is None:
+                return image_path(self.image_root, value)
+            place = len(values) - 1
+            return StoredImage(f"image {place + 1} of row {self.number(index)}", lambda: self._image(index, place))
+
+        row = self.rows[index].to_pylist()[0]
+        return read_row(row, self.number(index), open_image, self.reading, images_alone=self.images_alone)
+
+    def _image(self, index: int, place: int) -> bytes:
+        """Fetch the encoded bytes of one image; samples do not hold on to them."""
+        values: list[Any] = []
+        self._read(index, values)
+        data = _bytes(values[place])
+        assert data is not None
+        return data
+
+
+def _is_plain(kind: Any) -> bool:
+    """Tell whether a column of this kind holds texts, numbers or truth values."""
+    from datasets import ClassLabel, Value
+
+    return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype)
+
+
+def _bytes(value: Any) -> bytes | None:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if isinstance(data, bytes) else None
+
+
+def _open(name: str) -> tuple[str, Any]:
+    """Return in words what was opened, and the data set."""
+    path = Path(name).expanduser()
+    try:
+        import datasets
+    except ImportError:
+        known = "a table" if path.exists() else "no file or folder here; a data set of the hub"
+        raise MissingExtraError(f"--data {name} is {known}, which", "datasets", "data") from None
+    try:
+        if is_saved_dataset(path):
+            return _one_split(datasets.load_from_disk(str(path)), "saved data set")
+        if path.exists():
+            files = [path] if path.is_file() else table_files(path)
+            kind = TABLE_SUFFIXES[files[0].suffix]
+            loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
+            return f"{kind} of {len(files)} files", loaded
+        repository, config, split = [*name.split(":"), "", ""][:3]
+        loaded = datasets.load_dataset(repository, config or None, split=split or None)
+        return _one_split(loaded, f"data set {name} of the hub")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        what = "cannot be opened" if path.exists() else "is no file or folder here, and cannot be had from the hub"
+        raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
+
+
+def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:
+    """Return `train`, or else the first split, of a data set that has several."""
+    if not isinstance(loaded, dict):
+        return kind, loaded
+    split = "train" if "train" in loaded else next(iter(loaded))
+    return f"{kind}, split {split}", loaded[split]

@@ -1,0 +1,173 @@
+"""Reading images that may be anything: checked by their headers before a pixel is decoded.
+
+Every reader goes through `_opened`, so that one limit holds for all, and every picture is upright, as viewers show it.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from PIL import ExifTags, Image, ImageOps
+
+from dpn_cli.data.faults import MISSING, RowError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decoders that start no other program
+MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
+MAX_FILE_BYTES = 1 << 30
+MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds
+PATH_KEYS = ("path", "url")  # of an object that stands for an image
+_FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
+# What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, ArithmeticError, TypeError, struct.error,
+)  # fmt: skip
+
+
+def image_path(root: Path, value: Any) -> Path:
+    """Return the file that a row names.
+
+    Args:
+        root: where relative paths start.
+        value: a path, with slashes or backslashes, a file:// URI, or an object with one of them as `path` or `url`.
+
+    Raises:
+        RowError: if it names no file.
+    """
+    path = next((value[key] for key in PATH_KEYS if value.get(key)), None) if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
+        expected = f"expected the path of an image, or an object with one as {' or '.join(PATH_KEYS)}"
+        raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
+    if _ELSEWHERE.match(path) and not _FILE_URI.match(path):
+        raise RowError("image not in a file", f"{path!r:.100} is no file: expected a path or a file:// URI")
+    path = unquote(_FILE_URI.sub("", path)) if _FILE_URI.match(path) else path
+    return root / (path if "\\" not in path or _is_file(root / path) else path.replace("\\", "/"))
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        RowError: if there is none, or it is too large to be an image.
+    """
+    try:
+        return _validate_file(path).read_bytes()
+    except OSError as error:
+        raise RowError("image cannot be read", f"{printable(path)}: {error.strerror}") from None
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Decode an image at the least resolution that shows it to be whole.
+
+    Raises:
+        RowError: if it is none, is too large by what its header says, too thin, or damaged.
+    """
+    with _opened(data, name) as image:
+        image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth
+        ImageOps.exif_transpose(image).convert("RGB")
+
+
+def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
+    """Return an image in RGB, upright.
+
+    Args:
+        image: a file, its content, or a picture in memory.
+        name: for messages.
+
+    Raises:
+        RowError: as `check_image`.
+    """
+    with _opened(image, name) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
+    """Return the height and width of an image that stands upright, from its header if it is stored so.
+
+    Args:
+        image: a file, its content, or a picture in memory.
+        name: for messages.
+
+    Raises:
+        RowError: as `check_image`.
+    """
+    with _opened(image, name) as opened:
+        lies = opened.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        upright = ImageOps.exif_transpose(opened) if lies else opened
+        return upright.height, upright.width
+
+
+def size_fault(width: int, height: int) -> RowError | None:
+    """Return why an image of this size is not read, if so."""
+    if width * height > MAX_PIXELS:
+        return RowError("image too large", f"{width}×{height} pixels, at most {MAX_PIXELS} are decoded")
+    if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
+        return RowError("image too thin", f"{width}×{height} pixels, at most 1:{MAX_ASPECT_RATIO} is read")
+    return None
+
+
+def printable(path: Path) -> str:
+    """Return a path as text that any terminal takes, lone surrogates escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Image]:
+    """Open an image and check its size; turn what its decoder raises into a fault of the row."""
+    try:
+        with _source(image) as opened:
+            if fault := size_fault(*opened.size):
+                raise RowError(fault.reason, f"{name} has {fault.detail}")
+            yield opened
+    except RowError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise RowError("image too large", f"{name}: {error}") from None
+    except MemoryError:
+        raise RowError("image too large", f"{name} does not fit into memory") from None
+    except _UNREADABLE as error:
+        raise RowError("image cannot be decoded", f"{name}: {_reason(error)}") from None
+
+
+def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    """Open what is encoded; leave a picture in memory open."""
+    if isinstance(image, Image.Image):
+        return nullcontext(image)
+    return Image.open(BytesIO(image) if isinstance(image, bytes) else _validate_file(image), formats=_formats())
+
+
+def _validate_file(path: Path) -> Path:
+    """Return a path that leads to a file which is not too large to be an image."""
+    if not _is_file(path):
+        raise RowError(MISSING, f"no image file {printable(path)}")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_FILE_BYTES} are read")
+    return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what Pillow says, without the address of the buffer that it read."""
+    return "no known image format" if "cannot identify" in str(error) else str(error) or type(error).__name__

@@ -1,0 +1,178 @@
+"""One row of any table as a sample: conversations, questions with answers, or captions, and their images."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpn_cli.data.chat import read_chat
+from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import Fields, assign, is_blank, present, validate_all_read, validate_media
+from dpn_cli.data.samples import ImageSource, Sample, Turn
+from dpn_cli.data.texts import (
+    PLACEHOLDER,
+    count_images,
+    read_answer,
+    read_text,
+    records,
+    without_images,
+)
+
+KIND_FIELD = "kind"
+
+OpenImage = Callable[[Any], ImageSource]
+"""Turns what a row holds for an image into a source; raises RowError for what is none."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a table are read.
+
+    Attributes:
+        prompts: questions for captions and for images alone, in turn.
+        kind_field: holds a sample's group, see `group`.
+        ignored: fields that are left unread.
+    """
+
+    prompts: Sequence[str]
+    kind_field: str = KIND_FIELD
+    ignored: Collection[str] = ()
+
+
+def group(value: Any) -> str | None:
+    """Return the group that a field's value names, a text, a number or a truth value; None for what is none."""
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What the text of a row says.
+
+    Attributes:
+        read: the names of the fields that hold it; none for a stock prompt.
+        turns: at least one.
+        system: the system message, or the empty string.
+        inline: images that stand in the messages.
+        has_question: whether the question is the row's own.
+    """
+
+    read: tuple[str, ...]
+    turns: list[Turn]
+    system: str = ""
+    inline: Sequence[Any] = ()
+    has_question: bool = True
+
+
+def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, images_alone: bool = False) -> Sample:
+    """Read a row of a table.
+
+    Args:
+        row: an object; `fields.ROLES` says what its fields are read as.
+        number: from 1, names a row that has no id.
+        open_image: called for every image.
+        reading: how.
+        images_alone: whether no row has text, so that every image is asked a stock prompt.
+
+    Raises:
+        RowError: if it makes no sample, or one that would pass over text or images of the row.
+    """
+    if not isinstance(row, dict):
+        raise RowError("not an object", f"expected an object, found {type(row).__name__}")
+    fields = present(row, reading.ignored)
+    validate_media(fields)
+    roles = assign(fields)
+    images = [open_image(image) for image in _images(fields, roles)]
+    text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
+    if text.inline and images:
+        raise RowError("images in two places", "images stand in the messages and beside them")
+    images = images or [open_image(image) for image in text.inline]
+    validate_all_read(
+        fields,
+        {*text.read, reading.kind_field, *(roles[role] for role in ("image", "system", "id") if role in roles)},
+        has_image=bool(images),
+        has_question=text.has_question,
+        has_answer=text.turns[-1].answer is not None,
+    )
+    if not text.read and not (images and images_alone):
+        raise RowError("no text", "no conversation, no question and no caption")
+    return Sample(
+        _identity(fields.get(roles.get("id", "")), number),
+        tuple(images),
+        tuple(_place(text.turns, len(images))),
+        group(fields.get(reading.kind_field)),
+        "\n".join(filter(None, (_system(fields, roles), text.system))),
+    )
+
+
+def _images(fields: Fields, roles: dict[str, str]) -> list[Any]:
+    value = records(fields[roles["image"]]) if "image" in roles else ""
+    return value if isinstance(value, list) else [value] if value != "" else []
+
+
+def _system(fields: Fields, roles: dict[str, str]) -> str:
+    return read_text(fields[roles["system"]], "system message") if "system" in roles else ""
+
+
+def _identity(value: Any, number: int) -> str:
+    known = isinstance(value, str | int) and not isinstance(value, bool)
+    return read_text(str(value), "id") if known and value != "" else str(number)
+
+
+def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
+    """Read a conversation, else a question, else a caption, else ask a stock prompt."""
+    if "conversation" in roles:
+        system, turns, inline = read_chat(fields[roles["conversation"]])
+        return _Text((roles["conversation"],), turns, system, inline)
+    if "question" in roles:
+        return _read_question(fields, roles)
+    if "caption" in roles:
+        caption = fields[roles["caption"]]
+        answer = read_answer(caption[0] if isinstance(caption, list) else caption)
+        return _Text((roles["caption"],), [Turn(prompt, answer)], has_question=False)
+    return _Text((), [Turn(prompt)], has_question=False)
+
+
+def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
+    """Read a question with what it refers to, its choices and its answer."""
+    read = [roles["question"]]
+    asked, answer = records(fields[roles["question"]]), None
+    if isinstance(asked, list):  # `prompt` and `completion` as trainers take them, each a list of messages
+        return _read_prompt(asked, fields, roles)
+    question = read_text(asked, "question")
+    if "context" in roles:
+        read.append(roles["context"])
+        if not is_blank(context := fields[roles["context"]]):
+            question = f"{read_text(context, 'context')}\n{question}"
+    choices, names = read_choices(fields, roles.get("choices"))
+    question = ask_for_letter(question, choices) if choices else question
+    if "answer" in roles:
+        read.append(roles["answer"])
+        value = fields[roles["answer"]]
+        answer = answer_letter(value, choices) if choices else read_answer(value)
+    return _Text((*read, *names), [Turn(without_images(question), answer, count_images(question))])
+
+
+def _read_prompt(messages: list[Any], fields: Fields, roles: dict[str, str]) -> _Text:
+    """Read a question that is a list of messages, with its answer, a list of messages or a text."""
+    read = tuple(roles[role] for role in ("question", "answer") if role in roles)
+    answers = [records(fields[name]) for name in read[1:]]
+    said = [a if isinstance(a, list) else [{"role": "assistant", "content": read_answer(a)}] for a in answers]
+    system, turns, inline = read_chat([*messages, *(message for answer in said for message in answer)])
+    return _Text(read, turns, system, inline)
+
+
+def _place(turns: list[Turn], num_images: int) -> list[Turn]:
+    """Return the turns with every image at one of them.
+
+    Raises:
+        RowError: if there are more or fewer placeholders than images, or a question is empty.
+    """
+    places = sum(turn.images for turn in turns)
+    if places == 0:
+        turns = [Turn(turns[0].question, turns[0].answer, num_images), *turns[1:]]
+    elif places != num_images:
+        more = f"more {PLACEHOLDER} than images" if places > num_images else f"more images than {PLACEHOLDER}"
+        raise RowError(more, f"{PLACEHOLDER} stands {places} times, the row has {num_images} images")
+    if not all(turn.question or turn.images for turn in turns):
+        raise RowError("an empty question")
+    return turns

@@ -1,0 +1,118 @@
+"""What calibration and evaluation read, whatever it came from. No torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from dpn_cli.data.images import image_size, open_image, printable
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An encoded image inside a table, fetched when it is needed.
+
+    Attributes:
+        name: for messages.
+        read: returns the encoded bytes.
+    """
+
+    name: str
+    read: Callable[[], bytes] = field(compare=False)
+
+
+ImageSource = Path | StoredImage | Image.Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and, where the data has one, its answer.
+
+    Attributes:
+        question: without image placeholders.
+        answer: never empty.
+        images: how many of the sample's images stand before this question.
+    """
+
+    question: str
+    answer: str | None = None
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, about its images if it has any.
+
+    Attributes:
+        id: names the sample in reports.
+        images: files, images in a table, or pictures in memory, in the order of the turns that show them.
+        turns: at least one; only the last may lack an answer. Where none says how many images it shows, the first
+            shows them all.
+        kind: the group that figures are reported by, where the data has groups.
+        system: what stands before the conversation, or the empty string.
+        row: where the sample stands in its data, from 1; 0 where there are no rows.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    turns: tuple[Turn, ...]
+    kind: str | None = None
+    system: str = ""
+    row: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        """Give the images to the first turn where no turn claims any.
+
+        Raises:
+            ValueError: if the turns show more or fewer images than there are.
+        """
+        shown = sum(turn.images for turn in self.turns)
+        if shown == 0 and self.images:
+            first = replace(self.turns[0], images=len(self.images))
+            object.__setattr__(self, "turns", (first, *self.turns[1:]))
+        elif shown != len(self.images):
+            raise ValueError(f"the turns of sample {self.id} show {shown} images, it has {len(self.images)}")
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the data has an answer to every question."""
+        return all(turn.answer is not None for turn in self.turns)
+
+    @property
+    def asked(self) -> int:
+        """The index of the turn that a model is asked to answer: the unanswered one, else the first."""
+        return next((i for i, turn in enumerate(self.turns) if turn.answer is None), 0)
+
+    def images_until(self, turn: int) -> tuple[ImageSource, ...]:
+        """Return the images that are shown up to and including one turn."""
+        return self.images[: sum(each.images for each in self.turns[: turn + 1])]
+
+    def open_images(self, turn: int = -1) -> list[Image.Image]:
+        """Return the images in RGB, upright, of the whole conversation or as far as one turn.
+
+        Raises:
+            DataError: if one cannot be read.
+        """
+        return [open_image(*each) for each in self._encoded(turn)]
+
+    def image_sizes(self, turn: int = -1) -> list[tuple[int, int]]:
+        """Return the heights and widths of the images in pixels, as `open_images` shows them.
+
+        Raises:
+            DataError: if one cannot be read.
+        """
+        return [image_size(*each) for each in self._encoded(turn)]
+
+    def _encoded(self, turn: int) -> Iterator[tuple[Path | bytes | Image.Image, str]]:
+        """Yield the images as far as one turn, those of a table as their bytes, each with its name."""
+        for source in self.images if turn == -1 else self.images_until(turn):
+            if isinstance(source, StoredImage):
+                yield source.read(), source.name
+            else:
+                yield source, printable(source) if isinstance(source, Path) else f"an image of sample {self.id}"
+
+    def answered(self, answer: str) -> "Sample":
+        """Return the conversation up to the turn that was asked, with this answer to it."""
+        turns = (*self.turns[: self.asked], replace(self.turns[self.asked], answer=answer))
+        return replace(self, images=self.images_until(self.asked), turns=turns)

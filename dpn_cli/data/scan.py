@@ -1,0 +1,183 @@
+"""The pre-flight scan: draw rows, read and check each of them, count what there is and what is wrong."""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Protocol
+
+from PIL import Image
+
+from dpn_cli.data.faults import MISSING, UNREAD, RowError
+from dpn_cli.data.fields import known_names
+from dpn_cli.data.findings import Fault, Scan
+from dpn_cli.data.images import check_image, printable, read_file
+from dpn_cli.data.samples import ImageSource, Sample, StoredImage
+from dpn_cli.errors import DataError
+
+THREADS = min(8, os.cpu_count() or 1)
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+class Source(Protocol):
+    """Rows that can be read one at a time, in any order."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+
+    @property
+    def format(self) -> str:
+        """What it was taken for, and how its fields were understood."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def number(self, index: int) -> int:
+        """Return the number that the user knows a row by."""
+
+    def fields(self) -> Sequence[str]:
+        """Return the names of the fields by which rows can be grouped."""
+
+    def sample(self, index: int) -> Sample:
+        """Read one row; its images stay unopened.
+
+        Raises:
+            RowError: if it makes no sample.
+        """
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples that were checked, in the order of their rows.
+
+    Attributes:
+        samples: the good ones.
+        scan: what there was.
+        digest: of the samples' texts and image bytes: the same data gives the same digest anywhere.
+    """
+
+    samples: Sequence[Sample]
+    scan: Scan
+    digest: str
+
+
+def scan(
+    source: Source,
+    *,
+    skip_bad: bool,
+    max_bad: float,
+    limit: int | None,
+    seed: int,
+    check: Callable[[Sample], None] = lambda sample: None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read rows until there are enough good ones with an image.
+
+    Args:
+        source: of rows.
+        skip_bad: leave bad rows out rather than fail.
+        max_bad: the share of bad rows that may be left out.
+        limit: samples with an image to read, drawn over all of the data; None for all rows. Text-only samples that
+            are met on the way come in addition.
+        seed: of the draw.
+        check: raises RowError for samples that are of no use, called for one at a time.
+        progress: opens a progress bar (description, total) and yields its `advance`.
+
+    Raises:
+        DataError: if there is no usable row, or naming the bad ones.
+    """
+    good: list[_Good] = []
+    faults: list[Fault] = []
+    order = _draw(len(source), limit, seed)
+    wanted = len(source) if limit is None else limit
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        while rows := list(islice(order, wanted)):
+            with (progress or _silent)("reading the data", len(rows)) as advance:
+                for outcome in pool.map(partial(_read, source), rows):
+                    _sort_in(outcome, good, faults, check)
+                    advance(1)
+            found = Scan.of(source.format, len(source), [each.sample for each in good], faults)
+            if faults and not (skip_bad and found.bad_fraction <= max_bad):
+                raise DataError(_complaint(source, found, skip_bad, max_bad))
+            wanted = 0 if limit is None else limit - found.with_image
+            progress = None  # the few rows that replace bad and text-only ones are read in silence
+    finally:
+        pool.shutdown(cancel_futures=True)
+    good.sort(key=lambda each: each.index)
+    digest = hashlib.sha256("\n".join(each.digest for each in good).encode()).hexdigest()
+    return Dataset([each.sample for each in good], found, digest)
+
+
+@dataclass(frozen=True)
+class _Good:
+    """A sample that was read, where it stands and what it holds."""
+
+    index: int
+    sample: Sample
+    digest: str
+
+
+def _draw(rows: int, limit: int | None, seed: int) -> Iterator[int]:
+    """Return the row indices in the order to read them in."""
+    order = list(range(rows))
+    if limit is not None and limit < rows:
+        random.Random(seed).shuffle(order)
+    return iter(order)
+
+
+def _read(source: Source, index: int) -> _Good | Fault:
+    """Read one row and check its images."""
+    try:
+        sample = source.sample(index)
+        content = hashlib.sha256(repr((sample.id, sample.system, sample.turns)).encode())
+        for image in sample.images:
+            content.update(_image_digest(image))
+    except RowError as fault:
+        return Fault(source.number(index), fault.reason, fault.detail)
+    return _Good(index, replace(sample, row=source.number(index)), content.hexdigest())
+
+
+def _image_digest(image: ImageSource) -> bytes:
+    """Return a hash of an image's bytes, after a check of those that are encoded."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(image.tobytes()).digest()
+    data, name = (image.read(), image.name) if isinstance(image, StoredImage) else (read_file(image), printable(image))
+    check_image(data, name)
+    return hashlib.sha256(data).digest()
+
+
+def _sort_in(outcome: _Good | Fault, good: list[_Good], faults: list[Fault], check: Callable[[Sample], None]) -> None:
+    if isinstance(outcome, Fault):
+        faults.append(outcome)
+        return
+    try:
+        check(outcome.sample)
+        good.append(outcome)
+    except RowError as fault:
+        faults.append(Fault(outcome.sample.row, fault.reason, fault.detail))
+
+
+def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> str:
+    """Return the sentence that refuses bad rows."""
+    reasons = found.by_reason()
+    what = f"{source.name}: {len(found.faults)} of {found.rows} rows read are bad: {'; '.join(found.reasons())}."
+    if MISSING in reasons and found.with_image == 0:
+        return f"{what} Does --image-root name the folder that the image paths start in?"
+    if UNREAD in reasons:
+        return f"{what} Rename these fields, or leave them unread with --ignore-fields. Known are {known_names()}"
+    if skip_bad:
+        return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
+    return f"{what} Mend them, or leave them out with --on-bad-row skip"
+
+
+@contextmanager
+def _silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None

@@ -1,0 +1,192 @@
+"""Write a converted checkpoint as one compact folder that transformers loads, with or without dpn installed.
+
+Tensors are streamed from shard to shard in small pieces: no model is loaded, and without a change of dtype no tensor
+is touched (nor torch imported), but for those that healing has an adapter for: it is merged, one weight at a time.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.completeness import check_complete
+from dpn_cli.checkpoint.cue import answer_cue
+from dpn_cli.checkpoint.family import CONVERTED
+from dpn_cli.checkpoint.headers import TORCH_DTYPES
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
+from dpn_cli.checkpoint.locks import in_use
+from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.processor import Completion, complete_processor
+from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_files
+from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.errors import DpnError, UsageError
+from dpn_cli.exporting.config import export_config, stored_dtype, without_unused_layers
+from dpn_cli.exporting.content import verify_untouched, write_weights
+from dpn_cli.exporting.model_card import model_card
+from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
+from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
+from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
+from dpn_cli.modeling.code import CODE_FILE, write_code
+from dpn_cli.pyramid.config import PyramidConfig
+
+DEFAULT_SHARD_SIZE = "2GB"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote.
+
+    Attributes:
+        source: the converted folder.
+        output: the exported folder.
+        pyramid: as stored in its config.json.
+        files: its shards.
+        num_tensors: in them.
+        nbytes: of the tensors.
+        dtype: the one that the tensors were converted to, or None where they were left as they were.
+        scheme: that the decoder's linear layers were quantised by, or None.
+        num_verified: how many tensors were compared with the source, or None where none were.
+        notes: what the user should know about the processor, and about what was left out.
+    """
+
+    source: Path
+    output: Path
+    pyramid: PyramidConfig
+    files: tuple[str, ...]
+    num_tensors: int
+    nbytes: int
+    dtype: str | None
+    scheme: Scheme | None
+    num_verified: int | None
+    notes: tuple[str, ...]
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    budget: float | None = None,
+    force: bool = False,
+    quantize: Scheme | None = None,
+    static: str | None = None,
+    drop_unused: bool = False,
+    check_values: bool = True,
+    verify: bool = False,
+    uncalibrated: bool = False,
+) -> Export:
+    """Write a converted checkpoint as one compact folder: weights, code, processor and model card.
+
+    Args:
+        checkpoint: a folder that `dpn convert` wrote.
+        output: the folder to write.
+        dtype: `bf16`, `fp16` or `fp32` for all floating-point tensors but the routers', which stay float32; None
+            leaves every tensor as it is, byte for byte.
+        max_shard_size: in bytes, or as `2GB`, `500MB`.
+        budget: mean fraction of the original's prefill FLOPs to spend; None keeps what calibration chose.
+        force: replace an output that dpn wrote before.
+        quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
+        static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
+            an expert index or a rate per site, such as `0,1,2` or `1x1,1x2,2x2`.
+        drop_unused: leave out the vision layers behind the one whose features are used.
+        check_values: stop at NaN and infinite values.
+        verify: read the tensors that no option changes back from the disk and compare them with the source.
+        uncalibrated: export also where the routers are not calibrated, and so pool nothing.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged, or not converted, or its processor another model's.
+        UsageError: if the output exists or overlaps the checkpoint, or an option makes no sense for it.
+    """
+    with in_use(checkpoint):
+        draft = _draft(
+            checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused, uncalibrated
+        )
+        plan = draft.plan
+        check_target(output, force, CONVERTED, plan.source.path)
+        check_space(output, plan.nbytes)
+        with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
+            _write_side_files(stage, draft, output.resolve().name)
+            write_weights(stage, plan, draft.pyramid, check_values)
+            _reopen(stage, plan, output)
+            num_verified = verify_untouched(stage, plan) if verify else None
+    return Export(
+        source=checkpoint,
+        output=output,
+        pyramid=draft.pyramid,
+        files=tuple(plan.shards),
+        num_tensors=len(plan.stored),
+        nbytes=plan.nbytes,
+        dtype=dtype,
+        scheme=quantize,
+        num_verified=num_verified,
+        notes=(*draft.completion.notes(), *left_behind(checkpoint, written=(CODE_FILE,))),
+    )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An export before anything is written."""
+
+    plan: Plan
+    config: dict[str, Any]
+    layout: LlavaLayout
+    pyramid: PyramidConfig
+    completion: Completion
+
+
+def _draft(
+    checkpoint: Path,
+    dtype: str | None,
+    max_shard_bytes: int,
+    budget: float | None,
+    scheme: Scheme | None,
+    static: str | None,
+    drop_unused: bool,
+    uncalibrated: bool,
+) -> _Draft:
+    source, layout, pyramid = open_converted(checkpoint)
+    refuse_quantised(source)
+    check_complete(source, layout, layout.added_tensors(pyramid))
+    for what, choice, known in (("dtype", dtype, DTYPES), ("quantisation", scheme, SCHEMES)):
+        if choice is not None and choice not in known:
+            raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")
+    completion = complete_processor(source, layout)
+    if not uncalibrated and static is None and pools_nothing(source, layout, pyramid):
+        raise UsageError(
+            f"{checkpoint} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` first, "
+            "or pass --static ROUTE for a fixed route, or --uncalibrated"
+        )
+    lora = Lora.of(checkpoint, pyramid)
+    pyramid = exported_pyramid(pyramid, layout.grid, budget, static)
+    if not pyramid.answer_cue:  # as in folders that earlier versions converted
+        pyramid = replace(pyramid, answer_cue=answer_cue(checkpoint))
+    if scheme and dtype is None:  # as on loading, where a weight is cast before it is quantised
+        names = {TORCH_DTYPES[stored]: name for name, stored in DTYPES.items()}
+        dtype = names.get(str(stored_dtype(source, layout)))
+    config = export_config(source, layout, pyramid, dtype)
+    left_out = [] if pyramid.has_routers else [ROUTERS]
+    if drop_unused:
+        config, unused = without_unused_layers(config, source)
+        left_out += unused
+    plan = plan_export(source, dtype, scheme, lora, max_shard_bytes, tuple(left_out))
+    if scheme:
+        kept = [move.name for move in plan.moves if not move.scheme and is_linear(move.name, move.tensor.shape)]
+        config["quantization_config"] = quantization_config(scheme, config["dtype"], kept)
+    return _Draft(plan, config, layout, pyramid, completion)
+
+
+def _write_side_files(stage: Path, draft: _Draft, name: str) -> None:
+    for file in side_files(draft.plan.source.path):
+        copy_side_file(file, stage)
+    draft.completion.write(stage)
+    card = model_card(name, draft.config, draft.layout, draft.pyramid)
+    write_code(stage)
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    write_json(stage / "config.json", draft.config)
+
+
+def _reopen(stage: Path, plan: Plan, output: Path) -> None:
+    """Reopen what was written: every tensor must be there, in its shape and dtype."""
+    written, _, _ = open_converted(stage)
+    if {name: (t.dtype, t.shape) for name, t in written.tensors.items()} != plan.stored:
+        raise DpnError(f"{output}: the written tensors are not the expected ones; please report this")

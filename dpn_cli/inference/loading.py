@@ -1,0 +1,139 @@
+"""Opening converted and exported checkpoints, with nothing left to chance."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
+from transformers.utils import logging
+
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.layout import open_converted, open_llava
+from dpn_cli.checkpoint.locks import in_use
+from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.processor import complete_processor
+from dpn_cli.errors import CheckpointError
+from dpn_cli.inference.adapter import hush_bitsandbytes, load_adapter
+from dpn_cli.inference.onevision_processor import OnevisionImages
+from dpn_cli.modeling.code import MODEL_CLASSES
+from dpn_cli.modeling.configuration import DpnLlavaOnevisionConfig
+from dpn_cli.modeling.families import MODELS
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import PyramidConfig
+
+
+def register() -> None:
+    """Teach transformers' Auto classes our model types."""
+    for config, model in MODELS.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model.inner_class, exist_ok=True)
+        for name in MODEL_CLASSES:
+            getattr(transformers, name).register(config, model, exist_ok=True)
+
+
+def load_model(
+    folder: Path, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
+) -> PyramidGenerationMixin:
+    """Load a converted or exported checkpoint, in eval mode.
+
+    Args:
+        folder: the checkpoint.
+        dtype: `auto` for the checkpoint's own, or a torch dtype or its name; routers are float32 all the same.
+        healed: with the adapter, where the checkpoint was healed.
+        **kwargs: for `from_pretrained`, e.g. `device_map`, `attn_implementation`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.
+        MissingExtraError: if it was healed and peft is not installed.
+    """
+    with in_use(folder):
+        source, _, pyramid = open_converted(folder)
+        return load_opened(source, pyramid, dtype, healed, **kwargs)
+
+
+def load_opened(
+    source: Checkpoint, pyramid: PyramidConfig, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
+) -> PyramidGenerationMixin:
+    """Load a checkpoint as it was when it was opened, whatever is calibrated meanwhile; see `load_model`."""
+    folder = source.path
+    [(config_class, model_class)] = [
+        each for each in MODELS.items() if each[0].model_type == source.config["model_type"]
+    ]
+    if "quantization_config" in source.config:
+        hush_bitsandbytes()
+    with _quietly():
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config_class.from_dict(source.config),
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+            output_loading_info=True,
+            **kwargs,
+        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[what])):
+            raise CheckpointError(
+                f"{folder} has {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}: its tensors are not those of "
+                "the model in config.json, convert it again"
+            )
+    if healed and (lora := Lora.of(folder, pyramid)):
+        load_adapter(model, lora.folder)
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a checkpoint, complete; code that it may bring along is never run.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or another model's, or needs such code.
+    """
+    checkpoint, layout = open_llava(folder)
+    onevision = checkpoint.config["model_type"] == DpnLlavaOnevisionConfig.model_type
+    completion = complete_processor(checkpoint, layout)
+    try:
+        with completion.applied(folder) as complete:
+            processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
+                complete, local_files_only=True, trust_remote_code=False
+            )
+        if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
+            raise TypeError(f"{type(processor).__name__} is no processor")
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "
+            "the model again from a folder that has its tokenizer and processor files"
+        ) from error
+    if processor.tokenizer.pad_token is None:  # where a vocabulary is read by its own library alone
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def max_positions(folder: Path) -> int:
+    """Return how many tokens the language model of a checkpoint takes, also where its config leaves it to a default."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def default_device() -> str:
+    """Return where a command runs a model: the first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back transformers' load report and progress bar: what the report would say is raised."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+register()

@@ -1,0 +1,135 @@
+"""What measurements depend on, in short: an unfinished calibration or evaluation must not go on with other input."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint
+from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.side_files import side_files
+from dpn_cli.checkpoint.streams import read_pieces
+from dpn_cli.errors import UsageError
+from dpn_cli.inference.loading import default_device
+from dpn_cli.pyramid.recipe import CalibrationRecipe
+
+PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvision")
+
+_EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
+_FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes into the pyramid's config
+_AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
+_ROUTERS = ".routers."
+_TEMPLATES = "additional_chat_templates"  # a folder, as transformers names it
+
+
+def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe) -> dict[str, Any]:
+    """Return plain data that changes with whatever the measurements of a calibration depend on.
+
+    Args:
+        checkpoint: the converted one; of its shards the size, the header and both ends are looked at.
+        data_digest: of the samples to be measured, see `Dataset`.
+        recipe: of it the settings that matter before the routers are fitted.
+    """
+    trains = recipe.heal.method != "none" or recipe.objective == "paper"
+    fitted = {tensor.file for tensor in checkpoint.tensors.values() if _ROUTERS in tensor.name}
+    beside = [t for t in checkpoint.tensors.values() if t.file in fitted and _ROUTERS not in t.name]
+    pyramid = {key: value for key, value in checkpoint.config["pyramid"].items() if key not in _FITTED}
+    packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
+    return {
+        **_surroundings(checkpoint.path, packages),
+        **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
+        "healed for": recipe.budget if recipe.heal.method != "none" else None,
+        "data": data_digest,
+        "weights": weights_digest(checkpoint.path / file for file in checkpoint.files if file not in fitted),
+        "pooling weights": _digest(piece for tensor in beside for piece in read_pieces(checkpoint.path, tensor)),
+        "config.json": {k: v for k, v in checkpoint.config.items() if k != WEIGHTS_KEY} | {"pyramid": pyramid},
+    }
+
+
+def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Lora | None, data_digest: str) -> dict[str, Any]:
+    """Return plain data that changes with whatever the results of an evaluation depend on, its settings apart.
+
+    Args:
+        checkpoint: converted or exported.
+        adapter: of a healed one.
+        data_digest: of the samples, see `Dataset`.
+    """
+    return {
+        **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
+        "data": data_digest,
+        "weights": served_digest(checkpoint, adapter),
+        "config.json": checkpoint.config,
+    }
+
+
+def served_digest(checkpoint: Checkpoint, adapter: Lora | None) -> str:
+    """Return a digest of all weights that a model answers with, those of its adapter included; see `weights_digest`."""
+    files = [checkpoint.path / file for file in checkpoint.files]
+    return weights_digest([*files, *(adapter.folder.iterdir() if adapter else ())])
+
+
+def _surroundings(folder: Path, packages: Iterable[str]) -> dict[str, Any]:
+    """Return what matters beside weights, config and data: tokenizer, processor, chat template, versions, device."""
+    files = (*side_files(folder), *(folder / _TEMPLATES).glob("*.jinja"))
+    return {
+        **{path.relative_to(folder).as_posix(): _digest([path.read_bytes()]) for path in files},
+        "versions": {package: _version(package) for package in packages},
+        "device": default_device(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the keys whose values differ, for a message; empty if none does."""
+    return ", ".join(sorted(_different(one, other)))
+
+
+def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    for key in {*one, *other}:
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from (f"{key}.{inner}" for inner in _different(mine, theirs))
+        elif repr(mine) != repr(theirs):  # as text, for which NaN is NaN
+            yield key
+
+
+def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all processes have the same input.
+
+    Raises:
+        UsageError: naming the first one that has not, and what of it differs.
+    """
+    for process, each in enumerate(fingerprints):
+        if changed := differences(fingerprints[0], each):
+            raise UsageError(
+                f"process {process} has other values of {changed} than the main one: "
+                "give all machines the same checkpoint, data and versions"
+            )
+
+
+def weights_digest(shards: Iterable[Path]) -> str:
+    """Return a digest of the names, sizes and both ends of some files."""
+    return _digest(part for shard in sorted(shards) for part in _edges(shard))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _edges(shard: Path) -> Iterator[bytes]:
+    size = shard.stat().st_size
+    yield f"{shard.name} {size}".encode()
+    with shard.open("rb") as file:
+        yield file.read(_EDGE_BYTES)
+        file.seek(max(0, size - _EDGE_BYTES))
+        yield file.read()

@@ -1,0 +1,361 @@
+"""Recipes: what pyramid to insert and how to calibrate it, as strict YAML. No torch."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpn_cli.errors import RecipeError, did_you_mean
+from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.strict_yaml import parse_yaml
+
+DEFAULT_RECIPE = "llava-1.5-7b"
+
+Kernel = Annotated[int, Field(ge=1, le=64)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SiteRecipe(_Section):
+    """One pooling site, placed by depth fraction (`after`) or by layer index (`after_layer`)."""
+
+    after: Fraction | None = None
+    after_layer: Annotated[int, Field(ge=0)] | None = None
+    rates: tuple[tuple[Kernel, Kernel], ...] = ((1, 1), (1, 2), (2, 2))
+
+    @model_validator(mode="after")
+    def _check(self) -> "SiteRecipe":
+        if (self.after is None) == (self.after_layer is None):
+            raise ValueError("give either `after` (a fraction of the depth) or `after_layer` (an index)")
+        if self.rates[:1] != ((1, 1),):
+            raise ValueError("the first rate must be [1, 1]: expert 0 pools nothing")
+        if len(set(self.rates)) < len(self.rates) or len(self.rates) < 2:
+            raise ValueError("rates must be two or more, all different")
+        return self
+
+    def layer(self, num_layers: int) -> int:
+        """Return the 0-based decoder layer that the site follows, in a decoder of `num_layers`."""
+        if self.after_layer is not None:
+            return self.after_layer
+        assert self.after is not None
+        return round(self.after * num_layers) - 1
+
+
+class RouterRecipe(_Section):
+    """The router's shape; see `RouterConfig`."""
+
+    hidden_ratio: Annotated[int, Field(ge=1)] = 4
+    input: Literal["last_instruction_token", "with_summaries"] = "with_summaries"
+    output: Literal["distortion", "logits"] = "distortion"
+
+
+class PyramidRecipe(_Section):
+    """The pyramid, independent of a model's depth; see `PyramidConfig`."""
+
+    sites: Annotated[tuple[SiteRecipe, ...], Field(min_length=1)]
+    pooling: Literal["avg", "max", "conv"] = "avg"
+    gate: Literal["none", "probability"] = "none"
+    positions: Literal["persistent", "contiguous"] = "persistent"
+    rounding: Literal["ceil", "floor"] = "ceil"
+    min_visual_tokens: Annotated[int, Field(ge=1)] = 16
+    router: RouterRecipe = RouterRecipe()
+
+
+class TrainingRecipe(_Section):
+    """How weights are trained, where calibration trains any.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples per forward pass; they share one route.
+        gradient_accumulation: forward passes per step.
+        learning_rate: the highest; it warms up, then falls to zero as a cosine.
+        optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.
+        dtype: of the frozen weights and the activations; `auto` is the checkpoint's. What is trained is float32.
+        gradient_checkpointing: compute activations twice to keep fewer of them.
+        save_every: steps between two saved states; a killed run goes on from the last one.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 400
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: Annotated[int, Field(ge=1)] = 20
+
+
+class HealRecipe(TrainingRecipe):
+    """How the layers after the first site are healed, before the routers are fitted.
+
+    Attributes:
+        method: `none`, or `lora`: a low-rank adapter, merged into the weights at export.
+        rank: of the adapter.
+        alpha: the adapter's output is scaled by alpha / rank.
+        target_modules: the linear layers that get an adapter.
+        temperature: at which teacher and student are compared.
+        ce_weight: of the cross-entropy to the labels, where the data has them and the route pools.
+        budget_spread: routes are drawn with a FLOPs fraction within the budget ± so much.
+        full_share: of the forward passes, those that pool nothing, so that the unpooled model stays the teacher.
+    """
+
+    method: Literal["none", "lora"] = "none"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    ce_weight: Annotated[float, Field(ge=0)] = 0.1
+    budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.2
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.15
+
+
+class PaperRecipe(TrainingRecipe):
+    """The authors' training (`objective: paper`): routers, and the decoder through an adapter, in one go.
+
+    Attributes:
+        train: `routers` alone, or `lora`: with an adapter of `calibration.heal`'s rank, alpha and targets.
+        loss: `ce` to the labels (the authors'), or `kl` to the teacher.
+        routing_weight: of the routing loss.
+        routing_target: the mean of scale · probability of the likeliest rates, below which the routing loss pushes for
+            more pooling.
+    """
+
+    train: Literal["routers", "lora"] = "lora"
+    loss: Literal["ce", "kl"] = "ce"
+    routing_weight: Annotated[float, Field(ge=0)] = 0.001
+    routing_target: Annotated[float, Field(ge=0)] = 1.5
+
+
+class CalibrationRecipe(_Section):
+    """How the routers are fitted.
+
+    Attributes:
+        samples: calibration samples to take from the data.
+        routes: routes measured per sample, `all` or a number.
+        batch_size: samples per forward pass.
+        holdout: fraction of the samples kept for early stopping and for the budget table.
+        epochs: passes of router fitting over the measured table.
+        learning_rate: of router fitting.
+        answer_tokens: answer tokens per sample, at most.
+        seed: of sampling and fitting.
+        budget: the mean fraction of prefill FLOPs to reach when the command names none.
+        prompts: questions for pictures that come without one.
+        load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
+        objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
+        heal: see `HealRecipe`.
+        paper: see `PaperRecipe`.
+    """
+
+    samples: Annotated[int, Field(ge=2)] = 512
+    routes: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    holdout: Fraction = 0.2
+    epochs: Annotated[int, Field(ge=1)] = 200
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    answer_tokens: Annotated[int, Field(ge=1)] = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.5
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
+        "Describe the image in one sentence.",
+        "What is in this picture?",
+        "Describe this image in detail.",
+        "What text can be read in the image?",
+    )
+    load_in: Literal["4bit", "8bit"] | None = None
+    objective: Literal["rate_distortion", "paper"] = "rate_distortion"
+    heal: HealRecipe = HealRecipe()
+    paper: PaperRecipe = PaperRecipe()
+
+
+class Recipe(_Section):
+    """A pyramid and its calibration."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    pyramid: PyramidRecipe
+    calibration: CalibrationRecipe = CalibrationRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        paper = self.calibration.objective == "paper"
+        if paper and (self.pyramid.gate != "probability" or self.pyramid.router.output != "logits"):
+            raise ValueError(
+                "calibration.objective: paper trains routers through their gate: it needs pyramid.gate: probability "
+                "and pyramid.router.output: logits (as in the recipe llava-1.5-7b-paper)"
+            )
+        return self
+
+    def pyramid_config(self, num_layers: int) -> PyramidConfig:
+        """Place the sites in a decoder of `num_layers`.
+
+        Raises:
+            RecipeError: if two sites meet, are out of order, or fall outside of the decoder.
+        """
+        layers = [site.layer(num_layers) for site in self.pyramid.sites]
+        if not all(0 <= layer < num_layers - 1 for layer in layers):
+            raise RecipeError(
+                f"recipe {self.name}: sites after layers {layers} do not fit a decoder of {num_layers} "
+                f"layers (0 to {num_layers - 2} are possible)"
+            )
+        if any(a >= b for a, b in pairwise(layers)):
+            raise RecipeError(f"recipe {self.name}: sites after layers {layers} of {num_layers} must differ and ascend")
+        options = self.pyramid.model_dump(exclude={"sites", "router"})
+        return PyramidConfig(
+            sites=tuple(Site(layer, site.rates) for layer, site in zip(layers, self.pyramid.sites, strict=True)),
+            router=RouterConfig(**self.pyramid.router.model_dump()),
+            **options,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain data; `Recipe.from_dict` reads it back."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> "Recipe":
+        """Validate plain data.
+
+        Raises:
+            RecipeError: with every fault and its key path.
+        """
+        try:  # through JSON: strict about types, yet a list is a tuple and 1 is a float
+            text = json.dumps(data)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{where}: only plain values are allowed ({error})") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_faults(error)}") from None
+
+
+def available_recipes() -> tuple[str, ...]:
+    """Return the names of the shipped recipes."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a YAML file, resolve `extends`, and apply `key.path=value` overrides.
+
+    Raises:
+        RecipeError: if there is none, or for every fault in it at once.
+    """
+    path = _find(name_or_path, beside=Path())
+    data = _read(path, chain=())
+    for override in overrides:
+        apply_override(data, override)
+    return Recipe.from_dict(data, where=f"recipe {name_or_path}")
+
+
+def _folder() -> Path:
+    """Return the shipped recipes: inside an installed package, beside it in a source tree."""
+    package = Path(__file__).parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def _find(name_or_path: str, beside: Path) -> Path:
+    if Path(name_or_path).suffix in {".yaml", ".yml"}:
+        path = beside / name_or_path
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}")
+        return path
+    names = available_recipes()
+    if name_or_path not in names:
+        hint = did_you_mean(name_or_path, names) or f" Known: {', '.join(names)}; or a path that ends in .yaml."
+        raise RecipeError(f"no recipe named {name_or_path!r}.{hint}")
+    return _folder() / f"{name_or_path}.yaml"
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path in chain:
+        raise RecipeError(f"recipe {path} extends itself: {' → '.join(p.name for p in (*chain, path))}")
+    data = parse_yaml(path.read_bytes(), where=str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of keys to values, found {type(data).__name__}")
+    if "extends" not in data:
+        return data
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: extends must name one recipe, found {base!r}")
+    return _merge(_read(_find(base, beside=path.parent), (*chain, path)), data)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` laid over it: mappings merge, all else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Change one value of a recipe's plain data, in place.
+
+    Args:
+        data: the recipe.
+        override: `key.path=value`; the value is YAML.
+
+    Raises:
+        RecipeError: if the override is no such pair or leads nowhere.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override!r}: expected KEY.PATH=VALUE, as in calibration.samples=256")
+    node: Any = data
+    for key in keys[:-1]:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else _item(node, key, override)
+    if isinstance(node, dict):
+        node[keys[-1]] = parse_yaml(text, where=f"--set {override}")
+    else:
+        _item(node, keys[-1], override)
+        node[int(keys[-1])] = parse_yaml(text, where=f"--set {override}")
+
+
+def _item(node: Any, key: str, override: str) -> Any:
+    if not isinstance(node, list) or not key.isdecimal() or int(key) >= len(node):
+        raise RecipeError(f"--set {override!r}: there is no {key!r} there")
+    return node[int(key)]
+
+
+def _faults(error: ValidationError) -> str:
+    """Return what pydantic found as one clause per key; the branches of a union are joined by `or`."""
+    faults: dict[str, list[str]] = {}
+    for detail in error.errors():
+        section, path = _locate(detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            known = section.model_fields
+            message = "unknown key." + (did_you_mean(str(detail["loc"][-1]), known) or f" Known: {', '.join(known)}")
+        faults.setdefault(path, []).append(message)
+    return "; ".join(f"{path}: {' or '.join(messages)}" for path, messages in faults.items())
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
+    """Return the section that a fault is in, and its key path without pydantic's names of union branches."""
+    section: type[BaseModel] = Recipe
+    path: list[str] = []
+    in_leaf = False
+    for part in loc:
+        if in_leaf and isinstance(part, str):
+            continue
+        path.append(str(part))
+        if isinstance(part, str):
+            field = section.model_fields.get(part)
+            nested = next(_sections_in(field.annotation), None) if field else None
+            section, in_leaf = nested or section, nested is None
+    return section, ".".join(path) or "the recipe"
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

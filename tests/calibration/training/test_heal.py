@@ -1,0 +1,250 @@
+"""Healing a tiny LLaVA: what is trained, what stays, and that a killed run ends as the uninterrupted one."""
+
+import random
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.calibration import heal as healing
+from dpn_cli.calibration.passes import divergence, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.training.heal import HealReport, draw_route, heal, heal_loss
+from dpn_cli.calibration.training.loop import STATE_FILE, Draws
+from dpn_cli.data.encoding import IGNORED, Example
+from dpn_cli.errors import DpnError
+from dpn_cli.inference.adapter import adapter_parameters, add_adapter
+from dpn_cli.pyramid.recipe import HealRecipe
+from tests.pyramids import prompt
+
+PAD = 3
+RECIPE = HealRecipe(
+    method="lora", rank=4, steps=6, batch_size=2, gradient_accumulation=2, learning_rate=2e-3, save_every=2
+)
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    """Six answered samples; the third has two images, the fourth none."""
+    result = []
+    for seed, images in enumerate([1, 1, 2, 0, 1, 1]):
+        sample = prompt(images, 3 + seed, 5, seed)
+        ids = torch.cat([sample["input_ids"][0], torch.arange(50, 53 + seed % 2)])
+        labels = ids.clone()
+        labels[: len(sample["input_ids"][0])] = IGNORED
+        result.append(Example(ids, labels, {name: sample[name] for name in sample if name == "pixel_values"}))
+    return result
+
+
+def run(model: Any, examples: list[Example], recipe: HealRecipe = RECIPE, **options: Any) -> HealReport:
+    labelled = [True] * len(examples)
+    return heal(model, examples, labelled, recipe, **{"budget": 0.6, "pad_token_id": PAD, "seed": 0, **options})
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def forward(model: Any, example: Example) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=example.input_ids[None], **example.visual).logits
+
+
+def test_teacher_and_student_are_the_stock_model_and_the_forced_route(make_pair: Any, examples: list[Example]) -> None:
+    stock, model = make_pair()
+    trunk = run_trunk(model, examples[:2], [True, True], PAD)
+    route = (1, 0, 2)
+    model.set_route(route)
+    teacher = teacher_logits(model, trunk)
+    text_model = model.model.language_model
+    student = student_logits(model, trunk, lambda state, site: text_model.take(state, site, [route[site]] * 2))
+    at = 0
+    for example in examples[:2]:
+        answers = (example.labels[1:] != IGNORED).nonzero()[:, 0]
+        here = slice(at, at + len(answers))
+        at += len(answers)
+        assert torch.allclose(teacher[here], forward(stock, example)[0, answers], atol=1e-3)
+        with torch.no_grad():
+            forced = model(input_ids=example.input_ids[None], **example.visual, labels=example.labels[None])
+        assert torch.allclose(student[here], forced.logits[0, answers], atol=1e-3)
+        assert trunk.targets[here].tolist() == example.labels[answers + 1].tolist()
+
+
+def test_only_layers_behind_the_first_site_get_an_adapter(make_pair: Any) -> None:
+    _, model = make_pair()
+    parameters = add_adapter(model, 4, 8.0, ["q_proj", "down_proj"], seed=0)
+    modules = {name.split(".lora_")[0] for name in parameters}
+    expected = {
+        f"model.language_model.layers.{i}.{m}" for i in range(2, 8) for m in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert modules == expected
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(parameters)
+
+
+def test_healing_lowers_the_loss_and_leaves_the_base_alone(make_pair: Any, examples: list[Example]) -> None:
+    stock, model = make_pair()
+    before = weights(model)
+    recipe = RECIPE.model_copy(
+        update={"steps": 30, "gradient_accumulation": 1, "budget_spread": 0.0, "full_share": 0.0}
+    )
+    report = run(model, examples[:2], recipe, budget=0.3)
+    figures = report.summary()
+    assert figures["loss_at_last"] < 0.7 * figures["loss_at_first"]
+    after = {name.replace(".base_layer", ""): value for name, value in weights(model).items() if ".lora_" not in name}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with model.teacher():
+        assert torch.equal(forward(model, examples[0]), forward(stock, examples[0]))
+    model.set_route(model.pyramid.full_route)
+    assert not torch.equal(forward(model, examples[0]), forward(stock, examples[0]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_killed_run_ends_as_the_uninterrupted_one(
+    make_pair: Any, examples: list[Example], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPE.model_copy(update={"optimizer": optimizer, "rank": 64})  # 8-bit state starts at 4096 values
+    _, model = make_pair()
+    expected = run(model, examples, recipe)
+    whole = weights(model)
+
+    _, model = make_pair()
+    calls = 0
+
+    def dying(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return heal_loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(healing, "heal_loss", dying)
+        run(model, examples, recipe, state=tmp_path)
+
+    _, model = make_pair()
+    steps: list[int] = []
+    resumed = run(model, examples, recipe, state=tmp_path, advance=steps.append)
+    assert steps == [4, 1, 1]
+    assert resumed == expected
+    assert all(torch.equal(whole[name], value) for name, value in weights(model).items())
+
+
+def test_another_seed_gives_another_adapter_and_a_damaged_state_begins_anew(
+    make_pair: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    (tmp_path / STATE_FILE).write_bytes(b"half a file")
+    _, model = make_pair()
+    first = run(model, examples, state=tmp_path)
+    _, model = make_pair()
+    assert run(model, examples) == first
+    _, model = make_pair()
+    assert run(model, examples, seed=1).loss != first.loss
+
+
+def test_checkpointing_changes_nothing(make_pair: Any, examples: list[Example]) -> None:
+    _, model = make_pair()
+    plain = run(model, examples)
+    _, model = make_pair()
+    checkpointed = run(model, examples, RECIPE.model_copy(update={"gradient_checkpointing": True}))
+    assert checkpointed.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert not any(module.training for module in model.modules())
+
+
+def test_checkpointing_recomputes_the_layers(make_pair: Any, examples: list[Example]) -> None:
+    _, model = make_pair()
+    calls = []
+    model.model.language_model.layers[7].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    one = {"steps": 1, "gradient_accumulation": 1}
+    run(model, examples, RECIPE.model_copy(update={**one, "gradient_checkpointing": True}))
+    assert len(calls) == 3  # teacher, student, student again
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_a_float32_adapter(make_pair: Any, examples: list[Example], dtype: torch.dtype) -> None:
+    _, model = make_pair()
+    model.to(dtype)
+    report = run(model, examples)
+    assert len(report.loss) == 6
+    assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {torch.float32}
+    moved = [p for n, p in adapter_parameters(model).items() if ".lora_B." in n]
+    assert all(parameter.abs().sum() > 0 for parameter in moved)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    make_pair: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, model = make_pair()
+    monkeypatch.setattr(healing, "heal_loss", lambda *args: heal_loss(*args) * torch.nan)
+    with pytest.raises(DpnError, match=r"broke off at step 1 of 6: the loss is nan.*lower learning_rate"):
+        run(model, examples, state=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_count_only_where_they_are_the_datas_and_the_route_pools(
+    make_pair: Any, examples: list[Example]
+) -> None:
+    _, model = make_pair()
+    text_model = model.model.language_model
+    recipe = RECIPE.model_copy(update={"ce_weight": 0.5, "temperature": 2.0})
+    trunk = run_trunk(model, examples[:2], [True, False], PAD)
+    route = (2, 0, 0)
+    teacher = teacher_logits(model, trunk)
+    student = student_logits(model, trunk, lambda state, site: text_model.take(state, site, [route[site]] * 2))
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    kl = 4 * (p * (p.log() - q.log())).sum(-1)
+    ce = F.cross_entropy(student, trunk.targets, reduction="none")
+    first = trunk.answers[0] == 0
+    expected = ((kl[first] + 0.5 * ce[first]).mean() + kl[~first].mean()) / 2
+    assert heal_loss(model, trunk, route, recipe).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert heal_loss(model, trunk, (0, 0, 0), recipe).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_divergence_of_two_coins() -> None:
+    teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[torch.tensor(3.0).log(), 0.0]])
+    expected = 0.5 * torch.tensor(0.5 / 0.75).log() + 0.5 * torch.tensor(0.5 / 0.25).log()
+    assert divergence(student, teacher, 1.0).item() == pytest.approx(expected.item())
+    assert divergence(student * 2, teacher * 2, 2.0).item() == pytest.approx(4 * expected.item())
+
+
+def test_routes_are_drawn_around_the_budget_on_both_sides(make_pair: Any, examples: list[Example]) -> None:
+    from dpn_cli.pyramid.cost import flops_fraction
+
+    _, model = make_pair()
+    state = run_trunk(model, examples[:2], [True, True], PAD).state
+    rng = random.Random(0)
+    recipe = HealRecipe(full_share=0.2, budget_spread=0.15)
+    routes = [draw_route(model, state, 0.6, recipe, rng) for _ in range(300)]
+    shape = model.model.language_model.shape
+    fractions = [flops_fraction(shape, model.pyramid, r, state.image_grids[0], state.text_tokens[0]) for r in routes]
+    full = sum(route == (0, 0, 0) for route in routes)
+    assert 35 < full < 85
+    drawn = [f for f, route in zip(fractions, routes, strict=True) if route != (0, 0, 0)]
+    assert min(drawn) < 0.52 and max(drawn) > 0.68
+    assert all(0.4 < fraction < 0.8 for fraction in drawn)
+    assert sum(drawn) / len(drawn) == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_batch_without_images_takes_the_full_route_and_only_holds_the_teacher(
+    make_pair: Any, examples: list[Example]
+) -> None:
+    _, model = make_pair()
+    trunk = run_trunk(model, [examples[3]] * 2, [True, True], PAD)
+    route = draw_route(model, trunk.state, 0.5, RECIPE, random.Random(0))
+    assert route == (0, 0, 0)
+    assert heal_loss(model, trunk, route, RECIPE).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_every_sample_is_drawn_once_per_epoch() -> None:
+    recipe = RECIPE.model_copy(update={"batch_size": 3, "gradient_accumulation": 2})
+    draws = Draws(9, recipe, seed=5)
+    rows = [draws.at(step, part).rows for step in range(3) for part in range(2)]
+    first, second = [*chain(*rows[:3])], [*chain(*rows[3:])]
+    assert sorted(first) == sorted(second) == list(range(9))
+    assert first != second
+    assert Draws(9, recipe, seed=5).at(2, 1).rows == rows[-1]
+    assert draws.at(0, 0).random.random() != draws.at(0, 1).random.random()

@@ -1,0 +1,219 @@
+"""Calibrations that train: what they write, that a load and an export give the healed model, and the way back."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from dpn_cli.calibration import tuning
+from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.conversion.convert import convert
+from dpn_cli.errors import CheckpointError, MissingExtraError
+from dpn_cli.exporting.export import export
+from dpn_cli.inference.loading import load_model
+from dpn_cli.modeling import adapter
+from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
+
+HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
+RECIPE = CalibrationRecipe(
+    samples=16, epochs=4, batch_size=8, answer_tokens=3, budget=0.7, holdout=0.25, routes=6, heal=HEAL
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pictures, of which the first eight have an answer, and a row of text."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(16):
+        Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat is this ?"}, {"from": "gpt", "value": "a red circle"}]
+        rows.append({"id": str(i), "image": f"{i:02}.png", "conversations": turns[: 2 if i < 8 else 1]})
+    text = [{"from": "human", "value": "say one word"}, {"from": "gpt", "value": "green"}]
+    rows.append({"id": "text", "conversations": text})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(str(tiny_llava), output=tmp_path_factory.mktemp("out") / "tiny-dpn").output
+
+
+@pytest.fixture(scope="module")
+def healed(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healed") / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    run(folder, data, RECIPE)
+    return folder
+
+
+def run(folder: Path, data: Path, recipe: CalibrationRecipe) -> Any:
+    @contextmanager
+    def silent(description: str, total: int) -> Iterator[Any]:
+        yield lambda done: None
+
+    return calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+
+
+def logits(model: Any, folder: Path, data: Path) -> torch.Tensor:
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.open(data.parent / "03.png")
+    inputs = processor(text="USER: <image>\nwhat is this ? ASSISTANT:", images=image, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def adapter_of(folder: Path) -> Path:
+    """Where config.json says that the adapter is."""
+    return folder / json.loads((folder / "config.json").read_text())["pyramid"]["calibration"]["adapter"]
+
+
+def base_weights(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model*.safetensors")}
+
+
+def test_a_healed_checkpoint_keeps_its_base_and_notes_its_adapter(converted: Path, healed: Path) -> None:
+    new = {str(path.relative_to(healed)) for path in healed.rglob("*") if path.is_file()}
+    new -= {str(path.relative_to(converted)) for path in converted.rglob("*") if path.is_file()}
+    adapter = adapter_of(healed)
+    generation = adapter.parent.relative_to(healed)
+    assert new == {
+        f"{generation}/adapter/adapter_config.json", f"{generation}/adapter/adapter_model.safetensors",
+        f"{generation}/dpe.safetensors", f"{generation}/model.safetensors.index.json",
+        "calibration/report.json", "calibration/report.html",
+    }  # fmt: skip
+    assert base_weights(healed) == base_weights(converted) != {}
+    record = json.loads((healed / "config.json").read_text())["pyramid"]["calibration"]
+    assert healed / record["adapter"] == adapter
+    assert record["heal"]["rank"] == 2
+    assert record["training"]["steps"] == 3
+    assert "paper" not in record
+
+
+def test_a_load_is_healed_and_its_teacher_is_the_original(healed: Path, tiny_llava: Path, data: Path) -> None:
+    stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
+    model, plain = load_model(healed), load_model(healed, healed=False)
+    for each in (model, plain):
+        each.set_budget(1.0)
+    expected = logits(stock, healed, data)
+    assert torch.equal(logits(plain, healed, data), expected)
+    with model.teacher():
+        assert torch.equal(logits(model, healed, data), expected)
+    assert not torch.allclose(logits(model, healed, data), expected, atol=1e-3)
+    assert not any(parameter.requires_grad for name, parameter in plain.named_parameters() if ".lora_" in name)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_an_export_holds_the_adapter_in_its_weights(
+    healed: Path, data: Path, tmp_path: Path, dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(load_model(healed), healed, data)
+    done = export(healed, tmp_path / "out", dtype=dtype, max_shard_size="100KB")
+    monkeypatch.setattr(adapter, "_peft", lambda: pytest.fail("an export needs no peft"))
+    model = load_model(done.output)
+    assert "adapter" not in json.loads((done.output / "config.json").read_text())["pyramid"]["calibration"]
+    assert not (done.output / "calibration").exists()
+    changed = logits(model, healed, data).float()
+    if dtype is None:
+        assert torch.allclose(changed, expected, atol=1e-3)
+    targets = Lora.open(adapter_of(healed)).targets
+    before = load_model(healed, healed=False).state_dict()
+    for name, tensor in model.state_dict().items():
+        same = torch.equal(tensor, before[name].to(tensor.dtype))
+        assert same == (name not in targets), name
+
+
+def test_merging_is_what_peft_does(healed: Path) -> None:
+    model = load_model(healed)
+    layer = model.model.language_model.layers[4].mlp.down_proj
+    lora = Lora.open(adapter_of(healed))
+    base = layer.base_layer.weight.detach()
+    merged = lora.merged("model.language_model.layers.4.mlp.down_proj.weight", base)
+    assert torch.allclose(merged, base + layer.get_delta_weight("default"), atol=1e-6)
+    assert not torch.allclose(merged, base, atol=1e-6)
+
+
+def test_calibrating_again_without_healing_is_the_way_back(
+    converted: Path, healed: Path, data: Path, tmp_path: Path
+) -> None:
+    again, never = tmp_path / "again", tmp_path / "never"
+    shutil.copytree(healed, again)
+    shutil.copytree(converted, never)
+    recipe = RECIPE.model_copy(update={"heal": HealRecipe()})
+    first, second = run(again, data, recipe), run(never, data, recipe)
+    assert not list(again.rglob("adapter"))
+    assert first.full.distortion == second.full.distortion == 0
+    assert not load_model(again).is_adapted
+
+
+def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(converted, tmp_path / "tiny-dpn")
+    seen: dict[str, bool] = {}
+
+    def spy(model: Any, examples: Any, has_labels: Any, *args: Any, **options: Any) -> None:
+        seen.update({sample.id: labelled for sample, labelled in zip(examples.samples, has_labels, strict=True)})
+
+    monkeypatch.setattr(tuning, "heal", spy)
+    report = run(tmp_path / "tiny-dpn", data, RECIPE)
+    assert report.settings["held_out"] == 4
+    assert len(seen) == 13
+    assert seen.pop("text")
+    assert {labelled == (int(i) < 8) for i, labelled in seen.items()} == {True}
+
+
+def test_the_papers_objective_trains_routers_and_adapter(tiny_llava: Path, data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("llava-1.5-7b-paper")
+    folder = convert(str(tiny_llava), recipe, tmp_path / "tiny-dpn").output
+    steps: dict[str, Any] = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1}
+    paper = PaperRecipe(**steps, learning_rate=1e-2, train="lora", loss="kl")
+    changes = {
+        "paper": paper,
+        "samples": 16,
+        "holdout": 0.25,
+        "answer_tokens": 3,
+        "budget": 0.9,
+        "heal": HealRecipe(rank=2),
+    }
+    report = run(folder, data, recipe.calibration.model_copy(update=changes))
+    assert report.settings["training"]["steps"] == 2
+    assert report.settings["held_out"] == 4
+    model = load_model(folder)
+    assert model.is_adapted
+    assert all(router.head.weight.abs().sum() > 0 for router in model.model.language_model.routers)
+
+
+def test_without_peft_healing_names_the_extra(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    shutil.copytree(converted, tmp_path / "tiny-dpn")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"dpn-cli\[heal\]"):
+        run(tmp_path / "tiny-dpn", data, RECIPE)
+
+
+def test_an_adapter_that_is_gone_or_strange_is_an_error(healed: Path, tmp_path: Path) -> None:
+    shutil.copytree(healed, tmp_path / "tiny-dpn")
+    config = adapter_of(tmp_path / "tiny-dpn") / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    with pytest.raises(CheckpointError, match="another adapter than plain LoRA"):
+        export(tmp_path / "tiny-dpn", tmp_path / "out")
+    config.unlink()
+    for act in (load_model, lambda folder: export(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="is missing, yet the checkpoint was healed"):
+            act(tmp_path / "tiny-dpn")

@@ -1,0 +1,288 @@
+"""Reading what users bring: what is taken for what, which rows are good, and what is said about the others."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dpn_cli.data import Dataset, RowError, Sample, Turn, load_data
+from dpn_cli.errors import DataError
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "images" / "a.png"
+    path.parent.mkdir()
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(path)
+    return path
+
+
+def chat(question: str = "<image>\nwhat colour is this ?", answer: str = "red") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def llava_row(**changes: Any) -> dict[str, Any]:
+    return {"id": "x", "image": "images/a.png", "conversations": chat(), **changes}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text)
+    return path
+
+
+def load(path: Path, **options: Any) -> Dataset:
+    return load_data(str(path), **options)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_llava_files(tmp_path: Path, picture: Path, name: str) -> None:
+    messages = [{"role": "user", "content": "which shape ?"}, {"role": "assistant", "content": " circle "}]
+    rows = [llava_row(model=""), {"images": [str(picture)] * 2, "messages": messages}, llava_row(image="")]
+    rows[2]["conversations"] = chat("what is red ?", "a colour")
+    data = load(write(tmp_path / name, rows))
+    assert data.samples == [
+        Sample("x", (picture,), (Turn("what colour is this ?", "red", images=1),)),
+        Sample("2", (picture, picture), (Turn("which shape ?", "circle", images=2),)),
+        Sample("x", (), (Turn("what is red ?", "a colour"),)),
+    ]
+    assert [sample.row for sample in data.samples] == [1, 2, 3]
+    assert (data.scan.rows, data.scan.with_image, data.scan.text_only, data.scan.several_images) == (3, 2, 1, 1)
+    assert "`image`, `conversations` as conversation" in data.scan.lines()[0]
+
+
+def test_lines_in_a_json_file_and_blank_lines(tmp_path: Path, picture: Path) -> None:
+    row = json.dumps(llava_row(conversations=chat(answer="a\u2028b")), ensure_ascii=False)  # no line break in JSON
+    path = tmp_path / "data.json"
+    path.write_text(f"\ufeff{row}\r\n\n{row}\n")
+    assert [sample.row for sample in load(path).samples] == [1, 3]
+
+
+def test_a_folder_with_one_file_of_rows_is_no_folder_of_images(tmp_path: Path, picture: Path) -> None:
+    write(tmp_path / "train.json", [llava_row()])
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert load(tmp_path).samples[0].turns[0].answer == "red"
+    write(tmp_path / "val.jsonl", [llava_row()])
+    with pytest.raises(DataError, match=r"several files of rows \(train\.json, val\.jsonl\)"):
+        load(tmp_path)
+
+
+def test_image_folder_takes_the_stock_prompts_in_turn(picture: Path) -> None:
+    Image.new("RGB", (8, 8)).save(picture.with_name("b.jpg"))
+    picture.with_name("._b.jpg").write_bytes(b"of macOS")
+    data = load(picture.parent, prompts=("one ?", "two ?"))
+    assert [(s.id, s.turns[0].question) for s in data.samples] == [("a.png", "one ?"), ("b.jpg", "two ?")]
+    assert data.scan.unanswered == 2
+
+
+def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, picture: Path) -> None:
+    row = {"image": "images/a.png", "split": "train"}
+    path = write(tmp_path / "data.json", [row] * 2)
+    assert [sample.turns[0].question for sample in load(path, prompts=("one ?", "two ?")).samples] == ["one ?", "two ?"]
+    write(path, [row, row | {"request": "what ?", "reply": "red"}])
+    with pytest.raises(DataError, match=r"row 2: .*`request`, `reply`, of .*--ignore-fields.*Known are conversation: "):
+        load(path)
+    assert load(path, ignored=("request", "reply")).scan.unanswered == 2
+    with pytest.raises(DataError, match=r"--ignore-fields requests: .*Did you mean 'request'"):
+        load(path, ignored=("requests",))
+    write(path, [row, llava_row()])
+    with pytest.raises(DataError, match="row 1: no text"):
+        load(path)
+
+
+def test_file_names_and_formats_that_must_work(tmp_path: Path) -> None:
+    folder = tmp_path / "größe und ☕"
+    folder.mkdir()
+    image = Image.new("RGB", (20, 30), (9, 90, 200))
+    image.save(folder / "a b.jpg", format="GIF")
+    image.convert("RGBA").save(folder / "c.png")
+    image.convert("I;16").save(folder / "d.tiff")
+    image.convert("CMYK").save(folder / "e.jpg")
+    image.save(folder / "f.jpg", format="MPO")  # as phones write it
+    rows = [llava_row(image=f"größe und ☕/{path.name}") for path in folder.iterdir()]
+    rows.append(llava_row(image=str(folder / "c.png")))
+    data = load(write(tmp_path / "data.json", rows), image_root=tmp_path)
+    assert data.scan.with_image == 6
+    assert {image.mode for sample in data.samples for image in sample.open_images()} == {"RGB"}
+
+
+def bomb(path: Path, width: int, height: int) -> None:
+    """Write a PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+def bad_rows(folder: Path) -> list[tuple[Any, str]]:
+    """Return rows and the reasons that they are refused for."""
+    bomb(folder / "bomb.png", 60_000, 60_000)
+    bomb(folder / "wide.png", 10_000, 9_000)  # above where Pillow warns, below where it refuses
+    bomb(folder / "thin.png", 1, 5_000)
+    (folder / "noise.jpg").write_bytes(b"GIF89a")
+    (folder / "drawing.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    whole = folder / "whole.jpg"
+    Image.effect_noise((200, 200), 90).save(whole)
+    (folder / "half.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    late = [*chat(), {"from": "system", "value": "be brief"}]
+    return [
+        (llava_row(image="images/bomb.png"), "image too large"),
+        (llava_row(image="images/wide.png"), "image too large"),
+        (llava_row(image="images/thin.png"), "image too thin"),
+        (llava_row(image="images/noise.jpg"), "image cannot be decoded"),
+        (llava_row(image="images/drawing.jpg"), "image cannot be decoded"),
+        (llava_row(image="images/half.jpg"), "image cannot be decoded"),
+        (llava_row(image="images/none.png"), "missing image file"),
+        (llava_row(image="images"), "missing image file"),
+        (llava_row(image="a\0b"), "missing image file"),
+        (llava_row(image="a" * 5000), "missing image file"),
+        (llava_row(image="\ud800.png"), "missing image file"),
+        (llava_row(image=["images/a.png", 3]), "no image path"),
+        (llava_row(image="https://example.org/a.png"), "image not in a file"),
+        (llava_row(conversations=chat("<image><image> what ?")), "more <image> than images"),
+        (llava_row(image=None), "more <image> than images"),
+        (llava_row(image=None, images=["images/a.png"] * 2), "more images than <image>"),
+        (llava_row(conversations=chat(answer=" \n")), "an empty answer"),
+        (llava_row(conversations=chat(answer="<image>")), "<image> outside of a question"),
+        (llava_row(conversations=chat(answer="\udcff")), "broken text"),
+        (llava_row(image=None, conversations=chat("", "red")), "an empty question"),
+        (llava_row(conversations=[{"from": "alien", "value": "hm"}]), "unknown role"),
+        (llava_row(conversations=late), "a late system message"),
+        (llava_row(conversations=chat()[1:]), "an answer without a question"),
+        (llava_row(conversations=[*chat(), chat()[1]]), "an answer without a question"),
+        (llava_row(conversations=[{"from": "system", "value": "be brief"}]), "no question"),
+        (llava_row(conversations=[{"role": "user", "content": [{"type": "video"}]}]), "unknown content"),
+        (llava_row(conversations="hm"), "no list of messages"),
+        (llava_row(conversations=None), "no text"),
+        ("hm", "not an object"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_every_bad_row_has_its_reason(tmp_path: Path, picture: Path) -> None:
+    rows, reasons = zip(*bad_rows(picture.parent), strict=True)
+    path = write(tmp_path / "data.json", [llava_row(), *rows])
+    scan = load(path, on_bad_row="skip", max_bad=1.0).scan
+    assert [(fault.row, fault.reason) for fault in scan.faults] == list(enumerate(reasons, 2))
+    assert scan.with_image == 1
+    "\n".join(scan.lines()).encode()  # printable on any terminal
+    with pytest.raises(DataError, match=r"29 of 30 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
+        load(path)
+
+
+def test_bad_rows_are_skipped_up_to_a_share(tmp_path: Path, picture: Path) -> None:
+    rows = [llava_row()] * 19 + [llava_row(image="gone.png")]
+    path = write(tmp_path / "data.jsonl", rows)
+    with pytest.raises(DataError, match=r"row 20: missing image file \(no image file .*gone\.png\)\. Mend them, or"):
+        load(path)
+    assert len(load(path, on_bad_row="skip").samples) == 19
+    with pytest.raises(DataError, match=r"5\.0%, more than --max-bad 0\.04"):
+        load(path, on_bad_row="skip", max_bad=0.04)
+
+
+def test_a_wrong_image_root_is_hinted_at(tmp_path: Path, picture: Path) -> None:
+    with pytest.raises(DataError, match="Does --image-root name"):
+        load(write(tmp_path / "data.json", [llava_row()] * 3), image_root=picture.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        ("[{row}, {row},]", {3: "a comma is followed by no row"}),
+        ('[{row}, {{"id": "}}",\n}}, {row}]', {2: "line 2; is there a comma too many?"}),
+        ('[{row}, {{"a": "\\"]", "b": [1,]}}, {row}]', {2: "comma too many"}),
+        ("[{row}, {deep}, {row}]", {2: "recursion"}),
+    ],
+)
+def test_broken_json_is_named_by_row_and_skipped_by_choice(
+    tmp_path: Path, picture: Path, text: str, bad: dict[int, str]
+) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text.format(row=json.dumps(llava_row()), deep="[" * 100_000 + "]" * 100_000))
+    scan = load(path, on_bad_row="skip", max_bad=0.5).scan
+    assert {fault.row for fault in scan.faults} == set(bad)
+    assert all(bad[fault.row] in fault.detail for fault in scan.faults)
+    assert scan.with_image == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.json", "{", "expected"),
+        ("data.json", "{}", "holds no JSON list"),
+        ("data.json", "[]", "holds no rows"),
+        ("data.json", "", "holds no rows"),
+        ("data.json", "[{}, {", "row 2, line 1: it has no end"),
+        ("data.json", "[{}, oops]", "row 2, line 1: it has no end"),
+        ("data.json", "[{}\n{}]", "row 1, line 2: no comma"),
+        ("data.json", "[{}] []", "more text follows"),
+        ("data.json", b"\xff\xfe[", "UTF-8"),
+        ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
+        ("data.csv", "", "expected a LLaVA"),
+        ("empty", None, "no images"),
+        ("nowhere", "missing", "does not exist"),
+    ],
+)
+def test_bad_sources_are_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    elif content != "missing":
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        load(path)
+
+
+def test_a_limit_draws_from_the_whole_file_and_keeps_its_order(tmp_path: Path, picture: Path) -> None:
+    rows = [llava_row(id=i) if i % 3 else llava_row(id=i, image=None, conversations=chat("what ?")) for i in range(300)]
+    path = write(tmp_path / "data.json", rows)
+    data = load(path, limit=40, seed=1)
+    numbers = [sample.row for sample in data.samples]
+    assert data.scan.with_image == 40 and data.scan.text_only > 5 and data.scan.available == 300
+    assert numbers == sorted(numbers) and numbers[0] < 60 and numbers[-1] > 240
+    assert load(path, limit=40, seed=1).digest == data.digest
+    assert load(path, limit=40, seed=2).digest != data.digest
+    assert load(path, limit=250).scan.with_image == 200  # there are no more
+
+
+def test_the_draw_replaces_what_a_check_refuses(tmp_path: Path, picture: Path) -> None:
+    path = write(tmp_path / "data.json", [llava_row(id=i) for i in range(100)])
+
+    def odd(sample: Sample) -> None:
+        if int(sample.id) % 2:
+            raise RowError("odd")
+
+    data = load(path, limit=20, check=odd, on_bad_row="skip", max_bad=1.0)
+    assert len(data.samples) == 20 and {fault.reason for fault in data.scan.faults} == {"odd"}
+
+
+def test_the_digest_follows_content_and_not_place(tmp_path: Path, picture: Path) -> None:
+    path = write(tmp_path / "data.json", [llava_row()])
+    before = load(path).digest
+    moved = picture.rename(picture.with_name("b.png"))
+    assert load(write(path, [llava_row(image=str(moved))])).digest == before
+    assert load(write(path, [llava_row(image=str(moved), conversations=chat(answer="blue"))])).digest != before
+    write(path, [llava_row(image=str(moved))])
+    Image.new("RGB", (50, 40), (200, 30, 31)).save(moved)
+    assert load(path).digest != before
+
+
+def test_demo_samples_are_the_first_of_their_stream() -> None:
+    few, more = load_data("demo", split="heldout", limit=3), load_data("demo", split="heldout", limit=5)
+    assert [s.id for s in few.samples] == [s.id for s in more.samples[:3]]
+    assert all(s.kind and s.turns[0].answer for s in few.samples)
+
+
+def test_an_image_that_changed_after_the_scan_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("GIF89a")
+    with pytest.raises(DataError, match=r"image cannot be decoded: .*a\.png: no known image format"):
+        Sample("x", (path,), (Turn("what ?", "red"),)).open_images()

@@ -1,0 +1,93 @@
+"""Images: upright, within one limit for all readers, and refused by name if damaged, whatever the damage."""
+
+import io
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.images import FORMATS, check_image, image_size, open_image
+from dpn_cli.errors import DataError
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+WHOLE = {kind: encoded(kind) for kind in FORMATS if kind in Image.registered_extensions().values()}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_images_pass(kind: str) -> None:
+    check_image(WHOLE[kind], "x")
+    assert open_image(WHOLE[kind], "x").size == (40, 30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(sorted(WHOLE)), num_bytes=st.integers(1, 8))
+@pytest.mark.filterwarnings("ignore")
+def test_damage_is_named_before_and_after_the_scan(data: st.DataObject, kind: str, num_bytes: int) -> None:
+    image = bytearray(WHOLE[kind])
+    for _ in range(num_bytes):
+        image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+    damaged = bytes(image[: data.draw(st.integers(0, len(image)))])
+    try:
+        check_image(damaged, "picture")
+    except RowError as fault:
+        assert fault.reason.startswith("image ") and "picture" in fault.detail
+    try:
+        open_image(damaged, "picture")
+    except DataError as error:
+        assert "picture" in str(error)
+
+
+def photo(kind: str, orientation: int) -> bytes:
+    """A picture of 80×40 pixels, as stored, whose upper left quarter is red."""
+    image, exif = Image.new("RGB", (80, 40), "blue"), Image.Exif()
+    image.paste("red", (0, 0, 40, 20))
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "size", "red"), [(1, (80, 40), (0, 0)), (3, (80, 40), (1, 1)), (6, (40, 80), (1, 0))]
+)
+def test_images_are_upright_as_viewers_show_them(
+    tmp_path: Path, kind: str, orientation: int, size: tuple[int, int], red: tuple[int, int]
+) -> None:
+    data = photo(kind, orientation)
+    (tmp_path / "a").write_bytes(data)
+    for source in (data, tmp_path / "a", Image.open(tmp_path / "a")):
+        shown = open_image(source, "x")
+        assert shown.size == size and image_size(source, "x") == (size[1], size[0])
+        corners = {(x, y): shown.getpixel((x * (size[0] - 1), y * (size[1] - 1))) for x in (0, 1) for y in (0, 1)}
+        assert [corner for corner, colour in corners.items() if colour[0] > 128] == [red]
+    with Image.open(tmp_path / "a") as in_memory:
+        in_memory.load()
+        before = in_memory.size
+        open_image(in_memory, "x")
+        assert in_memory.size == before  # a user's picture stays as it is
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(1, 12_000), (12_000, 1), (10_000, 9_000)])
+def test_one_limit_holds_for_every_way_to_read_an_image(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", size).save(path)
+    in_memory = Image.new("1", size)
+    readers = [
+        lambda: check_image(path.read_bytes(), str(path)),
+        *(partial(read, source, str(path)) for read in (open_image, image_size) for source in (path, in_memory)),
+    ]
+    for read in readers:
+        with pytest.raises(DataError, match=rf"a\.png has {size[0]}×{size[1]} pixels, at most"):
+            read()

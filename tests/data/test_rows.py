@@ -1,0 +1,347 @@
+"""Rows of any table as samples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpn_cli.data.faults import UNREAD, RowError
+from dpn_cli.data.fields import mapping
+from dpn_cli.data.images import image_path
+from dpn_cli.data.llava import LlavaFile
+from dpn_cli.data.rows import Reading, read_row
+from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.data.scan import scan
+from dpn_cli.errors import DataError
+
+ROOT = Path("pictures")
+READING = Reading(("stock ?",))
+A, B = ROOT / "a.png", ROOT / "b.png"
+
+
+def read(row: Any, reading: Reading = READING, **options: Any) -> Sample:
+    return read_row(row, 3, lambda value: image_path(ROOT, value), reading, **options)
+
+
+def say(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def test_images_stand_where_their_placeholders_are() -> None:
+    messages = [
+        say("system", "Be brief."),
+        say("user", "<image> what ?"),
+        say("assistant", "red"),
+        say("user", "and <image><image> ?"),
+    ]
+    sample = read({"image": ["a.png", "b.png", "a.png"], "messages": messages})
+    assert sample.turns == (Turn("what ?", "red", 1), Turn("and  ?", None, 2))
+    assert sample.system == "Be brief."
+    assert sample.asked == 1
+    assert sample.images_until(0) == (A,)
+    assert sample.answered("blue").turns[-1] == Turn("and  ?", "blue", 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "images"),
+    [
+        ([{"type": "image"}, {"type": "text", "text": "what ?"}], ["a.png"]),
+        ([{"type": "text", "text": "what ?"}, {"type": "image", "image": "a.png", "text": None}], None),
+        ([{"type": "image", "path": "a.png"}, "what ?"], []),
+        ([{"type": "image", "url": "a.png", "detail": "high"}, "what ?"], None),
+        ([{"type": "image_url", "image_url": {"url": "a.png"}}, "what ?"], None),
+        ([{"type": "image_url", "image_url": "a.png"}, "what ?"], None),
+        ({"type": ["image", "text"], "text": [None, "what ?"]}, ["a.png"]),
+    ],
+)
+def test_messages_of_parts(parts: list[Any], images: Any) -> None:
+    sample = read({"images": images, "messages": [say("user", parts), say("assistant", "red")]})
+    assert (sample.images, sample.turns) == ((A,), (Turn("what ?", "red", 1),))
+
+
+def test_a_question_in_several_messages_is_one() -> None:
+    row = {"messages": [say("user", "<image>"), say("user", "what ?"), say("assistant", "red")], "image": "a.png"}
+    assert read(row).turns == (Turn("what ?", "red", 1),)
+
+
+@pytest.mark.parametrize(
+    ("row", "turn"),
+    [
+        ({"question": "what ?", "answer": "red"}, Turn("what ?", "red", 1)),
+        ({"question": "<image>\nwhat ?", "answer": 3}, Turn("what ?", "3", 1)),
+        ({"question": "what ?", "answers": ["a", "b", "b"]}, Turn("what ?", "b", 1)),
+        ({"question": "what ?", "answers": [{"answer": "yes", "id": 1}]}, Turn("what ?", "yes", 1)),
+        ({"question": "what ?"}, Turn("what ?", None, 1)),
+        ({"caption": "a cat"}, Turn("stock ?", "a cat", 1)),
+        ({"captions": ["a cat", "two"]}, Turn("stock ?", "a cat", 1)),
+        ({"question_id": 0, "text": "what ?", "category": "fine colours"}, Turn("what ?", None, 1)),
+        ({"text": "what ?", "answer": "red"}, Turn("what ?", "red", 1)),
+        ({"text": "a cat", "label": 1}, Turn("stock ?", "a cat", 1)),
+        ({"query": "what ?", "label": ["3.5"], "human_or_machine": 0}, Turn("what ?", "3.5", 1)),
+        ({"query": "what ?", "label": "red"}, Turn("what ?", "red", 1)),
+        ({"query": "how many ?", "label": [3, 3, 4]}, Turn("how many ?", "3", 1)),
+        ({"question": "what ?", "answers": {"answer": ["a", "b", "b"], "id": [1, 2, 3]}}, Turn("what ?", "b", 1)),
+        ({"Question": "what ?", "fullAnswer": "It is red."}, Turn("what ?", "It is red.", 1)),
+        ({"question": "what ?", "hint": "It is round.", "answer": "red"}, Turn("It is round.\nwhat ?", "red", 1)),
+        ({"question": "what ?", "hint": "nan", "answer": "red"}, Turn("what ?", "red", 1)),
+        ({"question": "what ?", "answers": [], "answer": None}, Turn("what ?", None, 1)),
+    ],
+)
+def test_questions_and_captions(row: dict[str, Any], turn: Turn) -> None:
+    assert read({"image": "a.png", **row}).turns == (turn,)
+
+
+SHAPES = "what ?\nA. ball\nB. cube\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize(
+    ("row", "letter"),
+    [
+        ({"choices": ["ball", "cube"], "answer": 1}, "B"),
+        ({"choices": ["ball", "cube"], "answer": 0}, "A"),
+        ({"options": ["ball", "cube"], "answer": "1"}, "B"),
+        ({"options": ["ball", "cube"], "answer": 1.0}, "B"),
+        ({"choices": ["ball", "cube"], "answer": "B"}, "B"),
+        ({"choices": ["ball", "cube"], "answer": "(b)"}, "B"),
+        ({"choices": ["ball", "cube"], "answer": "cube"}, "B"),
+        ({"choices": ["ball", "cube"], "answer": "B. cube"}, "B"),
+        ({"choices": ["ball", "cube"], "correct_choice_idx": 1, "rationales": ["It has corners."]}, "B"),
+        ({"choices": ["A. ball", "B. cube"], "answer": ["B"]}, "B"),
+        ({"choices": "['ball', 'cube']", "answer": "B"}, "B"),
+        ({"options": {"B": "cube", "A": "ball"}, "answer": "B"}, "B"),
+        ({"A": "ball", "B": "cube", "C": None, "D": "nan", "answer": "B"}, "B"),
+        ({"choice_a": "ball", "choice_b": "cube", "answer": "B"}, "B"),
+        ({"option_A": "ball", "option_B": "cube"}, None),
+        ({"choices": ["ball", "cube"]}, None),
+        ({"choices": ["ball", "cube"], "lecture": "Balls are round.", "solution": "It has corners.", "answer": 1}, "B"),
+    ],
+)
+def test_choices_stand_in_the_question_and_the_answer_is_a_letter(row: dict[str, Any], letter: str | None) -> None:
+    assert read({"image": "a.png", "question": "what ?", **row}).turns == (Turn(SHAPES, letter, 1),)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"choices": ["ball", "cube"], "answer": 2}, "none of the choices"),
+        ({"choices": ["ball", "cube"], "answer": -1}, "none of the choices"),
+        ({"choices": ["ball", "cube"], "answer": "C"}, "none of the choices"),
+        ({"choices": ["ball", "cube"], "answer": ["A", "B"]}, "none of the choices"),
+        ({"choices": ["1", "2", "3"], "answer": "2"}, "ambiguous"),
+        ({"choices": ["B", "A"], "answer": "B"}, "ambiguous"),
+        ({"choices": ["ball", "ball"], "answer": "ball"}, "ambiguous"),
+        ({"choices": "ball or cube", "answer": "A"}, "unknown choices"),
+        ({"choices": {"x": "ball", "y": "cube"}, "answer": "A"}, "unknown choices"),
+        ({"choices": ["<image>", "cube"], "answer": "A"}, "unknown choices"),
+        ({"A": "ball", "B": "cube", "D": "cone", "answer": "A"}, "unknown choices"),
+    ],
+)
+def test_choices_that_are_not_understood_are_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError) as refusal:
+        read({"image": "a.png", "question": "what ?", **row})
+    assert reason in refusal.value.reason
+
+
+@pytest.mark.parametrize("choices", [["1", "2", "3"], ["A", "B", "C"]])
+def test_choices_that_look_like_numbers_or_letters_keep_their_text(choices: list[str]) -> None:
+    turn = read({"image": "a.png", "question": "what ?", "choices": choices, "answer": 2}).turns[0]
+    assert f"\nC. {choices[2]}\n" in turn.question and turn.answer == "C"
+
+
+TWO_TURNS = (Turn("what ?", "red", 1), Turn("where ?", "left"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": {"from": ["human", "gpt"] * 2, "value": ["<image>\nwhat ?", "red", "where ?", "left"]}},
+        {"messages": {"role": ["user", "assistant"] * 2, "content": ["what ?", "red", "where ?", "left"], "x": None}},
+        {"texts": [{"user": "what ?", "assistant": "red", "source": "x"}, {"user": "where ?", "assistant": "left"}]},
+        {"texts": {"user": ["what ?", "where ?"], "assistant": ["red", "left"]}},
+        {
+            "prompt": [say("user", "what ?"), say("assistant", "red"), say("user", "where ?")],
+            "completion": [say("assistant", "left")],
+        },
+        {"prompt": [say("user", "what ?"), say("assistant", "red"), say("user", "where ?")], "response": "left"},
+    ],
+)
+def test_conversations_as_columns_and_in_pairs(row: dict[str, Any]) -> None:
+    assert read({"image": {"bytes": [None], "path": ["a.png"]}, **row}).turns == TWO_TURNS
+
+
+def test_a_system_prompt_beside_the_messages_is_kept() -> None:
+    messages = [say("system", "No lists."), say("user", "what ?")]
+    assert read({"image": "a.png", "system": "Be brief.", "messages": messages}).system == "Be brief.\nNo lists."
+    assert read({"image": "a.png", "system_prompt": "Be brief.", "question": "what ?"}).system == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"image": "a.png", "user_request": "what ?"}, "`user_request`, of the fields image, user_request"),
+        ({"image": "a.png", "request": "what ?", "reply": "red"}, "`request`, `reply`, of"),
+        ({"image": "a.png", "label": "red"}, "`label`, of"),
+        ({"image": "a.png", "question": "what ?", "reply": "red"}, "`reply`, of"),
+        ({"image": "a.png", "question": "what ?", "answer": "red", "passage": "It is round."}, "`passage`, of"),
+        ({"image": "a.png", "question": "what ?", "answer": "red", "query": "what"}, "`query`, of"),
+        ({"image": "a.png", "question": "图里有什么？", "answer": "red", "q": "什么颜色？"}, "`q`, of"),
+        ({"image": "a.png", "text": "what", "label": "red"}, "`label`, of"),
+        ({"image": "a.png", "caption": "a cat", "text": "what is it"}, "`text`, of"),
+        ({"image": "a.png", "qa": [{"q": "what ?", "a": "red"}]}, "`qa`, of"),
+        ({"image": "a.png", "messages": [say("user", "what ?"), say("assistant", "A")], "choices": ["x"]}, "`choices`"),
+        ({"image": "a.png", "messages": [say("user", "what ?")], "answer": "red"}, "`answer`, of"),
+        ({"image": "a.png", "question": "what ?", "answer": "red", "image_2": {"bytes": b"x"}}, "`image_2`, of"),
+        ({"image": "a.png", "img": {"bytes": b"y"}, "caption": "a cat"}, "`img`, of"),
+        (
+            {"image": "a.png", "question": "what ?", "answer": "2", "option1": "ball", "option2": "cube"},
+            "`option1`, `o",
+        ),
+        ({"view": "a.png", "question": "what ?", "answer": "red"}, "`view`, of"),
+    ],
+)
+def test_text_and_images_under_unknown_names_are_refused(row: dict[str, Any], unread: str) -> None:
+    for images_alone in (False, True):
+        with pytest.raises(RowError) as refusal:
+            read(row, images_alone=images_alone)
+        assert refusal.value.reason == UNREAD and refusal.value.detail.startswith(unread)
+
+
+def test_what_describes_a_row_does_not_stop_it() -> None:
+    about = {
+        "questionId": "7", "image_id": "x y", "source": "COCO 2017", "split": "train", "l2-category": "fine colours",
+        "image_url": "https://example.org/a.png", "coco_url": "https://example.org/b.png", "question_type": "what is",
+        "width": 20, "license": "CC BY 4.0", "metadata": {"note": "two words"}, "solution": "red, since it is not blue",
+        "multiple_choice_answer": "red", "file_name": "a.png", "checked": True, "tone": "neutral", "empty": " ",
+    }  # fmt: skip
+    row = {"image": "a.png", "question": "what ?", "answer": "red"}
+    assert read(row | about).turns == read(row).turns
+    assert read({"image": "a.png", "split": "my train"}, images_alone=True).turns == (Turn("stock ?", None, 1),)
+
+
+def test_fields_are_left_unread_on_request() -> None:
+    reading = Reading(("stock ?",), ignored=("question", "reply"))
+    row = {"image": "a.png", "question": "what ?", "reply": "red"}
+    assert read(row, reading, images_alone=True).turns == (Turn("stock ?", None, 1),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": "a.mp4", "conversations": [say("user", "what ?")]},
+        {"videos": [{"bytes": b"x"}], "question": "what ?"},
+        {"question": "<video>\nwhat ?", "answer": "red"},
+        {"messages": [say("user", "<audio>what ?")]},
+    ],
+)
+def test_videos_and_sounds_are_no_text(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="only images and text are read") as refusal:
+        read(row)
+    assert refusal.value.reason == "neither image nor text"
+    assert read({"video": None, "videos": [{"bytes": None}], "question": "what ?"}).images == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("file:///tmp/a%20b.png", "/tmp/a b.png"),
+        ("file://localhost/tmp/a.png", "/tmp/a.png"),
+        ("FILE:/tmp/a.png", "/tmp/a.png"),
+        ("file://sub/a.png", "pictures/sub/a.png"),
+        (".\\sub\\a.png", "pictures/sub/a.png"),
+        ({"url": "a.png"}, "pictures/a.png"),
+        ({"bytes": None, "path": "a.png"}, "pictures/a.png"),
+    ],
+)
+def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
+    assert read({"image": value, "question": "what ?"}).images == (Path(path),)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"base64": "aGk="}, r"found dict with 'base64'"),
+        (7, "found int"),
+        ("https://example.org/a.png", r"'https://example.org/a.png' is no file: expected a path or a file:// URI"),
+        ("s3://bucket/a.png", "is no file"),
+        ("data:image/png;base64,aGk=", "is no file"),
+    ],
+)
+def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        read({"image": value, "question": "what ?"})
+
+
+def test_a_part_with_its_image_under_another_key_is_named() -> None:
+    part = {"type": "image", "base64": "aGk="}
+    with pytest.raises(RowError, match=r"has 'base64', expected image or path or url"):
+        read({"messages": [say("user", [part, "what ?"])]})
+
+
+def test_an_image_alone_is_a_sample_only_where_no_row_has_text() -> None:
+    assert read({"image": "a.png"}, images_alone=True).turns == (Turn("stock ?", None, 1),)
+    with pytest.raises(RowError, match="no question and no caption"):
+        read({"image": "a.png"})
+    with pytest.raises(RowError, match="no question and no caption"):
+        read({"image": None}, images_alone=True)
+
+
+def test_inline_images_and_images_beside_them_are_refused() -> None:
+    message = say("user", [{"type": "image", "image": "a.png"}, "what ?"])
+    with pytest.raises(RowError, match="two places"):
+        read({"image": "b.png", "messages": [message]})
+
+
+def test_the_mapping_is_put_in_words() -> None:
+    assert mapping(["image", "question", "answers"]) == "`image`, `question` and `answers`"
+    assert mapping(["image", "question", "A", "B", "answer"]) == (
+        "`image`, `question` with the choices `A`, `B` and `answer`"
+    )
+    assert mapping(["images", "messages", "text"]) == "`images`, `messages` as conversation"
+    assert mapping(["file_name", "text"]) == "`file_name`, stock prompts and `text` as answer"
+
+
+words = st.sampled_from(["<image> what ?", "what ?", "red", "", "user", "gpt", "text", "image", "\ud800", "a\0.png"])
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | words
+KEYS = [
+    "id", "kind", "image", "images", "conversations", "messages", "question", "answer", "answers", "caption", "text",
+    "from", "value", "role", "content", "type", "path", "bytes", "choices", "A", "B", "hint", "system", "user", "reply",
+]  # fmt: skip
+keys = st.sampled_from(KEYS) | st.text(max_size=3)
+anything = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5), max_leaves=20
+)
+message = st.fixed_dictionaries({"from": words | plain, "value": words | anything})
+rows = anything | st.fixed_dictionaries(
+    {"conversations": st.lists(message | anything, max_size=4)}, optional={"image": anything, "id": anything}
+)
+
+
+@settings(deadline=None)
+@given(row=rows, images_alone=st.booleans())
+def test_any_row_makes_a_sample_or_has_a_named_fault(row: Any, images_alone: bool) -> None:
+    try:
+        sample = read(row, images_alone=images_alone)
+    except RowError as fault:
+        assert fault.reason and fault.detail
+        return
+    assert sum(turn.images for turn in sample.turns) == len(sample.images)
+    assert all(turn.question or turn.images for turn in sample.turns)
+    assert all(turn.answer for turn in sample.turns[:-1]) and sample.turns[-1].answer != ""
+    assert "<image>" not in "".join(f"{turn.question}{turn.answer}" for turn in sample.turns)
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet='[]{}",:\\1a \n', max_size=40) | st.lists(rows, max_size=3).map(json.dumps))
+def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(text)
+    try:
+        data = scan(LlavaFile(path, ROOT, READING), skip_bad=True, max_bad=1.0, limit=None, seed=0)
+    except DataError as error:
+        assert str(path) in str(error)
+        return
+    assert data.scan.rows == data.scan.available
+    assert all(fault.row and fault.reason for fault in data.scan.faults)

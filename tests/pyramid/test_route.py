@@ -1,0 +1,24 @@
+import pytest
+
+from dpn_cli.errors import UsageError
+from dpn_cli.pyramid.config import Site
+from dpn_cli.pyramid.route import parse_route
+
+SITES = (Site(1, ((1, 1), (1, 2), (2, 2))), Site(3, ((1, 1), (2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("text", "route"), [("0,1", (0, 1)), ("1x2,2x2", (1, 1)), (" 2×2 , 1x1", (2, 0)), ("2,2x2", (2, 1))]
+)
+def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
+    assert parse_route(text, SITES) == route
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no rate of site 1: expected one of 1x1, 2x2, or 0 to 1"),
+     ("3x3,0", "'3x3' is no rate of site 0"), ("-1,0", "'-1' is no rate"), ("a,b", "'a' is no rate"), ("", "entries")],
+)  # fmt: skip
+def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        parse_route(text, SITES)

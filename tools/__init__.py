@@ -1,0 +1,1 @@
+"""Tools of this project that users do not need."""
