@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
-from dpn_cli.calibration.cases import answer_both, extremes, greedy_answers
+from dpn_cli.calibration.cases import answer_both, extremes
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
-from dpn_cli.calibration.reach import Length, length_record, validate_budget
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
 from dpn_cli.calibration.state import MeasurementState, drop_state
@@ -30,12 +29,14 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
 from dpn_cli.errors import DataError, UsageError
+from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import default_device, load_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import Grid, PyramidConfig
+from dpn_cli.pyramid.reach import Length, length_record, validate_budget
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 MIN_SAMPLES = 16

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.passes import answer_log_probs, answer_positions, mean_by_row, start_batch
+from dpn_cli.calibration.passes import start_batch
 from dpn_cli.data.encoding import Example, collate
 from dpn_cli.errors import DataError
+from dpn_cli.inference.scoring import answer_log_probs, answer_positions, mean_by_row
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

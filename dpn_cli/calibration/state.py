@@ -5,10 +5,8 @@ Every batch has files of its own, each whole or not at all; a fingerprint tells 
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -17,43 +15,10 @@ from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
 from dpn_cli.parallel.fingerprint import differences
+from dpn_cli.parallel.kept import KeptFiles
 
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class KeptFiles(Generic[T]):
-    """Batches on disk.
-
-    Attributes:
-        folder: that they are in.
-        name: of a batch's file, a format of its number.
-        read: returns what a file holds.
-        write: makes a file.
-    """
-
-    folder: Path
-    name: str
-    read: Callable[[Path], T]
-    write: Callable[[Path, T], object]
-
-    def load(self, piece: int) -> T | None:
-        """Return a batch, or None if it was not kept or cannot be read."""
-        path = self._path(piece)
-        try:
-            return self.read(path) if path.is_file() else None
-        except Exception:  # noqa: BLE001 - a damaged file of a lost disk is made again
-            return None
-
-    def save(self, piece: int, value: T) -> None:
-        """Keep a batch."""
-        replace_file(self._path(piece), lambda path: self.write(path, value))
-
-    def _path(self, piece: int) -> Path:
-        return self.folder / self.name.format(piece)
 
 
 class MeasurementState:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpn_cli.calibration.reach import typical_length
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_llava, read_pyramid
 from dpn_cli.checkpoint.processor import complete_processor
@@ -13,6 +12,7 @@ from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
+from dpn_cli.pyramid.reach import typical_length
 from dpn_cli.pyramid.route import parse_route
 
 

@@ -105,13 +105,13 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
-    from dpn_cli.calibration.reach import typical_length
     from dpn_cli.checkpoint.layout import IMAGE_SIZE, open_converted
     from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.latency import measure_latency
     from dpn_cli.evaluation.lineup import line_up
     from dpn_cli.evaluation.spending import unmet
     from dpn_cli.inference.loading import default_device, load_model, load_processor
+    from dpn_cli.pyramid.reach import typical_length
     from dpn_cli.pyramid.route import parse_route
 
     pyramid = open_converted(folder)[2]

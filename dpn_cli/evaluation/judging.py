@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from dpn_cli.calibration.cases import generate_texts
-from dpn_cli.calibration.passes import answer_log_probs, answer_positions, divergence, mean_by_row
 from dpn_cli.data import Sample
 from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.inference.generation import generate_texts
+from dpn_cli.inference.scoring import answer_log_probs, answer_positions, divergence, mean_by_row
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
 

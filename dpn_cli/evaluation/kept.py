@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli import workspace
-from dpn_cli.calibration.state import KeptFiles
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.locks import NotWritableError, locked
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.parallel.fingerprint import differences
+from dpn_cli.parallel.kept import KeptFiles
 
 FOLDER = workspace.FOLDER / "evaluation"
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from dpn_cli.calibration.reach import cheapest_fraction
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import make_contender
 from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Prompt, full_flops, unequal
@@ -13,6 +12,7 @@ from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.reach import cheapest_fraction
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.calibration.passes import Trunk, divergence, run_trunk, student_logits, teacher_logits, training_mode
+from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits, training_mode
 from dpn_cli.calibration.training.heal import HealReport
 from dpn_cli.calibration.training.loop import Draw, Draws, train
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter
+from dpn_cli.inference.scoring import divergence
 from dpn_cli.modeling.routers import GATE_TEMPERATURE
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

@@ -10,12 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration import heal as healing
-from dpn_cli.calibration.passes import divergence, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.calibration.training.heal import HealReport, draw_route, heal, heal_loss
 from dpn_cli.calibration.training.loop import STATE_FILE, Draws
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DpnError
 from dpn_cli.inference.adapter import adapter_parameters, add_adapter
+from dpn_cli.inference.scoring import divergence
 from dpn_cli.pyramid.recipe import HealRecipe
 from tests.pyramids import prompt
 

@@ -1,0 +1,50 @@
+"""How likely a model finds given answers, and how far two models' distributions are apart.
+
+Shapes: B batch, L sequence, A answer tokens, V vocabulary.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.data.encoding import IGNORED
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+
+
+def answer_log_probs(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the log-probabilities [A, V] of a batch's answer tokens, by the model as it is set, in float32."""
+    row, column = answer_positions(batch["labels"])
+    kept, index = column.unique(return_inverse=True)
+    logits = model(
+        **{name: tensor for name, tensor in batch.items() if name != "labels"},
+        position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0),
+        instruction=instruction_columns(batch["labels"]),
+        logits_to_keep=kept,
+    ).logits
+    return F.log_softmax(logits[row, index].float(), dim=-1)
+
+
+def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions that predict answer tokens, as indices (row [A], column [A]) of [B, L - 1]."""
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row, column
+
+
+def mean_by_row(values: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the mean of values [A] over the answer tokens of every row, [num_rows]."""
+    total = values.new_zeros(num_rows).index_add(0, row, values)
+    return (total / row.bincount(minlength=num_rows)).cpu()
+
+
+def instruction_columns(labels: torch.Tensor) -> torch.Tensor:
+    """Return the column before every row's first label, [B]."""
+    return (labels != IGNORED).int().argmax(1) - 1
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return KL(teacher ‖ student) [A] of softened distributions, times temperature² to keep the gradient's size.
+
+    Source: Hinton et al. 2015, section 2.
+    """
+    goal = (teacher / temperature).log_softmax(-1)
+    found = (student / temperature).log_softmax(-1)
+    return F.kl_div(found, goal, reduction="none", log_target=True).sum(-1) * temperature**2
