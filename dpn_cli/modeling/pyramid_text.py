@@ -31,6 +31,7 @@ from dpn_cli.modeling.routers import (
     Router,
     RouterHead,
     RouterLinear,
+    RouterNorm,
     decide,
     router_features,
 )
@@ -80,6 +81,9 @@ class PyramidTextMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, RouterHead):
             init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RouterNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, RouterLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -142,6 +146,12 @@ class PyramidTextMixin:
             self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
             self.last_grids = list(state.image_grids) or [()] * len(inputs_embeds)
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
+
+    @property
+    def asks_routers(self) -> bool:
+        """Whether a prefill asks the routers: to choose a rate, or for the gate of one that is forced."""
+        chooses = self.forced_routes is None or self.pyramid.gate != "none"
+        return self.pooling_enabled and self.pyramid.has_routers and chooses
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
@@ -369,6 +379,9 @@ class PyramidTextMixin:
         for grids, image, text, route in zip(
             state.grids, state.image_grids, state.text_tokens, state.routes, strict=True
         ):
+            if not grids:  # nor perhaps any text, where the mask hides a whole row
+                prices.append(([0], [1.0]))
+                continue
             offered = self.pyramid.offered(site, grids)
             routes = [(*route, k, *rest) for k in offered]
             prices.append((offered, [flops_fraction(self.shape, self.pyramid, r, image, text) for r in routes]))

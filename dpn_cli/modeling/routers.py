@@ -35,12 +35,17 @@ class RouterHead(RouterLinear):
     """A router's last layer; a model starts it at zero, so that a fresh router scores all rates alike."""
 
 
-class RouterNorm(nn.LayerNorm):
+class RouterNorm(nn.Module):
     """Normalises several vectors, each by itself, and scales them together."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(in_features))
+        self.bias = nn.Parameter(torch.zeros(in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, n, D] to [B, n·D]."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(1)
+        x = F.layer_norm(x, x.shape[-1:]).flatten(1)
         return x * self.weight.float() + self.bias.float()
 
 
@@ -74,8 +79,9 @@ class Router(nn.Module):
         """
         x = features.float()
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
-        x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
-        z: torch.Tensor = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
+            z: torch.Tensor = self.head(x)
         if self.config.output == "logits":
             return z
         return torch.cat([torch.zeros_like(z[:, :1]), -F.softplus(z[:, 1:])], dim=1)

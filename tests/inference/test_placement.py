@@ -103,3 +103,12 @@ def test_a_fresh_pyramid_takes_the_full_route(make_pair: Any, inputs: dict[str, 
     assert len(heads) == 3 and not any(parameter.any() for head in heads for parameter in head.parameters())
     answer(fresh, inputs)
     assert fresh.last_routes == [(0, 0, 0)]
+
+
+def test_autocast_leaves_the_routers_in_float32(make_pair: Any) -> None:
+    _, model = make_pair()
+    router = routers_of(model)[0]
+    features = torch.randn(8, 4, 64, generator=torch.Generator().manual_seed(0))
+    expected = router(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(features), expected)
