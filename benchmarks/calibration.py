@@ -130,7 +130,7 @@ def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> t
     with console.progress("measuring routes", len(examples)) as advance:
         table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)
     with torch.no_grad():
-        return table, Policy.of(network.model.language_model.routers.cpu().float(), table), network.pyramid
+        return table, Policy.of(network.text_model.routers.cpu().float(), table), network.pyramid
 
 
 @click.command()

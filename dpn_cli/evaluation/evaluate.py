@@ -234,7 +234,7 @@ def _rivals(
     spent: dict[float | None, Standing],
 ) -> tuple[list[Entry], list[str]]:
     """Return every contender at what the pyramid has spent, and why some are missing."""
-    shape = panel.model.model.language_model.shape
+    shape = panel.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
     out_of_reach: list[str] = []

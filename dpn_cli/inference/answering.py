@@ -86,7 +86,7 @@ def answer(
         text="".join(streamer.pieces).strip(),
         route=route,
         rates=tuple(site.rates[expert] for site, expert in zip(pyramid.sites, route, strict=True)),
-        flops_fraction=flops_fraction(model.model.language_model.shape, pyramid, route, grids, text_tokens),
+        flops_fraction=flops_fraction(model.text_model.shape, pyramid, route, grids, text_tokens),
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         new_tokens=len(streamer.times),

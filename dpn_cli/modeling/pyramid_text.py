@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
 from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
 from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
 from dpn_cli.modeling.renamed import CACHE
@@ -62,18 +63,30 @@ class PyramidTextMixin:
         _refuse_sliding_window(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.pyramid = pyramid
-        self.segments = pyramid.segments(config.num_hidden_layers)
         self.shape = DecoderShape.from_config(config.to_dict())
-        self.forced_routes: list[Route] | None = None if pyramid.static_route is None else [pyramid.static_route]
-        self.trade_off = pyramid.trade_off
-        self.pooling_enabled = True
-        self.last_routes: list[Route] = []
-        self.last_grids: list[tuple[Grid, ...]] = []
+        self.default_routes: tuple[Route, ...] = pyramid.own_routes
         experts = [len(site.rates) for site in pyramid.sites]
         if pyramid.has_routers:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.rates) for site in pyramid.sites)
+
+    @property
+    def segments(self) -> list[range]:
+        """The decoder layers between sites."""
+        return current_call(self).segments or self.pyramid.segments(self.config.num_hidden_layers)
+
+    @property
+    def trade_off(self) -> float:
+        """The λ that routers choose with."""
+        chosen = current_call(self).trade_off
+        return self.pyramid.trade_off if chosen is None else chosen
+
+    @property
+    def forced_routes(self) -> tuple[Route, ...]:
+        """The route of all samples, or one for each; empty where the routers choose."""
+        chosen = current_call(self).routes
+        return self.default_routes if chosen is None else chosen
 
     @override
     def _init_weights(self, module: nn.Module) -> None:  # type: ignore[misc]  # of the text model beside the mixin
@@ -143,8 +156,11 @@ class PyramidTextMixin:
             _refuse_unfit(cache, attention_mask)
         state = self.run(state, cache, attention_mask, use_cache=use_cache, **kwargs)
         if state.coords is not None or past == 0:
-            self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
-            self.last_grids = list(state.image_grids) or [()] * len(inputs_embeds)
+            change_call(
+                self,
+                last_routes=state.routes or (self.pyramid.full_route,) * len(inputs_embeds),
+                last_grids=state.image_grids or ((),) * len(inputs_embeds),
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
 
     @property
@@ -172,7 +188,7 @@ class PyramidTextMixin:
         if attention_mask is not None and attention_mask.ndim == 2:
             valid = attention_mask[:, -length:].to(inputs_embeds.device, torch.bool)
             valid = None if valid.all() else valid
-        if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None:
+        if not current_call(self).pools or not self.pyramid.sites or visual_coords is None:
             return PyramidState(inputs_embeds, positions, valid)
         visual_coords, in_part = without_hidden(visual_coords, valid)
         if (visual_coords < 0).all():
@@ -210,9 +226,10 @@ class PyramidTextMixin:
         **kwargs: Any,
     ) -> PyramidState:
         """Run all segments, and `reduce` between them where the batch has images; see `run_segment`."""
+        reduce = current_call(self).reduce or self.reduce
         for segment in range(len(self.segments)):
             if segment > 0 and state.coords is not None:
-                state = self.reduce(state, segment - 1)
+                state = reduce(state, segment - 1)
             state = self.run_segment(state, segment, cache, attention_mask, **kwargs)
         return state
 
@@ -311,7 +328,7 @@ class PyramidTextMixin:
 
     def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
         """Return the rotary positions [B, S] of a segment."""
-        if self.pyramid.positions == "persistent" or segment == 0 or not self.pooling_enabled:
+        if self.pyramid.positions == "persistent" or segment == 0 or not current_call(self).pools:
             return state.positions
         past = cache.num_valid(segment) if isinstance(cache, PyramidCache) else 0
         if state.valid is not None:
@@ -333,14 +350,16 @@ class PyramidTextMixin:
 
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""
-        if self.forced_routes is not None:
+        if self.forced_routes:
             return self.take(state, site, self._forced(self.forced_routes, state, site))
+        return self.choose_among(self.prices(state, site), state, site)
+
+    def choose_among(self, prices: Sequence[tuple[list[int], list[float]]], state: PyramidState, site: int) -> Choice:
+        """Let the router pick every sample's rate among given ones; see `prices`."""
         logits = self.routers[site](self.router_features(state))
         experts = [
             decide(scores, costs, offered, self.trade_off) if grids else 0
-            for scores, grids, (offered, costs) in zip(
-                logits.tolist(), state.grids, self.prices(state, site), strict=True
-            )
+            for scores, grids, (offered, costs) in zip(logits.tolist(), state.grids, prices, strict=True)
         ]
         return Choice(experts, self._gate(state, logits, experts))
 

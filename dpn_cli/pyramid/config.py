@@ -201,10 +201,14 @@ class PyramidConfig:
         """The route that pools nothing (the teacher's)."""
         return (0,) * len(self.sites)
 
+    @property
+    def own_routes(self) -> tuple[Route, ...]:
+        """The static route alone; empty where the routers choose."""
+        return () if self.static_route is None else (self.static_route,)
+
     def segments(self, num_layers: int) -> list[range]:
         """Return the decoder layers between sites: num_sites + 1 ranges that cover all layers."""
-        edges = [0, *(site.after_layer + 1 for site in self.sites), num_layers]
-        return [range(start, stop) for start, stop in pairwise(edges)]
+        return segments_between([site.after_layer for site in self.sites], num_layers)
 
     def pooled(self, grid: Grid, rate: Rate) -> Grid:
         """Return the size of `grid` after pooling at `rate`."""
@@ -334,6 +338,12 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
+
+
+def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:
+    """Return the decoder layers between sites; after layer -1 is before the first one."""
+    edges = [0, *(layer + 1 for layer in after_layers), num_layers]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 def kernel_on(grid: Grid, rate: Rate) -> Rate:

@@ -85,13 +85,13 @@ def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, contender: Dr
     seen = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-        for layer in model.model.language_model.layers
+        for layer in model.text_model.layers
     ]
     with contender.applied(model):
         model(**sample)
     for hook in hooks:
         hook.remove()
-    expected = contender.layer_tokens(model.model.language_model.shape, Prompt(((12, 12), (12, 12)), 9))
+    expected = contender.layer_tokens(model.text_model.shape, Prompt(((12, 12), (12, 12)), 9))
     assert seen == [count + 9 for count in expected]
     assert expected[-1] < expected[0] or contender.after_layers == (-1,)
 

@@ -258,7 +258,7 @@ def test_a_dtype_converts_all_but_the_routers(
     export(folder, tmp_path / "out", dtype=dtype)
     original = load_model(folder).state_dict()
     model = load_model(tmp_path / "out")
-    assert str(model.model.language_model.embed_tokens.weight.dtype) == f"torch.{name}"
+    assert str(model.text_model.embed_tokens.weight.dtype) == f"torch.{name}"
     for key, tensor in model.state_dict().items():
         wanted = torch.float32 if ".routers." in key else getattr(torch, name)
         assert tensor.dtype == wanted

@@ -40,6 +40,14 @@ def packed(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch | {"position_ids": torch.cat([torch.arange(s["input_ids"].shape[1]) for s in samples])[None]}
 
 
+def test_the_language_model_is_found_and_replaced_by_the_usual_methods(make_pair: Any) -> None:
+    _, model = make_pair()
+    names, other = model.state_dict().keys(), copy.deepcopy(model.get_decoder())
+    model.set_decoder(other)
+    assert model.text_model is model.get_decoder() is other
+    assert model.state_dict().keys() == names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_do_not_see_each_other(make_family: Any, family: str) -> None:
     stock, model, sample = make_family(family, (0, 0, 0))

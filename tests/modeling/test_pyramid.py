@@ -241,7 +241,7 @@ def test_probability_gate_sends_gradients_to_the_routers(make_pair: Any) -> None
     sample = prompt(1, 3, 5, seed=0)
     sample["labels"] = torch.where(torch.arange(sample["input_ids"].shape[1]) > 150, sample["input_ids"], -100)
     model(**sample).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.language_model.routers.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.text_model.routers.parameters())
 
 
 def test_logits_to_keep(make_pair: Any) -> None:
