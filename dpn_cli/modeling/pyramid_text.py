@@ -167,7 +167,7 @@ class PyramidTextMixin:
     def asks_routers(self) -> bool:
         """Whether a prefill asks the routers: to choose a rate, or for the gate of one that is forced."""
         chooses = self.forced_routes is None or self.pyramid.gate != "none"
-        return self.pooling_enabled and self.pyramid.has_routers and chooses
+        return current_call(self).pools and self.pyramid.has_routers and chooses
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
