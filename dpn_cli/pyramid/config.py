@@ -18,6 +18,7 @@ Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PYRAMID_VERSION = 1
 
@@ -61,10 +62,10 @@ class RouterConfig:
         """Vectors of hidden_size that the router reads."""
         return 4 if self.input == "with_summaries" else 1
 
-    def tensors(self, hidden_size: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def tensors(self, hidden_size: int, num_experts: int) -> Shapes:
         """Return the shapes of a router's tensors, by name."""
         inputs = width = hidden_size * self.num_inputs
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         if self.kind == "mlp":
             width = hidden_size // self.hidden_ratio
             shapes = {"norm.weight": (inputs,), "norm.bias": (inputs,)}
@@ -301,9 +302,9 @@ class PyramidConfig:
             above = row
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
-    def dpe_tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def dpe_tensors(self, hidden_size: int) -> Shapes:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         for i, site in enumerate(self.sites):
             if self.has_routers:
                 router = self.router.tensors(hidden_size, len(site.rates))
