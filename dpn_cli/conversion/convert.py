@@ -28,9 +28,9 @@ from dpn_cli.conversion.original import is_original
 from dpn_cli.conversion.rewriting import Written
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN
 from dpn_cli.errors import DpnError, RecipeError, UsageError
-from dpn_cli.families.family import ALIASES, CONVERTED, FAMILIES, Family
+from dpn_cli.families.family import ALIASES, CONVERTED, DEFAULT_RECIPE, FAMILIES, Family
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
 
 IMPORTED = "imported"  # in the place of a recipe's name
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE
-
+DEFAULT_RECIPE = "llava-1.5-7b"
 CONVERTED = "dpn_"  # before a family's model type, in what dpn writes
 
 

@@ -30,6 +30,7 @@ from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
+    Readable,
     Router,
     RouterHead,
     RouterLinear,
@@ -321,7 +322,8 @@ class PyramidTextMixin:
         last = state.now_at(state.instruction[:, None])
         is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
         is_text = is_text if state.valid is None else is_text & state.valid
-        return router_features(state.hidden_states, is_read > 0, is_text, is_visual, self.pyramid.router)
+        batch = Readable(state.hidden_states, is_read > 0, is_text, is_visual)
+        return router_features(batch, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""
