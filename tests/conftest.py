@@ -1,11 +1,14 @@
 """Shared fixtures: a tiny random LLaVA checkpoint, in the layouts that users bring."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: on a busy machine more threads only wait
 
 pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.tiled"]
 

@@ -38,7 +38,7 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import Grid, PyramidConfig
-from dpn_cli.pyramid.reach import Length, length_record, validate_budget
+from dpn_cli.pyramid.reach import Length, cheapest_fraction, length_record, validate_budget
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 MIN_SAMPLES = 16
@@ -195,6 +195,8 @@ def _open(
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
+        if budgets_only:
+            recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), say)
         validate_budget(recipe, layout.shape, pyramid, lengths)
         measured = fingerprint(checkpoint, dataset.digest, recipe)
         if budgets_only:
@@ -213,6 +215,16 @@ def _open(
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
     return _Job(model, processor, recipe, state, processes, progress, lengths), dataset
+
+
+def _within_reach(recipe: CalibrationRecipe, cheapest: float, say: Callable[[str], None]) -> CalibrationRecipe:
+    """Ask for the cheapest budget that some data can meet where less is asked for."""
+    if recipe.budget >= cheapest:
+        return recipe
+    say(
+        f"Budget {recipe.budget:g} is out of reach of these data, whose cheapest is {cheapest:.3f}: that is solved for."
+    )
+    return recipe.model_copy(update={"budget": cheapest})
 
 
 def _read(

@@ -13,6 +13,8 @@ from dpn_cli.errors import CheckpointError
 
 WEIGHTS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx"}
 CALIBRATION_FOLDER = "calibration"  # what dpn writes and deletes inside of a converted folder
+TEMPLATES_FOLDER = "additional_chat_templates"  # as transformers names it
+_FOLDERS = (CALIBRATION_FOLDER, TEMPLATES_FOLDER)
 
 
 def check_links(folder: Path) -> None:
@@ -20,7 +22,7 @@ def check_links(folder: Path) -> None:
 
     Weights may be links to another disk: of them nothing but the tensors that the config asks for is used, and they
     are never changed in place. So may the files of a snapshot in the hub's cache, which are links to its own blobs.
-    Other folders than calibration/ are never entered, whatever they lead to.
+    Other folders than `_FOLDERS` are never entered, whatever they lead to.
 
     Raises:
         CheckpointError: naming what leads out of it, or is neither a file nor a folder.
@@ -41,17 +43,17 @@ def check_links(folder: Path) -> None:
 
 
 def _used(folder: Path) -> Iterator[Path]:
-    """Yield what is a file, or should be one: of folders, those under calibration/ that are links."""
+    """Yield what is a file, or should be one: of folders, those under `_FOLDERS` that are links."""
     for path in folder.iterdir():
-        if path.name != CALIBRATION_FOLDER and _kind(path) != stat.S_IFDIR:
+        if path.name not in _FOLDERS and _kind(path) != stat.S_IFDIR:
             yield path
-    own = folder / CALIBRATION_FOLDER
-    if own.is_symlink():
-        yield own
-        return
-    for parent, folders, files in os.walk(own):
-        yield from (Path(parent, name) for name in files)
-        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
+    for own in (folder / name for name in _FOLDERS):
+        if own.is_symlink():
+            yield own
+            continue
+        for parent, folders, files in os.walk(own):
+            yield from (Path(parent, name) for name in files)
+            yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
 
 
 def _kind(path: Path) -> int:

@@ -44,7 +44,7 @@ def print_calibration(report: "Report") -> None:
     rows = [*named, *(("", outcome, budget.trade_off) for outcome, budget in some)]
     low, high = report.agreement_interval
     console.table(
-        f"Budget {report.budget:g}, {report.settings['held_out']} held-out samples: the teacher's first choice in "
+        f"Budget {report.budget:g}, {report.samples}: the teacher's first choice in "
         f"{report.routed.agreement:.1%} (95% interval {low:.1%} to {high:.1%})",
         ["", "FLOPs", "KL (nats)", "top-1", "λ", "most frequent route"],
         [row(*each) for each in sorted(rows, key=lambda each: -each[1].fraction)],

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dpn_cli.errors import DataError
 _SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
 _BEGINNING = 4096  # characters
+_LOOKED_AT = 100  # rows, to say which fields are read
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
@@ -65,7 +67,8 @@ class LlavaFile:
             validate_ignored(reading.ignored, {name: None for row in self._objects() for name in row}, self.name)
         self.images_alone = not any(asks(present(row, reading.ignored)) for row in self._objects())
         kind = "LLaVA JSON" if is_list else "LLaVA JSON lines"
-        self.format = f"{kind} ({mapping(present(next(self._objects(), {}), reading.ignored))})"
+        names = {name: None for row in islice(self._objects(), _LOOKED_AT) for name in present(row, reading.ignored)}
+        self.format = f"{kind} ({mapping(names)})"
 
     def __len__(self) -> int:
         """Return the number of rows."""

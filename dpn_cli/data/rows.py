@@ -88,7 +88,12 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     images = images or [open_image(image) for image in text.inline]
     validate_all_read(
         fields,
-        {*text.read, reading.kind_field, *(roles[role] for role in ("image", "system", "id") if role in roles)},
+        {
+            *text.read,
+            reading.kind_field,
+            KIND_FIELD,
+            *(roles[role] for role in ("image", "system", "id") if role in roles),
+        },
         has_image=bool(images),
         has_question=text.has_question,
         has_answer=text.turns[-1].answer is not None,

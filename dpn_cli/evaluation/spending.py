@@ -59,6 +59,9 @@ def unmet(
     if missed:
         record = pyramid.calibration
         solved_on = record.get("budgets_solved_on", record).get("data", "other data")
+        if solved_on == data:
+            yield f"Its λ was solved on {data} as a whole; the mean of some of its samples varies."
+            return
         named = ["--model", str(model), "--data", data or "DATA"]
         named += [] if image_root is None else ["--image-root", str(image_root)]
         yield (

@@ -94,9 +94,11 @@ def _calibration(pyramid: PyramidConfig) -> str:
         [f"{row.fraction:.3f}", f"{row.trade_off:.4g}", f"{row.distortion:.4f}"]
         for row in [*pyramid.budgets[:-1:step], pyramid.budgets[-1]]
     ]
+    solved = "budgets_solved_on" in pyramid.calibration
+    samples = "the samples on which λ was solved" if solved else "held-out calibration samples"
     parts = [
         title,
-        "Measured on held-out calibration samples against the model with its pyramid off. The budget is the mean "
+        f"Measured on {samples} against the model with its pyramid off. The budget is the mean "
         "fraction of the original language model's prefill FLOPs.",
         _table(["budget", "λ", "KL divergence, nats"], rows),
     ]

@@ -15,6 +15,7 @@ from dpn_cli.checkpoint.layout import open_converted, open_llava
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.processor import complete_processor
+from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.adapter import hush_bitsandbytes, load_adapter
 from dpn_cli.inference.onevision_processor import OnevisionImages
@@ -67,7 +68,7 @@ def load_opened(
     with _quietly():
         model, info = model_class.from_pretrained(
             folder,
-            config=config_class.from_dict(source.config),
+            config=config_class.from_dict(without_code(source.config)),
             dtype=dtype,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are reported below

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint
+from dpn_cli.checkpoint.links import TEMPLATES_FOLDER
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.side_files import side_files
 from dpn_cli.checkpoint.streams import read_pieces
@@ -20,7 +21,6 @@ _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
 _FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes into the pyramid's config
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
 _ROUTERS = ".routers."
-_TEMPLATES = "additional_chat_templates"  # a folder, as transformers names it
 
 
 def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def served_digest(checkpoint: Checkpoint, adapter: Lora | None) -> str:
 
 def _surroundings(folder: Path, packages: Iterable[str]) -> dict[str, Any]:
     """Return what matters beside weights, config and data: tokenizer, processor, chat template, versions, device."""
-    files = (*side_files(folder), *(folder / _TEMPLATES).glob("*.jinja"))
+    files = (*side_files(folder), *(folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return {
         **{path.relative_to(folder).as_posix(): _digest([path.read_bytes()]) for path in files},
         "versions": {package: _version(package) for package in packages},

@@ -58,6 +58,12 @@ class Report:
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def samples(self) -> str:
+        """What the figures are of, in words."""
+        known = "samples on which λ was solved" if "budgets_solved_on" in self.settings else "held-out samples"
+        return f"{self.settings['held_out']} {known}"
+
     @classmethod
     def of(
         cls,
