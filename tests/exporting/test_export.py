@@ -97,7 +97,7 @@ def in_fresh_process(folder: Path, file: Path, tmp_path: Path, code: str = FRESH
     ("family", "text", "layout"),
     [
         ("llava", "llama", "hub"),
-        ("llava", "qwen2", "new"),
+        ("llava", "qwen3", "new"),
         pytest.param("llava_next", "mistral", "hub", marks=pytest.mark.slow),
     ],
 )
