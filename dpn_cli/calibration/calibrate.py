@@ -26,8 +26,10 @@ from dpn_cli.calibration.training.tuning import (
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.loading import MAX_BAD, OnBadRow, load_data
+from dpn_cli.data.samples import Sample
+from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import default_device, load_processor, max_positions

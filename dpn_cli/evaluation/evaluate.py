@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dpn_cli.data import Sample
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import make_contender
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import generate_texts

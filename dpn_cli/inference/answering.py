@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Rate, Route
 from dpn_cli.pyramid.cost import flops_fraction

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import LlamaModel, MistralModel, PreTrainedConfig, Qwen2Model
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -22,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
+from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
@@ -29,6 +31,7 @@ from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
+    Readable,
     Router,
     RouterHead,
     RouterLinear,
@@ -346,7 +349,8 @@ class PyramidTextMixin:
         last = state.now_at(state.instruction[:, None])
         is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
         is_text = is_text if state.valid is None else is_text & state.valid
-        return router_features(state.hidden_states, is_read > 0, is_text, is_visual, self.pyramid.router)
+        batch = Readable(state.hidden_states, is_read > 0, is_text, is_visual)
+        return router_features(batch, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""
@@ -467,19 +471,14 @@ class PyramidTextMixin:
         return hidden_states.gather(1, state.columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-class PyramidLlamaModel(PyramidTextMixin, LlamaModel):
-    """Llama with a pyramid."""
+def _with_pyramid(text: TextModel) -> type[PyramidTextMixin]:
+    """Make transformers' class of a text model one with a pyramid, and a name of this module, as pickle needs it."""
+    name, stock = f"Pyramid{text.class_name}", getattr(transformers, text.class_name)
+    globals()[name] = made = type(name, (PyramidTextMixin, stock), {"__module__": __name__})
+    return made
 
 
-class PyramidMistralModel(PyramidTextMixin, MistralModel):
-    """Mistral with a pyramid."""
-
-
-class PyramidQwen2Model(PyramidTextMixin, Qwen2Model):
-    """Qwen2 with a pyramid."""
-
-
-PYRAMID_TEXT_MODELS = {"llama": PyramidLlamaModel, "mistral": PyramidMistralModel, "qwen2": PyramidQwen2Model}
+PYRAMID_TEXT_MODELS = {model_type: _with_pyramid(record) for model_type, record in TEXT_MODELS.items()}
 
 
 def _num_tokens(grids: Sequence[Grid]) -> int:
@@ -499,8 +498,7 @@ def _spread(routes: Sequence[Route], batch: int) -> list[Route]:
 
 
 def _refuse_sliding_window(config: PreTrainedConfig) -> None:
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window is not None):
+    if TEXT_MODELS[config.model_type].has_window(config.to_dict()):
         raise ValueError(
             f"this {config.model_type} model uses sliding-window attention, whose window would count pooled tokens; "
             "a pyramid needs full attention in every layer (set sliding_window to null if the context allows it)"

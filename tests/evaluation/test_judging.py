@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.data import Sample, Turn
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.judging import Outcome, Panel

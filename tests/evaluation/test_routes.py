@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
 from dpn_cli.evaluation.contenders.contender import Prompt, full_flops
 from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
@@ -129,10 +128,3 @@ def test_prompts_count_as_much_as_a_mapping_says() -> None:
     assert route.mean_fraction(SHAPE, {short: 3.0, long: 1.0}) == route.mean_fraction(
         SHAPE, [short, long, short, short]
     )
-
-
-def test_every_name_has_a_contender() -> None:
-    for name in CONTENDERS:
-        contender = make_contender(name, pyramid())
-        assert contender.name == name
-        assert contender.fit(SHAPE, [Prompt(GRID, 9)], 0.6).label.startswith(name)

@@ -18,7 +18,7 @@ from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
 from dpn_cli.pyramid.cost import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
@@ -46,6 +46,11 @@ class Contender(ABC):
     """A way to answer with fewer visual tokens, or with all of them."""
 
     name: ClassVar[str]
+
+    @classmethod
+    def beside(cls, pyramid: PyramidConfig) -> "Contender":
+        """Return the contender that a pyramid is compared with, not yet fitted to a budget."""
+        return cls()
 
     @property
     def label(self) -> str:

@@ -54,6 +54,11 @@ class FixedRoute(Fixed):
     pyramid: PyramidConfig
     route: Route
 
+    @classmethod
+    def beside(cls, pyramid: PyramidConfig) -> "FixedRoute":
+        """Return the route that pools nothing."""
+        return cls(pyramid, pyramid.full_route)
+
     @property
     def label(self) -> str:
         """What tables call it."""
