@@ -169,7 +169,7 @@ class PyramidTextMixin:
     @property
     def asks_routers(self) -> bool:
         """Whether a prefill asks the routers: to choose a rate, or for the gate of one that is forced."""
-        chooses = self.forced_routes is None or self.pyramid.gate != "none"
+        chooses = not self.forced_routes or self.pyramid.gate != "none"
         return current_call(self).pools and self.pyramid.has_routers and chooses
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
