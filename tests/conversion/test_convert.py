@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpn_cli.checkpoint import opening
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.source import ALIASES, Source
 from dpn_cli.checkpoint.writer import copy_file
+from dpn_cli.conversion import opening
 from dpn_cli.conversion.convert import convert, default_recipe
 from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
