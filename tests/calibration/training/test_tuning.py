@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.calibration import tuning
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.training import tuning
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data import DataOptions
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.exporting.export import export
+from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
-from dpn_cli.modeling import adapter
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
@@ -60,11 +59,7 @@ def healed(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def run(folder: Path, data: Path, recipe: CalibrationRecipe) -> Any:
-    @contextmanager
-    def silent(description: str, total: int) -> Iterator[Any]:
-        yield lambda done: None
-
-    return calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+    return calibrate(folder, DataOptions(str(data)), recipe)
 
 
 def logits(model: Any, folder: Path, data: Path) -> torch.Tensor:
