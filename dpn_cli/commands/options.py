@@ -3,11 +3,12 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +18,6 @@ from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.parallel.launch import is_launched, launch, place
-
-if TYPE_CHECKING:
-    from dpn_cli.pyramid.config import PyramidConfig
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,8 +47,22 @@ ignore_fields_option = click.option(
 )  # fmt: skip
 
 
+def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of the options about data, which come by the names of its fields, one `DataOptions`; None without --data."""
+
+    @wraps(command)
+    def with_data(*args: Any, data: str | None, **values: Any) -> Any:
+        from dpn_cli.data.options import DataOptions
+
+        about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
+        return command(*args, data=None if data is None else DataOptions(data, **about), **values)
+
+    return with_data
+
+
 def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, arguments of `load_data`."""
+    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, passed on as one `data`."""
+    command = takes_data(command)
     for option in reversed(
         (
             click.option(
@@ -118,19 +130,6 @@ def checkpoint_folder(model: Path | None) -> Path:
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder
-
-
-def validate_budgets(pyramid: "PyramidConfig", budgets: Iterable[float]) -> None:
-    """Check that a pyramid's budget table has all budgets.
-
-    Raises:
-        UsageError: for the first that it has not.
-    """
-    try:
-        for budget in budgets:
-            pyramid.trade_off_for(budget)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def contender_names(against: str) -> tuple[str, ...]:

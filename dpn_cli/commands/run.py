@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option, validate_budgets
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ def command(
     from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.inference.answering import answer
     from dpn_cli.inference.loading import default_device, load_model, load_processor
+    from dpn_cli.pyramid.reach import validate_in_table
     from dpn_cli.pyramid.route import parse_route
 
     pyramid = open_converted(folder)[2]
     experts = None if route is None else parse_route(route, pyramid.sites)
-    validate_budgets(pyramid, [] if budget is None else [budget])
+    validate_in_table([] if budget is None else [budget], pyramid)
     sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
     sample.open_images()  # an image that cannot be read is named before the model is loaded
     processor = load_processor(folder)

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError
@@ -39,7 +41,8 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def load(path: Path, **options: Any) -> Dataset:
-    return load_data(str(path), **options)
+    about = {field.name: options.pop(field.name) for field in fields(DataOptions) if field.name in options}
+    return load_data(DataOptions(str(path), **about), **options)
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
@@ -279,7 +282,7 @@ def test_the_digest_follows_content_and_not_place(tmp_path: Path, picture: Path)
 
 
 def test_demo_samples_are_the_first_of_their_stream() -> None:
-    few, more = load_data("demo", split="heldout", limit=3), load_data("demo", split="heldout", limit=5)
+    few, more = (load_data(DataOptions("demo"), split="heldout", limit=limit) for limit in (3, 5))
     assert [s.id for s in few.samples] == [s.id for s in more.samples[:3]]
     assert all(s.kind and s.turns[0].answer for s in few.samples)
 

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.training import tuning
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference import adapter
@@ -62,11 +61,7 @@ def healed(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def run(folder: Path, data: Path, recipe: CalibrationRecipe) -> Any:
-    @contextmanager
-    def silent(description: str, total: int) -> Iterator[Any]:
-        yield lambda done: None
-
-    return calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+    return calibrate(folder, DataOptions(str(data)), recipe)
 
 
 def logits(model: Any, folder: Path, data: Path) -> torch.Tensor:
