@@ -23,6 +23,7 @@ from dpn_cli.calibration.training.tuning import (
     unused_sections,
     validate_processes,
 )
+from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
@@ -30,7 +31,7 @@ from dpn_cli.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.generation import greedy_answers
-from dpn_cli.inference.loading import default_device, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
@@ -183,7 +184,7 @@ def _open(
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         dataset, processor = _read(
-            folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad, ignored
+            checkpoint, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad, ignored
         )
         asked = [sample for sample in dataset.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
@@ -204,7 +205,12 @@ def _open(
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
         model = load_frozen(
-            folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
+            checkpoint,
+            pyramid,
+            recipe.load_in,
+            frozen_dtype(recipe),
+            healed=budgets_only,
+            device_map=default_device(),
         )
     if not budgets_only:
         _start_afresh(model.model.language_model.routers)
@@ -214,7 +220,7 @@ def _open(
 
 
 def _read(
-    folder: Path,
+    checkpoint: Checkpoint,
     layout: LlavaLayout,
     data: str,
     recipe: CalibrationRecipe,
@@ -226,8 +232,8 @@ def _read(
     ignored: Sequence[str],
 ) -> tuple[Dataset, Any]:
     """Read the data and check every sample; also return the processor."""
-    processor = load_processor(folder)
-    check = token_limit(processor, layout, max_positions(folder), recipe.answer_tokens)
+    processor = load_opened_processor(checkpoint, layout)
+    check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
     dataset = load_data(
         data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
         seed=recipe.seed, ignored=ignored, check=check, progress=progress,

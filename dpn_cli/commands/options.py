@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.headers import check_folder
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.parallel.launch import is_launched, launch, place
@@ -114,7 +114,7 @@ def checkpoint_folder(model: Path | None) -> Path:
         CheckpointError: if there is no checkpoint in the folder.
     """
     folder = workspace.current(model)
-    read_config(folder)
+    check_folder(folder)
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder

@@ -13,7 +13,7 @@ from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.inference.loading import default_device, load_opened, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.processes import Processes
@@ -71,11 +71,11 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
-            processor = load_processor(folder)
+            processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
                 data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
                 kind_field=kind_field, ignored=ignored, progress=progress,
-                check=token_limit(processor, layout, max_positions(folder), answer_tokens),
+                check=token_limit(processor, layout, max_positions(checkpoint), answer_tokens),
             )  # fmt: skip
             for line in dataset.scan.lines():
                 say(line)
