@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration import heal as healing
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.training import heal as healing
 from dpn_cli.calibration.training.heal import HealReport, draw_route, heal, heal_loss
 from dpn_cli.calibration.training.loop import STATE_FILE, Draws
 from dpn_cli.data.encoding import IGNORED, Example

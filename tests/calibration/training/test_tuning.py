@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.calibration import tuning
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.training import tuning
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.exporting.export import export
+from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
-from dpn_cli.modeling import adapter
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
