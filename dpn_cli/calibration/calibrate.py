@@ -33,7 +33,7 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.generation import greedy_answers
-from dpn_cli.inference.loading import default_device, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
@@ -166,10 +166,10 @@ def _open(
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        processor = load_processor(folder)
+        processor = load_opened_processor(checkpoint, layout)
         dataset = load_data(
             data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter,
-            check=token_limit(processor, layout, max_positions(folder), recipe.answer_tokens),
+            check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
         )  # fmt: skip
         asked = [sample for sample in dataset.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
@@ -192,7 +192,12 @@ def _open(
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
         model = load_frozen(
-            folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
+            checkpoint,
+            pyramid,
+            recipe.load_in,
+            frozen_dtype(recipe),
+            healed=budgets_only,
+            device_map=default_device(),
         )
     if not budgets_only:
         _start_afresh(model.text_model.routers)

@@ -23,7 +23,7 @@ from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Kept, Processes
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
 from dpn_cli.pyramid.cost import flops_fraction
 
 
@@ -121,7 +121,7 @@ def plan_batches(
     seen: Counter[tuple[int, int]] = Counter()
     offered = {grid: tuple(pyramid.routes(grid)) for grid in set(grids)}
     groups: dict[tuple[bool, tuple[Route, ...]], list[int]] = {}
-    for i in sorted(range(len(grids)), key=lambda i: sum(height * width for height, width in grids[i])):
+    for i in sorted(range(len(grids)), key=lambda i: num_tokens(grids[i])):
         groups.setdefault((i in complete, offered[grids[i]]), []).append(i)
     for (all_routes, routes), rows in sorted(groups.items()):
         for start in range(0, len(rows), batch_size):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import read_config, read_json
+from dpn_cli.checkpoint.headers import check_folder, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
@@ -27,7 +27,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         CheckpointError: if the folder is not a converted checkpoint, or its pyramid came with the source.
         RecipeError: if an override is wrong.
     """
-    read_config(folder)
+    check_folder(folder)
     if not (folder / RECIPE_FILE).is_file():
         if open_converted(folder)[2].is_imported:
             raise CheckpointError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config, wrappers
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
@@ -117,11 +118,8 @@ def open_llava(folder: Path) -> tuple[Checkpoint, LlavaLayout]:
     Raises:
         CheckpointError: if it is missing, damaged, or not a LLaVA that can have a pyramid.
     """
-    validate_llava(read_config(folder), folder)  # first: what it is says more than which file it lacks
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(adapter_refusal(folder))
-    checkpoint = Checkpoint.open(folder)
-    return checkpoint, LlavaLayout.of(checkpoint)
+    with in_use(folder):
+        return _open(folder, read_config(folder))
 
 
 def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig]:
@@ -130,12 +128,21 @@ def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig
     Raises:
         CheckpointError: if it is missing, damaged, or not converted.
     """
-    config = read_config(folder)
-    if not is_converted(config):
-        validate_llava(config, folder)
-        raise CheckpointError(f"{folder} has no pyramid yet: run `dpn convert {folder}` first")
-    checkpoint, layout = open_llava(folder)
+    with in_use(folder):
+        config = read_config(folder)
+        if not is_converted(config):
+            validate_llava(config, folder)
+            raise CheckpointError(f"{folder} has no pyramid yet: run `dpn convert {folder}` first")
+        checkpoint, layout = _open(folder, config)
     return checkpoint, layout, read_pyramid(checkpoint, layout)
+
+
+def _open(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint, LlavaLayout]:
+    validate_llava(config, folder)  # first: what it is says more than which file it lacks
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(adapter_refusal(folder))
+    checkpoint = Checkpoint.open(folder, config)
+    return checkpoint, LlavaLayout.of(checkpoint)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:

@@ -66,12 +66,13 @@ def command(
 ) -> None:
     """Check the options, convert, and show what was done."""
     workspace.check_state_folder()
+    from dpn_cli.checkpoint.headers import read_config
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.conversion.convert import IMPORTED, convert, default_recipe
     from dpn_cli.pyramid.recipe import load_recipe
 
     if recipe is None and overrides:
-        recipe = default_recipe(resolve_source(model))
+        recipe = default_recipe(source := resolve_source(model), read_config(source.path))
     chosen = load_recipe(recipe, overrides) if recipe else None
     done = convert(
         model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.headers import check_folder
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
@@ -126,7 +126,7 @@ def checkpoint_folder(model: Path | None) -> Path:
         CheckpointError: if there is no checkpoint in the folder.
     """
     folder = workspace.current(model)
-    read_config(folder)
+    check_folder(folder)
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder

@@ -45,9 +45,17 @@ class Tower(Protocol):
 
 @dataclass(frozen=True)
 class ClipTower:
-    """A CLIP model's folder and the config of its vision part, complete."""
+    """A CLIP model.
+
+    Attributes:
+        folder: of the model.
+        stored: its config.json.
+        config: of its vision part, complete.
+        unused: see `Tower`.
+    """
 
     folder: Path
+    stored: dict[str, Any]
     config: dict[str, Any]
     unused: Collection[str] = ()
 
@@ -59,7 +67,7 @@ class ClipTower:
             CheckpointError: if there is none, or it is not CLIP's.
         """
         folder = resolve_source(name).path
-        config = read_config(folder)
+        config = stored = read_config(folder)
         kind = config.get("model_type")
         if kind == "clip":
             config = config.get("vision_config")  # type: ignore[assignment]
@@ -69,7 +77,7 @@ class ClipTower:
         kinds = all(type(settings[key]) is type(default) for key, default in CLIP.defaults.items())
         if not kinds or any(type(value) is not str and value <= 0 for value in settings.values()):
             raise CheckpointError(f"{folder / 'config.json'} has impossible sizes: download it again")
-        return cls(folder, {"model_type": CLIP.model_type, **settings})
+        return cls(folder, stored, {"model_type": CLIP.model_type, **settings})
 
     def features(self, original: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the original says about the layer; the class token is left out."""
@@ -84,7 +92,7 @@ class ClipTower:
 
     def planned(self) -> Iterator[tuple[str, Planned]]:
         """Yield the tensors of the vision part, by their names in a LLaVA."""
-        weights = open_weights(self.folder)
+        weights = open_weights(self.folder, self.stored)
         inside = any(name.startswith(_INSIDE) for name in weights.tensors)
         for name in weights.tensors:
             if name.startswith(_INSIDE) == inside and not name.endswith(COMPUTED):

@@ -16,7 +16,7 @@ from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.inference.loading import default_device, load_opened, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.processes import Processes
@@ -50,10 +50,10 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
-            processor = load_processor(folder)
+            processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
                 data, split="heldout", limit=options.samples, seed=options.seed, reporter=reporter,
-                check=token_limit(processor, layout, max_positions(folder), options.answer_tokens),
+                check=token_limit(processor, layout, max_positions(checkpoint), options.answer_tokens),
             )  # fmt: skip
             shown = [sample for sample in dataset.samples if sample.images]
             model = load_opened(checkpoint, pyramid, device_map=default_device())

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Rate, Route
+from dpn_cli.pyramid.config import Rate, Route, num_tokens
 from dpn_cli.pyramid.cost import flops_fraction
 
 
@@ -80,7 +80,7 @@ def answer(
     total_s = time.perf_counter() - start
 
     pyramid, [route], [grids] = model.pyramid, model.last_routes, model.last_grids
-    visual_tokens = tuple(sum(height * width for height, width in stage) for stage in pyramid.walk(route, grids))
+    visual_tokens = tuple(map(num_tokens, pyramid.walk(route, grids)))
     text_tokens = inputs["input_ids"].shape[1] - visual_tokens[0]
     return Answer(
         text="".join(streamer.pieces).strip(),

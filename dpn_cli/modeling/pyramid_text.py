@@ -26,8 +26,9 @@ from typing_extensions import override
 from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import change_call, current_call
+from dpn_cli.modeling.engine import compact
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
-from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
+from dpn_cli.modeling.pooling import Kernels, pool_cells
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
@@ -47,7 +48,7 @@ from dpn_cli.modeling.state import (
     visual_grids,
     without_hidden,
 )
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 
 
@@ -419,45 +420,33 @@ class PyramidTextMixin:
         untouched = all(rate == (1, 1) for rate in rates) and pyramid.pooling != "conv"
         if untouched and choice.probability is None:
             return replace(state, routes=routes)
-        if state.refusal:
-            raise ValueError(state.refusal)
-
         grids = tuple(
             tuple(pyramid.pooled(grid, rate) for grid in sample)
             for sample, rate in zip(state.grids, rates, strict=True)
         )
-        before = [state.hidden_states.shape[1]] * len(rates) if state.valid is None else state.valid.sum(1).tolist()
-        lengths = [
-            length - _num_tokens(old) + _num_tokens(new)
-            for length, old, new in zip(before, state.grids, grids, strict=True)
-        ]
-        cells = merge_cells(state.coords, state.valid, state.grids, rates, lengths, pyramid.rounding)
+        cells = pool_cells(state, rates, grids)
         if pyramid.pooling == "conv":
-            hidden_states = pool_tokens(state.hidden_states, cells, weights=self._conv_weights(state, site, choice))
+            pooled = compact(state, cells, weights=self._conv_weights(state, site, choice))
         else:
-            hidden_states = pool_tokens(state.hidden_states, cells, pyramid.pooling)
+            pooled = compact(state, cells, pyramid.pooling)
+        assert pooled.coords is not None
+        hidden_states = pooled.hidden_states
         if choice.probability is not None:
-            probability = choice.probability.to(cells.coords.device)
-            gate = torch.where(cells.coords[..., 0] >= 0, probability[:, None], 1)
+            probability = choice.probability.to(hidden_states.device)
+            gate = torch.where(pooled.coords[..., 0] >= 0, probability[:, None], 1)
             hidden_states = hidden_states * gate[..., None].to(hidden_states.dtype)
-        columns = cells.column if state.columns is None else cells.column.gather(1, state.columns)
-        return replace(
-            state,
-            hidden_states=hidden_states,
-            positions=pool_tokens(state.positions[..., None], cells)[..., 0],
-            valid=cells.valid,
-            coords=cells.coords,
-            columns=columns,
-            grids=grids,
-            routes=routes,
-        )
+        return replace(pooled, hidden_states=hidden_states, grids=grids, routes=routes)
 
     def _conv_weights(self, state: PyramidState, site: int, choice: Choice) -> torch.Tensor:
-        """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert."""
+        """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert.
+
+        They are relative to the mean of a complete cell; an incomplete one has fewer tokens, so each counts for more.
+        """
         assert state.coords is not None
         rows = []
         for coords, k, taken in zip(state.coords, choice.experts, self._taken(state), strict=True):
-            kernel = self.poolers[site](k)  # [D, kernel_h, kernel_w]
+            kernel = self.poolers[site](k).float()  # [D, kernel_h, kernel_w]
+            kernel = kernel * kernel[0].numel()
             factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
             rows.append(torch.where((coords[:, :1] >= 0) & taken, factors, 1))
         return torch.stack(rows)
@@ -479,10 +468,6 @@ def _with_pyramid(text: TextModel) -> type[PyramidTextMixin]:
 
 
 PYRAMID_TEXT_MODELS = {model_type: _with_pyramid(record) for model_type, record in TEXT_MODELS.items()}
-
-
-def _num_tokens(grids: Sequence[Grid]) -> int:
-    return sum(height * width for height, width in grids)
 
 
 def _starts_anew(position_ids: torch.Tensor | None) -> bool:

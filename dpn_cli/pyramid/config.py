@@ -8,7 +8,7 @@ their own, behind the mosaic's: when rows merge, so do their newlines, and each 
 is never narrowed, and no rate is withheld for its sake.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise, product
 from math import isfinite
@@ -235,7 +235,7 @@ class PyramidConfig:
 
     def takes(self, grids: Sequence[Grid]) -> bool:
         """Say whether a sample with these grids is pooled (and gated) at all."""
-        return sum(height * width for height, width in grids) >= self.min_input_tokens
+        return num_tokens(grids) >= self.min_input_tokens
 
     def offered(self, site: int, grids: Sequence[Grid]) -> list[int]:
         """Return the expert indices that `site` offers to a sample with these grids; 1×1 always is."""
@@ -243,7 +243,7 @@ class PyramidConfig:
             return [0]
         experts = []
         for k, rate in enumerate(self.sites[site].rates):
-            sizes = [h * w for h, w in (self.pooled(grid, rate) for grid in _without_newlines(grids))]
+            sizes = [num_tokens([self.pooled(grid, rate)]) for grid in _without_newlines(grids)]
             if rate == (1, 1) or (sizes and min(sizes) >= self.min_visual_tokens):
                 experts.append(k)
         return experts
@@ -267,7 +267,7 @@ class PyramidConfig:
             if grids and expert not in self.offered(site, stages[-1]):
                 kernel, small = (
                     "×".join(map(str, rates[expert])),
-                    min(_without_newlines(stages[-1]), key=lambda grid: grid[0] * grid[1], default=(0, 0)),
+                    min(_without_newlines(stages[-1]), key=lambda grid: num_tokens([grid]), default=(0, 0)),
                 )
                 raise ValueError(
                     f"route {route}: {kernel} at site {site} would leave an image of {small[0]}×{small[1]} tokens "
@@ -361,6 +361,11 @@ def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range
     """Return the decoder layers between sites; after layer -1 is before the first one."""
     edges = [0, *(layer + 1 for layer in after_layers), num_layers]
     return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def num_tokens(grids: Iterable[Grid]) -> int:
+    """Return the visual tokens of some grids together."""
+    return sum(height * width for height, width in grids)
 
 
 def kernel_on(grid: Grid, rate: Rate) -> Rate:

@@ -149,8 +149,7 @@ def test_what_cannot_be_converted_is_refused(tiny_llava: Path, tmp_path: Path) -
 )
 def test_the_recipe_follows_the_model(tmp_path: Path, name: str, origin: str, recipe: str) -> None:
     model_type = {"llava-next": "llava_next", "llava-onevision": "llava_onevision"}.get(recipe, "llava")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert default_recipe(Source(tmp_path, name, origin)) == recipe
+    assert default_recipe(Source(tmp_path, name, origin), {"model_type": model_type}) == recipe
 
 
 def test_weights_that_the_config_names_are_those_that_count(tiny_llava: Path, tmp_path: Path) -> None:

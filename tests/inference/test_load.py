@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
 
 import dpn_cli
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
@@ -114,7 +114,7 @@ def test_positions_are_read_also_where_the_config_leaves_them_to_a_default(make_
     config = read_json(folder / "config.json")
     config["text_config"]["max_position_embeddings"] = 77
     write_json(folder / "config.json", config)
-    assert max_positions(folder) == 77
+    assert max_positions(Checkpoint.open(folder)) == 77
     del config["text_config"]["max_position_embeddings"]
     write_json(folder / "config.json", config)
-    assert max_positions(folder) == LlamaConfig().max_position_embeddings
+    assert max_positions(Checkpoint.open(folder)) == LlamaConfig().max_position_embeddings

@@ -87,6 +87,17 @@ def test_every_kind_of_pyramid_batches_exactly(make_pair: Any, positions: str, g
             assert (step_alone[0] - step_together[i]).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_conv_starts_as_the_average(make_pair: Any) -> None:
+    sample = prompt(1, 3, 5, seed=0)
+    logits = []
+    for pooling in ("avg", "conv"):
+        _, model = make_pair(pooling=pooling, min_visual_tokens=1)
+        model.set_route((2, 2, 2))  # 12, 6, 3 and 2 tokens a side: in the end, cells that are not complete
+        logits.append(model(**sample).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("gate", ["none", "probability"])
 def test_a_forced_route_gives_what_the_router_that_takes_it_gives(make_pair: Any, gate: str) -> None:
     # An image that is pooled 2×2 has 36 tokens, too few to be pooled (or gated) again.

@@ -18,7 +18,7 @@ from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
 from dpn_cli.pyramid.cost import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
@@ -39,7 +39,7 @@ class Prompt:
     @property
     def visual_tokens(self) -> int:
         """Before any reduction."""
-        return sum(height * width for height, width in self.grids)
+        return num_tokens(self.grids)
 
 
 class Contender(ABC):
