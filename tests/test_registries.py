@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from dpn_cli.cli import cli
 from dpn_cli.data.formats import FORMATS
 from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError
 from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
 from dpn_cli.evaluation.contenders.contender import Prompt
@@ -70,7 +71,7 @@ def test_a_metric_tells_right_from_wrong(name: str) -> None:
 def test_no_two_formats_claim_one_file(tmp_path: Path) -> None:
     (tmp_path / "data.xyz").write_text("?")
     with pytest.raises(DataError) as error:
-        load_data(str(tmp_path / "data.xyz"))
+        load_data(DataOptions(str(tmp_path / "data.xyz")))
     assert all(each.description in str(error.value) for each in FORMATS.values())
 
 
