@@ -53,23 +53,33 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "--against", metavar="NAME,NAME,…", default="",
     help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(CONTENDERS)[1:])}, or all.",
 )  # fmt: skip
-@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
-@click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
+@click.option(
+    "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
+    help="Samples per batch; repeatable.",
+)  # fmt: skip
+@click.option("--images", type=click.IntRange(1), help="Images per synthetic sample; default: 1.")
 @click.option(
     "--image-size", type=Size(),
-    help="Their height and width, for models that cut images into tiles; default: 672x672.",
+    help="Height and width of synthetic images, for models that cut images into tiles; default: 672x672.",
 )  # fmt: skip
 @click.option(
     "--text-tokens", type=TextTokens(), metavar="N[,N…]",
-    help=f"Of a batch's synthetic samples, in turn; default: as in the calibration data, else {TEXT_TOKENS}.",
+    help="Text tokens of a batch's synthetic samples, in turn; default: as in the calibration data, else "
+    f"{TEXT_TOKENS}.",
 )  # fmt: skip
-@click.option("--data", help="Take prompts from here, as in `dpn calibrate`, in place of synthetic ones.")
+@click.option("--data", help="Time prompts of this data, as `dpn calibrate` reads it, in place of synthetic ones.")
 @click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
 @ignore_fields_option
-@click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="To generate per sample.")
-@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Behind a warm-up.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture, .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Tokens to generate per sample."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=8, show_default=True, help="Timed rounds after one warm-up round."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results as a picture, .png or .svg."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @takes_data
 def command(
     model: Path | None,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "that the checkpoint is set to.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of sampling and fitting; default: the recipe's.")
+@click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
     "--heal", type=Choice(["none", "lora"]), help="Train an adapter for pooled tokens first; default: the recipe's."
 )

@@ -50,7 +50,7 @@ PLACEMENTS = {
     "--verify", is_flag=True, help="Read the output back from the disk and compare it with MODEL, byte by byte."
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything and say what would be done, but write nothing.")
 def command(
     model: str,
     recipe: str | None,

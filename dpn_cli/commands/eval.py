@@ -59,12 +59,23 @@ if TYPE_CHECKING:
     metavar="FIELD",
     help="The data's field to group figures by; default: kind, where there is one.",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all, of the demo 512.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per answer.")
+@click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all (512 of the demo).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for sampling.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Largest number of tokens per answer.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
 @processes_option
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw KL over FLOPs.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw KL against FLOPs as a picture, .png or .svg.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path | None,
@@ -87,7 +98,7 @@ def command(
     Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
     command line goes on where it stopped, with any number of processes.
 
-    With --tasks the program lmms-eval asks, once the teacher and once the pyramid at every budget.
+    With --tasks, lmms-eval asks the questions: once of the teacher, and once of the pyramid at every budget.
     """
     with together():
         names = contender_names(against)

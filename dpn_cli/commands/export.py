@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     help="Convert the tensors, the routers' excepted; default: leave them as they are.",
 )  # fmt: skip
 @click.option(
-    "--max-shard-size", default="2GB", show_default=True, metavar="SIZE", help="Of one file, such as 500MB or 2GB."
+    "--max-shard-size",
+    default="2GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest size of one file, such as 500MB or 2GB.",
 )
 @click.option(
     "--quantize", type=Choice(["int8", "nf4"]),
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     help="Export although the routers are not calibrated: the model answers as the original does, and pools nothing.",
 )  # fmt: skip
 @click.option(
-    "--drop-unused", is_flag=True, help="Leave out the vision layers behind the last one that is used; same outputs."
+    "--drop-unused", is_flag=True, help="Leave out the vision layers after the last one that is used; same outputs."
 )
 @click.option(
     "--check-values/--no-check-values", default=True, show_default=True,
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
 @click.option("--push", metavar="REPO", help="Upload the finished folder to this model repository on the hub.")
 @click.option("--private", is_flag=True, help="Make that repository a private one, where it does not exist yet.")
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
     model: Path | None,
     output: Path | None,

@@ -29,15 +29,20 @@ SAMPLE_FROM = {
     "--text-tokens", type=click.IntRange(1),
     help=f"Text tokens of a sample; default: as is typical of the calibration data, else {TEXT_TOKENS}.",
 )  # fmt: skip
-@click.option("--images", type=click.IntRange(0), help="Images of a sample; default: likewise, else 1.")
+@click.option(
+    "--images",
+    type=click.IntRange(0),
+    help="Images of a sample; default: as is typical of the calibration data, else 1.",
+)
 @click.option(
     "--image-size", type=Size(),
-    help="Height and width of the images, for models that cut them into tiles; default: likewise, else 672x672.",
+    help="Height and width of the images, for models that cut them into tiles; default: as is typical of the "
+    "calibration data, else 672x672.",
 )  # fmt: skip
 @click.option(
     "--route", "routes", multiple=True, help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     name: str | None,
     model: Path | None,

@@ -9,7 +9,7 @@ from dpn_cli.pyramid.recipe import available_recipes, load_recipe
 
 
 @click.group("recipes", invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the recipes as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the recipes, or show one."""

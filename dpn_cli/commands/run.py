@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
-@click.option("--route", help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), past the routers.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
+@click.option(
+    "--route", help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Largest number of tokens in the answer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
 def command(
     question: str,

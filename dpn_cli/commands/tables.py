@@ -139,7 +139,7 @@ def print_latency(result: "Latency", has_data: bool) -> None:
     console.table(
         f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
         f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
-        ["contender", "phase", "median, ms", "quartiles, ms", "times faster", "95% interval", "by FLOPs", "reached"],
+        ["contender", "phase", "median, ms", "quartiles, ms", "speedup", "95% interval", "ideal speedup", "efficiency"],
         [row for each in result.contenders for row in _phase_rows(each)],
         texts=["phase"],
     )

@@ -34,7 +34,7 @@ class Phase:
         median_s: of the rounds.
         low_s: their lower quartile.
         high_s: their upper quartile.
-        speedup: how many times faster than the original, the median of the paired ratios.
+        speedup: the original's time over this one's, the median of the paired ratios.
         speedup_low: of a distribution-free interval of that median, of 95% or, in fewer than six rounds, their range.
         speedup_high: its other end.
     """
@@ -75,7 +75,7 @@ class Measured:
 
     @property
     def ideal_speedup(self) -> float:
-        """How many times faster prefill would be if time were FLOPs."""
+        """The speedup of prefill if time were FLOPs."""
         return 1 / self.fraction
 
 
