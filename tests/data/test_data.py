@@ -1,5 +1,6 @@
 """Reading what users bring: what is taken for what, which rows are good, and what is said about the others."""
 
+import base64
 import json
 import struct
 import zlib
@@ -52,7 +53,14 @@ def test_llava_files(tmp_path: Path, picture: Path, name: str) -> None:
     ]
     assert [sample.row for sample in data.samples] == [1, 2, 3]
     assert (data.scan.rows, data.scan.with_image, data.scan.text_only, data.scan.several_images) == (3, 2, 1, 1)
-    assert "`image`, `conversations` as conversation" in data.scan.lines()[0]
+    assert "`images`, `conversations` as conversation" in data.scan.lines()[0]
+
+
+def test_the_fields_of_more_rows_than_the_first_are_named(tmp_path: Path, picture: Path) -> None:
+    text_only = {"conversations": chat("what ?")}
+    data = load(write(tmp_path / "data.json", [text_only, llava_row()]))
+    assert "(`image`, `conversations` as conversation)" in data.scan.lines()[0]
+    assert "(no images, `conv" in load(write(tmp_path / "data.json", [text_only])).scan.lines()[0]
 
 
 def test_lines_in_a_json_file_and_blank_lines(tmp_path: Path, picture: Path) -> None:
@@ -132,6 +140,7 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
     whole = folder / "whole.jpg"
     Image.effect_noise((200, 200), 90).save(whole)
     (folder / "half.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    Image.new("F", (9, 9), 0.5).save(folder / "float.tif")
     late = [*chat(), {"from": "system", "value": "be brief"}]
     return [
         (llava_row(image="images/bomb.png"), "image too large"),
@@ -147,6 +156,8 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(image="\ud800.png"), "missing image file"),
         (llava_row(image=["images/a.png", 3]), "no image path"),
         (llava_row(image="https://example.org/a.png"), "image not in a file"),
+        (llava_row(image=base64.b64encode((folder / "a.png").read_bytes()).decode()), "image not in a file"),
+        (llava_row(image="images/float.tif"), "32-bit image"),
         (llava_row(conversations=chat("<image><image> what ?")), "more <image> than images"),
         (llava_row(image=None), "more <image> than images"),
         (llava_row(image=None, images=["images/a.png"] * 2), "more images than <image>"),
@@ -174,7 +185,7 @@ def test_every_bad_row_has_its_reason(tmp_path: Path, picture: Path) -> None:
     assert [(fault.row, fault.reason) for fault in scan.faults] == list(enumerate(reasons, 2))
     assert scan.with_image == 1
     "\n".join(scan.lines()).encode()  # printable on any terminal
-    with pytest.raises(DataError, match=r"29 of 30 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
+    with pytest.raises(DataError, match=r"31 of 32 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
         load(path)
 
 
