@@ -55,7 +55,8 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
             click.option(
                 "--data", required=required, metavar="DATA",
                 help="A LLaVA .json or .jsonl file, a folder of images (asked stock prompts, answered by the model), a "
-                "parquet file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
+                "parquet or CSV file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or "
+                "demo.",
             ),
             click.option(
                 "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),

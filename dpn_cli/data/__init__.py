@@ -38,8 +38,9 @@ def load_data(
     """Read samples and check every one of them, its images included.
 
     Args:
-        data: `demo`; a LLaVA .json or .jsonl file, or a folder with one; a folder of images; a parquet or arrow file,
-            or a folder of them; a folder from `save_to_disk`; or owner/name[:configuration[:split]] of the hub.
+        data: `demo`; a LLaVA .json or .jsonl file, a CSV file, or a folder with one of them; a folder of images; a
+            parquet or arrow file, or a folder of them; a folder from `save_to_disk`; or
+            owner/name[:configuration[:split]] of the hub.
         image_root: where relative image paths start; by default the folder of the file that names them.
         prompts: the questions for images that come without one, in turn.
         on_bad_row: `fail`, or `skip` up to `max_bad`.
@@ -69,8 +70,7 @@ def load_data(
 
 def _source(data: str, image_root: Path | None, reading: Reading, split: str, limit: int | None) -> Source:
     """Find out what the data is."""
-    from dpn_cli.data.huggingface import TABLE_SUFFIXES, Table, is_hub_id
-    from dpn_cli.data.llava import LlavaFile
+    from dpn_cli.data.huggingface import CSV_SUFFIXES, TABLE_SUFFIXES, Table, is_hub_id
 
     if data == "demo":
         from dpn_cli.data.demo import DemoPictures
@@ -80,34 +80,44 @@ def _source(data: str, image_root: Path | None, reading: Reading, split: str, li
     path = Path(data).expanduser()
     if path.is_dir():
         return _folder(path, image_root, reading)
-    if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES:
-        return LlavaFile(path, image_root or path.parent, reading)
-    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        return Table(data, image_root or path.parent, reading)
+    if path.is_file() and path.suffix.lower() in {*_TEXT_SUFFIXES, *CSV_SUFFIXES, *TABLE_SUFFIXES}:
+        return _file(path, image_root or path.parent, reading)
     if not path.exists() and is_hub_id(data):
         return Table(data, image_root or Path(), reading)
     what = f"is a {path.suffix or 'file without a suffix'}" if path.exists() else "does not exist"
     raise DataError(
-        f"--data {data} {what}: expected a LLaVA .json or .jsonl file, a folder of images, a parquet or arrow file, "
-        "a folder from save_to_disk, owner/name on the hub, or demo"
+        f"--data {data} {what}: expected a LLaVA .json or .jsonl file, a folder of images, a parquet, arrow or CSV "
+        "file, a folder from save_to_disk, owner/name on the hub, or demo"
     )
+
+
+def _file(path: Path, image_root: Path, reading: Reading) -> Source:
+    from dpn_cli.data.huggingface import Table
+    from dpn_cli.data.llava import LlavaFile
+
+    if path.suffix.lower() in _TEXT_SUFFIXES:
+        return LlavaFile(path, image_root, reading)
+    return Table(str(path), image_root, reading)
 
 
 def _folder(folder: Path, image_root: Path | None, reading: Reading) -> Source:
     """Find out what a folder holds: rows that name images go before the images themselves."""
     from dpn_cli.data.folder import ImageFolder
-    from dpn_cli.data.huggingface import Table, is_saved_dataset, table_files
-    from dpn_cli.data.llava import LlavaFile, holds_rows
+    from dpn_cli.data.huggingface import CSV_SUFFIXES, Table, is_saved_dataset, table_files
+    from dpn_cli.data.llava import holds_rows
 
     root = image_root or folder
     if is_saved_dataset(folder):
         return Table(str(folder), root, reading)
-    texts = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TEXT_SUFFIXES and holds_rows(path))
+    files = sorted(folder.iterdir())
+    texts = [path for path in files if path.suffix.lower() in _TEXT_SUFFIXES and holds_rows(path)]
+    if not (tables := table_files(folder)):
+        texts += [path for path in files if path.suffix.lower() in CSV_SUFFIXES]
     if len(texts) > 1:
         names = ", ".join(path.name for path in texts)
         raise DataError(f"{folder} holds several files of rows ({names}): give one of them as --data")
     if texts:
-        return LlavaFile(texts[0], root, reading)
-    if table_files(folder):
+        return _file(texts[0], root, reading)
+    if tables:
         return Table(str(folder), root, reading)
     return ImageFolder(folder, reading.prompts)

@@ -87,6 +87,30 @@ def test_image_folder_takes_the_stock_prompts_in_turn(picture: Path) -> None:
     assert data.scan.unanswered == 2
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt", "a.json", "captions.json", "sub/captions.json", "sub/metadata.csv", "sub/metadata.jsonl", "a.xml",
+        "b.heic", "c",
+    ],
+)  # fmt: skip
+def test_files_beside_the_images_of_a_folder_stop_the_run(picture: Path, name: str) -> None:
+    folder = picture.parent
+    for about in ("README.md", "LICENSE", "Thumbs.db", ".hidden.json"):
+        (folder / about).touch()
+    assert load(folder).scan.with_image == 1
+    (folder / "sub").mkdir()
+    (folder / name).write_text('{"images": [], "annotations": [{"caption": "a red thing"}]}')
+    with pytest.raises(DataError, match=rf"holds {name} beside its images: .*Move other files out of it"):
+        load(folder)
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_is_missing(picture: Path) -> None:
+    picture.with_name("b.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match="row 2: missing image file"):
+        load(picture.parent)
+
+
 def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, picture: Path) -> None:
     row = {"image": "images/a.png", "split": "train"}
     path = write(tmp_path / "data.json", [row] * 2)
@@ -189,6 +213,13 @@ def test_every_bad_row_has_its_reason(tmp_path: Path, picture: Path) -> None:
         load(path)
 
 
+def test_rows_are_grouped_by_another_field_than_kind(tmp_path: Path, picture: Path) -> None:
+    rows = [llava_row(kind="a kind", level=level) for level in ("easy", "hard")]
+    path = write(tmp_path / "data.json", rows)
+    assert [sample.kind for sample in load(path, kind_field="level").samples] == ["easy", "hard"]
+    assert [sample.kind for sample in load(path).samples] == ["a kind"] * 2
+
+
 def test_bad_rows_are_skipped_up_to_a_share(tmp_path: Path, picture: Path) -> None:
     rows = [llava_row()] * 19 + [llava_row(image="gone.png")]
     path = write(tmp_path / "data.jsonl", rows)
@@ -237,7 +268,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.csv", "", "expected a LLaVA"),
+        ("data.txt", "", "expected a LLaVA"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],
