@@ -206,10 +206,10 @@ def _unread(
 
     def counts(name: str, value: Any) -> bool:
         leaves = list(_leaves(value))
-        texts = [leaf for leaf in leaves if isinstance(leaf, str)]
-        if len(texts) < len(leaves):  # bytes: an encoded image
+        if not all(isinstance(leaf, str) for leaf in leaves):  # bytes: an encoded image
             return True
-        other_images = [text for text in texts if _is_image(text) and not any(_is_same_file(text, p) for p in paths)]
+        texts = [str(leaf) for leaf in leaves if not any(_is_same_file(str(leaf), path) for path in paths)]
+        other_images = [text for text in texts if _is_image(text)]
         if other_images and not has_image:
             return True
         if name in ROLES["answer"] and has_question != has_answer:  # whether a caption is right, what a chat has not

@@ -27,8 +27,7 @@ class ImageFolder:
         self.format = f"folder of images ({len(prompts)} stock prompts in turn)"
         if not self.files:
             raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-        others = [path for path in files if path.suffix.lower() not in SUFFIXES and path.stem.lower() not in _NO_DATA]
-        if others:
+        if others := [path for path in files if path.suffix.lower() not in SUFFIXES and _may_be_data(path, folder)]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise DataError(
                 f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: nothing but images is read "
@@ -53,6 +52,12 @@ class ImageFolder:
         path = self.files[index]
         turn = Turn(self.prompts[index % len(self.prompts)], images=1)
         return Sample(str(path.relative_to(self.folder)), (path,), (turn,))
+
+
+def _may_be_data(path: Path, folder: Path) -> bool:
+    """Tell whether a file may say something about images: no README, and no part of a model in a folder below."""
+    below = path.parents[: len(path.relative_to(folder).parts) - 1]
+    return path.stem.lower() not in _NO_DATA and not any((parent / "config.json").is_file() for parent in below)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

@@ -98,8 +98,11 @@ def test_files_beside_the_images_of_a_folder_stop_the_run(picture: Path, name: s
     folder = picture.parent
     for about in ("README.md", "LICENSE", "Thumbs.db", ".hidden.json"):
         (folder / about).touch()
-    assert load(folder).scan.with_image == 1
     (folder / "sub").mkdir()
+    (folder / "model").mkdir()
+    for of_a_model in ("config.json", "merges.txt"):
+        (folder / "model" / of_a_model).touch()
+    assert load(folder).scan.with_image == 1
     (folder / name).write_text('{"images": [], "annotations": [{"caption": "a red thing"}]}')
     with pytest.raises(DataError, match=rf"holds {name} beside its images: .*Move other files out of it"):
         load(folder)

@@ -308,8 +308,8 @@ def test_what_describes_a_row_does_not_stop_it() -> None:
         "questionId": "7", "image_id": "x y", "source": "COCO 2017", "split": "train", "l2-category": "fine colours",
         "image_url": "https://example.org/a.png", "coco_url": "https://example.org/b.png", "question_type": "what is",
         "width": 20, "license": "CC BY 4.0", "metadata": {"note": "two words"}, "solution": "red, since it is not blue",
-        "multiple_choice_answer": "red", "file_name": "a.png",
-        "path": "train/a.png", "original": ".\\a.png", "checked": True, "tone": "neutral", "empty": " ",
+        "multiple_choice_answer": "red", "file_name": "a.png", "path": "train/a.png",
+        "original": ".\\a.png", "image_1": "a.png", "checked": True, "tone": "neutral", "empty": " ",
     }  # fmt: skip
     row = {"image": "a.png", "question": "what ?", "answer": "red"}
     assert read(row | about).turns == read(row).turns
