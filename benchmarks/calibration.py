@@ -19,8 +19,9 @@ import torch
 from dpn_cli import console
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
-from dpn_cli.data import load_data
 from dpn_cli.data.encoding import encode
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.intervals import bootstrap_mean
 from dpn_cli.pyramid.config import PyramidConfig
@@ -123,14 +124,14 @@ def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> t
     """Send held-out samples down every route; also return what the model's routers make of them."""
     network = load_model(model)
     processor = load_processor(model)
-    held_out = load_data(data, split="heldout", limit=samples).samples
+    held_out = load_data(DataOptions(data), split="heldout", limit=samples).samples
     examples = [encode(sample, processor, answer_tokens=8) for sample in held_out]
     grids = sample_grids(network, examples)
     batches = plan_batches(network.pyramid, grids, batch_size, None)
     with console.progress("measuring routes", len(examples)) as advance:
         table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)
     with torch.no_grad():
-        return table, Policy.of(network.model.language_model.routers.cpu().float(), table), network.pyramid
+        return table, Policy.of(network.text_model.routers.cpu().float(), table), network.pyramid
 
 
 @click.command()

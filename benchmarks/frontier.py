@@ -15,10 +15,11 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.data import MAX_BAD
+from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.contenders.contender import TOLERANCE
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
+from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.pictures import plot_evaluation
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.intervals import Estimate, bootstrap_mean
@@ -91,11 +92,10 @@ def main(
     """Print the table, one block of rows per budget."""
 
     def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
-        result = evaluate_folder(
-            folder, data, None, "fail", MAX_BAD,
-            budgets=BUDGETS, against=against, metric="exact", samples=samples, seed=0, answer_tokens=max_new_tokens,
-            batch_size=batch_size, progress=console.progress, say=console.note, processes=ALONE,
-        )  # fmt: skip
+        options = EvaluationOptions(
+            BUDGETS, against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
+        )
+        result = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
         assert result is not None, "alone, this process is the main one"
         return result
 

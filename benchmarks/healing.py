@@ -17,8 +17,9 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.data import MAX_BAD
+from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.figures import Figures
+from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.parallel.processes import ALONE
 
@@ -35,12 +36,9 @@ NEW_TOKENS = 4  # of the demo's one-word answers
 def main(models: tuple[Path, ...], data: str, questions: int, budgets: tuple[float, ...], as_json: bool) -> None:
     """Ask every model the held-out questions at every budget."""
     figures: dict[tuple[str, float], Figures] = {}
+    options = EvaluationOptions(budgets, samples=questions, answer_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
     for folder in models:
-        result = evaluate_folder(
-            folder, data, None, "fail", MAX_BAD,
-            budgets=budgets, against=(), metric="exact", samples=questions, seed=0, answer_tokens=NEW_TOKENS,
-            batch_size=BATCH_SIZE, progress=console.progress, say=console.note, processes=ALONE,
-        )  # fmt: skip
+        result = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
         assert result is not None, "alone, this process is the main one"
         figures |= {(str(folder), standing.budget or 1.0): standing.figures for standing in result.of("dpn")}
     if as_json:

@@ -31,7 +31,7 @@ from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synth
 from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.config import PyramidConfig, Route, Site, num_tokens
 from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 
 DEPTHS = (0.25, 0.5, 0.75)
@@ -97,10 +97,10 @@ def measure(
 ) -> Latency:
     """Measure all contenders on one batch."""
     text_tokens = TEXT_TOKENS[batch_size]
-    images = {"input_ids": torch.full((1, GRID[0] * GRID[1]), IMAGE_TOKEN)}
+    images = {"input_ids": torch.full((1, num_tokens([GRID])), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(1, 3, 336, 336, dtype=model.dtype)
     batch = synthetic_inputs(model, images, text_tokens)
-    shape, pyramid = model.model.language_model.shape, model.pyramid
+    shape, pyramid = model.text_model.shape, model.pyramid
     prompts = [Prompt((GRID,), count) for count in text_tokens]
     sites = tuple(site.after_layer for site in pyramid.sites)
     contenders: dict[str, Contender] = {ORIGINAL: Original()}

@@ -22,8 +22,9 @@ import torch
 
 from dpn_cli import console
 from dpn_cli.calibration.rollout import Batch, measure, plan_batches, sample_grids
-from dpn_cli.data import load_data
 from dpn_cli.data.encoding import IGNORED, Example, collate, encode
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.loading import default_device, load_model, load_processor
 from dpn_cli.inference.scoring import divergence
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -54,7 +55,7 @@ class Job:
         """Load the model, and encode and plan the samples; the last item fills up the shorter ones."""
         model = load_model(self.model, device_map=default_device())
         processor = load_processor(self.model)
-        rows = load_data(self.data, limit=self.samples).samples
+        rows = load_data(DataOptions(self.data), limit=self.samples).samples
         examples = [encode(sample, processor, answer_tokens=8) for sample in rows if sample.images]
         batches = plan_batches(model.pyramid, sample_grids(model, examples), self.batch_size, None)
         return model, examples, batches, processor.tokenizer.pad_token_id

@@ -28,6 +28,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dpn_cli.reporter import Reporter
+
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
 DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
@@ -128,6 +130,9 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=_stderr) as bar:
         task = bar.add_task(harmless(description), total=total)
         yield lambda n: bar.advance(task, n)
+
+
+REPORTER = Reporter(note, progress)
 
 
 class _RateColumn(ProgressColumn):

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from dpn_cli.inference.onevision_processor import OnevisionImages
 from dpn_cli.modeling.families import MODELS
+from dpn_cli.pyramid.config import num_tokens
 from tests.conftest import CHAT_TEMPLATE, hub_name, tiny_text_config, tiny_tokenizer
 from tests.pyramids import pyramid
 
@@ -142,7 +143,7 @@ def tiled_prompt(model: Any, sizes: Sizes, before: int, after: int, seed: int) -
         sample["image_sizes"] = torch.tensor(sizes)
         if model.config.model_type.endswith("onevision"):
             sample["batch_num_images"] = torch.tensor([len(sizes)])
-        count = sum(h * w for h, w in model.model.image_grids(len(sizes), **sample))
+        count = num_tokens(model.model.image_grids(len(sizes), **sample))
         side = model.config.vision_config.image_size
         patches = 1 + max(len(pins) for pins in model.config.image_grid_pinpoints) * 8  # more than any image has
         sample["pixel_values"] = torch.randn(len(sizes), patches, 3, side, side, generator=generator)

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 from datasets import Dataset, DatasetDict
 
-from dpn_cli.data import load_data
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 
 
 @click.command()
@@ -19,7 +20,7 @@ from dpn_cli.data import load_data
 @click.option("--samples", default=200, show_default=True)
 def main(output: Path, samples: int) -> None:
     """Write `image`, `question`, `answer` and `kind` of every sample."""
-    held_out = load_data("demo", split="heldout", limit=samples).samples
+    held_out = load_data(DataOptions("demo"), split="heldout", limit=samples).samples
     rows = [
         {
             "image": sample.open_images()[0],

@@ -1,7 +1,7 @@
 """Calibration as one call: samples in, fitted routers and a budget table in the checkpoint's folder out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from dpn_cli.calibration.training.tuning import (
     validate_processes,
 )
 from dpn_cli.checkpoint.initial import initial_tensors
-from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Sample
+from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.generation import greedy_answers
-from dpn_cli.inference.loading import default_device, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
@@ -38,23 +41,18 @@ from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import Grid, PyramidConfig
 from dpn_cli.pyramid.reach import Length, cheapest_fraction, length_record, validate_budget
 from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.reporter import SILENT, Reporter
 
 MIN_SAMPLES = 16
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def calibrate(
     folder: Path,
-    data: str,
+    data: DataOptions,
     recipe: CalibrationRecipe,
-    image_root: Path | None,
-    progress: Progress,
-    say: Callable[[str], None],
+    reporter: Reporter = SILENT,
+    *,
     restart: bool = False,
-    on_bad_row: OnBadRow = "fail",
-    max_bad: float = MAX_BAD,
-    ignored: Sequence[str] = (),
     processes: Processes | None = None,
     budgets_only: bool = False,
 ) -> Report | None:
@@ -65,15 +63,10 @@ def calibrate(
 
     Args:
         folder: from `dpn convert`.
-        data: see `load_data`.
+        data: the samples to calibrate on.
         recipe: samples, routes, seeds and the budget.
-        image_root: see `load_data`.
-        progress: opens a progress bar (description, total) and yields its `advance`.
-        say: told what goes on, a sentence at a time.
+        reporter: told what goes on, and the progress.
         restart: drop what an unfinished calibration has measured.
-        on_bad_row: see `load_data`.
-        max_bad: see `load_data`.
-        ignored: see `load_data`.
         processes: that calibrate together, each with this call; by default those that a launcher has started.
         budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
             table, so that budgets are met on this data.
@@ -88,12 +81,9 @@ def calibrate(
     """
     processes = processes or Processes.join()
     with _in_charge(folder, processes):
-        job, dataset = _open(
-            folder, data, recipe, image_root, progress, say, restart, on_bad_row, max_bad, ignored, processes,
-            budgets_only,
-        )  # fmt: skip
+        job, dataset = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate
-        return run(job, dataset, folder, data)
+        return run(job, dataset, folder, data.name)
 
 
 @contextmanager
@@ -111,21 +101,20 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[None]:
 
 def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report | None:
     """Answer, train, measure, fit and save."""
-    recipe, processes, progress = job.recipe, job.processes, job.progress
+    recipe, processes = job.recipe, job.processes
     asked = [sample for sample in dataset.samples if sample.images]
-    texts = [sample for sample in dataset.samples if not sample.images]
+    texts = [(sample, True) for sample in dataset.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted = _split(len(samples), recipe)
-    learned = [(samples[i], asked[i].is_answered) for i in fitted]
-    tuned = tune(
-        job.model, job.processor, learned, texts, recipe, job.state.folder if job.state else None, processes, progress
-    )
+    learned = [*((samples[i], asked[i].is_answered) for i in fitted), *texts]
+    state = job.state.folder if job.state else None
+    tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
     if not processes.is_main:
         return None
     held_table = table.select(torch.arange(len(held)))
-    routers = job.model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
+    routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
         objective = held_out_objective(routers, held_table, *trade_off_range(held_table))
     else:
@@ -136,7 +125,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
         "data": data, "data_digest": dataset.digest,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
-        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+        **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     save_calibration(folder, job.model, routers, pyramid, report)
@@ -156,21 +145,16 @@ class _Job:
     recipe: CalibrationRecipe
     state: MeasurementState | None
     processes: Processes
-    progress: Progress
+    reporter: Reporter
     lengths: Sequence[Length]
 
 
 def _open(
     folder: Path,
-    data: str,
+    data: DataOptions,
     recipe: CalibrationRecipe,
-    image_root: Path | None,
-    progress: Progress,
-    say: Callable[[str], None],
+    reporter: Reporter,
     restart: bool,
-    on_bad_row: OnBadRow,
-    max_bad: float,
-    ignored: Sequence[str],
     processes: Processes,
     budgets_only: bool,
 ) -> tuple[_Job, Dataset]:
@@ -182,19 +166,21 @@ def _open(
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        dataset, processor = _read(
-            folder, layout, data, recipe, image_root, progress, say, on_bad_row, max_bad, ignored
-        )
+        processor = load_opened_processor(checkpoint, layout)
+        dataset = load_data(
+            data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter,
+            check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
+        )  # fmt: skip
         asked = [sample for sample in dataset.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
         if len(asked) < needed:
-            raise DataError(f"--data {data} has {len(asked)} samples with an image, calibration needs {needed}")
+            raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
         held = asked if budgets_only else [asked[i] for i in _split(len(asked), recipe)[0]]
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
         if budgets_only:
-            recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), say)
+            recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
         validate_budget(recipe, layout.shape, pyramid, lengths)
         measured = fingerprint(checkpoint, dataset.digest, recipe)
         if budgets_only:
@@ -206,47 +192,28 @@ def _open(
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
         model = load_frozen(
-            folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
+            checkpoint,
+            pyramid,
+            recipe.load_in,
+            frozen_dtype(recipe),
+            healed=budgets_only,
+            device_map=default_device(),
         )
     if not budgets_only:
-        _start_afresh(model.model.language_model.routers)
+        _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
-    say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
-    return _Job(model, processor, recipe, state, processes, progress, lengths), dataset
+    reporter.note(f"{len(asked)} samples from {data.name}; model in {model.dtype} on {model.device}{together}")
+    return _Job(model, processor, recipe, state, processes, reporter, lengths), dataset
 
 
-def _within_reach(recipe: CalibrationRecipe, cheapest: float, say: Callable[[str], None]) -> CalibrationRecipe:
+def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
     """Ask for the cheapest budget that some data can meet where less is asked for."""
     if recipe.budget >= cheapest:
         return recipe
-    say(
+    reporter.note(
         f"Budget {recipe.budget:g} is out of reach of these data, whose cheapest is {cheapest:.3f}: that is solved for."
     )
     return recipe.model_copy(update={"budget": cheapest})
-
-
-def _read(
-    folder: Path,
-    layout: LlavaLayout,
-    data: str,
-    recipe: CalibrationRecipe,
-    image_root: Path | None,
-    progress: Progress,
-    say: Callable[[str], None],
-    on_bad_row: OnBadRow,
-    max_bad: float,
-    ignored: Sequence[str],
-) -> tuple[Dataset, Any]:
-    """Read the data and check every sample; also return the processor."""
-    processor = load_processor(folder)
-    check = token_limit(processor, layout, max_positions(folder), recipe.answer_tokens)
-    dataset = load_data(
-        data, image_root, recipe.prompts, on_bad_row=on_bad_row, max_bad=max_bad, limit=recipe.samples,
-        seed=recipe.seed, ignored=ignored, check=check, progress=progress,
-    )  # fmt: skip
-    for line in dataset.scan.lines():
-        say(line)
-    return dataset, processor
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
@@ -278,7 +245,7 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
         answers.update(zip(batches[batch], texts, strict=True))
         advance(len(texts))
 
-    with job.model.teacher(), job.progress("asking the teacher", len(open_ones)) as advance:
+    with job.model.teacher(), job.reporter.progress("asking the teacher", len(open_ones)) as advance:
         job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
     answers = job.processes.agree(answers)
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
@@ -297,7 +264,7 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
     num_routes = None if recipe.routes == "all" else recipe.routes
     batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
     kept = job.state.measurements if job.state else None
-    with job.progress("measuring routes", len(examples)) as advance:
+    with job.reporter.progress("measuring routes", len(examples)) as advance:
         table = measure(model, examples, batches, job.processor.tokenizer.pad_token_id, kept, job.processes, advance)
     return table, grids
 
@@ -305,7 +272,7 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
 def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
     """Fit the routers; return what they reach on the held-out samples, see `Fit`."""
     recipe = job.recipe
-    with job.progress("fitting routers", recipe.epochs) as advance:
+    with job.reporter.progress("fitting routers", recipe.epochs) as advance:
         fit = fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
     return fit.objective
 
@@ -323,12 +290,12 @@ def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Repo
     table, grids = _measure(job, _answer(job, asked), len(asked))
     if not job.processes.is_main:
         return None
-    routers = job.model.model.language_model.routers.to("cpu", torch.float32)
+    routers = job.model.text_model.routers.to("cpu", torch.float32)
     pyramid = _solve(job, routers, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,
         "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
-        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+        **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
     save_calibration(folder, job.model, None, pyramid, report)
@@ -350,16 +317,15 @@ def _report(
         policy = Policy.of(routers, held)
     worst, best = extremes(held, policy.choose(pyramid.trade_off))
     _take(model, routers, pyramid)
-    with job.progress("asking both models", len(worst) + len(best)) as advance:
+    with job.reporter.progress("asking both models", len(worst) + len(best)) as advance:
         cases = answer_both(
             model, job.processor, [*worst, *best], samples, recipe.batch_size, recipe.answer_tokens, advance
         )
-    shape, count = model.model.language_model.shape, len(worst)
+    shape, count = model.text_model.shape, len(worst)
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases[:count], cases[count:], settings)
 
 
 def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
     """Let the model run with its fitted routers."""
     routers.requires_grad_(False).to(model.device)
-    model.model.language_model.pyramid = pyramid
-    model.model.language_model.trade_off = pyramid.trade_off
+    model.pyramid = pyramid

@@ -23,7 +23,7 @@ from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Kept, Processes
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
 from dpn_cli.pyramid.cost import flops_fraction
 
 
@@ -121,7 +121,7 @@ def plan_batches(
     seen: Counter[tuple[int, int]] = Counter()
     offered = {grid: tuple(pyramid.routes(grid)) for grid in set(grids)}
     groups: dict[tuple[bool, tuple[Route, ...]], list[int]] = {}
-    for i in sorted(range(len(grids)), key=lambda i: sum(height * width for height, width in grids[i])):
+    for i in sorted(range(len(grids)), key=lambda i: num_tokens(grids[i])):
         groups.setdefault((i in complete, offered[grids[i]]), []).append(i)
     for (all_routes, routes), rows in sorted(groups.items()):
         for start in range(0, len(rows), batch_size):
@@ -168,7 +168,7 @@ def measure(
     Raises:
         DataError: naming the sample that the model answers with NaN.
     """
-    hidden_size, num_inputs = model.model.language_model.shape.hidden_size, model.pyramid.router.num_inputs
+    hidden_size, num_inputs = model.text_model.shape.hidden_size, model.pyramid.router.num_inputs
     tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
     size = (len(examples), len(tree.routes))
     table = RouteTable(
@@ -201,7 +201,7 @@ def _measure_batch(
     model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
 ) -> dict[str, torch.Tensor]:
     """Return one batch's rows of the table, by column."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     size = (len(batch.rows), len(tree.routes))
     distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
@@ -258,7 +258,7 @@ def walk(
     model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], routes: Collection[Route]
 ) -> Iterator[PyramidState]:
     """Yield the state after every segment along some routes of a batch, depth first, the lowest route first."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
 
     def visit(state: PyramidState, ahead: Collection[Route]) -> Iterator[PyramidState]:
         site = len(state.routes[0])

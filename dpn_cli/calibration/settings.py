@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import read_config, read_json
+from dpn_cli.checkpoint.headers import check_folder, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import DEFAULT_RECIPE
 from dpn_cli.pyramid.config import IMPORTED_USE
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE, CalibrationRecipe, Recipe, apply_override, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, apply_override, load_recipe
 
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 
@@ -26,7 +27,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         CheckpointError: if the folder is not a converted checkpoint, or its pyramid came with the source.
         RecipeError: if an override is wrong.
     """
-    read_config(folder)
+    check_folder(folder)
     if not (folder / RECIPE_FILE).is_file():
         if open_converted(folder)[2].is_imported:
             raise CheckpointError(

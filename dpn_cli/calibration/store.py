@@ -18,7 +18,7 @@ from torch import nn
 
 from dpn_cli.calibration.reporting.html import render
 from dpn_cli.calibration.reporting.report import Report
-from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, read_config, read_header
+from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, check_folder, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.locks import Use, in_use, locked
 from dpn_cli.checkpoint.lora import ADAPTER_KEY
@@ -47,7 +47,7 @@ def calibrating(folder: Path) -> Iterator[Use]:
         DpnError: if it cannot be written.
         CheckpointError: if it is no checkpoint, or what calibration writes would follow a link.
     """
-    read_config(folder)  # which looks for links, too
+    check_folder(folder)
     refusal = f"{folder} is being calibrated by " + "{holder}: wait for it, or stop it"
     with in_use(folder) as use, locked(folder / CALIBRATION, refusal, "copy it to where it can"):
         yield use
@@ -68,13 +68,13 @@ def save_calibration(
         CheckpointError: if the folder's DPE tensors are not those of these routers.
     """
     page = render(report)
-    calibration, settings = report.summary(), dict[str, Any]()
+    config = read_config(folder)
+    calibration = report.summary()
     if routers is not None:
-        generation = _write_generation(folder, model if model.is_adapted else None, routers)
+        generation = _write_generation(Checkpoint.open(folder, config), model if model.is_adapted else None, routers)
         calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
-        settings = {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
-    pyramid = replace(pyramid, calibration=calibration)
-    config = {**read_config(folder), **settings, "pyramid": pyramid.to_dict()}
+        config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
+    config |= {"pyramid": replace(pyramid, calibration=calibration).to_dict()}
     (folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
     _replace(folder, Path("config.json"), lambda path: write_json(path, config))
     _replace(folder, REPORT_FILE, lambda path: write_json(path, report.to_dict()))
@@ -96,9 +96,9 @@ def sweep(folder: Path) -> None:
     _empty_stage(folder)
 
 
-def _write_generation(folder: Path, adapted: PyramidGenerationMixin | None, routers: nn.ModuleList) -> Path:
+def _write_generation(source: Checkpoint, adapted: PyramidGenerationMixin | None, routers: nn.ModuleList) -> Path:
     """Write routers, index and adapter; return where they are, inside the checkpoint's folder."""
-    source = Checkpoint.open(folder)
+    folder = source.path
     stage = _empty_stage(folder)
     stage.mkdir(parents=True)
     try:

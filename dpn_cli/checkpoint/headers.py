@@ -79,15 +79,19 @@ class Checkpoint:
     files: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, config: dict[str, Any] | None = None) -> "Checkpoint":
         """Read and check a folder: config, index and every shard's header.
+
+        Args:
+            folder: of the checkpoint.
+            config: its config.json, where that has been read already.
 
         Raises:
             CheckpointError: naming the file at fault and what to do.
             UsageError: if another run is replacing the folder.
         """
         with in_use(folder):
-            config = read_config(folder)
+            config = read_config(folder) if config is None else config
             weights = _weights_file(folder, config)
             if weights.endswith(".json"):
                 return cls(folder, config, *_read_shards(folder, weights))
@@ -139,10 +143,20 @@ def _read_shards(folder: Path, index: str) -> tuple[dict[str, TensorInfo], tuple
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a checkpoint folder, which is looked through for links out of it first.
+    """Read config.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: if the folder is none, has no readable config.json, or has such links.
+        CheckpointError: if it is none, see `check_folder`, or its config.json cannot be read.
+    """
+    check_folder(folder)
+    return read_json(folder / "config.json")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder is a checkpoint's, without links that lead out of it.
+
+    Raises:
+        CheckpointError: if it is none, has no config.json, or has such links.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -152,7 +166,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(adapter_refusal(folder))
         raise CheckpointError(f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout")
-    return read_json(folder / "config.json")
 
 
 def adapter_refusal(folder: Path) -> str:

@@ -10,7 +10,7 @@ from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open
 from dpn_cli.checkpoint.processor import complete_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
 from dpn_cli.pyramid.reach import typical_length
 from dpn_cli.pyramid.route import parse_route
@@ -159,7 +159,7 @@ def inspect_checkpoint(
 
 
 def _check_length(layout: LlavaLayout, grids: tuple[Grid, ...], text_tokens: int) -> None:
-    tokens = text_tokens + sum(height * width for height, width in grids)
+    tokens = text_tokens + num_tokens(grids)
     limit = layout.text_config.get("max_position_embeddings")
     if limit is not None and tokens > limit:
         raise UsageError(f"a sample of {tokens} tokens does not fit the model's {limit} positions")

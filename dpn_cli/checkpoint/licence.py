@@ -1,18 +1,18 @@
 """The licence of a model, as its own card says. No torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
-
-from dpn_cli.checkpoint.headers import read_json
 
 KEYS = ("license", "license_name", "license_link")  # the hub's words for it
 _MAX_LENGTH = 200
 
 
-def read_licence(folder: Path) -> dict[str, str]:
+def read_licence(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Return what the head of a checkpoint's README.md says of the licence, else its config.json; empty if neither."""
-    for data in (_front_matter(folder / "README.md"), read_json(folder / "config.json")):
+    for data in (_front_matter(folder / "README.md"), config):
         found = {key: value for key in KEYS if isinstance(value := data.get(key), str) and len(value) <= _MAX_LENGTH}
         if "license" in found:
             return found

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpn_cli.checkpoint.family import FAMILIES, Family
 from dpn_cli.checkpoint.headers import (
     IMAGES_FILE,
     PROCESSOR_FILE,
@@ -20,24 +19,15 @@ from dpn_cli.checkpoint.headers import (
     Checkpoint,
     read_json_if_there,
 )
-from dpn_cli.checkpoint.layout import VISION_STRATEGY, LlavaLayout
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.tokens import DEFAULT_IMAGE_TOKEN, Tokens
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
-
-# What transformers' image processors assume about sizes where a key is missing (a test compares).
-_CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
-IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "CLIPImageProcessor": _CLIP_SIZES,
-    "LlavaImageProcessor": _CLIP_SIZES,
-    "LlavaNextImageProcessor": _CLIP_SIZES,
-    "LlavaOnevisionImageProcessor": {"size": {"height": 384, "width": 384}},
-    "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
-}
-_PADS = "LlavaImageProcessor"  # to a square, where do_pad is set
 
 _STRATEGY = "vision_feature_select_strategy"
 
@@ -203,7 +193,8 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     else:
         key, base, assumed = "num_additional_image_tokens", 0, 0
         yield _Setting((PROCESSOR_FILE, "patch_size"), layout.patch)
-    strategy = VISION_STRATEGY[config["vision_config"]["model_type"]]
+    strategy = VISION_TOWERS[config["vision_config"]["model_type"]].select_strategy
+    strategies = {tower.select_strategy for tower in VISION_TOWERS.values()}
 
     def count(strategy: Any) -> int:
         return base + (strategy == "default")  # the class token, which that strategy takes away again
@@ -211,7 +202,7 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     yield _Setting(
         (PROCESSOR_FILE, _STRATEGY),
         strategy,
-        fits=lambda found: found in VISION_STRATEGY.values() and own.get(key, assumed) == count(found),
+        fits=lambda found: found in strategies and own.get(key, assumed) == count(found),
     )
     yield _Setting((PROCESSOR_FILE, key), count(own.get(_STRATEGY) or strategy), assumed)
 
@@ -230,7 +221,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
         fits=lambda found: kind == family.image_processor or not (family.cuts_images or kind in cutters),
     )
     square = {"height": side, "width": side}
-    assumed = IMAGE_DEFAULTS.get(kind, {"size": square})  # what another class assumes is left to it
+    assumed = IMAGE_PROCESSORS.get(kind, {"size": square})  # what another class assumes is left to it
     crops = images.get("do_center_crop", assumed.get("do_center_crop"))
     if crops or (family.cuts_images and images.get("crop_size") is not None):
         crop = assumed.get("crop_size", square)
@@ -240,7 +231,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
         if crops and not family.cuts_images:
             return _side(size) >= side  # the middle is cut out
         is_square = isinstance(size, dict) and "height" in size
-        pads = kind == _PADS and images.get("do_pad")
+        pads = "do_pad" in assumed and images.get("do_pad")
         return _side(size) == side and bool(is_square or pads or family.cuts_images)
 
     edge = {"shortest_edge": side}

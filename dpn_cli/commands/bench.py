@@ -1,7 +1,6 @@
 """`dpn bench`: latency, memory and FLOPs beside the original and what else there is, in one run."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,13 @@ from dpn_cli.commands.options import (
     contender_names,
     ignore_fields_option,
     model_option,
-    validate_budgets,
+    takes_data,
 )
-from dpn_cli.errors import DataError, UsageError
+from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 
 if TYPE_CHECKING:
-    from dpn_cli.evaluation.latency import Inputs
-    from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+    from dpn_cli.data.options import DataOptions
 
 
 class TextTokens(click.ParamType[tuple[int, ...]]):
@@ -53,7 +51,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Other methods, at what dpn spends for every --budget: {', '.join(CONTENDERS[1:])}, or all.",
+    help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(CONTENDERS)[1:])}, or all.",
 )  # fmt: skip
 @click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
 @click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
@@ -72,6 +70,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Behind a warm-up.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture, .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@takes_data
 def command(
     model: Path | None,
     budgets: tuple[float, ...],
@@ -81,9 +80,7 @@ def command(
     images: int | None,
     image_size: tuple[int, int] | None,
     text_tokens: tuple[int, ...] | None,
-    data: str | None,
-    image_root: Path | None,
-    ignored: tuple[str, ...],
+    data: "DataOptions | None",
     new_tokens: int,
     rounds: int,
     plot: Path | None,
@@ -97,7 +94,9 @@ def command(
     names = contender_names(against)
     if names and not budgets:
         raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
-    if data is not None and (images or image_size or text_tokens):
+    wanted = {"images": images, "image_size": image_size, "text_tokens": text_tokens}
+    synthetic: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    if data is not None and synthetic:
         raise UsageError("--data brings its own prompts: leave out --images, --image-size and --text-tokens")
     if plot is not None:
         from dpn_cli.evaluation.plots import check_plot
@@ -105,96 +104,18 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
-    from dpn_cli.checkpoint.layout import IMAGE_SIZE, open_converted
     from dpn_cli.commands.tables import print_latency
-    from dpn_cli.evaluation.latency import measure_latency
-    from dpn_cli.evaluation.lineup import line_up
-    from dpn_cli.evaluation.spending import unmet
-    from dpn_cli.inference.loading import default_device, load_model, load_processor
-    from dpn_cli.pyramid.reach import typical_length
-    from dpn_cli.pyramid.route import parse_route
+    from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
 
-    pyramid = open_converted(folder)[2]
-    experts = [parse_route(route, pyramid.sites) for route in routes]
-    validate_budgets(pyramid, budgets)
-    typical = typical_length(pyramid)
-    processor = load_processor(folder)
-    loaded = load_model(folder, device_map=default_device())
-    results, lineups = [], []
-    for batch_size in batch_sizes:
-        if data is None:
-            lengths = text_tokens or (TEXT_TOKENS if typical is None else typical[1],)
-            size = image_size or IMAGE_SIZE
-            batches = _synthetic(loaded, processor, images or 1, size, lengths, batch_size, rounds)
-        else:
-            batches = _from_data(loaded, processor, data, image_root, ignored, batch_size, rounds)
-        found = line_up(loaded, batches, budgets, experts, names, has_data=data is not None)
-        for remark in found.remarks:
-            console.note(remark)
-        with console.progress(f"batch of {batch_size}", (rounds + 1) * len(found.contenders)) as advance:
-            results.append(measure_latency(loaded, found.contenders, batches, new_tokens, advance))
-        lineups.append(found)
-        for line in unmet(found.spendings, pyramid, folder, data, image_root) if data is not None else ():
-            console.note(line)
+    options = BenchOptions(budgets, routes, names, batch_sizes, new_tokens, rounds)
+    result = bench_folder(folder, data or SyntheticPrompts(**synthetic), options, console.REPORTER)
     if as_json:
-        rows = [
-            result.to_dict() | {"budgets": [each.to_dict() for each in found.spendings], "remarks": found.remarks}
-            for result, found in zip(results, lineups, strict=True)
-        ]
-        console.echo(json.dumps({"checkpoint": str(folder), "runs": rows}, indent=2, ensure_ascii=False))
+        console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     else:
-        for result in results:
-            print_latency(result, data is not None)
+        for each in result.results:
+            print_latency(each, result.has_data)
     if plot is not None:
         from dpn_cli.evaluation.pictures import plot_latency
 
-        plot_latency(plot, results, has_data=data is not None)
+        plot_latency(plot, result.results, result.has_data)
         console.note(f"Picture: {plot}")
-
-
-def _synthetic(
-    model: "PyramidGenerationMixin",
-    processor: Any,
-    images: int,
-    image_size: tuple[int, int],
-    text_tokens: Sequence[int],
-    batch_size: int,
-    rounds: int,
-) -> "list[Inputs]":
-    """Return the same batch for every round: images of noise and random words."""
-    import numpy as np
-    from PIL import Image
-
-    from dpn_cli.evaluation.latency import synthetic_inputs
-
-    noise = np.random.default_rng(0).integers(0, 255, (*image_size, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(noise)] * images
-    encoded = processor(
-        text=processor.image_token * images, images=[pictures] if pictures else None, return_tensors="pt"
-    )
-    lengths = [text_tokens[i % len(text_tokens)] for i in range(batch_size)]
-    return [synthetic_inputs(model, encoded, lengths)] * rounds
-
-
-def _from_data(
-    model: "PyramidGenerationMixin",
-    processor: Any,
-    data: str,
-    image_root: Path | None,
-    ignored: Sequence[str],
-    batch_size: int,
-    rounds: int,
-) -> "list[Inputs]":
-    """Return a batch of other samples for every round."""
-    from dpn_cli.data import load_data
-    from dpn_cli.data.encoding import prompts
-
-    dataset = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored)
-    samples = [sample for sample in dataset.samples if sample.images]
-    if len(samples) < batch_size * rounds:
-        raise DataError(
-            f"--data {data} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
-            f"{batch_size * rounds}"
-        )
-    parts = [samples[start : start + batch_size] for start in range(0, batch_size * rounds, batch_size)]
-    return [prompts(part, processor, model.device) for part in parts]

@@ -19,7 +19,7 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpn_cli.data import OnBadRow
+    from dpn_cli.data.options import DataOptions
 
 
 @click.command("calibrate")
@@ -49,11 +49,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path | None,
-    data: str,
-    image_root: Path | None,
-    ignored: tuple[str, ...],
-    on_bad_row: "OnBadRow",
-    max_bad: float,
+    data: "DataOptions",
     budget: float | None,
     samples: int | None,
     seed: int | None,
@@ -87,10 +83,7 @@ def command(
     from dpn_cli.calibration.calibrate import calibrate
 
     try:
-        report = calibrate(
-            folder, data, recipe, image_root, console.progress, console.note, restart, on_bad_row, max_bad, ignored,
-            budgets_only=budgets_only,
-        )  # fmt: skip
+        report = calibrate(folder, data, recipe, console.REPORTER, restart=restart, budgets_only=budgets_only)
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise

@@ -40,15 +40,17 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     from dpn_cli.calibration.calibrate import calibrate
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
-    from dpn_cli.data import MAX_BAD
+    from dpn_cli.data.options import DataOptions
+    from dpn_cli.evaluation.options import EvaluationOptions
     from dpn_cli.evaluation.run import evaluate_folder
     from dpn_cli.exporting.export import export
     from dpn_cli.parallel.processes import ALONE
+    from dpn_cli.reporter import Reporter
 
     console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
     options = {"budget": budget} | ({} if samples is None else {"samples": samples})
     recipe = calibration_recipe(converted, (), options)
-    report = calibrate(converted, "demo", recipe, None, console.progress, console.note, processes=ALONE)
+    report = calibrate(converted, DataOptions("demo"), recipe, console.REPORTER, processes=ALONE)
     assert report is not None, "alone, this process is the main one"
     if not as_json:
         print_calibration(report)
@@ -57,11 +59,8 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     export(converted, exported, force=True)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
-    result = evaluate_folder(
-        exported, "demo", None, "fail", MAX_BAD,
-        budgets=(), against=(), metric="exact", samples=questions, seed=0, answer_tokens=4, batch_size=BATCH_SIZE,
-        progress=console.progress, say=lambda line: None, processes=ALONE,
-    )  # fmt: skip
+    asked = EvaluationOptions(samples=questions, answer_tokens=4, batch_size=BATCH_SIZE)
+    result = evaluate_folder(exported, DataOptions("demo"), asked, Reporter(progress=console.progress), ALONE)
     assert result is not None, "alone, this process is the main one"
     [pyramid] = result.of("dpn")
     groups = {**pyramid.kinds, "all": pyramid.figures}

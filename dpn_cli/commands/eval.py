@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,11 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.harness import PAPER_TASKS
+from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:
-    from dpn_cli.data import OnBadRow
+    from dpn_cli.data.options import DataOptions
 
 
 @click.command("eval")
@@ -48,12 +50,12 @@ if TYPE_CHECKING:
     help=f"Let other methods answer for the same FLOPs: {', '.join(CONTENDERS)}, or all.",
 )  # fmt: skip
 @click.option(
-    "--metric", type=Choice(["exact", "choice", "anls"]), default="exact", show_default=True,
-    help="How answers are scored by labels: normalised exact match (VQA), letter of the option, or edit distance.",
+    "--metric", type=Choice(list(METRICS)), default="exact", show_default=True,
+    help="How answers are scored by labels: "
+    + ", ".join(f"{name} ({metric.description})" for name, metric in METRICS.items()) + ".",
 )  # fmt: skip
 @click.option(
     "--by",
-    "kind_field",
     metavar="FIELD",
     help="The data's field to group figures by; default: kind, where there is one.",
 )
@@ -66,17 +68,13 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path | None,
-    data: str | None,
+    data: "DataOptions | None",
     tasks: str | None,
     include_path: Path | None,
-    image_root: Path | None,
-    ignored: tuple[str, ...],
-    on_bad_row: "OnBadRow",
-    max_bad: float,
     budgets: tuple[float, ...],
     against: str,
     metric: str,
-    kind_field: str | None,
+    by: str | None,
     samples: int | None,
     seed: int,
     max_new_tokens: int,
@@ -93,7 +91,7 @@ def command(
     """
     with together():
         names = contender_names(against)
-        _check_request(data, tasks, names, kind_field)
+        _check_request(data, tasks, names, by)
         folder = checkpoint_folder(model)
         if data is not None and plot is not None:
             from dpn_cli.evaluation.plots import check_plot
@@ -102,15 +100,16 @@ def command(
     if data is None:
         _run_benchmarks(folder, tasks or "", budgets, batch_size, samples, include_path, as_json)
         return
+    from dpn_cli.evaluation.options import EvaluationOptions
     from dpn_cli.evaluation.pictures import plot_evaluation
     from dpn_cli.evaluation.run import evaluate_folder
 
+    options = EvaluationOptions(
+        budgets=budgets, against=names, metric=metric, samples=samples, seed=seed, answer_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )  # fmt: skip
     try:
-        result = evaluate_folder(
-            folder, data, image_root, on_bad_row, max_bad, ignored=ignored,
-            budgets=budgets, against=names, metric=metric, kind_field=kind_field, samples=samples, seed=seed,
-            answer_tokens=max_new_tokens, batch_size=batch_size, progress=console.progress, say=console.note,
-        )  # fmt: skip
+        result = evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER)
     except KeyboardInterrupt:
         console.note("What was found is kept: the same command line goes on from there.")
         raise
@@ -120,7 +119,7 @@ def command(
         plot_evaluation(plot, result)
     if as_json:
         console.echo(
-            json.dumps({"checkpoint": str(folder), "data": data} | result.to_dict(), indent=2, ensure_ascii=False)
+            json.dumps({"checkpoint": str(folder), "data": data.name} | result.to_dict(), indent=2, ensure_ascii=False)
         )
         return
     from dpn_cli.commands.tables import print_evaluation
@@ -128,7 +127,7 @@ def command(
     print_evaluation(result)
 
 
-def _check_request(data: str | None, tasks: str | None, against: Sequence[str], kind_field: str | None) -> None:
+def _check_request(data: "DataOptions | None", tasks: str | None, against: Sequence[str], by: str | None) -> None:
     """Check that the options say what is to be asked, and go together.
 
     Raises:
@@ -138,7 +137,7 @@ def _check_request(data: str | None, tasks: str | None, against: Sequence[str], 
         raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
     if tasks is not None and against:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
-    if tasks is not None and kind_field is not None:
+    if tasks is not None and by is not None:
         raise UsageError("--tasks has groups of its own: leave out --by")
     if tasks is not None and is_launched():
         raise UsageError(

@@ -3,22 +3,21 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.headers import check_folder
+from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.parallel.launch import is_launched, launch, place
-
-if TYPE_CHECKING:
-    from dpn_cli.pyramid.config import PyramidConfig
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,15 +47,27 @@ ignore_fields_option = click.option(
 )  # fmt: skip
 
 
+def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of the options about data, which come by the names of its fields, one `DataOptions`; None without --data."""
+
+    @wraps(command)
+    def with_data(*args: Any, data: str | None, **values: Any) -> Any:
+        from dpn_cli.data.options import DataOptions
+
+        about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
+        return command(*args, data=None if data is None else DataOptions(data, **about), **values)
+
+    return with_data
+
+
 def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, arguments of `load_data`."""
+    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, passed on as one `data`."""
+    command = takes_data(command)
     for option in reversed(
         (
             click.option(
                 "--data", required=required, metavar="DATA",
-                help="A LLaVA .json or .jsonl file, a folder of images (asked stock prompts, answered by the model), a "
-                "parquet or CSV file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or "
-                "demo.",
+                help=f"What to read: {describe_formats()}.",
             ),
             click.option(
                 "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -115,23 +126,10 @@ def checkpoint_folder(model: Path | None) -> Path:
         CheckpointError: if there is no checkpoint in the folder.
     """
     folder = workspace.current(model)
-    read_config(folder)
+    check_folder(folder)
     if model is None:
         console.note(f"Checkpoint: {folder}")
     return folder
-
-
-def validate_budgets(pyramid: "PyramidConfig", budgets: Iterable[float]) -> None:
-    """Check that a pyramid's budget table has all budgets.
-
-    Raises:
-        UsageError: for the first that it has not.
-    """
-    try:
-        for budget in budgets:
-            pyramid.trade_off_for(budget)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def contender_names(against: str) -> tuple[str, ...]:
@@ -145,7 +143,7 @@ def contender_names(against: str) -> tuple[str, ...]:
         if name not in (*CONTENDERS, "all"):
             known = ", ".join((*CONTENDERS, "all"))
             raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, CONTENDERS)}")
-    return CONTENDERS if "all" in names else tuple(dict.fromkeys(names))
+    return tuple(CONTENDERS) if "all" in names else tuple(dict.fromkeys(names))
 
 
 class Choice(click.Choice[str]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option, validate_budgets
+from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,20 +47,23 @@ def command(
     folder = checkpoint_folder(model)
 
     from dpn_cli.checkpoint.layout import open_converted
-    from dpn_cli.data import Sample, Turn
+    from dpn_cli.checkpoint.locks import in_use
     from dpn_cli.data.images import image_path
+    from dpn_cli.data.samples import Sample, Turn
     from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.inference.answering import answer
-    from dpn_cli.inference.loading import default_device, load_model, load_processor
+    from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
+    from dpn_cli.pyramid.reach import validate_in_table
     from dpn_cli.pyramid.route import parse_route
 
-    pyramid = open_converted(folder)[2]
-    experts = None if route is None else parse_route(route, pyramid.sites)
-    validate_budgets(pyramid, [] if budget is None else [budget])
-    sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
-    sample.open_images()  # an image that cannot be read is named before the model is loaded
-    processor = load_processor(folder)
-    loaded = load_model(folder, device_map=default_device())
+    with in_use(folder):
+        checkpoint, layout, pyramid = open_converted(folder)
+        experts = None if route is None else parse_route(route, pyramid.sites)
+        validate_in_table([] if budget is None else [budget], pyramid)
+        sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
+        sample.open_images()  # an image that cannot be read is named before the model is loaded
+        processor = load_opened_processor(checkpoint, layout)
+        loaded = load_opened(checkpoint, pyramid, device_map=default_device())
     _choose(loaded, budget, experts)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     asked = loaded.pyramid.budget if experts is None else None

@@ -4,7 +4,7 @@ A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.cue import answer_cue
-from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family
-from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint, read_config, read_header
+from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint, read_header
 from dpn_cli.checkpoint.initial import initial_values
-from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
+from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.side_files import left_behind, without_code
-from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
+from dpn_cli.checkpoint.source import Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
 from dpn_cli.checkpoint.template import ChatTemplate
@@ -29,8 +28,9 @@ from dpn_cli.conversion.original import is_original
 from dpn_cli.conversion.rewriting import Written
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN
 from dpn_cli.errors import DpnError, RecipeError, UsageError
+from dpn_cli.families.family import ALIASES, CONVERTED, DEFAULT_RECIPE, FAMILIES, Family
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
 
 IMPORTED = "imported"  # in the place of a recipe's name
 
@@ -108,9 +108,8 @@ def convert(
     opened = open_source(source.path, vision_tower)
     if opened.pyramid is not None and recipe is not None:
         raise RecipeError(f"{source.path} has a pyramid of its own, which is imported: leave the recipe out")
-    recipe = recipe or load_recipe(default_recipe(source))
+    recipe = recipe or load_recipe(default_recipe(source, opened.source_config))
     checkpoint = opened.checkpoint
-    validate_llava(checkpoint.config, source.path)
     layout = LlavaLayout.of(checkpoint)
     check_complete(checkpoint, layout, added={})
     completion = _completion(source.path, opened, layout, chat_template)
@@ -141,17 +140,13 @@ def convert(
     return replace(conversion, placement=written.placement)
 
 
-def default_recipe(source: Source) -> str:
-    """Return the name of the recipe made for a model, or of its family's.
-
-    Raises:
-        CheckpointError: if the model has no config.json that can be read.
-    """
+def default_recipe(source: Source, config: Mapping[str, Any]) -> str:
+    """Return the name of the recipe made for a model, or, by its config.json, of its family's."""
     by_origin = {repo_id: alias for alias, repo_id in ALIASES.items()}
     name = by_origin.get(source.origin, source.name)
     if name in available_recipes():
         return name
-    family = FAMILIES.get(str(read_config(source.path).get("model_type")))
+    family = FAMILIES.get(str(config.get("model_type")))
     return family.recipe if family else DEFAULT_RECIPE
 
 
@@ -173,7 +168,7 @@ def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
 def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template: Path | None) -> Completion:
     """Return what the source's processor lacks; that of the original layout is written anew, and whole."""
     template = None if chat_template is None else ChatTemplate.read(chat_template)
-    if not is_original(read_config(source)):
+    if not is_original(opened.source_config):
         return complete_processor(opened.checkpoint, layout, template)
     if template is not None:
         template.validate(IMAGE_TOKEN, {})
@@ -191,18 +186,19 @@ def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe, 
     if opened.pyramid is None:
         write_json(stage / RECIPE_FILE, recipe.to_dict())
     pyramid = replace(conversion.pyramid, answer_cue=answer_cue(stage))
-    write_json(stage / "config.json", _config(opened.checkpoint.config, conversion, pyramid))
+    write_json(stage / "config.json", _config(opened, conversion, pyramid))
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
     return replace(written, tensors=tensors) if opened.dpe else written
 
 
-def _config(config: dict[str, Any], conversion: Conversion, pyramid: PyramidConfig) -> dict[str, Any]:
+def _config(opened: Opened, conversion: Conversion, pyramid: PyramidConfig) -> dict[str, Any]:
+    config = opened.checkpoint.config
     kept = {key: value for key, value in without_code(config).items() if key not in {"_name_or_path", WEIGHTS_KEY}}
     family = Family.of(config)
     return (
         kept
-        | read_licence(conversion.source.path)
+        | read_licence(conversion.source.path, opened.source_config)
         | {
             "model_type": family.converted_type,
             "architectures": [family.architecture],

@@ -11,12 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.layout import TEXT_PREFIXES
 from dpn_cli.conversion.original import rewrite_original
 from dpn_cli.conversion.rewriting import Planned, Rewritten
-from dpn_cli.conversion.weights import Weights, open_weights
+from dpn_cli.conversion.weights import Weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import TEXT_PREFIXES
 from dpn_cli.pyramid.config import IMPORTED_KEY, IMPORTED_USE, PyramidConfig, Rate, RouterConfig, Site
 
 if TYPE_CHECKING:
@@ -42,26 +41,26 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 _DEFAULTS = {"pooling_function": "max", "pooling_location": "post", "router_version": "v1", "prepooling": False}
 
 
-def import_authors(folder: Path, vision_tower: str | None = None) -> Rewritten:
+def import_authors(config: dict[str, Any], weights: Weights, vision_tower: str | None = None) -> Rewritten:
     """Take a checkpoint of the authors.
 
     Args:
-        folder: of the checkpoint.
+        config: its config.json, which `validate_original` has accepted.
+        weights: of the checkpoint.
         vision_tower: see `rewrite_original`.
 
     Raises:
-        CheckpointError: if it is of another kind, damaged or incomplete.
+        CheckpointError: if it is damaged or incomplete.
         MissingExtraError: if its tokenizer needs packages that are not installed.
     """
-    config = read_config(folder)
+    folder = weights.folder
     if isinstance(config["pooling"], dict) and config["pooling"].get("pooling_layers") == []:
-        return _import_plain(folder, vision_tower, config["pooling"])
+        return _import_plain(config, weights, vision_tower)
     options = _options(config, folder)
     pyramid = _pyramid(options, folder)
     special = ROUTER_TOKEN if options["use_special_token"] else None
-    weights = open_weights(folder)
     apart = {name for name in weights.tensors if ".pooling_router." in name or ".experts." in name}
-    rewritten, tokenizer = rewrite_original(folder, vision_tower, special, pyramid.prepooling, apart)
+    rewritten, tokenizer = rewrite_original(config, weights, vision_tower, special, pyramid.prepooling, apart)
     side = rewritten.checkpoint.config["vision_config"]["image_size"]
     if config.get("input_image_size") not in (None, side):
         raise CheckpointError(
@@ -80,14 +79,16 @@ def import_authors(folder: Path, vision_tower: str | None = None) -> Rewritten:
     return rewritten.with_pyramid(pyramid, dpe, _notes(options, pyramid))
 
 
-def _import_plain(folder: Path, vision_tower: str | None, options: Mapping[str, Any]) -> Rewritten:
+def _import_plain(config: dict[str, Any], weights: Weights, vision_tower: str | None) -> Rewritten:
     """Take a LLaVA without a pyramid, as the authors' code writes it too."""
+    options = config["pooling"]
     if options.get("prepooling"):
         raise CheckpointError(
-            f"{folder}: pooling of config.json has prepooling and no layers: expected both, or neither as a plain LLaVA"
+            f"{weights.folder}: pooling of config.json has prepooling and no layers: expected both, or neither as a "
+            "plain LLaVA"
         )
     special = ROUTER_TOKEN if options.get("use_special_token") else None
-    rewritten, _ = rewrite_original(folder, vision_tower, special)
+    rewritten, _ = rewrite_original(config, weights, vision_tower, special)
     note = "Its config.json names no layer to pool after, so it is a plain LLaVA: its pyramid is the recipe's."
     return replace(rewritten, notes=(*rewritten.notes, note))
 

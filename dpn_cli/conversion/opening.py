@@ -1,12 +1,10 @@
 """Open whatever LLaVA a user brings for conversion: which layout is it, and how does it get into a new folder?"""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from dpn_cli.checkpoint.architecture import HR_TOWER
-from dpn_cli.checkpoint.family import is_converted
 from dpn_cli.checkpoint.headers import (
     SINGLE_FILE,
     Checkpoint,
@@ -21,15 +19,21 @@ from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
 from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
 from dpn_cli.conversion.dpn_authors import import_authors
-from dpn_cli.conversion.original import is_original, rewrite_original
-from dpn_cli.conversion.rewriting import Written, rewrite_weights
+from dpn_cli.conversion.original import is_original, rewrite_original, validate_original
+from dpn_cli.conversion.rewriting import Rewritten, Written, rewrite_weights
 from dpn_cli.conversion.weights import holds_bins, open_weights
 from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.families.family import is_converted
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.config import PyramidConfig
 
 
 class Opened(Protocol):
     """A source, as convert needs it."""
+
+    @property
+    def source_config(self) -> Mapping[str, Any]:
+        """Return the source's config.json."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -66,6 +70,7 @@ class Opened(Protocol):
 class Copied:
     """A source in Hugging Face's layout, in safetensors: its files are copied as they are. No torch."""
 
+    source_config: Mapping[str, Any]
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
     pyramid: None = None
@@ -107,31 +112,41 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         CheckpointError: if it is missing, damaged, or of a kind that cannot be converted.
         UsageError: if a vision tower is given to a checkpoint that has its own.
     """
-    config = read_config(folder)
+    original = read_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(adapter_refusal(folder))
-    if is_converted(config):
+    if is_converted(original):
         raise CheckpointError(f"{folder} is already a pyramid: calibrate it, or convert its base model again")
-    if is_original(config):
-        if "pooling" in config:
-            return import_authors(folder, vision_tower)
-        return rewrite_original(folder, vision_tower)[0]
-    config, notes = without_window(config)
+    if is_original(original):
+        return _open_original(folder, original, vision_tower)
+    config, notes = without_window(original)
     validate_llava(config, folder)
-    if config["vision_config"]["model_type"] == HR_TOWER:
+    if not VISION_TOWERS[config["vision_config"]["model_type"]].is_stock:
         raise CheckpointError(f"{folder} is a LLaVA-HR that was converted before: start from its original checkpoint")
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
     if holds_bins(folder):
-        return rewrite_weights(config, open_weights(folder), notes)
-    checkpoint = Checkpoint.open(folder)
+        return rewrite_weights(original, config, open_weights(folder, original), notes)
+    checkpoint = Checkpoint.open(folder, config)
     if wrappers(checkpoint.tensors):
-        return rewrite_weights(config, open_weights(folder), notes)
+        return rewrite_weights(original, config, open_weights(folder, original), notes)
     if DPE_FILE in checkpoint.files:
         raise CheckpointError(
             f"{folder} has a shard {DPE_FILE}, a name that the pyramid's own takes: rename it, in the index too"
         )
-    return Copied(replace(checkpoint, config=config), notes)
+    return Copied(original, checkpoint, notes)
+
+
+def _open_original(folder: Path, config: dict[str, Any], vision_tower: str | None) -> Rewritten:
+    """Open a LLaVA in the original layout, of the pyramid's authors too."""
+    validate_original(config, folder)
+    weights = open_weights(folder, config)
+    if "pooling" in config:
+        opened = import_authors(config, weights, vision_tower)
+    else:
+        opened = rewrite_original(config, weights, vision_tower)[0]
+    validate_llava(opened.checkpoint.config, folder)
+    return opened
 
 
 def _shard_name(file: str) -> str:

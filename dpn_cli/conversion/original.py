@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, read_config
-from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
+from dpn_cli.checkpoint.headers import TORCH_DTYPES
+from dpn_cli.checkpoint.layout import without_window
 from dpn_cli.checkpoint.side_files import copy_side_file, is_licence, side_files
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.hr import HrTower
@@ -20,14 +20,14 @@ from dpn_cli.conversion.rewriting import Planned, Rewritten
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
 from dpn_cli.conversion.tower import ClipTower, Tower
 from dpn_cli.conversion.vocabulary import MULTIPLE, Vocabulary
-from dpn_cli.conversion.weights import Weights, open_weights
+from dpn_cli.conversion.weights import Weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import COMPUTED
+from dpn_cli.families.text import OPTIONAL_SIZES, ORIGINALS, REQUIRED_SIZES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-TEXT_TYPES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _STORED_EMBEDDING, _STORED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,11 +63,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Say whether a config.json is one of the original layout; its model type is no sign."""
-    return "mm_vision_tower" in config or _architecture(config) in TEXT_TYPES
+    return "mm_vision_tower" in config or _architecture(config) in ORIGINALS
 
 
 def rewrite_original(
-    folder: Path,
+    original: dict[str, Any],
+    weights: Weights,
     vision_tower: str | None = None,
     router_token: str | None = None,
     prepooling: int = 1,
@@ -76,7 +77,8 @@ def rewrite_original(
     """Take a LLaVA in the original layout.
 
     Args:
-        folder: of the checkpoint.
+        original: its config.json, which `validate_original` has accepted.
+        weights: of the checkpoint.
         vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
         router_token: the last token of the vocabulary, which makes room for `<image>`: it moves behind the new ones
             and ends every question about an image.
@@ -87,12 +89,10 @@ def rewrite_original(
         The checkpoint, and its tokenizer.
 
     Raises:
-        CheckpointError: if it is of another kind, damaged or incomplete, or there is no vision tower.
+        CheckpointError: if it is damaged or incomplete, or there is no vision tower.
         MissingExtraError: if its tokenizer needs packages that are not installed.
     """
-    original = read_config(folder)
-    _validate(original, folder)
-    weights = open_weights(folder)
+    folder = weights.folder
     tower = _find_tower(original, weights, vision_tower)
     words = Words.of(folder)
     tokens, vocabulary = _grow(words, _num_rows(weights), router_token, folder)
@@ -125,7 +125,7 @@ def rewrite_original(
             strategy=config["vision_feature_select_strategy"],
         )
 
-    return Rewritten.of(folder, config, planned, write_side_files, (*weights.notes, *notes)), tokenizer
+    return Rewritten.of(folder, original, config, planned, write_side_files, (*weights.notes, *notes)), tokenizer
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -134,11 +134,16 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def _validate(config: Mapping[str, Any], folder: Path) -> None:
-    if _architecture(config) not in TEXT_TYPES:
+def validate_original(config: Mapping[str, Any], folder: Path) -> None:
+    """Check that a config.json of the original layout is a LLaVA's.
+
+    Raises:
+        CheckpointError: with the first reason why not.
+    """
+    if _architecture(config) not in ORIGINALS:
         raise CheckpointError(
             f"{folder} is a {_architecture(config)!r} in the original LLaVA layout: expected one of "
-            f"{', '.join(TEXT_TYPES)}"
+            f"{', '.join(ORIGINALS)}"
         )
     for key, allowed in _ONLY.items():
         if config.get(key) not in allowed:
@@ -149,7 +154,7 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
             )
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
-    for key in (*TEXT_DEFAULTS["llama"], *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
+    for key in (*REQUIRED_SIZES, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(
                 f"{folder}: config.json has {config.get(key)!r} as {key}, so the model's sizes are unknown"
@@ -234,7 +239,7 @@ def _config(
         "torch_dtype": dtype,
         "text_config": text
         | {
-            "model_type": TEXT_TYPES[_architecture(original)],
+            "model_type": ORIGINALS[_architecture(original)].model_type,
             "vocab_size": vocabulary.size,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
-from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import tensor_bytes
 from dpn_cli.checkpoint.writer import Placement, write_shard
 from dpn_cli.conversion.weights import Weights
+from dpn_cli.families.tensors import COMPUTED
 from dpn_cli.pyramid.config import PyramidConfig
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Rewritten:
     """A checkpoint as it will be, and how to make it.
 
     Attributes:
+        source_config: the source's config.json.
         checkpoint: in Hugging Face's layout; its files are those to be written.
         planned: its tensors, and those of its pyramid.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
@@ -74,6 +75,7 @@ class Rewritten:
         dpe: the tensors of that pyramid as the source has them, by their new names.
     """
 
+    source_config: Mapping[str, Any]
     checkpoint: Checkpoint
     planned: Mapping[str, Planned]
     write_side_files: Callable[[Path], None]
@@ -85,6 +87,7 @@ class Rewritten:
     def of(
         cls,
         folder: Path,
+        source_config: Mapping[str, Any],
         config: dict[str, Any],
         planned: Mapping[str, Planned],
         write_side_files: Callable[[Path], None],
@@ -94,6 +97,7 @@ class Rewritten:
 
         Args:
             folder: of the source.
+            source_config: its config.json.
             config: the new config.json.
             planned: the tensors, by their new names.
             write_side_files: see the class.
@@ -103,7 +107,7 @@ class Rewritten:
         shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
         tensors = {name: TensorInfo(name, shards[t.file], t.dtype, t.shape, 0, t.nbytes) for name, t in planned.items()}
         checkpoint = Checkpoint(folder, config, tensors, tuple(shards.values()))
-        return cls(checkpoint, planned, write_side_files, notes)
+        return cls(source_config, checkpoint, planned, write_side_files, notes)
 
     def with_pyramid(self, pyramid: PyramidConfig, dpe: Mapping[str, Planned], notes: Sequence[str]) -> "Rewritten":
         """Return it with a pyramid that the source has.
@@ -141,7 +145,9 @@ class Rewritten:
         return self.planned[name].file
 
 
-def rewrite_weights(config: dict[str, Any], weights: Weights, notes: tuple[str, ...]) -> Rewritten:
+def rewrite_weights(
+    source_config: Mapping[str, Any], config: dict[str, Any], weights: Weights, notes: tuple[str, ...]
+) -> Rewritten:
     """Take a LLaVA in Hugging Face's layout whose weights are .bin shards, or named as in a wrapped model."""
     folder = weights.folder
 
@@ -150,4 +156,4 @@ def rewrite_weights(config: dict[str, Any], weights: Weights, notes: tuple[str, 
             copy_side_file(file, stage)
 
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
-    return Rewritten.of(folder, config, planned, copy_side_files, (*weights.notes, *notes))
+    return Rewritten.of(folder, source_config, config, planned, copy_side_files, (*weights.notes, *notes))

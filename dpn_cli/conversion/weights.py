@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpn_cli.checkpoint.headers import (
     BIN_FILE,
@@ -61,9 +61,9 @@ class Weights:
 class SafetensorsWeights:
     """The tensors of safetensors shards."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
-        self.tensors: Mapping[str, TensorInfo] = Checkpoint.open(folder).tensors
+        self.tensors: Mapping[str, TensorInfo] = Checkpoint.open(folder, config).tensors
 
     def read(self, name: str) -> "torch.Tensor":
         """Return one tensor: no whole file is mapped, which may be larger than the memory."""
@@ -78,14 +78,18 @@ class SafetensorsWeights:
         return torch.frombuffer(values, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(info.shape)
 
 
-def open_weights(folder: Path) -> Weights:
+def open_weights(folder: Path, config: dict[str, Any]) -> Weights:
     """Open what a folder holds; a pickle is not looked at where there are safetensors.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
 
     Raises:
         CheckpointError: if it holds nothing, or what it holds is damaged.
     """
     if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        return Weights(SafetensorsWeights(folder))
+        return Weights(SafetensorsWeights(folder, config))
     if holds_bins(folder):
         return Weights(BinWeights(folder))
     raise CheckpointError(

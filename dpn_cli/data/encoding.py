@@ -14,10 +14,11 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout
-from dpn_cli.data import RowError, Sample
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.visual import GRID_INPUTS
-from dpn_cli.pyramid.config import Grid
+from dpn_cli.pyramid.config import Grid, num_tokens
 
 IGNORED = -100  # the label of tokens that are not part of an answer
 VISUAL = ("pixel_values", *GRID_INPUTS)  # what the processors of all families return for images
@@ -125,7 +126,7 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
             shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
             raise RowError("image tokens", f"its text has {shown} image tokens, the row {len(sample.images)} images")
-        visual = sum(height * width for height, width in expected_grids(sample, layout))
+        visual = num_tokens(expected_grids(sample, layout))
         total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
         total += answer_tokens if sample.turns[-1].answer is None else 0
         if total > max_tokens:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpn_cli.data.formats import Request
 from dpn_cli.data.images import SUFFIXES
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
@@ -62,3 +63,8 @@ def _may_be_data(path: Path, folder: Path) -> bool:
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def open_images(request: Request) -> ImageFolder | None:
+    """Open a folder."""
+    return ImageFolder(request.path, request.reading.prompts) if request.path.is_dir() else None

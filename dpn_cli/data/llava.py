@@ -11,11 +11,13 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import asks, mapping, present, validate_ignored
+from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 
+_SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
 _BEGINNING = 4096  # characters
 _LOOKED_AT = 100  # rows, to say which fields are read
@@ -168,3 +170,13 @@ def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
+
+
+def open_llava(request: Request) -> LlavaFile | None:
+    """Open a file of rows, or the one of a folder.
+
+    Raises:
+        DataError: if there are several in the folder.
+    """
+    path = only_file(request, _SUFFIXES, holds_rows)
+    return LlavaFile(path, request.root, request.reading) if path else None

@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,10 +18,9 @@ from dpn_cli.data.findings import Fault, Scan
 from dpn_cli.data.images import check_image, printable, read_file
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError
+from dpn_cli.reporter import SILENT, Reporter
 
 THREADS = min(8, os.cpu_count() or 1)
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 class Source(Protocol):
@@ -76,7 +74,7 @@ def scan(
     limit: int | None,
     seed: int,
     check: Callable[[Sample], None] = lambda sample: None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Dataset:
     """Read rows until there are enough good ones with an image.
 
@@ -88,7 +86,7 @@ def scan(
             are met on the way come in addition.
         seed: of the draw.
         check: raises RowError for samples that are of no use, called for one at a time.
-        progress: opens a progress bar (description, total) and yields its `advance`.
+        reporter: told the progress.
 
     Raises:
         DataError: if there is no usable row, or naming the bad ones.
@@ -100,7 +98,7 @@ def scan(
     pool = ThreadPoolExecutor(THREADS)
     try:
         while rows := list(islice(order, wanted)):
-            with (progress or _silent)("reading the data", len(rows)) as advance:
+            with reporter.progress("reading the data", len(rows)) as advance:
                 for outcome in pool.map(partial(_read, source), rows):
                     _sort_in(outcome, good, faults, check)
                     advance(1)
@@ -108,7 +106,7 @@ def scan(
             if faults and not (skip_bad and found.bad_fraction <= max_bad):
                 raise DataError(_complaint(source, found, skip_bad, max_bad))
             wanted = 0 if limit is None else limit - found.with_image
-            progress = None  # the few rows that replace bad and text-only ones are read in silence
+            reporter = SILENT  # the few rows that replace bad and text-only ones are read in silence
     finally:
         pool.shutdown(cancel_futures=True)
     good.sort(key=lambda each: each.index)
@@ -176,8 +174,3 @@ def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> s
     if skip_bad:
         return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
     return f"{what} Mend them, or leave them out with --on-bad-row skip"
-
-
-@contextmanager
-def _silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None

@@ -1,22 +1,22 @@
 """Evaluation as one call: what a pyramid loses and gains, and whether another method would have been better."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dpn_cli.data import Sample
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import make_contender
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
+from dpn_cli.reporter import Reporter
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 Entry = tuple[float | None, Contender]  # a budget, and who is to spend it
 
 
@@ -123,14 +123,7 @@ class Evaluation:
         }
 
 
-def evaluate(
-    panel: Panel,
-    samples: Sequence[Sample],
-    budgets: Sequence[float],
-    against: Sequence[str],
-    metric: str,
-    progress: Progress,
-) -> Evaluation:
+def evaluate(panel: Panel, samples: Sequence[Sample], options: EvaluationOptions, reporter: Reporter) -> Evaluation:
     """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
 
     Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
@@ -139,10 +132,8 @@ def evaluate(
     Args:
         panel: the model and how it is asked.
         samples: each with at least one image.
-        budgets: mean fractions of the prefill FLOPs; none for what the checkpoint is set to.
-        against: of `CONTENDERS`.
-        metric: of `METRICS`, scores answers by their labels.
-        progress: opens a progress bar (description, total) and yields its `advance`.
+        options: what is compared, and how.
+        reporter: told the progress.
 
     Raises:
         DataError: without samples.
@@ -150,15 +141,15 @@ def evaluate(
     """
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
-    budgets = list(dict.fromkeys(budgets))
+    budgets = list(dict.fromkeys(options.budgets))
     pyramids, refused = _pyramids(panel, budgets)
-    with progress("asking the teacher", len(samples)) as advance:
+    with reporter.progress("asking the teacher", len(samples)) as advance:
         teacher = panel.ask(Original(), samples, advance)
-    hearing = _Hearing(panel, samples, teacher, metric, progress)
+    hearing = _Hearing(panel, samples, teacher, options.metric, reporter)
     routed = hearing.stand("asking the pyramid", pyramids)
     spent = {standing.budget: standing for standing in routed}
     asked: list[float | None] = [*budgets] or list(spent)
-    entries, out_of_reach = _rivals(panel, hearing.sizes, against, asked, spent)
+    entries, out_of_reach = _rivals(panel, hearing.sizes, options.against, asked, spent)
     rivals = _best(hearing.stand("asking the others", entries, spent))
     order = [standing for budget in asked for standing in (*routed, *rivals) if standing.budget == budget]
     return Evaluation(hearing.questions, (hearing.original(), *order), (*refused, *out_of_reach))
@@ -172,7 +163,7 @@ class _Hearing:
     samples: Sequence[Sample]
     teacher: Sequence[str]
     metric: str
-    progress: Progress
+    reporter: Reporter
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
@@ -200,7 +191,7 @@ class _Hearing:
         """Let contenders answer; compare them with the pyramid's standings by budget, if given."""
         if not entries:
             return []
-        with self.progress(what, len(self.samples)) as advance:
+        with self.reporter.progress(what, len(self.samples)) as advance:
             judged = self.panel.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
         return [
             Standing.of(entry, outcomes, self.questions, self.metric, (dpn or {}).get(entry[0]))
@@ -234,7 +225,7 @@ def _rivals(
     spent: dict[float | None, Standing],
 ) -> tuple[list[Entry], list[str]]:
     """Return every contender at what the pyramid has spent, and why some are missing."""
-    shape = panel.model.model.language_model.shape
+    shape = panel.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
     out_of_reach: list[str] = []

@@ -18,6 +18,7 @@ from dpn_cli.evaluation.contenders.contender import Contender, Prompt, full_flop
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import num_tokens
 
 ORIGINAL = "original"
 PHASES = ("vision", "prefill", "first_token", "decode")
@@ -168,10 +169,7 @@ def prompts_of(model: PyramidGenerationMixin, inputs: Inputs) -> list[Prompt]:
     if "pixel_values" not in inputs:
         return [Prompt((), total) for total in tokens]
     grids = visual_grids(model.model.locate(inputs_embeds=None, **dict[str, Any](inputs)))
-    return [
-        Prompt(sample, total - sum(height * width for height, width in sample))
-        for sample, total in zip(grids, tokens, strict=True)
-    ]
+    return [Prompt(sample, total - num_tokens(sample)) for sample, total in zip(grids, tokens, strict=True)]
 
 
 def synthetic_inputs(
@@ -230,7 +228,7 @@ def _run(
     with contender.applied(model):
         timing, logits = time_generation(model, inputs, new_tokens, clock)
         fractions = contender.fractions(model, prompts)
-    full = [full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
+    full = [full_flops(model.text_model.shape, prompt) for prompt in prompts]
     spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))
     return _Run(timing, logits.float(), spent / sum(full), spent)
 

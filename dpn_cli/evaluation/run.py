@@ -1,43 +1,34 @@
 """Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data import Dataset, OnBadRow, load_data
 from dpn_cli.data.encoding import token_limit
-from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.scan import Dataset
+from dpn_cli.evaluation.evaluate import Evaluation, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import keeping
+from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.inference.loading import default_device, load_opened, load_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.reporter import SILENT, Reporter
 
 
 def evaluate_folder(
     folder: Path,
-    data: str,
-    image_root: Path | None,
-    on_bad_row: OnBadRow,
-    max_bad: float,
-    *,
-    budgets: Sequence[float],
-    against: Sequence[str],
-    metric: str,
-    samples: int | None,
-    seed: int,
-    answer_tokens: int,
-    batch_size: int,
-    progress: Progress,
-    say: Callable[[str], None],
-    kind_field: str | None = None,
-    ignored: Sequence[str] = (),
+    data: DataOptions,
+    options: EvaluationOptions,
+    reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Evaluation | None:
     """Evaluate a converted or exported checkpoint; nothing is written into it.
@@ -46,21 +37,9 @@ def evaluate_folder(
 
     Args:
         folder: the checkpoint.
-        data: see `load_data`; of the demo, the held-out pictures.
-        image_root: see `load_data`.
-        on_bad_row: see `load_data`.
-        max_bad: see `load_data`.
-        budgets: see `evaluate`.
-        against: see `evaluate`.
-        metric: see `evaluate`.
-        samples: to draw; None for all.
-        seed: of the draw.
-        answer_tokens: per answer, at most.
-        batch_size: samples per forward pass.
-        progress: see `evaluate`.
-        say: told what goes on, a sentence at a time.
-        kind_field: see `load_data`.
-        ignored: see `load_data`.
+        data: the samples to ask about; of the demo, the held-out pictures.
+        options: what is compared, and how samples are asked.
+        reporter: told what goes on, and the progress.
         processes: that evaluate together, each with this call; by default those that a launcher has started.
 
     Returns:
@@ -71,32 +50,29 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
-            processor = load_processor(folder)
+            processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
-                data, image_root, on_bad_row=on_bad_row, max_bad=max_bad, split="heldout", limit=samples, seed=seed,
-                kind_field=kind_field, ignored=ignored, progress=progress,
-                check=token_limit(processor, layout, max_positions(folder), answer_tokens),
+                data, split="heldout", limit=options.samples, seed=options.seed, reporter=reporter,
+                check=token_limit(processor, layout, max_positions(checkpoint), options.answer_tokens),
             )  # fmt: skip
-            for line in dataset.scan.lines():
-                say(line)
             shown = [sample for sample in dataset.samples if sample.images]
             model = load_opened(checkpoint, pyramid, device_map=default_device())
-            say(f"{len(shown)} samples from {data}; model in {model.dtype} on {model.device}")
+            reporter.note(f"{len(shown)} samples from {data.name}; model in {model.dtype} on {model.device}")
             for line in _caveats(model, pyramid, dataset):
-                say(line)
+                reporter.note(line)
             depends_on = {
                 **evaluation_fingerprint(checkpoint, Lora.of(folder, pyramid), dataset.digest),
-                "answer_tokens": answer_tokens, "batch_size": batch_size, "dtype": str(model.dtype),
+                "answer_tokens": options.answer_tokens, "batch_size": options.batch_size, "dtype": str(model.dtype),
             }  # fmt: skip
         validate_same(processes.gather(depends_on))
         with processes.as_one():
-            kept = held.enter_context(keeping(depends_on, say)) if processes.is_main else None
-        panel = Panel(model, processor, batch_size, answer_tokens, kept, processes)
-        result = evaluate(panel, shown, budgets, against, metric, progress)
+            kept = held.enter_context(keeping(depends_on, reporter.note)) if processes.is_main else None
+        panel = Panel(model, processor, options.batch_size, options.answer_tokens, kept, processes)
+        result = evaluate(panel, shown, options, reporter)
         if not processes.is_main:
             return None
-    for line in unmet(result.spendings, pyramid, folder, data, image_root):
-        say(line)
+    for line in unmet(result.spendings, pyramid, folder, data):
+        reporter.note(line)
     return result
 
 

@@ -4,8 +4,12 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpn_cli.pyramid.config import PyramidConfig
+
+if TYPE_CHECKING:
+    from dpn_cli.data.options import DataOptions
 
 OVERSPENT, UNDERSPENT = 0.02, 0.05  # of a FLOPs fraction: from here on the budget was not met
 
@@ -39,7 +43,7 @@ class Spending:
 
 
 def unmet(
-    spendings: Iterable[Spending], pyramid: PyramidConfig, model: Path, data: str | None, image_root: Path | None = None
+    spendings: Iterable[Spending], pyramid: PyramidConfig, model: Path, data: "DataOptions | None"
 ) -> Iterator[str]:
     """Say which budgets the data did not meet, and the command that solves λ on them.
 
@@ -47,8 +51,7 @@ def unmet(
         spendings: asked for and spent.
         pyramid: of the checkpoint.
         model: its folder.
-        data: as the user named it; None where it is no data set.
-        image_root: likewise.
+        data: what the samples are from; None where it is no data set.
     """
     missed = [spending for spending in spendings if not spending.is_met]
     for each in missed:
@@ -59,11 +62,11 @@ def unmet(
     if missed:
         record = pyramid.calibration
         solved_on = record.get("budgets_solved_on", record).get("data", "other data")
-        if solved_on == data:
-            yield f"Its λ was solved on {data} as a whole; the mean of some of its samples varies."
+        if data and solved_on == data.name:
+            yield f"Its λ was solved on {data.name} as a whole; the mean of some of its samples varies."
             return
-        named = ["--model", str(model), "--data", data or "DATA"]
-        named += [] if image_root is None else ["--image-root", str(image_root)]
+        named = ["--model", str(model), "--data", data.name if data else "DATA"]
+        named += ["--image-root", str(data.image_root)] if data and data.image_root else []
         yield (
             f"Its λ was solved on {solved_on}. To solve it on {'yours' if data is None else 'these data'}: "
             f"dpn calibrate {shlex.join(named)} --budgets-only"

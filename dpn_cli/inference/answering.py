@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Rate, Route
+from dpn_cli.pyramid.config import Rate, Route, num_tokens
 from dpn_cli.pyramid.cost import flops_fraction
 
 
@@ -80,13 +80,13 @@ def answer(
     total_s = time.perf_counter() - start
 
     pyramid, [route], [grids] = model.pyramid, model.last_routes, model.last_grids
-    visual_tokens = tuple(sum(height * width for height, width in stage) for stage in pyramid.walk(route, grids))
+    visual_tokens = tuple(map(num_tokens, pyramid.walk(route, grids)))
     text_tokens = inputs["input_ids"].shape[1] - visual_tokens[0]
     return Answer(
         text="".join(streamer.pieces).strip(),
         route=route,
         rates=tuple(site.rates[expert] for site, expert in zip(pyramid.sites, route, strict=True)),
-        flops_fraction=flops_fraction(model.model.language_model.shape, pyramid, route, grids, text_tokens),
+        flops_fraction=flops_fraction(model.text_model.shape, pyramid, route, grids, text_tokens),
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         new_tokens=len(streamer.times),

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from dpn_cli.checkpoint.headers import Checkpoint
-from dpn_cli.checkpoint.layout import open_converted, open_llava
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, open_llava
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.processor import complete_processor
@@ -60,9 +60,7 @@ def load_opened(
 ) -> PyramidGenerationMixin:
     """Load a checkpoint as it was when it was opened, whatever is calibrated meanwhile; see `load_model`."""
     folder = source.path
-    [(config_class, model_class)] = [
-        each for each in MODELS.items() if each[0].model_type == source.config["model_type"]
-    ]
+    config_class, model_class = _classes(source)
     if "quantization_config" in source.config:
         hush_bitsandbytes()
     with _quietly():
@@ -92,7 +90,12 @@ def load_processor(folder: Path) -> Any:
     Raises:
         CheckpointError: if it is missing, damaged or another model's, or needs such code.
     """
-    checkpoint, layout = open_llava(folder)
+    return load_opened_processor(*open_llava(folder))
+
+
+def load_opened_processor(checkpoint: Checkpoint, layout: LlavaLayout) -> Any:
+    """Load the processor of a checkpoint that is open already; see `load_processor`."""
+    folder = checkpoint.path
     onevision = checkpoint.config["model_type"] == DpnLlavaOnevisionConfig.model_type
     completion = complete_processor(checkpoint, layout)
     try:
@@ -112,10 +115,16 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
-def max_positions(folder: Path) -> int:
+def max_positions(source: Checkpoint) -> int:
     """Return how many tokens the language model of a checkpoint takes, also where its config leaves it to a default."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return int(config.get_text_config().max_position_embeddings)
+    config_class, _ = _classes(source)
+    return int(config_class.from_dict(source.config).get_text_config().max_position_embeddings)
+
+
+def _classes(source: Checkpoint) -> tuple[Any, Any]:
+    """Return the classes of a converted checkpoint's config and model."""
+    [classes] = [each for each in MODELS.items() if each[0].model_type == source.config["model_type"]]
+    return classes
 
 
 def default_device() -> str:

@@ -4,19 +4,21 @@ Only the decoder's linear layers are quantised. The routers that are fitted on t
 folder, whose weights stay as they are.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.quantisation import SKIPPED
 from dpn_cli.inference.adapter import hush_bitsandbytes
-from dpn_cli.inference.loading import load_model
+from dpn_cli.inference.loading import load_opened
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import PyramidConfig
 
 
 def load_frozen(
-    folder: Path,
+    source: Checkpoint,
+    pyramid: PyramidConfig,
     load_in: Literal["4bit", "8bit"] | None,
     dtype: str | torch.dtype = "auto",
     healed: bool = False,
@@ -25,17 +27,18 @@ def load_frozen(
     """Load a converted checkpoint, as it was before any healing, its decoder quantised if asked.
 
     Args:
-        folder: from `dpn convert`.
+        source: from `dpn convert`.
+        pyramid: its own.
         load_in: bits per weight; None leaves the weights alone.
         dtype: of what is not quantised, and of the computation.
         healed: load what healing has trained, too.
-        **kwargs: for `load_model`.
+        **kwargs: for `load_opened`.
 
     Raises:
         CheckpointError: as `load_model`.
     """
     if load_in is None:
-        return load_model(folder, dtype, healed=healed, **kwargs)
+        return load_opened(source, pyramid, dtype, healed=healed, **kwargs)
     from transformers import BitsAndBytesConfig
 
     hush_bitsandbytes()
@@ -45,7 +48,7 @@ def load_frozen(
         llm_int8_skip_modules=SKIPPED,
         bnb_4bit_quant_type="nf4",
     )
-    model = load_model(folder, dtype, healed=healed, quantization_config=config, **kwargs)
+    model = load_opened(source, pyramid, dtype, healed=healed, quantization_config=config, **kwargs)
     _settle(model)
     return model
 

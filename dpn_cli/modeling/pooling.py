@@ -1,103 +1,55 @@
 """Pooling of visual tokens in a ragged batch: every sample at its own rate, text untouched.
 
 A *cell* is the kernel_h × kernel_w block of one grid that becomes one token; it stands where its first token stood.
-Every text token is a cell of its own. Rows are re-left-padded to the longest sample.
+Every text token is a cell of its own.
 
-Shapes: B batch, S sequence, D hidden, K pooled sequence.
+Shapes: B batch, S sequence, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from dpn_cli.pyramid.config import Grid, Rate, kernel_on
+from dpn_cli.modeling.engine import DROPPED, Assignment
+from dpn_cli.modeling.state import PyramidState
+from dpn_cli.pyramid.config import Grid, Rate, num_tokens
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Which token goes where.
-
-    Attributes:
-        column: [B, S] the new column of every token; of a dropped token, that of some kept one.
-        kept: [B, S] bool; False for padding and for the incomplete cells that `rounding: floor` drops.
-        leads: [B, S] bool; True for the first token of every cell.
-        coords: [B, K, 3] (grid, row, col) of the cells, -1 for text and padding.
-        area: [B, K] tokens of a complete cell: kernel_h · kernel_w for visual cells, 1 for text.
-        valid: [B, K] bool, or None when no row is padded.
-    """
-
-    column: torch.Tensor
-    kept: torch.Tensor
-    leads: torch.Tensor
-    coords: torch.Tensor
-    area: torch.Tensor
-    valid: torch.Tensor | None
-
-
-def merge_cells(
-    coords: torch.Tensor,
-    valid: torch.Tensor | None,
-    grids: Sequence[Sequence[Grid]],
-    rates: Sequence[Rate],
-    lengths: Sequence[int],
-    rounding: Literal["ceil", "floor"] = "ceil",
-) -> Cells:
-    """Assign every token to its cell.
+def pool_cells(state: PyramidState, rates: Sequence[Rate], grids: Sequence[Sequence[Grid]]) -> Assignment:
+    """Let every token go into the first one of its cell.
 
     Args:
-        coords: [B, S, 3], long: (grid, row, col) of visual tokens, -1 elsewhere.
-        valid: [B, S] bool, or None when no row is padded.
-        grids: per sample, the sizes of its grids.
+        state: with visual tokens.
         rates: per sample, the kernel.
-        lengths: per sample, its tokens after pooling.
-        rounding: what happens to incomplete cells at the edges.
+        grids: per sample, the sizes of its grids afterwards; tokens of cells that lie outside (the incomplete ones,
+            where `rounding` is `floor`) are dropped.
     """
-    batch, length = coords.shape[:2]
-    device = coords.device
-    index = torch.arange(length, device=device).expand(batch, -1)
-    kernel = torch.tensor(rates, device=device)[:, None]  # [B, 1, 2]
-    is_visual = coords[..., 0] >= 0
-    cell = torch.where(is_visual[..., None], coords[..., 1:] // kernel, 0)  # [B, S, 2]
-    kept = torch.ones_like(is_visual) if valid is None else valid
-    if rounding == "floor":
-        kept = kept & _is_complete(cell, coords[..., 0], grids, rates)
+    assert state.coords is not None
+    grid, token = state.coords[..., 0], state.coords[..., 1:]
+    batch, length = grid.shape
+    index = torch.arange(length, device=grid.device).expand(batch, -1)
+    is_visual = grid >= 0
+    cell = torch.where(is_visual[..., None], token // torch.tensor(rates, device=grid.device)[:, None], 0)  # [B, S, 2]
+    num_grids = max(1, *map(len, grids))
+    sizes = [[*sample, *[(0, 0)] * (num_grids - len(sample))] for sample in grids]
+    size = torch.tensor(sizes, device=grid.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
+    kept = ~is_visual | (cell < size).all(-1)
+    kept = kept if state.valid is None else kept & state.valid
 
-    span = max((max(grid) for sample in grids for grid in sample), default=1)
-    num_grids = max(map(len, grids))
-    key = length + (coords[..., 0] * span + cell[..., 0]) * span + cell[..., 1]
-    key = torch.where(is_visual, key, index)
-    leader = torch.full((batch, length + num_grids * span * span), length, device=device)
-    leader = leader.scatter_reduce(1, key, torch.where(kept, index, length), "amin").gather(1, key)
-    leads = kept & (leader == index)
-    longest = max(lengths)
-    shift = longest - torch.tensor(lengths, device=device)[:, None]  # [B, 1], left padding
-    column = (leads.cumsum(1) - 1).gather(1, leader.clamp(max=length - 1)) + shift
-    column = column.clamp(0, longest - 1)
-    padded = len(set(lengths)) > 1
-
-    new_coords = torch.full((batch, longest + 1, 3), -1, device=device)  # the last column takes what is not a leader
-    cell_coords = torch.where(is_visual[..., None], torch.cat([coords[..., :1], cell], -1), -1)
-    target = torch.where(leads, column, longest)[..., None].expand(-1, -1, 3)
-    new_coords = new_coords.scatter(1, target, cell_coords)[:, :longest]
-    new_valid = torch.arange(longest, device=device) >= shift if padded else None
-    area = torch.where(new_coords[..., 0] >= 0, kernel.prod(-1), 1)
-    return Cells(column, kept, leads, new_coords, area, new_valid)
-
-
-def _is_complete(
-    cell: torch.Tensor, grid: torch.Tensor, grids: Sequence[Sequence[Grid]], rates: Sequence[Rate]
-) -> torch.Tensor:
-    """Say which tokens, [B, S], belong to a cell that lies whole inside its grid; text always does."""
-    table = torch.zeros(*grid.shape, 2, dtype=torch.long)  # rows and columns of complete cells; S bounds the grids
-    for b, sample in enumerate(grids):
-        for g, size in enumerate(sample):
-            kernel = kernel_on(size, rates[b])
-            table[b, g] = torch.tensor([size[0] // kernel[0], size[1] // kernel[1]])
-    sizes = table.to(cell.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
-    return (grid < 0) | (cell < sizes).all(-1)
+    span = max((max(size) for sample in state.grids for size in sample), default=1)
+    key = torch.where(is_visual, length + (grid * span + cell[..., 0]) * span + cell[..., 1], index)
+    first = torch.full((batch, length + num_grids * span * span), length, device=grid.device)
+    first = first.scatter_reduce(1, key, torch.where(kept, index, length), "amin").gather(1, key)
+    before = [length] * batch if state.valid is None else state.valid.sum(1).tolist()
+    return Assignment(
+        target=torch.where(kept, first, DROPPED),
+        coords=torch.where(is_visual[..., None], torch.cat([grid[..., None], cell], -1), -1),
+        lengths=[
+            count - num_tokens(old) + num_tokens(new)
+            for count, old, new in zip(before, state.grids, grids, strict=True)
+        ],
+    )
 
 
 class Kernels(nn.Module):
@@ -111,37 +63,3 @@ class Kernels(nn.Module):
     def forward(self, expert: int) -> torch.Tensor:
         """Return the kernel of an expert; a call, so that hooks which load weights (offloading) run."""
         return self.get_parameter(str(expert))
-
-
-def pool_tokens(
-    values: torch.Tensor,
-    cells: Cells,
-    mode: Literal["avg", "max"] = "avg",
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Reduce the tokens of every cell to one.
-
-    Args:
-        values: [B, S, D].
-        cells: from `merge_cells`.
-        mode: mean over the tokens that the cell has (an incomplete cell has fewer), or maximum.
-        weights: [B, S, D] factors of a depthwise convolution; they replace the mean's 1/n and are scaled up in
-            incomplete cells.
-
-    Returns:
-        [B, K, D] in the dtype of `values`, accumulated in float32; padding is zero.
-    """
-    batch, _, size = values.shape
-    longest = cells.coords.shape[1]
-    trash = batch * longest  # one extra row takes the dropped tokens
-    rows = torch.arange(batch, device=values.device)[:, None] * longest
-    target = torch.where(cells.kept, rows + cells.column, trash).flatten()
-    source = (values.float() if weights is None else values.float() * weights.float()).flatten(0, 1)
-    out = source.new_zeros(trash + 1, size)
-    if mode == "max":
-        out = out.scatter_reduce(0, target[:, None].expand(-1, size), source, "amax", include_self=False)[:trash]
-    else:
-        count = source.new_zeros(trash + 1).index_add(0, target, source.new_ones(target.shape[0]))[:trash]
-        scale = (1 if weights is None else cells.area.flatten()) / count.clamp(min=1)
-        out = out.index_add(0, target, source)[:trash] * scale[:, None]
-    return out.view(batch, longest, size).to(values.dtype)

@@ -9,11 +9,11 @@ reported apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DecoderShape:
     vocab_size: int
 
     @classmethod
-    def from_config(cls, text_config: dict[str, Any]) -> "DecoderShape":
+    def from_config(cls, text_config: Mapping[str, Any]) -> "DecoderShape":
         """Read the shape from a text config's dictionary.
 
         Raises:
@@ -74,7 +74,7 @@ def tokens_per_layer(
 ) -> list[int]:
     """Return the prefill tokens of every decoder layer along `route`."""
     stages = pyramid.walk(route, grids)
-    counts = [text_tokens + sum(h * w for h, w in stage) for stage in stages]
+    counts = [text_tokens + num_tokens(stage) for stage in stages]
     return [count for count, layers in zip(counts, pyramid.segments(shape.num_layers), strict=True) for _ in layers]
 
 
@@ -85,7 +85,7 @@ def flops_fraction(
 
     A sample without an image costs 1.0: nothing is pooled and no router is asked.
     """
-    counts = [text_tokens + sum(h * w for h, w in stage) for stage in pyramid.walk(route, grids)]
+    counts = [text_tokens + num_tokens(stage) for stage in pyramid.walk(route, grids)]
     segments = pyramid.segments(shape.num_layers)
     routed = sum(len(layers) * shape.layer_flops(n) for layers, n in zip(segments, counts, strict=True))
     if grids and pyramid.has_routers:

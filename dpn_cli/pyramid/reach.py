@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -46,6 +46,19 @@ def typical_length(pyramid: PyramidConfig) -> Length | None:
         if record["text_tokens"] >= 1 and min(min(grid) for grid in grids) >= 1:
             return grids, int(record["text_tokens"])
     return None
+
+
+def validate_in_table(budgets: Iterable[float], pyramid: PyramidConfig) -> None:
+    """Check that a pyramid's budget table has all budgets.
+
+    Raises:
+        UsageError: for the first that it has not.
+    """
+    try:
+        for budget in budgets:
+            pyramid.trade_off_for(budget)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def validate_budget(

@@ -18,10 +18,12 @@ from dpn_cli.checkpoint.headers import INDEX_FILE
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.reporter import Reporter
 from tests.runs import noise_pictures
 
 RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)
@@ -47,12 +49,12 @@ def calibrated(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFac
 
 def run(folder: Path, data: Path, recipe: CalibrationRecipe = RECIPE) -> Any:
     @contextmanager
-    def silent(description: str, total: int) -> Iterator[Any]:
+    def counted(description: str, total: int) -> Iterator[Any]:
         done = []
         yield done.append
         assert sum(done) == total, f"{description} must report all of its steps"
 
-    return calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+    return calibrate(folder, DataOptions(str(data)), recipe, Reporter(progress=counted))
 
 
 def digests(folder: Path) -> dict[str, str]:

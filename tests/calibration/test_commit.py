@@ -24,6 +24,7 @@ from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
 from dpn_cli.exporting import export as exporting
 from dpn_cli.exporting.export import export
@@ -86,7 +87,7 @@ def folders(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         saved: list[tuple[Any, ...]] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibration, "save_calibration", lambda *args, saved=saved: saved.append(args))
-            calibration.calibrate(folder, str(data), recipe, None, silent, lambda message: None)
+            calibration.calibrate(folder, DataOptions(str(data)), recipe)
 
         def save(where: Path, arguments: tuple[Any, ...] = saved[0][1:]) -> None:
             with calibration._in_charge(where, ALONE):
@@ -95,11 +96,6 @@ def folders(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         save(folder)
         found[name] = folder, save
     return found
-
-
-@contextmanager
-def silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
 
 
 def whole(folder: Path) -> tuple[Any, ...]:

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from dpn_cli.checkpoint.licence import read_licence
 def test_the_licence_is_the_cards_or_the_configs(
     tmp_path: Path, readme: str | None, config: dict[str, object], found: dict[str, str]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
-    assert read_licence(tmp_path) == found
+    assert read_licence(tmp_path, config) == found

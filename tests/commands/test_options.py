@@ -1,3 +1,4 @@
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from dpn_cli.cli import COMMANDS, main
-from dpn_cli.commands.options import Choice, Fraction, Names, Percent, Size
+from dpn_cli.commands.options import Choice, Fraction, Names, Percent, Size, data_options
+from dpn_cli.data.options import DataOptions
 
 
 @click.command()
@@ -60,6 +62,20 @@ def test_sizes_of_images_that_are_not_read_are_refused(value: str) -> None:
 
 def test_names_stand_between_commas() -> None:
     assert Names().convert("a, b c,", None, None) == ("a", "b c")
+
+
+def test_options_about_data_reach_a_command_as_one() -> None:
+    seen: list[DataOptions | None] = []
+
+    @click.command()
+    @partial(data_options, required=False)
+    def reads(data: DataOptions | None) -> None:
+        seen.append(data)
+
+    options = ["--image-root", ".", "--ignore-fields", "a,b", "--on-bad-row", "skip", "--max-bad", "20%"]
+    for line in (["--data", "rows.json", *options], ["--data", "demo"], options):
+        assert CliRunner().invoke(reads, line).exit_code == 0
+    assert seen == [DataOptions("rows.json", Path(), ("a", "b"), "skip", 0.2), DataOptions("demo"), None]
 
 
 # What a command needs beside --model.

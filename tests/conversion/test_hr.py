@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dpn_cli
 from dpn_cli.calibration.calibrate import calibrate
-from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
+from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
 from tests.conversion.test_dpn_authors import NEW_ROUTER, OLD_ROUTER, make_dpn, prompts
 from tests.conversion.test_tokenizer import reference_pixels
@@ -158,9 +158,7 @@ def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
         pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
     recipe = CalibrationRecipe(samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25)
-    calibrate(
-        folder, str(tmp_path / "data"), recipe, None, lambda *_: nullcontext(lambda n: None), lambda message: None
-    )
+    calibrate(folder, DataOptions(str(tmp_path / "data")), recipe)
     expected, routes = answer(dpn_cli.load(folder), folder, picture)
     assert any(routes[0])
     export(folder, tmp_path / "export")

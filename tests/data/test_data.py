@@ -4,13 +4,18 @@ import base64
 import json
 import struct
 import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from dpn_cli.data import Dataset, RowError, Sample, Turn, load_data
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError
 
 
@@ -37,7 +42,8 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def load(path: Path, **options: Any) -> Dataset:
-    return load_data(str(path), **options)
+    about = {field.name: options.pop(field.name) for field in fields(DataOptions) if field.name in options}
+    return load_data(DataOptions(str(path), **about), **options)
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
@@ -271,7 +277,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.txt", "", "expected a LLaVA"),
+        ("data.txt", "", r"is a \.txt: expected .*a LLaVA \.json"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],
@@ -321,7 +327,7 @@ def test_the_digest_follows_content_and_not_place(tmp_path: Path, picture: Path)
 
 
 def test_demo_samples_are_the_first_of_their_stream() -> None:
-    few, more = load_data("demo", split="heldout", limit=3), load_data("demo", split="heldout", limit=5)
+    few, more = (load_data(DataOptions("demo"), split="heldout", limit=limit) for limit in (3, 5))
     assert [s.id for s in few.samples] == [s.id for s in more.samples[:3]]
     assert all(s.kind and s.turns[0].answer for s in few.samples)
 

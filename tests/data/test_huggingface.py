@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image
 
-from dpn_cli.data import Turn, load_data
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Turn
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
 
 
@@ -35,7 +37,7 @@ def questions(datasets: Any) -> Any:
 def test_parquet_with_questions_and_several_peoples_answers(datasets: Any, tmp_path: Path) -> None:
     questions(datasets).to_parquet(tmp_path / "data.parquet")
     for name in (tmp_path / "data.parquet", tmp_path):
-        data = load_data(str(name))
+        data = load_data(DataOptions(str(name)))
         assert [sample.turns[0].answer for sample in data.samples] == ["red", "blue"]
         assert data.scan.format == "parquet of 1 files (`image`, `question` and `answers`)"
         assert [s.open_images()[0].getpixel((0, 0)) for s in data.samples] == [(255, 0, 0), (0, 0, 255)]
@@ -44,10 +46,10 @@ def test_parquet_with_questions_and_several_peoples_answers(datasets: Any, tmp_p
 def test_groups_are_columns_of_plain_values(datasets: Any, tmp_path: Path) -> None:
     table = questions(datasets).add_column("level", [1, 2])
     table.to_parquet(tmp_path / "data.parquet")
-    data = load_data(str(tmp_path / "data.parquet"), kind_field="level")
+    data = load_data(DataOptions(str(tmp_path / "data.parquet"), kind_field="level"))
     assert [sample.kind for sample in data.samples] == ["1", "2"]
     with pytest.raises(UsageError, match="they have question, level"):
-        load_data(str(tmp_path / "data.parquet"), kind_field="answers")
+        load_data(DataOptions(str(tmp_path / "data.parquet"), kind_field="answers"))
 
 
 def test_saved_data_sets_take_train_or_the_first_split(datasets: Any, tmp_path: Path) -> None:
@@ -55,11 +57,14 @@ def test_saved_data_sets_take_train_or_the_first_split(datasets: Any, tmp_path: 
     table.save_to_disk(tmp_path / "one")
     both = datasets.DatasetDict({"test": table.select([0]), "train": table.select([1])})
     both.save_to_disk(tmp_path / "both")
-    assert len(load_data(str(tmp_path / "one")).samples) == 2
-    data = load_data(str(tmp_path / "both"))
+    assert len(load_data(DataOptions(str(tmp_path / "one"))).samples) == 2
+    data = load_data(DataOptions(str(tmp_path / "both")))
     assert data.samples[0].turns[0].answer == "blue" and "saved data set, split train" in data.scan.format
-    assert len(load_data(str(tmp_path / "both" / "test")).samples) == 1
-    assert load_data(str(next((tmp_path / "one").glob("*.arrow")))).digest == load_data(str(tmp_path / "one")).digest
+    assert len(load_data(DataOptions(str(tmp_path / "both" / "test"))).samples) == 1
+    assert (
+        load_data(DataOptions(str(next((tmp_path / "one").glob("*.arrow"))))).digest
+        == load_data(DataOptions(str(tmp_path / "one"))).digest
+    )
 
 
 def test_conversations_with_lists_of_images(datasets: Any, tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_conversations_with_lists_of_images(datasets: Any, tmp_path: Path) -> No
     table = datasets.Dataset.from_dict({"images": [[{"bytes": png("red")}, {"bytes": png("blue")}]]})
     table = table.cast_column("images", images).add_column("messages", [messages])
     table.to_parquet(tmp_path / "data.parquet")
-    [sample] = load_data(str(tmp_path / "data.parquet")).samples
+    [sample] = load_data(DataOptions(str(tmp_path / "data.parquet"))).samples
     assert (sample.turns[0].question, sample.turns[0].images) == ("what ?", 2)
     assert [image.getpixel((0, 0)) for image in sample.open_images()] == [(255, 0, 0), (0, 0, 255)]
 
@@ -79,7 +84,7 @@ def test_conversations_with_lists_of_images(datasets: Any, tmp_path: Path) -> No
 def test_images_as_paths_and_bytes(datasets: Any, tmp_path: Path, image: Any) -> None:
     (tmp_path / "a.png").write_bytes(png())
     datasets.Dataset.from_dict({"image": [image], "caption": ["a red thing"]}).to_parquet(tmp_path / "data.parquet")
-    [sample] = load_data(str(tmp_path / "data.parquet"), prompts=("what is this ?",)).samples
+    [sample] = load_data(DataOptions(str(tmp_path / "data.parquet")), prompts=("what is this ?",)).samples
     assert (sample.turns[0].question, sample.turns[0].answer) == ("what is this ?", "a red thing")
     assert sample.open_images()[0].size == (20, 30)
 
@@ -105,7 +110,7 @@ def test_csv_files_alone_and_beside_their_images(
     (folder / "a.png").write_bytes(png())
     (folder / name).write_bytes(text.encode())
     for data in (folder, folder / name):
-        [sample] = load_data(str(data), prompts=("stock ?",)).samples
+        [sample] = load_data(DataOptions(str(data)), prompts=("stock ?",)).samples
         assert (sample.turns, sample.images) == ((turn,), (folder / "a.png",))
 
 
@@ -125,21 +130,21 @@ def test_bad_csv_files_are_named(datasets: Any, tmp_path: Path, text: str, messa
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "data.csv").write_text(text)
     with pytest.raises(DataError, match=rf"data\.csv.*(?:{message})"):
-        load_data(str(tmp_path))
+        load_data(DataOptions(str(tmp_path)))
     (tmp_path / "more.csv").touch()
     with pytest.raises(DataError, match=r"several files of rows \(data\.csv, more\.csv\)"):
-        load_data(str(tmp_path))
+        load_data(DataOptions(str(tmp_path)))
 
 
 def test_tables_go_before_csv_files_beside_them(datasets: Any, tmp_path: Path) -> None:
     questions(datasets).to_parquet(tmp_path / "data.parquet")
     (tmp_path / "counts.csv").write_text("split,rows\ntrain,2\n")
-    assert load_data(str(tmp_path)).scan.rows == 2
+    assert load_data(DataOptions(str(tmp_path))).scan.rows == 2
 
 
 def test_images_alone_get_stock_prompts(datasets: Any, tmp_path: Path) -> None:
     questions(datasets).select_columns(["image"]).to_parquet(tmp_path / "data.parquet")
-    data = load_data(str(tmp_path / "data.parquet"), prompts=("one ?", "two ?"))
+    data = load_data(DataOptions(str(tmp_path / "data.parquet")), prompts=("one ?", "two ?"))
     assert [sample.turns[0].question for sample in data.samples] == ["one ?", "two ?"]
     assert data.scan.unanswered == 2
 
@@ -155,7 +160,7 @@ def test_conversations_that_datasets_stores_as_columns(datasets: Any, tmp_path: 
     for rows, form in forms:
         table = datasets.Dataset.from_dict(rows, features=datasets.Features(form))
         table.to_parquet(tmp_path / "data.parquet")
-        [sample] = load_data(str(tmp_path / "data.parquet")).samples
+        [sample] = load_data(DataOptions(str(tmp_path / "data.parquet"))).samples
         assert (sample.turns[0].question, sample.turns[0].answer, sample.turns[0].images) == ("what ?", "red", 1)
 
 
@@ -165,11 +170,11 @@ def test_text_under_unknown_names_stops_the_run_and_is_left_unread_on_request(da
     with pytest.raises(
         DataError, match=r"rows 1, 2: .*`request`, of the fields .*--ignore-fields.*question: question, "
     ):
-        load_data(str(tmp_path / "data.parquet"))
-    data = load_data(str(tmp_path / "data.parquet"), prompts=("stock ?",), ignored=("request",))
+        load_data(DataOptions(str(tmp_path / "data.parquet")))
+    data = load_data(DataOptions(str(tmp_path / "data.parquet"), ignored=("request",)), prompts=("stock ?",))
     assert [sample.turns[0].question for sample in data.samples] == ["stock ?"] * 2
     with pytest.raises(DataError, match=r"--ignore-fields requests: .* has the fields image, request\. Did you mean"):
-        load_data(str(tmp_path / "data.parquet"), ignored=("requests",))
+        load_data(DataOptions(str(tmp_path / "data.parquet"), ignored=("requests",)))
 
 
 def test_a_photo_in_a_table_is_upright(datasets: Any, tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_a_photo_in_a_table_is_upright(datasets: Any, tmp_path: Path) -> None:
     Image.new("RGB", (80, 40)).save(buffer, format="JPEG", exif=exif)
     rows = {"image": [{"bytes": buffer.getvalue()}], "question": ["what ?"]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
-    [sample] = load_data(str(tmp_path / "data.parquet")).samples
+    [sample] = load_data(DataOptions(str(tmp_path / "data.parquet"))).samples
     assert sample.open_images()[0].size == (40, 80)
     assert sample.image_sizes() == [(80, 40)]
 
@@ -187,7 +192,7 @@ def test_bad_rows_of_a_table_are_named(datasets: Any, tmp_path: Path) -> None:
     rows = [png(), b"noise", png()[:60], None]
     table = {"image": [{"bytes": row} for row in rows], "question": ["what ?"] * 4, "answer": ["red", "red", "red", ""]}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "data.parquet")
-    scan = load_data(str(tmp_path / "data.parquet"), on_bad_row="skip", max_bad=0.75).scan
+    scan = load_data(DataOptions(str(tmp_path / "data.parquet"), on_bad_row="skip", max_bad=0.75)).scan
     assert [(fault.row, fault.reason) for fault in scan.faults] == [
         (2, "image cannot be decoded"),
         (3, "image cannot be decoded"),
@@ -201,9 +206,9 @@ def test_bad_tables_are_named(datasets: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     for name, message in [("x.parquet", "has the columns x: none is known"), ("bad.parquet", "cannot be opened")]:
         with pytest.raises(DataError, match=message):
-            load_data(str(tmp_path / name))
+            load_data(DataOptions(str(tmp_path / name)))
     with pytest.raises(DataError, match="is no file or folder here, and cannot be had from the hub"):
-        load_data("no-such-owner/no-such-data")
+        load_data(DataOptions("no-such-owner/no-such-data"))
 
 
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,4 +216,4 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     for name, message in [(str(tmp_path / "data.parquet"), "is a table"), ("some/where", "no file or folder here")]:
         with pytest.raises(MissingExtraError, match=rf"{message}.* needs .*pip install 'dpn-cli\[data\]'"):
-            load_data(name)
+            load_data(DataOptions(name))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpn_cli.data import load_data
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.contenders.routes import Original
 from dpn_cli.inference.generation import greedy_answers
 
@@ -56,7 +57,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(
 ) -> None:
     record = tmp_path / "fractions.json"
     plugin = make_plugin(teacher=teacher, budget=None if teacher else 0.6, batch_size="2", record=str(record))
-    samples = list(load_data("demo", split="heldout", limit=5).samples)
+    samples = list(load_data(DataOptions("demo"), split="heldout", limit=5).samples)
     settings = [{"max_new_tokens": 3 + i % 2, "temperature": 0, "until": ["\n\n"]} for i in range(5)]
     answers = plugin.generate_until(requests(plugin, samples, settings))
     with plugin.contender.applied(plugin.model):
@@ -73,7 +74,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(
 
 def test_an_answer_ends_before_a_stop_string_and_text_needs_no_image(make_plugin: Callable[..., Any]) -> None:
     plugin = make_plugin()
-    sample = load_data("demo", split="heldout", limit=1).samples[0]
+    sample = load_data(DataOptions("demo"), split="heldout", limit=1).samples[0]
     plugin.task_dict = {"text": {"test": [sample]}}
     request = SimpleNamespace(
         args=(sample.turns[0].question, {"max_new_tokens": 6}, lambda row: None, 0, "text", "test")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.spending import Spending, unmet
 from dpn_cli.pyramid.config import Budget, PyramidConfig
 
@@ -34,7 +35,7 @@ def test_no_limit_and_no_table_stand_for_no_budget() -> None:
 def test_a_budget_is_met_or_not(asked: float, spent: float, samples: int, is_met: bool) -> None:
     spending = Spending(asked, spent, samples)
     assert spending.is_met == is_met
-    lines = list(unmet([spending], PyramidConfig(()), Path("a model"), "my data.json", Path("pictures")))
+    lines = list(unmet([spending], PyramidConfig(()), Path("a model"), DataOptions("my data.json", Path("pictures"))))
     assert bool(lines) != is_met
     command = "dpn calibrate --model 'a model' --data 'my data.json' --image-root pictures --budgets-only"
     assert is_met or lines[-1].endswith(command)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
 
 import dpn_cli
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
@@ -55,7 +55,7 @@ def test_dtype_and_attention_can_be_chosen(converted: Path) -> None:
     model = dpn_cli.load(str(converted), dtype=torch.bfloat16, attn_implementation="eager")
     assert model.dtype == torch.bfloat16 == dpn_cli.load(converted, dtype="bfloat16").dtype
     assert model.config._attn_implementation == "eager"
-    assert {p.dtype for p in model.model.language_model.routers.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.text_model.routers.parameters()} == {torch.float32}
 
 
 def test_a_relative_folder_and_a_hub_id_are_found(
@@ -114,7 +114,7 @@ def test_positions_are_read_also_where_the_config_leaves_them_to_a_default(make_
     config = read_json(folder / "config.json")
     config["text_config"]["max_position_embeddings"] = 77
     write_json(folder / "config.json", config)
-    assert max_positions(folder) == 77
+    assert max_positions(Checkpoint.open(folder)) == 77
     del config["text_config"]["max_position_embeddings"]
     write_json(folder / "config.json", config)
-    assert max_positions(folder) == LlamaConfig().max_position_embeddings
+    assert max_positions(Checkpoint.open(folder)) == LlamaConfig().max_position_embeddings

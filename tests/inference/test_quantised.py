@@ -10,6 +10,7 @@ from torch import nn
 
 from dpn_cli.calibration.passes import run_trunk
 from dpn_cli.calibration.training.heal import heal_loss
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.conversion.convert import convert
 from dpn_cli.inference.adapter import add_adapter
 from dpn_cli.inference.loading import load_model
@@ -28,20 +29,20 @@ def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize(("bits", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
 def test_the_decoder_is_quantised_and_nothing_else(converted: Path, bits: Any, kind: str) -> None:
-    model = load_frozen(converted, bits)
+    model = load_frozen(*open_converted(converted)[::2], bits)
     quantised = {name for name, module in model.named_modules() if type(module).__name__ == kind}
-    layers = model.model.language_model.layers
+    layers = model.text_model.layers
     expected = {name for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     assert quantised == {f"model.language_model.layers.{name}" for name in expected}
     assert len(quantised) == 8 * 7
-    assert {p.dtype for p in model.model.language_model.routers.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.text_model.routers.parameters()} == {torch.float32}
 
 
 def test_gradients_are_right_after_a_forward_without_them(converted: Path, examples: Any) -> None:
     """bitsandbytes repacks 4-bit weights in such a forward on CPUs with AVX512-BF16, unless it is told not to."""
     gradients = []
     for warmed_up in (False, True):
-        model = load_frozen(converted, "4bit")
+        model = load_frozen(*open_converted(converted)[::2], "4bit")
         assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
         parameters = add_adapter(model, 2, 4.0, ["q_proj", "down_proj"], seed=0)
         for name, parameter in parameters.items():
@@ -68,6 +69,6 @@ def test_routers_and_adapter_of_a_quantised_model_go_into_the_unquantised_folder
     assert base_weights(folder) == base_weights(converted)
     model = load_model(folder)
     assert model.is_adapted == (bits == "4bit")
-    assert type(model.model.language_model.layers[0].mlp.up_proj) is nn.Linear
+    assert type(model.text_model.layers[0].mlp.up_proj) is nn.Linear
     assert model.pyramid.budgets
     assert model.pyramid.calibration["load_in"] == bits

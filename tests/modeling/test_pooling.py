@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dpn_cli.modeling.pooling import merge_cells, pool_tokens
+from dpn_cli.modeling.engine import compact
+from dpn_cli.modeling.pooling import pool_cells
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.pyramid.config import PyramidConfig, Site
 
 SIZE = 3
@@ -40,17 +42,16 @@ def test_equals_torch_pooling_of_every_grid(batch: list, mode: str, rounding: st
     hidden = torch.stack([F.pad(value, (0, 0, longest - len(value), 0), value=torch.nan) for value in values])
     valid = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows])
     all_grids, all_rates = [s[0] for s in batch], [s[1] for s in batch]
-    lengths = [len(e) for e in expected]
-    cells = merge_cells(coords, valid, all_grids, all_rates, lengths, rounding)
-    pooled = pool_tokens(hidden, cells, mode)
+    after = [[config.pooled(grid, rate) for grid in grids] for grids, rate in zip(all_grids, all_rates, strict=True)]
+    state = PyramidState(hidden, torch.zeros(coords.shape[:2]), valid, coords, grids=tuple(map(tuple, all_grids)))
+    pooled = compact(state, pool_cells(state, all_rates, after), mode)
 
     for b, want in enumerate(expected):
-        got = pooled[b, pooled.shape[1] - len(want) :]
+        got = pooled.hidden_states[b, pooled.hidden_states.shape[1] - len(want) :]
         assert torch.allclose(got, want, atol=1e-5)
-        assert cells.valid is None or cells.valid[b].sum() == len(want)
-        after = [config.pooled(grid, all_rates[b]) for grid in all_grids[b]]
-        for g, (height, width) in enumerate(after):
-            here = cells.coords[b][cells.coords[b, :, 0] == g][:, 1:]
+        assert pooled.valid is None or pooled.valid[b].sum() == len(want)
+        for g, (height, width) in enumerate(after[b]):
+            here = pooled.coords[b][pooled.coords[b, :, 0] == g][:, 1:]
             assert here.tolist() == [[r, c] for r in range(height) for c in range(width)], "raster order"
 
 
@@ -89,17 +90,10 @@ def pool_plane(plane: torch.Tensor, rate: tuple[int, int], mode: str, ceil: bool
     return result
 
 
-def test_conv_starts_as_the_average() -> None:
-    coords = lay_out([(5, 5)], text=2)[None]
-    values = torch.randn(1, coords.shape[1], SIZE)
-    cells = merge_cells(coords, None, [[(5, 5)]], [(2, 2)], [9 + 5], "ceil")
-    weights = torch.where(coords[..., :1] >= 0, 0.25, 1.0).expand(-1, -1, SIZE)
-    assert torch.allclose(pool_tokens(values, cells, weights=weights), pool_tokens(values, cells), atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_accumulated_in_full(dtype: torch.dtype) -> None:
     coords = lay_out([(16, 16)], text=0)[None]
     values = torch.full((1, coords.shape[1], SIZE), 0.1, dtype=dtype)
-    cells = merge_cells(coords, None, [[(16, 16)]], [(16, 16)], [2], "ceil")
-    assert torch.equal(pool_tokens(values, cells)[0, 0], values[0, 0])
+    state = PyramidState(values, torch.zeros(coords.shape[:2]), None, coords, grids=(((16, 16),),))
+    pooled = compact(state, pool_cells(state, [(16, 16)], [[(1, 1)]]))
+    assert torch.equal(pooled.hidden_states[0, 0], values[0, 0])

@@ -1,18 +1,18 @@
 """What a calibration trains before it measures routes, if its recipe says so, and how that is kept."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.calibration.training.heal import HealReport, heal
 from dpn_cli.calibration.training.paper import train_as_paper
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import Example, encode
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.recipe import CalibrationRecipe, TrainingRecipe
+from dpn_cli.reporter import Reporter
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # the recipe's → torch's
 
@@ -75,11 +75,10 @@ def tune(
     model: PyramidGenerationMixin,
     processor: Any,
     samples: Sequence[tuple[Sample, bool]],
-    texts: Sequence[Sample],
     recipe: CalibrationRecipe,
     state: Path | None,
     processes: Processes,
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+    reporter: Reporter,
 ) -> HealReport | None:
     """Heal the model, or train it as the paper does; None if the recipe asks for neither.
 
@@ -88,25 +87,23 @@ def tune(
         processor: the checkpoint's.
         samples: none of those that the result is judged by, all answered; each with whether its answers are from the
             data rather than the teacher's own.
-        texts: samples without an image; those that the data answers are learned from too.
         recipe: says which.
         state: a folder for what a run that was killed goes on from; the main process's.
         processes: that train together.
-        progress: opens a progress bar.
+        reporter: told the progress.
     """
     training = training_recipe(recipe)
     if training is None:
         return None
-    pairs = [*samples, *((sample, True) for sample in texts if sample.is_answered)]
-    examples = Encoded([sample for sample, _ in pairs], processor, recipe.answer_tokens)
+    examples = Encoded([sample for sample, _ in samples], processor, recipe.answer_tokens)
     options: dict[str, Any] = {
         "pad_token_id": processor.tokenizer.pad_token_id,
         "seed": recipe.seed,
         "state": state,
         "processes": processes,
     }
-    with progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
+    with reporter.progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
         if recipe.objective == "paper":
             return train_as_paper(model, examples, recipe, advance=advance, **options)
-        has_labels = [labelled for _, labelled in pairs]
+        has_labels = [labelled for _, labelled in samples]
         return heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)

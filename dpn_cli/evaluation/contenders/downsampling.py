@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over, validate_clip
-from dpn_cli.evaluation.contenders.dropping import keep_tokens
+from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid
+from dpn_cli.pyramid.config import Grid, num_tokens
 from dpn_cli.pyramid.cost import DecoderShape
 
 
@@ -47,7 +47,7 @@ class Coarser(Fixed):
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
-        count = prompt.visual_tokens if self.size is None else len(prompt.grids) * self.size[0] * self.size[1]
+        count = prompt.visual_tokens if self.size is None else num_tokens([self.size] * len(prompt.grids))
         return [count] * shape.num_layers
 
     def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
@@ -62,7 +62,7 @@ class Coarser(Fixed):
             for w in (round(h * width / height) + step for step in (-1, 0, 1))
             if 1 <= w <= width
         }
-        return [replace(self, size=size) for size in sorted(sizes, key=lambda size: size[0] * size[1])]
+        return [replace(self, size=size) for size in sorted(sizes, key=lambda size: num_tokens([size]))]
 
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
@@ -129,7 +129,7 @@ def _pad_features(model: PyramidGenerationMixin, grid: Grid) -> RemovableHandle:
     """Give every image as many features as the prompt has places for, the surplus zero."""
 
     def pad(_: Any, args: Any, features: torch.Tensor) -> torch.Tensor:
-        return F.pad(features, (0, 0, 0, grid[0] * grid[1] - features.shape[1]))
+        return F.pad(features, (0, 0, 0, num_tokens([grid]) - features.shape[1]))
 
     return model.model.multi_modal_projector.register_forward_hook(pad)
 
@@ -143,4 +143,5 @@ def _shrink(state: PyramidState, grid: Grid, size: Grid) -> PyramidState:
     middle = [(place + 0.5) * old / new - 0.5 for place, old, new in zip((row, column), grid, size, strict=True)]
     positions = torch.where(is_visual, state.positions - index + middle[0] * grid[1] + middle[1], state.positions)
     coords = torch.where(is_visual[..., None], torch.stack([state.coords[..., 0], row, column], -1), -1)
-    return keep_tokens(replace(state, positions=positions, coords=coords), index < size[0] * size[1])
+    state = replace(state, positions=positions, coords=coords)
+    return compact(state, keep_tokens(state, index < num_tokens([size])))

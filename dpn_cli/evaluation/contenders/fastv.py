@@ -11,6 +11,7 @@ from dpn_cli.evaluation.contenders.attention import instruction_attention
 from dpn_cli.evaluation.contenders.contender import Fixed, Prompt
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
+from dpn_cli.pyramid.config import num_tokens
 from dpn_cli.pyramid.cost import DecoderShape
 
 PAPER_K = (2, 3, 5)
@@ -73,5 +74,5 @@ class FastV(Dropping):
         if site == 0:
             return Ranked(**vars(state), scores=self.scores(text_model, state, site))
         assert isinstance(state, Ranked) and state.scores is not None
-        counts = [self.kept(sum(h * w for h, w in grids), site) for grids in state.image_grids]
+        counts = [self.kept(num_tokens(grids), site) for grids in state.image_grids]
         return keep_best(state, state.scores, counts)

@@ -14,6 +14,7 @@ from dpn_cli.evaluation.contenders.contender import Prompt, taken_over, validate
 from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import num_tokens
 from dpn_cli.pyramid.cost import DecoderShape
 
 CONTEXTUAL_SHARE = 10 / 64  # of the kept patches, as in the authors' settings
@@ -48,7 +49,7 @@ class VisionZip(Dropping):
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer: of every image the same share."""
-        return [sum(self.kept(height * width, site=0) for height, width in prompt.grids)] * shape.num_layers
+        return [sum(self.kept(num_tokens([grid]), site=0) for grid in prompt.grids)] * shape.num_layers
 
     def scores(self, text_model: Any, state: PyramidState, site: int) -> torch.Tensor:
         """Not used: the vision tower has ranked already."""

@@ -1,11 +1,10 @@
 """The families of models that can have a pyramid. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE
-
+DEFAULT_RECIPE = "llava-1.5-7b"
 CONVERTED = "dpn_"  # before a family's model type, in what dpn writes
 
 
@@ -22,6 +21,7 @@ class Family:
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
         recipe: for its models that have none of their own.
+        aliases: short names of models of the hub, and their ids.
     """
 
     model_type: str
@@ -32,6 +32,7 @@ class Family:
     cuts_images: bool = False
     counts_tokens: bool = False
     recipe: str = DEFAULT_RECIPE
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Family":
@@ -61,13 +62,28 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "DpnLlava"),
+        Family(
+            "llava",
+            "DpnLlava",
+            aliases={
+                "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+                "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+                "bakllava": "llava-hf/bakLlava-v1-hf",
+                "llava-llama-3-8b": "xtuner/llava-llama-3-8b-v1_1-transformers",
+                "llava-hr-7b": "favor123/llava-hr-7b-sft-1024",
+                "llava-hr-x-13b": "favor123/llava-hr-13b-x-sft-1024",
+            },
+        ),
         Family(
             "llava_next",
             "DpnLlavaNext",
             image_processor="LlavaNextImageProcessor",
             cuts_images=True,
             recipe="llava-next",
+            aliases={
+                "llava-1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+                "llava-1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+            },
         ),
         Family(
             "llava_onevision",
@@ -78,8 +94,21 @@ FAMILIES = {
             cuts_images=True,
             counts_tokens=True,
             recipe="llava-onevision",
+            aliases={"llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf"},
         ),
     )
+}
+
+ALIASES = {alias: repo_id for family in FAMILIES.values() for alias, repo_id in family.aliases.items()}
+
+# What transformers' image processors assume about sizes where a key is missing; they pad to a square if told by do_pad.
+_CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP_SIZES,
+    "LlavaImageProcessor": {**_CLIP_SIZES, "do_pad": False},
+    "LlavaNextImageProcessor": _CLIP_SIZES,
+    "LlavaOnevisionImageProcessor": {"size": {"height": 384, "width": 384}},
+    "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
 }
 
 

@@ -1,0 +1,54 @@
+"""Read data in any format, and check it first. No torch."""
+
+from collections.abc import Callable, Sequence
+
+from dpn_cli.data.formats import Request, open_source
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.rows import KIND_FIELD, Reading
+from dpn_cli.data.samples import Sample
+from dpn_cli.data.scan import Dataset, scan
+from dpn_cli.errors import UsageError, did_you_mean
+from dpn_cli.reporter import SILENT, Reporter
+
+PROMPTS = ("Describe the image.",)
+
+
+def load_data(
+    data: DataOptions,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    split: str = "calibration",
+    limit: int | None = None,
+    seed: int = 0,
+    check: Callable[[Sample], None] = lambda sample: None,
+    reporter: Reporter = SILENT,
+) -> Dataset:
+    """Read samples, check every one of them, its images included, and report what was found.
+
+    Args:
+        data: which data, and how to read them.
+        prompts: the questions for images that come without one, in turn.
+        split: of the demo data.
+        limit: samples with an image to read, drawn over all of the data; None for all.
+        seed: of the draw.
+        check: raises RowError for a sample that is of no use.
+        reporter: told the progress and the findings.
+
+    Raises:
+        DataError: if the data is in none of `FORMATS`, or naming the bad rows.
+        MissingExtraError: if it needs the package `datasets`.
+        UsageError: if no row has the `kind_field`; names those that there are.
+    """
+    reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored)
+    source = open_source(Request(data.name, data.image_root, reading, split, limit))
+    if data.kind_field is not None and data.kind_field not in (fields := source.fields()):
+        known = f"they have {', '.join(fields)}" if fields else "they have none"
+        hint = did_you_mean(data.kind_field, fields)
+        raise UsageError(f"--by {data.kind_field}: no row of {data.name} has such a field to group by; {known}.{hint}")
+    dataset = scan(
+        source, skip_bad=data.on_bad_row == "skip", max_bad=data.max_bad, limit=limit, seed=seed, check=check,
+        reporter=reporter,
+    )  # fmt: skip
+    for line in dataset.scan.lines():
+        reporter.note(line)
+    return dataset

@@ -1,0 +1,31 @@
+"""What a user says about data, apart from how many samples to read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+OnBadRow = Literal["fail", "skip"]
+MAX_BAD = 0.05
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data to read, and how.
+
+    Attributes:
+        name: `demo`; a LLaVA .json or .jsonl file, a .csv or .tsv file, or a folder with one; a folder of images; a
+            parquet or arrow file, or a folder of them; a folder from `save_to_disk`; or
+            owner/name[:configuration[:split]] of the hub.
+        image_root: where relative image paths start; by default the folder of the file that names them.
+        ignored: fields of the rows that are left unread, as if they were not there.
+        on_bad_row: `fail`, or `skip` up to `max_bad`.
+        max_bad: the largest share of the rows read that may be bad.
+        kind_field: the field that names a sample's group; None for `kind`, where there is one.
+    """
+
+    name: str
+    image_root: Path | None = None
+    ignored: tuple[str, ...] = ()
+    on_bad_row: OnBadRow = "fail"
+    max_bad: float = MAX_BAD
+    kind_field: str | None = None

@@ -1,0 +1,147 @@
+"""Measuring the latency of a checkpoint's folder: prompts in, every contender's figures out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, open_converted
+from dpn_cli.data.encoding import prompts as encode_prompts
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.errors import DataError
+from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthetic_inputs
+from dpn_cli.evaluation.lineup import Lineup, line_up
+from dpn_cli.evaluation.spending import unmet
+from dpn_cli.inference.loading import default_device, load_model, load_processor
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.reach import typical_length, validate_in_table
+from dpn_cli.pyramid.route import parse_route
+from dpn_cli.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class SyntheticPrompts:
+    """Prompts of noise and random words.
+
+    Attributes:
+        images: of a sample.
+        image_size: their height and width in pixels.
+        text_tokens: of a batch's samples, in turn; None for as many as in the calibration data, or else `TEXT_TOKENS`.
+    """
+
+    images: int = 1
+    image_size: tuple[int, int] = IMAGE_SIZE
+    text_tokens: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and how often.
+
+    Attributes:
+        budgets: mean fractions of the prefill FLOPs; with no routes either, none for what the checkpoint is set to.
+        routes: each the same for all samples, as texts that `parse_route` reads.
+        against: of `CONTENDERS`.
+        batch_sizes: each measured by itself.
+        new_tokens: to generate for every sample.
+        rounds: to time after one warm-up round.
+    """
+
+    budgets: Sequence[float] = ()
+    routes: Sequence[str] = ()
+    against: Sequence[str] = ()
+    batch_sizes: Sequence[int] = (1,)
+    new_tokens: int = 16
+    rounds: int = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        folder: the checkpoint.
+        has_data: whether the prompts were real.
+        results: of every batch size.
+        lineups: who was measured, likewise.
+    """
+
+    folder: Path
+    has_data: bool
+    results: Sequence[Latency]
+    lineups: Sequence[Lineup]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        runs = [
+            result.to_dict() | {"budgets": [each.to_dict() for each in found.spendings], "remarks": found.remarks}
+            for result, found in zip(self.results, self.lineups, strict=True)
+        ]
+        return {"checkpoint": str(self.folder), "runs": runs}
+
+
+def bench_folder(
+    folder: Path, prompts: DataOptions | SyntheticPrompts, options: BenchOptions, reporter: Reporter = SILENT
+) -> Bench:
+    """Measure a converted or exported checkpoint beside the original and other methods, in turns in one process.
+
+    Args:
+        folder: the checkpoint.
+        prompts: the data to take prompts from, of the demo the held-out pictures; or what synthetic ones are like.
+        options: what is measured.
+        reporter: told what a reader of the figures should know, and the progress.
+
+    Raises:
+        DataError: if there are too few samples with an image.
+        UsageError: if a budget or a route is not to be had.
+    """
+    pyramid = open_converted(folder)[2]
+    routes = [parse_route(route, pyramid.sites) for route in options.routes]
+    validate_in_table(options.budgets, pyramid)
+    processor = load_processor(folder)
+    model = load_model(folder, device_map=default_device())
+    data = prompts if isinstance(prompts, DataOptions) else None
+    results, lineups = [], []
+    for batch_size in options.batch_sizes:
+        if isinstance(prompts, SyntheticPrompts):
+            batches = [_synthetic(prompts, model, processor, batch_size)] * options.rounds
+        else:
+            batches = _from_data(prompts, model, processor, batch_size, options.rounds)
+        found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
+        for remark in found.remarks:
+            reporter.note(remark)
+        with reporter.progress(f"batch of {batch_size}", (options.rounds + 1) * len(found.contenders)) as advance:
+            results.append(measure_latency(model, found.contenders, batches, options.new_tokens, advance))
+        lineups.append(found)
+        for line in unmet(found.spendings, pyramid, folder, data) if data else ():
+            reporter.note(line)
+    return Bench(folder, data is not None, results, lineups)
+
+
+def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, processor: Any, batch_size: int) -> Inputs:
+    """Return a batch of images of noise and random words."""
+    noise = np.random.default_rng(0).integers(0, 255, (*prompts.image_size, 3), dtype=np.uint8)
+    images = [Image.fromarray(noise)] * prompts.images
+    encoded = processor(text=processor.image_token * prompts.images, images=[images], return_tensors="pt")
+    typical = typical_length(model.pyramid)
+    lengths = prompts.text_tokens or (typical[1] if typical else TEXT_TOKENS,)
+    return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
+
+
+def _from_data(
+    data: DataOptions, model: PyramidGenerationMixin, processor: Any, batch_size: int, rounds: int
+) -> list[Inputs]:
+    """Return a batch of other samples for every round."""
+    needed = batch_size * rounds
+    samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
+    if len(samples) < needed:
+        raise DataError(
+            f"--data {data.name} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
+            f"{needed}"
+        )
+    parts = [samples[start : start + batch_size] for start in range(0, needed, batch_size)]
+    return [encode_prompts(part, processor, model.device) for part in parts]

@@ -1,0 +1,27 @@
+"""What a user says about an evaluation, apart from the checkpoint and the data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is compared, on how many samples, and how they are asked.
+
+    Attributes:
+        budgets: mean fractions of the prefill FLOPs; none for what the checkpoint is set to.
+        against: of `CONTENDERS`.
+        metric: of `METRICS`, scores answers by their labels.
+        samples: the number to draw; None for all.
+        seed: random seed for sampling.
+        answer_tokens: the most tokens of an answer.
+        batch_size: samples per forward pass.
+    """
+
+    budgets: Sequence[float] = ()
+    against: Sequence[str] = ()
+    metric: str = "exact"
+    samples: int | None = None
+    seed: int = 0
+    answer_tokens: int = 32
+    batch_size: int = 8

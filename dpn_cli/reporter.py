@@ -1,0 +1,24 @@
+"""How the library tells what it is doing, whoever listens."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Takes messages and progress; by itself it drops them. The console's is `console.REPORTER`.
+
+    Attributes:
+        note: takes one message.
+        progress: takes a description and a total; the context yields `advance`, to be called with the number of steps
+            done since the last call.
+    """
+
+    note: Callable[[str], None] = lambda message: None
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = lambda description, total: (
+        nullcontext(lambda done: None)
+    )
+
+
+SILENT = Reporter()
