@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import asks, mapping, present, validate_ignored
+from dpn_cli.data.fields import asks, assign, mapping, present, validate_ignored
 from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, group, read_row
@@ -67,8 +67,9 @@ class LlavaFile:
             validate_ignored(reading.ignored, {name: None for row in self._objects() for name in row}, self.name)
         self.images_alone = not any(asks(present(row, reading.ignored)) for row in self._objects())
         kind = "LLaVA JSON" if is_list else "LLaVA JSON lines"
-        names = {name: None for row in islice(self._objects(), _LOOKED_AT) for name in present(row, reading.ignored)}
-        self.format = f"{kind} ({mapping(names)})"
+        first = (list(present(row, reading.ignored)) for row in islice(self._objects(), _LOOKED_AT))
+        fullest: list[str] = max(first, key=lambda names: ("image" in assign(names), len(assign(names))), default=[])
+        self.format = f"{kind} ({mapping(fullest)})"
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -59,11 +59,11 @@ def test_llava_files(tmp_path: Path, picture: Path, name: str) -> None:
     ]
     assert [sample.row for sample in data.samples] == [1, 2, 3]
     assert (data.scan.rows, data.scan.with_image, data.scan.text_only, data.scan.several_images) == (3, 2, 1, 1)
-    assert "`images`, `conversations` as conversation" in data.scan.lines()[0]
+    assert "`image`, `conversations` as conversation" in data.scan.lines()[0]
 
 
-def test_the_fields_of_more_rows_than_the_first_are_named(tmp_path: Path, picture: Path) -> None:
-    text_only = {"conversations": chat("what ?")}
+def test_the_fields_of_a_row_with_an_image_are_named(tmp_path: Path, picture: Path) -> None:
+    text_only = {"id": 1, "system": "Be brief.", "conversations": chat("what ?")}
     data = load(write(tmp_path / "data.json", [text_only, llava_row()]))
     assert "(`image`, `conversations` as conversation)" in data.scan.lines()[0]
     assert "(no images, `conv" in load(write(tmp_path / "data.json", [text_only])).scan.lines()[0]
