@@ -229,6 +229,18 @@ def test_a_side_file_that_leads_out_of_the_folder_is_refused(
     assert {path.name for path in Path().iterdir()} == {"source", "mine"}
 
 
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to("../../mine/secret")])
+def test_extra_chat_templates_are_plain_files_of_the_folder(
+    source: Path, secret: Path, capsys: pytest.CaptureFixture[str], plant: Callable[[Path], None]
+) -> None:
+    trap = source / "additional_chat_templates" / "tools.jinja"
+    trap.parent.mkdir()
+    plant(trap)
+    assert main(["convert", str(source), "-o", "out"]) == 3
+    message = capsys.readouterr().err
+    assert str(trap) in message and "hf_secret" not in message
+
+
 @pytest.mark.parametrize("command", ["export", "calibrate", "inspect", "run"])
 def test_every_command_refuses_a_converted_folder_with_links_out_of_it(
     make_converted: Callable[..., Path], secret: Path, picture: Path, capsys: pytest.CaptureFixture[str], command: str

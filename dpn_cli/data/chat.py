@@ -3,15 +3,16 @@
 from typing import Any
 
 from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import is_blank, validate_object
 from dpn_cli.data.samples import Turn
 from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
 from dpn_cli.errors import did_you_mean
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _NAMES = ("from", "role")
-_PAIR = ("user", "assistant")  # of The Cauldron: a question and its answer in one object
+_CONTENTS = ("value", "content")
+_PAIR = ("system", "user", "assistant")  # of The Cauldron: a question and its answer in one object
 _IMAGE_PARTS = {"image": ("image", "path", "url"), "image_url": ("image_url",)}  # where a part has its image, by type
-_PART_SETTINGS = ("type", "text", "detail")
 
 
 def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
@@ -26,7 +27,9 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
     system: list[str] = []
     turns: list[Turn] = []
     inline: list[Any] = []
-    for message in (part for each in messages for part in _split(each)):
+    split = [part for each in messages for part in _split(each)]
+    _validate_order(split)
+    for message in split:
         role, text, placeholders, images = _read_message(message)
         inline += images
         if placeholders and role != "user":
@@ -51,9 +54,19 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
 
 def _split(message: Any) -> list[Any]:
     """Return a question and its answer that stand in one object as two messages."""
-    if isinstance(message, dict) and message.get(_PAIR[0]) is not None and not (message.keys() & set(_NAMES)):
+    if isinstance(message, dict) and message.get("user") is not None and not (message.keys() & set(_NAMES)):
+        validate_object(message, _PAIR, "a message")
         return [{"role": role, "content": message[role]} for role in _PAIR if message.get(role) is not None]
     return [message]
+
+
+def _validate_order(messages: list[Any]) -> None:
+    """Check that the parts for images which number them, as TRL's data does, count up from 0."""
+    contents = [records(message.get(key)) for message in messages if isinstance(message, dict) for key in _CONTENTS]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    order = [part.get("index") for part in parts if part.get("type") in [*_IMAGE_PARTS]]
+    if any(index is not None for index in order) and order != list(range(len(order))):
+        raise RowError("images out of order", f"parts for images with the index {', '.join(map(str, order))}")
 
 
 def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
@@ -65,7 +78,9 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
     if role is None:
         hint = did_you_mean(name, _ROLES) if isinstance(name, str) else ""
         raise RowError("unknown role", f"a message from {name!r:.50}, expected one of {', '.join(_ROLES)}.{hint}")
-    content = records(message.get("value") if message.get("value") is not None else message.get("content"))
+    key = max(_CONTENTS, key=lambda key: (not is_blank(message.get(key)), message.get(key) is not None))
+    validate_object(message, (*_NAMES, key), "a message")
+    content = records(message.get(key))
     texts, placeholders, images = [], 0, []
     for each in content if isinstance(content, list) else [content]:
         part = each if isinstance(each, dict) else {"type": "text", "text": each}
@@ -74,6 +89,7 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
             placeholders += 1
             images += _image_of(part, _IMAGE_PARTS[kind])
         elif kind == "text":
+            validate_object(part, ("type", "text"), "a part of a message")
             text = read_text(part.get("text"), f"message from {name}")
             placeholders += count_images(text)
             texts.append(without_images(text))
@@ -92,11 +108,5 @@ def _image_of(part: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
     Raises:
         RowError: if it holds one under another key.
     """
-    found = [part[key] for key in keys if part.get(key)][:1]
-    unknown = [k for k, v in part.items() if isinstance(v, str | bytes | dict | list) and v and k not in _PART_SETTINGS]
-    if unknown and not found:
-        raise RowError(
-            "unknown image part",
-            f"a part of type {part['type']!r} has {', '.join(map(repr, unknown))}, expected {' or '.join(keys)}",
-        )
-    return found
+    validate_object(part, (*keys, "type", "detail"), "a part of a message")
+    return [part[key] for key in keys if part.get(key)][:1]

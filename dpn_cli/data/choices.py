@@ -8,7 +8,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, is_blank, lettered
-from dpn_cli.data.texts import PLACEHOLDER, read_text
+from dpn_cli.data.texts import read_text_alone
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
@@ -39,8 +39,8 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
     bare = [_bare(text) for text in texts]
     if all(bare) and [_letter(text) for text in texts] == list(LETTERS[: len(texts)]):  # they bring their letters
         value = texts = bare
-    if any(not text or PLACEHOLDER in text for text in texts):
-        raise RowError("unknown choices", "a choice is empty or an image: only texts are read")
+    if not all(texts):
+        raise RowError("unknown choices", "a choice is empty")
     return value, names
 
 
@@ -96,4 +96,4 @@ def _bare(text: str) -> str:
 
 
 def _text(choice: Any) -> str:
-    return read_text(str(choice) if isinstance(choice, int | float) else choice, "choice")
+    return read_text_alone(str(choice) if isinstance(choice, int | float) else choice, "choice")

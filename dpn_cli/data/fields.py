@@ -5,8 +5,11 @@ text, unless
 
 - its name says that it describes the row: an id, a source, a category, a size (`_DESCRIPTIVE`, the last word counts);
 - it is another answer or another path of the image than the one that was read, or explains the answer (`_SPARE`);
-- question and answer are found, and it holds single words under a name that means neither text nor choices; or
+- question and answer are found, and it holds single words, none of them the path of another image, under a name that
+  means neither text nor choices nor images; or
 - the user leaves it out.
+
+Of the objects inside of a row, such as messages, everything but the first is read or stops the run.
 """
 
 import math
@@ -43,7 +46,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
 
 _TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "system", "caption")
-_TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role])
+_TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role]) | {"history", "dialog", "dialogue", "chat"}
 _SPARE = {
     "image": ROLES["image"],
     "answer": (*ROLES["answer"], "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning"),
@@ -65,7 +68,10 @@ _DESCRIPTIVE = {
     "bbox", "bboxes", "box", "boxes", "polygon", "segmentation", "coordinates",
     "set_name", "dataset_name", "ds_name", "model_name", "image_name",
 }  # fmt: skip
-_ANSWER_LIKE = re.compile(r"(?:choice|option|candidate|distractor|alternative|answer)\w*|\w")  # such as option_1
+_TELLING = re.compile(  # names of choices and images, such as option_1 and second_image
+    r"(?:choice|option|candidate|distractor|alternative|answer)\w*|\w|(?:\w*_)?(?:image|img|picture|photo|mask)s?_?\w?"
+)
+_PLACES = {"path", "paths", "file", "files", "filename", "name", "url", "urls", "uri", "link"}  # of any image
 _SINGLE_WORD = re.compile(r"[!-~]*")  # ASCII without blanks
 
 
@@ -155,39 +161,68 @@ def validate_media(fields: Fields) -> None:
             raise RowError("neither image nor text", f"`{name}` is filled: only images and text are read")
 
 
-def validate_all_read(
-    fields: Fields, read: Collection[str], *, has_image: bool, has_question: bool, has_answer: bool
-) -> None:
-    """Check that no text and no image is left unread.
+def validate_all_read(fields: Fields, read: Collection[str], **found: bool) -> None:
+    """Check that no text and no image of a row is left unread.
 
     Args:
-        fields: of a row.
+        fields: of the row.
         read: the names of those that were read.
-        has_image: whether an image was.
-        has_question: whether a question was, not only a caption.
-        has_answer: whether an answer was, or a caption.
+        found: see `_unread`.
 
     Raises:
         RowError: naming the fields.
     """
+    if unread := _unread(fields, read, **found):
+        of = f", of the fields {', '.join(fields)}" if len(fields) > len(unread) else ""
+        raise RowError(UNREAD, f"{', '.join(f'`{name}`' for name in unread)}{of}")
+
+
+def validate_object(value: Fields, read: Collection[str], what: str) -> None:
+    """Check that an object inside of a row, such as a message, holds no text and no image but what is read.
+
+    Raises:
+        RowError: naming the keys.
+    """
+    if unread := _unread(value, read, has_image=False, has_question=False, has_answer=False):
+        keys = ", ".join(f"`{name}`" for name in unread)
+        raise RowError(f"{what} with keys that are not read", f"{keys}, expected {', '.join(read)} alone")
+
+
+def _unread(
+    fields: Fields, read: Collection[str], *, has_image: bool, has_question: bool, has_answer: bool
+) -> list[str]:
+    """Return the names of the fields with text or images that are left unread.
+
+    Args:
+        fields: of a row, or of an object in it.
+        read: the names of those that were read.
+        has_image: whether an image was.
+        has_question: whether a question was, not only a caption.
+        has_answer: whether an answer was, or a caption.
+    """
     spare = {*(_SPARE["image"] if has_image else ()), *(_SPARE["answer"] if has_question and has_answer else ())}
+    seen = [leaf for name in read for leaf in _leaves(fields.get(name))]
+    paths = [leaf for leaf in seen if isinstance(leaf, str) and _is_image(leaf)]
 
     def counts(name: str, value: Any) -> bool:
         leaves = list(_leaves(value))
-        texts = [leaf for leaf in leaves if isinstance(leaf, str)]
-        if len(texts) < len(leaves):  # bytes: an encoded image
+        if not all(isinstance(leaf, str) for leaf in leaves):  # bytes: an encoded image
             return True
-        if not has_image and any(PurePath(text).suffix.lower() in SUFFIXES for text in texts):
+        texts = [str(leaf) for leaf in leaves if not any(_is_same_file(str(leaf), path) for path in paths)]
+        other_images = [text for text in texts if _is_image(text)]
+        if other_images and not has_image:
             return True
-        if name in spare or name in _DESCRIPTIVE or name.rpartition("_")[2] in _DESCRIPTIVE:
+        if name in ROLES["answer"] and has_question != has_answer:  # whether a caption is right, what a chat has not
+            return not is_blank(value)
+        last_word = name.rpartition("_")[2]
+        if other_images and last_word in _PLACES and name not in spare and not any("://" in i for i in other_images):
+            return all(isinstance(leaf, str) for leaf in seen)  # else it is where the bytes that were read come from
+        if name in spare or name in _DESCRIPTIVE or last_word in _DESCRIPTIVE:
             return False
-        is_telling = not has_answer or name in _TEXTS or _ANSWER_LIKE.fullmatch(name)
-        return any(is_telling or not _SINGLE_WORD.fullmatch(text) for text in texts)
+        is_telling = not has_answer or name in _TEXTS or _TELLING.fullmatch(name) or _holds_objects(value)
+        return bool(other_images) or any(is_telling or not _SINGLE_WORD.fullmatch(text) for text in texts)
 
-    unread = [name for name, value in fields.items() if name not in read and counts(_normalise(name), value)]
-    if unread:
-        of = f", of the fields {', '.join(fields)}" if len(fields) > len(unread) else ""
-        raise RowError(UNREAD, f"{', '.join(f'`{name}`' for name in unread)}{of}")
+    return [name for name, value in fields.items() if name not in read and counts(_normalise(name), value)]
 
 
 def is_blank(value: Any) -> bool:
@@ -206,6 +241,21 @@ def _leaves(value: Any) -> Iterator[str | bytes]:
             stack += value
         elif isinstance(value, str | bytes) and value and not is_blank(value):
             yield value
+
+
+def _is_image(text: str) -> bool:
+    return PurePath(text).suffix.lower() in SUFFIXES
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    """Tell whether two paths can name one file, seen from two folders."""
+    one, two = (f"/{each}".replace("\\", "/") for each in (path, other))
+    return one.endswith(two) or two.endswith(one)
+
+
+def _holds_objects(value: Any) -> bool:
+    """Tell whether a value is a list of lists or objects, as turns are stored."""
+    return isinstance(value, list) and any(isinstance(each, list | dict) for each in value)
 
 
 def _is_missing(value: Any) -> bool:

@@ -8,11 +8,7 @@ from dpn_cli.data.images import SUFFIXES
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder and below, without hidden ones."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+_NO_DATA = {"readme", "license", "licence", "notice", "thumbs", "desktop"}  # what a folder has besides
 
 
 class ImageFolder:
@@ -22,15 +18,23 @@ class ImageFolder:
         """List the files.
 
         Raises:
-            DataError: if there are none.
+            DataError: if there are no images, or other files beside them, which may say something about them.
         """
         self.name = str(folder)
         self.folder = folder
-        self.files = image_files(folder)
+        files = sorted(path for path in folder.rglob("*") if not (path.is_dir() or _is_hidden(path, folder)))
+        self.files = [path for path in files if path.suffix.lower() in SUFFIXES]
         self.prompts = prompts
         self.format = f"folder of images ({len(prompts)} stock prompts in turn)"
         if not self.files:
             raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+        if others := [path for path in files if path.suffix.lower() not in SUFFIXES and _may_be_data(path, folder)]:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise DataError(
+                f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: nothing but images is read "
+                "from a folder of images. Move other files out of it to have every image asked a stock prompt; to have "
+                "their text read, give a JSON, parquet or CSV file with one row for every image"
+            )
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -51,6 +55,16 @@ class ImageFolder:
         return Sample(str(path.relative_to(self.folder)), (path,), (turn,))
 
 
+def _may_be_data(path: Path, folder: Path) -> bool:
+    """Tell whether a file may say something about images: no README, and no part of a model in a folder below."""
+    below = path.parents[: len(path.relative_to(folder).parts) - 1]
+    return path.stem.lower() not in _NO_DATA and not any((parent / "config.json").is_file() for parent in below)
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def open_images(request: Request) -> ImageFolder | None:
-    """Open a folder, whatever else it holds."""
+    """Open a folder."""
     return ImageFolder(request.path, request.reading.prompts) if request.path.is_dir() else None

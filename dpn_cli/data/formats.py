@@ -1,5 +1,6 @@
 """What data can be: the formats that are known, and which one some data has. No torch, and no PIL until asked."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -61,15 +62,32 @@ class Format:
         return source
 
 
-# In the order in which they are tried: a folder of images may hold anything else.
+# In the order in which they are tried: of a folder, files of rows go before the images themselves.
 FORMATS = {
     "demo": Format("demo", "demo.open_demo"),
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
     "llava": Format("a LLaVA .json or .jsonl file", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
+    "csv": Format("a .csv or .tsv file", "huggingface.open_csv"),
     "hub": Format("owner/name[:configuration[:split]] on the hub", "huggingface.open_hub"),
     "images": Format("a folder of images (asked stock prompts, answered by the model)", "folder.open_images"),
 }
+
+
+def only_file(request: Request, suffixes: Collection[str], holds_rows: Callable[[Path], bool]) -> Path | None:
+    """Return the data's file of rows: the data itself, or the one in its folder; None if there is none.
+
+    Raises:
+        DataError: if there are several in the folder.
+    """
+    path = request.path
+    if not path.is_dir():
+        return path if path.is_file() and path.suffix.lower() in suffixes else None
+    files = sorted(each for each in path.iterdir() if each.suffix.lower() in suffixes and holds_rows(each))
+    if len(files) > 1:
+        names = ", ".join(each.name for each in files)
+        raise DataError(f"{path} holds several files of rows ({names}): give one of them as --data")
+    return files[0] if files else None
 
 
 def describe_formats() -> str:

@@ -1,17 +1,20 @@
-"""Tables that the `datasets` package reads: of the hub, saved to disk, or parquet and arrow files."""
+"""Tables that the `datasets` package holds: of the hub, saved to disk, or parquet, arrow and CSV files."""
 
+import csv
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.fields import asks, is_readable, known_names, mapping, validate_ignored
-from dpn_cli.data.formats import Request
+from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, read_row
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError, MissingExtraError
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}  # with what stands between the cells
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
@@ -40,7 +43,7 @@ class Table:
         """Open a data set.
 
         Args:
-            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, or of the hub
+            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or of the hub
                 owner/name[:configuration[:split]]; without a split, `train` or else the first one.
             image_root: where the paths of images that are not in the table start.
             reading: how its rows are read.
@@ -50,6 +53,8 @@ class Table:
             MissingExtraError: without the package.
         """
         kind, dataset = _open(name)
+        if len(dataset) == 0:
+            raise DataError(f"{name} holds no rows")
         self.name = name
         self.image_root = image_root
         self.reading = reading
@@ -61,8 +66,6 @@ class Table:
                 f"{name} has the columns {', '.join(columns)}: none is known as images or text. "
                 f"Known are {known_names()}"
             )
-        if len(dataset) == 0:
-            raise DataError(f"{name} holds no rows")
         self.images_alone = not asks(columns)
         self.format = f"{kind} ({mapping(columns)})"
 
@@ -130,6 +133,16 @@ def open_table(request: Request) -> Table | None:
     return Table(request.data, request.root, request.reading) if is_table else None
 
 
+def open_csv(request: Request) -> Table | None:
+    """Open a CSV file, or the one of a folder.
+
+    Raises:
+        DataError: if there are several in the folder.
+    """
+    path = only_file(request, CSV_SUFFIXES, Path.is_file)
+    return Table(str(path), request.root, request.reading) if path else None
+
+
 def open_hub(request: Request) -> Table | None:
     """Open a data set of the hub, where nothing on disk has this name."""
     if request.path.exists() or not is_hub_id(request.data):
@@ -150,15 +163,36 @@ def _open(name: str) -> tuple[str, Any]:
             return _one_split(datasets.load_from_disk(str(path)), "saved data set")
         if path.exists():
             files = [path] if path.is_file() else table_files(path)
-            kind = TABLE_SUFFIXES[files[0].suffix]
+            if (suffix := files[0].suffix.lower()) in CSV_SUFFIXES:
+                return "CSV", datasets.Dataset.from_list(_csv_rows(path, CSV_SUFFIXES[suffix]))
+            kind = TABLE_SUFFIXES[suffix]
             loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
             return f"{kind} of {len(files)} files", loaded
         repository, config, split = [*name.split(":"), "", ""][:3]
         loaded = datasets.load_dataset(repository, config or None, split=split or None)
         return _one_split(loaded, f"data set {name} of the hub")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
         what = "cannot be opened" if path.exists() else "is no file or folder here, and cannot be had from the hub"
         raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
+
+
+def _csv_rows(path: Path, delimiter: str) -> list[dict[str, str | None]]:
+    """Return the rows below the header, cells as the texts that they are, None for empty ones.
+
+    Raises:
+        ValueError: for names that come twice, or a row with more cells than there are names.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"a name comes twice in the header {', '.join(names)}")
+        rows = []
+        for cells in filter(None, reader):
+            if len(cells) > len(names):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header has {len(names)}")
+            rows.append({name: cell or None for name, cell in zip_longest(names, cells)})
+    return rows
 
 
 def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:

@@ -24,7 +24,11 @@ MAX_FILE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds
 PATH_KEYS = ("path", "url")  # of an object that stands for an image
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
+_BASE64 = re.compile(
+    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{32,}={0,2}\s*"
+)  # of images
 _ELSEWHERE = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_UNSCALED = ("I", "F")  # Pillow's modes whose values may lie anywhere
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
 # What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
 _UNREADABLE = (
@@ -49,6 +53,8 @@ def image_path(root: Path, value: Any) -> Path:
         raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
     if _ELSEWHERE.match(path) and not _FILE_URI.match(path):
         raise RowError("image not in a file", f"{path!r:.100} is no file: expected a path or a file:// URI")
+    if _BASE64.fullmatch(path):
+        raise RowError("image not in a file", "base64 text is no path: expected a file, or bytes in a parquet table")
     path = unquote(_FILE_URI.sub("", path)) if _FILE_URI.match(path) else path
     return root / (path if "\\" not in path or _is_file(root / path) else path.replace("\\", "/"))
 
@@ -73,7 +79,7 @@ def check_image(data: bytes, name: str) -> None:
     """
     with _opened(data, name) as image:
         image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth
-        ImageOps.exif_transpose(image).convert("RGB")
+        _upright(image)
 
 
 def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
@@ -87,7 +93,7 @@ def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return _upright(opened)
 
 
 def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
@@ -127,6 +133,8 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
         with _source(image) as opened:
             if fault := size_fault(*opened.size):
                 raise RowError(fault.reason, f"{name} has {fault.detail}")
+            if opened.mode in _UNSCALED:
+                raise RowError("32-bit image", f"{name} has 32 bits a pixel, of no known range: expected 8 or 16")
             yield opened
     except RowError:
         raise
@@ -136,6 +144,14 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
         raise RowError("image too large", f"{name} does not fit into memory") from None
     except _UNREADABLE as error:
         raise RowError("image cannot be decoded", f"{name}: {_reason(error)}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image in RGB and upright; of 16-bit grey, Pillow's own `convert` would make nearly all white."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        upright = upright.convert("I").point(lambda value: value * (1 / 257))
+    return upright.convert("RGB")
 
 
 def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import asks, mapping, present, validate_ignored
-from dpn_cli.data.formats import Request
+from dpn_cli.data.fields import asks, assign, mapping, present, validate_ignored
+from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import Sample
@@ -67,8 +67,9 @@ class LlavaFile:
             validate_ignored(reading.ignored, {name: None for row in self._objects() for name in row}, self.name)
         self.images_alone = not any(asks(present(row, reading.ignored)) for row in self._objects())
         kind = "LLaVA JSON" if is_list else "LLaVA JSON lines"
-        names = {name: None for row in islice(self._objects(), _LOOKED_AT) for name in present(row, reading.ignored)}
-        self.format = f"{kind} ({mapping(names)})"
+        first = (list(present(row, reading.ignored)) for row in islice(self._objects(), _LOOKED_AT))
+        fullest: list[str] = max(first, key=lambda names: ("image" in assign(names), len(assign(names))), default=[])
+        self.format = f"{kind} ({mapping(fullest)})"
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -178,11 +179,5 @@ def open_llava(request: Request) -> LlavaFile | None:
     Raises:
         DataError: if there are several in the folder.
     """
-    path, files = request.path, [request.path]
-    if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.suffix.lower() in _SUFFIXES and holds_rows(each))
-    if len(files) > 1:
-        names = ", ".join(each.name for each in files)
-        raise DataError(f"{path} holds several files of rows ({names}): give one of them as --data")
-    is_one = files and files[0].is_file() and files[0].suffix.lower() in _SUFFIXES
-    return LlavaFile(files[0], request.root, request.reading) if is_one else None
+    path = only_file(request, _SUFFIXES, holds_rows)
+    return LlavaFile(path, request.root, request.reading) if path else None

@@ -7,13 +7,15 @@ from typing import Any
 from dpn_cli.data.chat import read_chat
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields, assign, is_blank, present, validate_all_read, validate_media
+from dpn_cli.data.fields import Fields, assign, is_blank, present, validate_all_read, validate_media, validate_object
+from dpn_cli.data.images import PATH_KEYS
 from dpn_cli.data.samples import ImageSource, Sample, Turn
 from dpn_cli.data.texts import (
     PLACEHOLDER,
     count_images,
     read_answer,
     read_text,
+    read_text_alone,
     records,
     without_images,
 )
@@ -81,11 +83,11 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     fields = present(row, reading.ignored)
     validate_media(fields)
     roles = assign(fields)
-    images = [open_image(image) for image in _images(fields, roles)]
+    images = [_open(image, open_image) for image in _images(fields, roles)]
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:
         raise RowError("images in two places", "images stand in the messages and beside them")
-    images = images or [open_image(image) for image in text.inline]
+    images = images or [_open(image, open_image) for image in text.inline]
     validate_all_read(
         fields,
         {
@@ -114,8 +116,15 @@ def _images(fields: Fields, roles: dict[str, str]) -> list[Any]:
     return value if isinstance(value, list) else [value] if value != "" else []
 
 
+def _open(image: Any, open_image: OpenImage) -> ImageSource:
+    source = open_image(image)
+    if isinstance(image, dict):
+        validate_object(image, (*PATH_KEYS, "bytes", "detail"), "an image")
+    return source
+
+
 def _system(fields: Fields, roles: dict[str, str]) -> str:
-    return read_text(fields[roles["system"]], "system message") if "system" in roles else ""
+    return read_text_alone(fields[roles["system"]], "system message") if "system" in roles else ""
 
 
 def _identity(value: Any, number: int) -> str:

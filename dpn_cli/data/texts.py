@@ -1,12 +1,17 @@
 """Texts as rows hold them: checked, stripped, and with their image placeholders counted."""
 
+import re
 from collections import Counter
 from typing import Any
 
 from dpn_cli.data.faults import RowError
 
 PLACEHOLDER = "<image>"
-_OTHER_PLACEHOLDERS = ("<video>", "<audio>")
+_OTHER_MEDIA = ("<video>", "<audio>")
+_OTHER_MARKERS = re.compile(  # of images, such as <image 1>, <|image_pad|>, <ImageHere>, <img> and [IMG]
+    rf"(?!(?-i:{PLACEHOLDER}))<\|?/?(?:image|img|im_patch|vision_|start_of_image)[\w -]*\|?/?>|\[img[\w -]*\]",
+    re.IGNORECASE,
+)
 
 
 def read_text(value: Any, what: str) -> str:
@@ -32,11 +37,25 @@ def count_images(question: str) -> int:
     """Return how many images a question shows.
 
     Raises:
-        RowError: if it shows something else.
+        RowError: if it shows something else, or an image by another marker.
     """
-    if other := next((each for each in _OTHER_PLACEHOLDERS if each in question), None):
-        raise RowError("neither image nor text", f"{other} in a question: only images and text are read")
+    if other := next((each for each in _OTHER_MEDIA if each in question), None):
+        raise RowError("neither image nor text", f"{other}: only images and text are read")
+    if marker := _OTHER_MARKERS.search(question):
+        raise RowError("an unknown image marker", f"{marker[0]}: an image is shown by {PLACEHOLDER} in a question")
     return question.count(PLACEHOLDER)
+
+
+def read_text_alone(value: Any, what: str) -> str:
+    """Return a text that shows no image, without the space around it.
+
+    Raises:
+        RowError: as `read_text` and `count_images`, or if it shows one.
+    """
+    text = read_text(value, what)
+    if count_images(text):
+        raise RowError(f"{PLACEHOLDER} outside of a question", f"{PLACEHOLDER} in the {what}")
+    return text
 
 
 def without_images(question: str) -> str:
@@ -57,9 +76,7 @@ def read_answer(value: Any) -> str:
     text = _plain(value)
     if not text:
         raise RowError("an empty answer")
-    if PLACEHOLDER in text:
-        raise RowError(f"{PLACEHOLDER} outside of a question", f"{PLACEHOLDER} in an answer")
-    return text
+    return read_text_alone(text, "answer")
 
 
 def records(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Reading what users bring: what is taken for what, which rows are good, and what is said about the others."""
 
+import base64
 import json
 import struct
 import zlib
@@ -61,6 +62,13 @@ def test_llava_files(tmp_path: Path, picture: Path, name: str) -> None:
     assert "`image`, `conversations` as conversation" in data.scan.lines()[0]
 
 
+def test_the_fields_of_a_row_with_an_image_are_named(tmp_path: Path, picture: Path) -> None:
+    text_only = {"id": 1, "system": "Be brief.", "conversations": chat("what ?")}
+    data = load(write(tmp_path / "data.json", [text_only, llava_row()]))
+    assert "(`image`, `conversations` as conversation)" in data.scan.lines()[0]
+    assert "(no images, `conv" in load(write(tmp_path / "data.json", [text_only])).scan.lines()[0]
+
+
 def test_lines_in_a_json_file_and_blank_lines(tmp_path: Path, picture: Path) -> None:
     row = json.dumps(llava_row(conversations=chat(answer="a\u2028b")), ensure_ascii=False)  # no line break in JSON
     path = tmp_path / "data.json"
@@ -83,6 +91,33 @@ def test_image_folder_takes_the_stock_prompts_in_turn(picture: Path) -> None:
     data = load(picture.parent, prompts=("one ?", "two ?"))
     assert [(s.id, s.turns[0].question) for s in data.samples] == [("a.png", "one ?"), ("b.jpg", "two ?")]
     assert data.scan.unanswered == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt", "a.json", "captions.json", "sub/captions.json", "sub/metadata.csv", "sub/metadata.jsonl", "a.xml",
+        "b.heic", "c",
+    ],
+)  # fmt: skip
+def test_files_beside_the_images_of_a_folder_stop_the_run(picture: Path, name: str) -> None:
+    folder = picture.parent
+    for about in ("README.md", "LICENSE", "Thumbs.db", ".hidden.json"):
+        (folder / about).touch()
+    (folder / "sub").mkdir()
+    (folder / "model").mkdir()
+    for of_a_model in ("config.json", "merges.txt"):
+        (folder / "model" / of_a_model).touch()
+    assert load(folder).scan.with_image == 1
+    (folder / name).write_text('{"images": [], "annotations": [{"caption": "a red thing"}]}')
+    with pytest.raises(DataError, match=rf"holds {name} beside its images: .*Move other files out of it"):
+        load(folder)
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_is_missing(picture: Path) -> None:
+    picture.with_name("b.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match="row 2: missing image file"):
+        load(picture.parent)
 
 
 def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, picture: Path) -> None:
@@ -138,6 +173,7 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
     whole = folder / "whole.jpg"
     Image.effect_noise((200, 200), 90).save(whole)
     (folder / "half.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    Image.new("F", (9, 9), 0.5).save(folder / "float.tif")
     late = [*chat(), {"from": "system", "value": "be brief"}]
     return [
         (llava_row(image="images/bomb.png"), "image too large"),
@@ -153,6 +189,8 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(image="\ud800.png"), "missing image file"),
         (llava_row(image=["images/a.png", 3]), "no image path"),
         (llava_row(image="https://example.org/a.png"), "image not in a file"),
+        (llava_row(image=base64.b64encode((folder / "a.png").read_bytes()).decode()), "image not in a file"),
+        (llava_row(image="images/float.tif"), "32-bit image"),
         (llava_row(conversations=chat("<image><image> what ?")), "more <image> than images"),
         (llava_row(image=None), "more <image> than images"),
         (llava_row(image=None, images=["images/a.png"] * 2), "more images than <image>"),
@@ -180,8 +218,15 @@ def test_every_bad_row_has_its_reason(tmp_path: Path, picture: Path) -> None:
     assert [(fault.row, fault.reason) for fault in scan.faults] == list(enumerate(reasons, 2))
     assert scan.with_image == 1
     "\n".join(scan.lines()).encode()  # printable on any terminal
-    with pytest.raises(DataError, match=r"29 of 30 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
+    with pytest.raises(DataError, match=r"31 of 32 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
         load(path)
+
+
+def test_rows_are_grouped_by_another_field_than_kind(tmp_path: Path, picture: Path) -> None:
+    rows = [llava_row(kind="a kind", level=level) for level in ("easy", "hard")]
+    path = write(tmp_path / "data.json", rows)
+    assert [sample.kind for sample in load(path, kind_field="level").samples] == ["easy", "hard"]
+    assert [sample.kind for sample in load(path).samples] == ["a kind"] * 2
 
 
 def test_bad_rows_are_skipped_up_to_a_share(tmp_path: Path, picture: Path) -> None:
@@ -232,7 +277,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.csv", "", r"is a \.csv: expected .*a LLaVA \.json"),
+        ("data.txt", "", r"is a \.txt: expected .*a LLaVA \.json"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],

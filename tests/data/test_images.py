@@ -47,6 +47,23 @@ def test_damage_is_named_before_and_after_the_scan(data: st.DataObject, kind: st
         assert "picture" in str(error)
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
+def test_16_bits_of_grey_are_scaled_to_8(mode: str, kind: str) -> None:
+    image, buffer = Image.new("I", (2, 1), 65535), io.BytesIO()
+    image.putpixel((0, 0), 20000)
+    image.convert(mode).save(buffer, format=kind)
+    shown = open_image(buffer.getvalue(), "x")
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(77, 77, 77), (255, 255, 255)]
+    check_image(buffer.getvalue(), "x")
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_of_grey_are_refused_by_every_reader(mode: str) -> None:
+    for read in (open_image, image_size):
+        with pytest.raises(RowError, match="x has 32 bits a pixel, of no known range"):
+            read(Image.new(mode, (2, 1)), "x")
+
+
 def photo(kind: str, orientation: int) -> bytes:
     """A picture of 80×40 pixels, as stored, whose upper left quarter is red."""
     image, exif = Image.new("RGB", (80, 40), "blue"), Image.Exif()

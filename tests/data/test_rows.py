@@ -79,7 +79,7 @@ def test_a_question_in_several_messages_is_one() -> None:
         ({"captions": ["a cat", "two"]}, Turn("stock ?", "a cat", 1)),
         ({"question_id": 0, "text": "what ?", "category": "fine colours"}, Turn("what ?", None, 1)),
         ({"text": "what ?", "answer": "red"}, Turn("what ?", "red", 1)),
-        ({"text": "a cat", "label": 1}, Turn("stock ?", "a cat", 1)),
+        ({"text": "a cat", "label": None, "score": 0.9}, Turn("stock ?", "a cat", 1)),
         ({"query": "what ?", "label": ["3.5"], "human_or_machine": 0}, Turn("what ?", "3.5", 1)),
         ({"query": "what ?", "label": "red"}, Turn("what ?", "red", 1)),
         ({"query": "how many ?", "label": [3, 3, 4]}, Turn("how many ?", "3", 1)),
@@ -135,7 +135,8 @@ def test_choices_stand_in_the_question_and_the_answer_is_a_letter(row: dict[str,
         ({"choices": ["ball", "ball"], "answer": "ball"}, "ambiguous"),
         ({"choices": "ball or cube", "answer": "A"}, "unknown choices"),
         ({"choices": {"x": "ball", "y": "cube"}, "answer": "A"}, "unknown choices"),
-        ({"choices": ["<image>", "cube"], "answer": "A"}, "unknown choices"),
+        ({"choices": ["<image>", "cube"], "answer": "A"}, "<image> outside of a question"),
+        ({"choices": ["<image 2>", "<image 3>"], "answer": "A"}, "an unknown image marker"),
         ({"A": "ball", "B": "cube", "D": "cone", "answer": "A"}, "unknown choices"),
     ],
 )
@@ -200,6 +201,24 @@ def test_a_system_prompt_beside_the_messages_is_kept() -> None:
             "`option1`, `o",
         ),
         ({"view": "a.png", "question": "what ?", "answer": "red"}, "`view`, of"),
+        *(
+            ({"image": "a.png", "question": "what ?", "answer": "red", **more}, f"`{next(iter(more))}`, of")
+            for more in (
+                {"image_2": "b.png"},
+                {"image2": "b"},
+                {"second_image": "dir/b.PNG"},
+                {"mask": "b.png"},
+                {"mask_path": "b.png"},
+                {"right": "b/a.png", "image": "a/a.png"},
+                {"views": ["a.png", {"path": "b.png"}]},
+                {"image_b": "https://example.org/b.png"},
+                {"history": ["Hi", "Hello"]},
+                {"rounds": [["Hi", "Hello"]]},
+                {"pairs": [{"q": "Hi", "a": "Hello"}]},
+            )
+        ),
+        *(({"image": "a.png", "caption": "a cat", "label": label}, "`label`, of") for label in (0, 1, False, "no")),
+        ({"image": "a.png", "messages": [say("user", "what ?")], "answer": 3}, "`answer`, of"),
     ],
 )
 def test_text_and_images_under_unknown_names_are_refused(row: dict[str, Any], unread: str) -> None:
@@ -209,12 +228,88 @@ def test_text_and_images_under_unknown_names_are_refused(row: dict[str, Any], un
         assert refusal.value.reason == UNREAD and refusal.value.detail.startswith(unread)
 
 
+@pytest.mark.parametrize(
+    ("message", "keys"),
+    [
+        (say("user", "what ?") | {"context": "It is round."}, "`context`"),
+        (say("user", "what ?") | {"thought": "Hm."}, "`thought`"),
+        (
+            say("user", "what ?") | {"reasoning_content": "It has corners.", "images": ["b.png"]},
+            "`reasoning_content`, `im",
+        ),
+        (say("user", "what ?") | {"value": "where ?"}, "`content`"),
+        (say("user", [{"type": "text", "text": "what ?", "caption": "a cat"}]), "`caption`"),
+        (say("user", [{"type": "image", "text": "what ?"}]), "`text`"),
+        ({"user": "what ?", "assistant": "red", "context": "It is round."}, "`context`"),
+    ],
+)
+def test_text_and_images_of_messages_under_unknown_keys_are_refused(message: dict[str, Any], keys: str) -> None:
+    with pytest.raises(RowError, match="with keys that are not read") as refusal:
+        read({"image": "a.png", "messages": [message]})
+    assert refusal.value.detail.startswith(keys)
+
+
+def test_what_describes_a_message_does_not_stop_it() -> None:
+    about = {"id": "m 1", "weight": 1, "loss": True, "source": "my own", "thought": None, "name": " "}
+    assert read({"image": "a.png", "messages": [say("user", "what ?") | about]}).turns == (Turn("what ?", None, 1),)
+
+
+def test_an_empty_value_leaves_its_place_to_the_content() -> None:
+    for message in (say("user", "<image>what ?") | {"value": ""}, {"from": "human", "value": "what ?", "content": ""}):
+        assert read({"image": "a.png", "messages": [message]}).turns == (Turn("what ?", None, 1),)
+
+
+def test_text_beside_the_path_of_an_image_is_refused() -> None:
+    with pytest.raises(RowError, match="an image with keys that are not read: `caption`"):
+        read({"images": [{"path": "a.png", "caption": "a cat"}], "question": "what ?"})
+
+
+def test_a_system_text_beside_question_and_answer_is_kept() -> None:
+    pairs = [{"system": "Be brief.", "user": "what ?", "assistant": "red"}, {"user": "where ?", "assistant": "left"}]
+    sample = read({"image": "a.png", "texts": pairs})
+    assert (sample.system, sample.turns) == ("Be brief.", TWO_TURNS)
+
+
+def test_parts_that_number_their_images_are_in_order() -> None:
+    def row(*order: Any) -> dict[str, Any]:
+        parts = [{"type": "image", "text": None, "index": index} for index in order]
+        return {"images": ["a.png", "b.png"], "messages": [say("user", [*parts, "what ?"])]}
+
+    assert read(row(0, 1)).images == read(row(None, None)).images == (A, B)
+    for order in ((1, 0), (0, 0), (1, 2), (0, None)):
+        with pytest.raises(RowError, match="images out of order"):
+            read(row(*order))
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        "<image 1>", "<image_1>", "<image1>", "<IMAGE>", "<img>", "<img></img>", "<|image|>", "<|image_1|>", "[IMG]",
+        "<ImageHere>", "<|vision_start|><|image_pad|>", "<IMG_CONTEXT>", "<image_placeholder>", "<start_of_image>",
+        "</image>",
+    ],
+)  # fmt: skip
+def test_other_image_markers_than_llavas_are_named(marker: str) -> None:
+    texts = {"question": f"{marker}\nwhat ?", "hint": f"See {marker}", "answer": marker, "system": marker}
+    chats = ({"messages": [say(role, f"see {marker}")]} for role in ("system", "user"))
+    for row in (*({"question": "what ?", name: text} for name, text in texts.items()), *chats):
+        with pytest.raises(RowError, match="an unknown image marker") as refusal:
+            read({"image": "a.png", **row})
+        assert refusal.value.detail.startswith(marker[: marker.index("]" if "]" in marker else ">") + 1])
+
+
+def test_angle_brackets_are_no_markers() -> None:
+    question = "is <b>a</b> [1] < image_2 and <src='x.png'> 3 > 2 ?"
+    assert read({"image": "a.png", "question": question}).turns == (Turn(question, None, 1),)
+
+
 def test_what_describes_a_row_does_not_stop_it() -> None:
     about = {
         "questionId": "7", "image_id": "x y", "source": "COCO 2017", "split": "train", "l2-category": "fine colours",
         "image_url": "https://example.org/a.png", "coco_url": "https://example.org/b.png", "question_type": "what is",
         "width": 20, "license": "CC BY 4.0", "metadata": {"note": "two words"}, "solution": "red, since it is not blue",
-        "multiple_choice_answer": "red", "file_name": "a.png", "checked": True, "tone": "neutral", "empty": " ",
+        "multiple_choice_answer": "red", "file_name": "a.png", "path": "train/a.png",
+        "original": ".\\a.png", "image_1": "a.png", "checked": True, "tone": "neutral", "empty": " ",
     }  # fmt: skip
     row = {"image": "a.png", "question": "what ?", "answer": "red"}
     assert read(row | about).turns == read(row).turns
@@ -267,6 +362,7 @@ def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
         ("https://example.org/a.png", r"'https://example.org/a.png' is no file: expected a path or a file:// URI"),
         ("s3://bucket/a.png", "is no file"),
         ("data:image/png;base64,aGk=", "is no file"),
+        ("/9j/4AAQ" + "Sk+Z/" * 9 + "\n==", "base64 text is no path"),
     ],
 )
 def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:
@@ -276,7 +372,7 @@ def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:
 
 def test_a_part_with_its_image_under_another_key_is_named() -> None:
     part = {"type": "image", "base64": "aGk="}
-    with pytest.raises(RowError, match=r"has 'base64', expected image or path or url"):
+    with pytest.raises(RowError, match=r"`base64`, expected image, path, url"):
         read({"messages": [say("user", [part, "what ?"])]})
 
 
