@@ -218,6 +218,12 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     for key in ("text_config", "vision_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
+    ids = {key: config[key] for key in ("image_token_index", "image_token_id") if key in config}
+    if len(ids) == 2 and len({*map(str, ids.values())}) == 2:
+        stated = " and the ".join(f"{key} {value!r}" for key, value in ids.items())
+        raise CheckpointError(
+            f"{where}: config.json has the {stated}, which are two names for one id: keep the right one"
+        )
     if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
     if "quantization_config" in config and not is_converted(config):

@@ -5,6 +5,7 @@ the first image is encoded, or never. Here what config.json implies is completed
 Where a value is looked for, and what stands in for it, is as in transformers 5.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,16 +29,45 @@ from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
 
-# What transformers' image processors assume about sizes where a key is missing (a test compares).
-_CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+# What transformers' image processors assume where a key is missing (a test compares).
+_OPENAI = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_STANDARD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_COMMON = {
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+_CLIP = {**_COMMON, **_OPENAI, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+_CLIP["size"] = {"shortest_edge": 224}
 IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "CLIPImageProcessor": _CLIP_SIZES,
-    "LlavaImageProcessor": _CLIP_SIZES,
-    "LlavaNextImageProcessor": _CLIP_SIZES,
-    "LlavaOnevisionImageProcessor": {"size": {"height": 384, "width": 384}},
-    "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "LlavaImageProcessor": {**_CLIP, "do_pad": False},
+    "LlavaNextImageProcessor": {**_CLIP, "do_pad": True},
+    "LlavaOnevisionImageProcessor": {**_COMMON, **_OPENAI, "size": {"height": 384, "width": 384}, "do_pad": True},
+    "SiglipImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}},
+    "ViTImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}, "resample": 2},
 }
 _PADS = "LlavaImageProcessor"  # to a square, where do_pad is set
+
+
+def _is_number(value: Any, above: float = -math.inf) -> bool:
+    return type(value) in (int, float) and above < value < math.inf
+
+
+def _has_channels(value: Any, above: float = -math.inf) -> bool:
+    channels = value if isinstance(value, list) and len(value) == 3 else [value]
+    return all(_is_number(channel, above) for channel in channels)
+
+
+# What can be any of many values: which switch turns its use on, whether a value will do, and what will, in words.
+_FREE: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "resample": ("do_resize", lambda value: type(value) is int and 0 <= value < 6, "a filter of Pillow, 0 to 5"),
+    "rescale_factor": ("do_rescale", lambda value: _is_number(value, above=0), "a positive number"),
+    "image_mean": ("do_normalize", _has_channels, "one number or three"),
+    "image_std": ("do_normalize", lambda value: _has_channels(value, above=0), "one positive number or three"),
+}
 
 _STRATEGY = "vision_feature_select_strategy"
 
@@ -65,7 +95,7 @@ class Completion:
 
     def notes(self) -> tuple[str, ...]:
         """Return what to tell the user about it."""
-        return (f"Completed to fit config.json: {self.summary()}.",) if self.summary() else ()
+        return (f"Missing, and completed: {self.summary()}.",) if self.summary() else ()
 
     def write(self, folder: Path) -> None:
         """Complete the files of a folder, which must be our own."""
@@ -93,19 +123,21 @@ class Completion:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value of the processor that config.json implies.
+    """A value of the processor that config.json implies, or that transformers needs.
 
     Attributes:
         place: where it belongs.
         expected: the value.
         assumed: by transformers, where the key is missing.
         fits: says of another value whether it will do.
+        needs: what will do, in words, where config.json does not imply it.
     """
 
     place: Place
     expected: Any
     assumed: Any = None
     fits: Callable[[Any], bool] = lambda found: False
+    needs: str = ""
 
 
 def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
@@ -184,9 +216,15 @@ class _Files:
             return False
         if group.get(keys[-1]) is None:
             return True
+        says = f"{self._folder / file} has the {'.'.join(keys)} {found!r}"
+        if setting.needs:
+            raise CheckpointError(
+                f"{says}, expected {setting.needs} (by default {setting.expected!r}): correct it, or take the file "
+                "from the model that this one was made from"
+            )
         raise CheckpointError(
-            f"{self._folder / file} has the {'.'.join(keys)} {found!r}, config.json implies {setting.expected!r}: they "
-            "do not belong together, take both from one model or correct the one that is wrong"
+            f"{says}, config.json implies {setting.expected!r}: they do not belong together, take both from one model "
+            "or correct the one that is wrong"
         )
 
 
@@ -219,19 +257,29 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
 def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) -> Iterator[_Setting]:
     """Yield what the image processor is told: the size of what it hands to the vision tower."""
     family, images, side = Family.of(config), files.images, layout.pixels
-    stated = images.get("image_processor_type") or images.get("feature_extractor_type")
-    kind = str(stated or family.image_processor).replace("FeatureExtractor", "ImageProcessor")
-    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    older = str(images.get("feature_extractor_type") or family.image_processor)
+    stated = images.get("image_processor_type") or older.replace("FeatureExtractor", "ImageProcessor")
+    kind = str(stated).removesuffix("Fast").removesuffix("Pil")
     cutters = {each.image_processor for each in FAMILIES.values() if each.cuts_images}
+    alike = {family.image_processor} if family.cuts_images else IMAGE_DEFAULTS.keys() - cutters
     yield _Setting(
         (*files.images_place, "image_processor_type"),
         family.image_processor,
-        stated,
-        fits=lambda found: kind == family.image_processor or not (family.cuts_images or kind in cutters),
+        images.get("feature_extractor_type"),
+        fits=lambda found: kind in alike,
     )
+    assumed = IMAGE_DEFAULTS.get(kind, IMAGE_DEFAULTS[family.image_processor])
+    given = assumed | {key: value for key, value in images.items() if value is not None}
+    for key, value in assumed.items():
+        place = (*files.images_place, key)
+        if key.startswith("do_"):
+            yield _Setting(place, value, value, lambda found: type(found) is bool, "true or false")
+        elif key in _FREE and given[_FREE[key][0]]:
+            yield _Setting(place, value, value, *_FREE[key][1:])
     square = {"height": side, "width": side}
-    assumed = IMAGE_DEFAULTS.get(kind, {"size": square})  # what another class assumes is left to it
-    crops = images.get("do_center_crop", assumed.get("do_center_crop"))
+    crops = given.get("do_center_crop")
+    if not (crops or family.cuts_images):
+        yield _Setting((*files.images_place, "do_resize"), True, True)
     if crops or (family.cuts_images and images.get("crop_size") is not None):
         crop = assumed.get("crop_size", square)
         yield _Setting((*files.images_place, "crop_size"), square, crop, lambda found: _side(found) == side)
