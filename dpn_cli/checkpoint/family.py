@@ -19,6 +19,7 @@ class Family:
         select_strategy: the `vision_feature_select_strategy` of its configs where they say nothing.
         feature_layer: their `vision_feature_layer`, likewise.
         image_processor: the class that prepares its images where nothing says which.
+        video_processor: the class that its processors have for videos, or None; stock ones do not load without.
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
         recipe: for its models that have none of their own.
@@ -29,6 +30,7 @@ class Family:
     select_strategy: str = "default"
     feature_layer: int = -2
     image_processor: str = "LlavaImageProcessor"
+    video_processor: str | None = None
     cuts_images: bool = False
     counts_tokens: bool = False
     recipe: str = DEFAULT_RECIPE
@@ -75,6 +77,7 @@ FAMILIES = {
             select_strategy="full",
             feature_layer=-1,
             image_processor="LlavaOnevisionImageProcessor",
+            video_processor="LlavaOnevisionVideoProcessor",
             cuts_images=True,
             counts_tokens=True,
             recipe="llava-onevision",

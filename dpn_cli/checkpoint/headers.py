@@ -19,6 +19,7 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
 PROCESSOR_FILE, IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
+VIDEOS_FILE = "video_preprocessor_config.json"
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 LFS_SIGNATURE = b"version https://git-lfs.github.com"

@@ -18,6 +18,7 @@ from dpn_cli.checkpoint.headers import (
     IMAGES_FILE,
     PROCESSOR_FILE,
     TOKENIZER_CONFIG_FILE,
+    VIDEOS_FILE,
     Checkpoint,
     read_json_if_there,
 )
@@ -204,6 +205,12 @@ class _Files:
         """The image processor's settings."""
         return self.data[self.images_place]
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether transformers finds settings for videos."""
+        own = self._folder / VIDEOS_FILE, self._folder / IMAGES_FILE
+        return isinstance(self.processor.get("video_processor"), dict) or any(file.is_file() for file in own)
+
     def lacks(self, setting: _Setting) -> bool:
         """Say whether a setting has to be completed.
 
@@ -241,6 +248,9 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     else:
         key, base, assumed = "num_additional_image_tokens", 0, 0
         yield _Setting((PROCESSOR_FILE, "patch_size"), layout.patch)
+    if family.video_processor and not files.has_videos:
+        videos = {"video_processor_type": family.video_processor, "size": _square(layout.pixels)}
+        yield _Setting((PROCESSOR_FILE, "video_processor"), videos)
     strategy = VISION_STRATEGY[config["vision_config"]["model_type"]]
 
     def count(strategy: Any) -> int:
@@ -276,7 +286,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
             yield _Setting(place, value, value, lambda found: type(found) is bool, "true or false")
         elif key in _FREE and given[_FREE[key][0]]:
             yield _Setting(place, value, value, *_FREE[key][1:])
-    square = {"height": side, "width": side}
+    square = _square(side)
     crops = given.get("do_center_crop")
     if not (crops or family.cuts_images):
         yield _Setting((*files.images_place, "do_resize"), True, True)
@@ -296,6 +306,10 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     if layout.tiling is not None:
         resolutions = [list(pair) for pair in layout.tiling.resolutions]
         yield _Setting((*files.images_place, "image_grid_pinpoints"), resolutions, RESOLUTIONS[family.model_type])
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
 def _side(size: Any) -> int:

@@ -162,8 +162,9 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
             edit(PROCESSOR, "num_image_tokens"),
             edit(PROCESSOR, "vision_aspect_ratio"),
             edit(PROCESSOR, "image_processor", "size"),
+            edit(PROCESSOR, "video_processor"),
         ),
-        ("num_image_tokens 25", "vision_aspect_ratio 'anyres_max_4'", "size"),
+        ("num_image_tokens 25", "vision_aspect_ratio 'anyres_max_4'", "size", "LlavaOnevisionVideoProcessor"),
     ),
     ("llava_onevision", old_layout, ("num_image_tokens 25", "vision_aspect_ratio")),
 ]  # fmt: skip
