@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ BITS = {
 }  # fmt: skip
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # of the floats
 FLOATS = set(TORCH_DTYPES)
-
-# What PyTorch's wrappers (DistributedDataParallel, torch.compile, FSDP, checkpointing) put into the names of tensors.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -261,16 +257,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a name appears twice")
     return result
-
-
-def unwrapped(name: str) -> str:
-    """Return what a tensor is called without the parts that wrappers of training put into its name."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def wrappers(names: Iterable[str]) -> str:
-    """Return the parts that wrappers have put into names, for a message; empty if there are none."""
-    return ", ".join(f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in names))
 
 
 def check_float(tensor: TensorInfo, folder: Path) -> None:

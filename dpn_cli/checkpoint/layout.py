@@ -8,8 +8,9 @@ from typing import Any
 
 from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family, is_converted
-from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config, wrappers
+from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.quantisation import has_shape
+from dpn_cli.checkpoint.wrappers import EMBEDDING, TEXT_PREFIXES, refuse_unmerged, unwrap
 from dpn_cli.errors import CheckpointError
 from dpn_cli.pyramid.config import Grid, PyramidConfig
 from dpn_cli.pyramid.cost import DecoderShape
@@ -51,8 +52,6 @@ VISION_DEFAULTS: dict[str, dict[str, int]] = {
     HR_TOWER: {"image_size": 1024, "patch_size": 32},  # of its config class, as the others are
 }  # fmt: skip
 
-# Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
-TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 COMPUTED = (".rotary_emb.inv_freq", ".position_ids")  # the ends of buffers that old versions stored
 
 
@@ -86,6 +85,7 @@ class LlavaLayout:
             CheckpointError: if config and tensors do not belong together.
         """
         config, where = checkpoint.config, checkpoint.path
+        refuse_unmerged(checkpoint.tensors, where)
         text_config = TEXT_DEFAULTS[config["text_config"].get("model_type", "llama")] | config["text_config"]
         pixels, patch = _pixels(config["vision_config"], _prepooling(config), where)
         grid = (pixels // patch, pixels // patch)
@@ -323,17 +323,18 @@ def _tiling(config: dict[str, Any], grid: Grid, where: Path) -> Tiling | None:
 
 def _text_prefix(checkpoint: Checkpoint) -> str:
     for prefix in TEXT_PREFIXES:
-        if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
+        if f"{prefix}{EMBEDDING}" in checkpoint.tensors:
             return prefix
-    if found := wrappers(checkpoint.tensors):
+    if found := unwrap(checkpoint.tensors)[1]:
         remedy = (
             "save the model inside of the wrapper again"
             if is_converted(checkpoint.config)
             else f"`dpn convert {checkpoint.path}` takes it off"
         )
         raise CheckpointError(f"{checkpoint.path} was saved from a wrapped model, with {found} in its names: {remedy}")
+    alike = next((f" but {name}" for name in checkpoint.tensors if name.endswith(EMBEDDING)), "")
     raise CheckpointError(
-        f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}embed_tokens.weight (nor {TEXT_PREFIXES[1]}…): "
+        f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}{EMBEDDING} (nor {TEXT_PREFIXES[1]}…){alike}: "
         "its weights are not a LLaVA's in Hugging Face's layout"
     )
 

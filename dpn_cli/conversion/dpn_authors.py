@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.layout import TEXT_PREFIXES
+from dpn_cli.checkpoint.wrappers import TEXT_PREFIXES
 from dpn_cli.conversion.original import rewrite_original
 from dpn_cli.conversion.rewriting import Planned, Rewritten
 from dpn_cli.conversion.weights import Weights, open_weights
