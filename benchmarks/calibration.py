@@ -19,8 +19,8 @@ import torch
 from dpn_cli import console
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
-from dpn_cli.data import load_data
 from dpn_cli.data.encoding import encode
+from dpn_cli.data.loading import load_data
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.intervals import bootstrap_mean
 from dpn_cli.pyramid.config import PyramidConfig
@@ -130,7 +130,7 @@ def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> t
     with console.progress("measuring routes", len(examples)) as advance:
         table = measure(network, examples, batches, processor.tokenizer.pad_token_id, advance=advance)
     with torch.no_grad():
-        return table, Policy.of(network.model.language_model.routers.cpu().float(), table), network.pyramid
+        return table, Policy.of(network.text_model.routers.cpu().float(), table), network.pyramid
 
 
 @click.command()

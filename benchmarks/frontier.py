@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.data import MAX_BAD
+from dpn_cli.data.loading import MAX_BAD
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.contenders.contender import TOLERANCE
 from dpn_cli.evaluation.evaluate import Evaluation, Standing

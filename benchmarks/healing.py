@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from dpn_cli import console
-from dpn_cli.data import MAX_BAD
+from dpn_cli.data.loading import MAX_BAD
 from dpn_cli.evaluation.figures import Figures
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.parallel.processes import ALONE

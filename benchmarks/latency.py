@@ -100,7 +100,7 @@ def measure(
     images = {"input_ids": torch.full((1, GRID[0] * GRID[1]), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(1, 3, 336, 336, dtype=model.dtype)
     batch = synthetic_inputs(model, images, text_tokens)
-    shape, pyramid = model.model.language_model.shape, model.pyramid
+    shape, pyramid = model.text_model.shape, model.pyramid
     prompts = [Prompt((GRID,), count) for count in text_tokens]
     sites = tuple(site.after_layer for site in pyramid.sites)
     contenders: dict[str, Contender] = {ORIGINAL: Original()}

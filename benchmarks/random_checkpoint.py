@@ -18,11 +18,12 @@ from typing import Any
 import click
 import numpy as np
 
-from dpn_cli.checkpoint.architecture import Shapes, llava_tensors
 from dpn_cli.checkpoint.headers import read_header
-from dpn_cli.checkpoint.layout import TEXT_DEFAULTS
 from dpn_cli.checkpoint.writer import write_index, write_json, write_shard
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN, PAD_TOKEN, chat_template, write_processor
+from dpn_cli.families.tensors import llava_tensors
+from dpn_cli.families.text import TEXT_MODELS
+from dpn_cli.pyramid.config import Shapes
 
 # What the hub's text_config says; all else is left to the defaults of transformers' LlamaConfig.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ def make(
     """
     folder.mkdir(parents=True)
     config = hub_config(LAYOUTS[layout] | text, vision)
-    sizes = TEXT_DEFAULTS["llama"] | config["text_config"]
+    sizes = TEXT_MODELS["llama"].completed(config["text_config"])
     shards = list(_shards(llava_tensors(config | {"text_config": sizes}), shard_bytes))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     block = np.random.default_rng(0).normal(0, 0.02, BLOCK_VALUES).astype(np.float16)

@@ -22,8 +22,8 @@ import torch
 
 from dpn_cli import console
 from dpn_cli.calibration.rollout import Batch, measure, plan_batches, sample_grids
-from dpn_cli.data import load_data
 from dpn_cli.data.encoding import IGNORED, Example, collate, encode
+from dpn_cli.data.loading import load_data
 from dpn_cli.inference.loading import default_device, load_model, load_processor
 from dpn_cli.inference.scoring import divergence
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

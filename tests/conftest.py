@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: on a busy 
 
 pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.tiled"]
 
-TextType = Literal["llama", "mistral", "qwen2"]
+TextType = Literal["llama", "mistral", "qwen2", "qwen3"]
 Layout = Literal["hub", "new"]
 
 CHAT_TEMPLATE = (
@@ -127,7 +127,7 @@ def tiny_text_config(text: TextType) -> Any:
     """Return the config of a decoder of 8 layers of width 64."""
     from transformers import AutoConfig
 
-    extra: dict[str, Any] = {"sliding_window": None} if text == "mistral" else {}
+    extra: dict[str, Any] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 32}}.get(text, {})
     return AutoConfig.for_model(
         text, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.2,

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.checkpoint.architecture import decoder_tensors
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.families.text import TEXT_MODELS
 from tests.originals import Original
 
 Tensors = dict[str, torch.Tensor]
@@ -99,9 +98,12 @@ def write_full_size(folder: Path, tokenizer_model: Path, model: str, num_layers:
     """
     sizes = FULL_SIZES[model]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    decoder = DecoderShape(num_layers, hidden, inner, hidden // 128, hidden // 128, 128, 32000)
+    decoder = {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden // 128, "vocab_size": 32000,
+    }  # fmt: skip
     shapes = tower_shapes(1024, 24, sizes["dims"], sizes["depths"], patch=14, clip_size=336)
-    shapes |= {f"model.{name}": shape for name, shape in decoder_tensors(decoder, {}).items()}
+    shapes |= {f"model.{name}": shape for name, shape in TEXT_MODELS["llama"].tensors(decoder).items()}
     shapes |= {"lm_head.weight": (32000, hidden)}
     shapes |= {"model.mm_projector.0.weight": (hidden, 1024), "model.mm_projector.0.bias": (hidden,)}
     shapes |= {"model.mm_projector.2.weight": (hidden, hidden), "model.mm_projector.2.bias": (hidden,)}

@@ -10,7 +10,7 @@ from dpn_cli.calibration.cases import Case, extremes
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.data import Sample
+from dpn_cli.data.samples import Sample
 from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
 from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import dpn_cli
 
 ORDER = [
-    "errors", "intervals", "demo", "pyramid", "modeling", "checkpoint", "workspace", "conversion", "data", "inference",
-    "parallel", "calibration", "exporting", "evaluation", "console", "commands", "cli",
+    "errors", "intervals", "demo", "pyramid", "families", "modeling", "checkpoint", "workspace", "conversion", "data",
+    "inference", "parallel", "calibration", "exporting", "evaluation", "console", "commands", "cli",
 ]  # fmt: skip
 """From the ground up. `modeling` goes along with exports: it needs nothing of `checkpoint` or above."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from datasets import Dataset, DatasetDict
 
-from dpn_cli.data import load_data
+from dpn_cli.data.loading import load_data
 
 
 @click.command()

@@ -26,8 +26,10 @@ from dpn_cli.calibration.training.tuning import (
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data import MAX_BAD, Dataset, OnBadRow, Sample, load_data
 from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.loading import MAX_BAD, OnBadRow, load_data
+from dpn_cli.data.samples import Sample
+from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import default_device, load_processor, max_positions
@@ -125,7 +127,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     if not processes.is_main:
         return None
     held_table = table.select(torch.arange(len(held)))
-    routers = job.model.model.language_model.routers.to("cpu", torch.float32).requires_grad_(True)
+    routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
         objective = held_out_objective(routers, held_table, *trade_off_range(held_table))
     else:
@@ -136,7 +138,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
         "data": data, "data_digest": dataset.digest,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
-        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+        **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     save_calibration(folder, job.model, routers, pyramid, report)
@@ -209,7 +211,7 @@ def _open(
             folder, recipe.load_in, frozen_dtype(recipe), healed=budgets_only, device_map=default_device()
         )
     if not budgets_only:
-        _start_afresh(model.model.language_model.routers)
+        _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     say(f"{len(asked)} samples from {data}; model in {model.dtype} on {model.device}{together}")
     return _Job(model, processor, recipe, state, processes, progress, lengths), dataset
@@ -323,12 +325,12 @@ def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Repo
     table, grids = _measure(job, _answer(job, asked), len(asked))
     if not job.processes.is_main:
         return None
-    routers = job.model.model.language_model.routers.to("cpu", torch.float32)
+    routers = job.model.text_model.routers.to("cpu", torch.float32)
     pyramid = _solve(job, routers, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,
         "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
-        **length_record(job.model.model.language_model.shape, pyramid, job.lengths),
+        **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
     save_calibration(folder, job.model, None, pyramid, report)
@@ -354,12 +356,11 @@ def _report(
         cases = answer_both(
             model, job.processor, [*worst, *best], samples, recipe.batch_size, recipe.answer_tokens, advance
         )
-    shape, count = model.model.language_model.shape, len(worst)
+    shape, count = model.text_model.shape, len(worst)
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases[:count], cases[count:], settings)
 
 
 def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
     """Let the model run with its fitted routers."""
     routers.requires_grad_(False).to(model.device)
-    model.model.language_model.pyramid = pyramid
-    model.model.language_model.trade_off = pyramid.trade_off
+    model.pyramid = pyramid

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.data import Sample
+from dpn_cli.data.samples import Sample
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Route

@@ -41,7 +41,7 @@ class Trunk:
 
 def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -> PyramidState:
     """Return a collated batch, with images or without, before the first layer; routers read before the first label."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     if visual := {name: batch[name] for name in VISUAL if name in batch}:
         embeds, coords = model.model.embed(batch["input_ids"], **visual)
     else:
@@ -58,7 +58,7 @@ def run_trunk(
     pad_token_id: int,
 ) -> Trunk:
     """Run a batch up to the first site; samples without an image may be among it."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     batch = collate(examples, pad_token_id, model.device)
     labels = batch["labels"]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def run_trunk(
 
 def teacher_logits(model: PyramidGenerationMixin, trunk: Trunk) -> torch.Tensor:
     """Return the logits [A, V] of the model with its pyramid and its adapter off, in float32."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     state = trunk.state
     with torch.no_grad(), model.teacher():
         for segment in range(1, len(text_model.segments)):
@@ -87,7 +87,7 @@ def student_logits(
         trunk: of the batch.
         choose: what a site takes, from the state before it and its number; not asked about a batch without images.
     """
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     state = trunk.state
     for site in range(len(model.pyramid.sites)):
         if state.coords is not None:
@@ -99,7 +99,7 @@ def student_logits(
 @contextmanager
 def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -> Iterator[None]:
     """Let the layers behind the first site recompute their activations, if asked; leave the model as it was."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     if not gradient_checkpointing:
         yield
         return
@@ -116,5 +116,5 @@ def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -
 
 
 def _logits(model: PyramidGenerationMixin, state: PyramidState, trunk: Trunk) -> torch.Tensor:
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     return model.lm_head(text_model.finish(state)[:, :-1][trunk.answers]).float()

@@ -168,7 +168,7 @@ def measure(
     Raises:
         DataError: naming the sample that the model answers with NaN.
     """
-    hidden_size, num_inputs = model.model.language_model.shape.hidden_size, model.pyramid.router.num_inputs
+    hidden_size, num_inputs = model.text_model.shape.hidden_size, model.pyramid.router.num_inputs
     tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
     size = (len(examples), len(tree.routes))
     table = RouteTable(
@@ -201,7 +201,7 @@ def _measure_batch(
     model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
 ) -> dict[str, torch.Tensor]:
     """Return one batch's rows of the table, by column."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     size = (len(batch.rows), len(tree.routes))
     distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
@@ -258,7 +258,7 @@ def walk(
     model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], routes: Collection[Route]
 ) -> Iterator[PyramidState]:
     """Yield the state after every segment along some routes of a batch, depth first, the lowest route first."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
 
     def visit(state: PyramidState, ahead: Collection[Route]) -> Iterator[PyramidState]:
         site = len(state.routes[0])

@@ -8,8 +8,9 @@ from dpn_cli.checkpoint.headers import read_config, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import DEFAULT_RECIPE
 from dpn_cli.pyramid.config import IMPORTED_USE
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE, CalibrationRecipe, Recipe, apply_override, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, apply_override, load_recipe
 
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 

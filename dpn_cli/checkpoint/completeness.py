@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from dpn_cli.checkpoint.architecture import HR_TOWER, Shapes, is_tied, llava_tensors, memory_name
-from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import Checkpoint, check_float
-from dpn_cli.checkpoint.layout import COMPUTED, VISION_DEFAULTS, LlavaLayout
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import Family
+from dpn_cli.families.tensors import COMPUTED, is_tied, llava_tensors, memory_name
+from dpn_cli.families.vision import VISION_TOWERS
+from dpn_cli.pyramid.config import Shapes
 
 
 def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:
@@ -52,14 +54,14 @@ def _found(checkpoint: Checkpoint) -> Shapes:
 def _vision(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the vision_config with transformers' defaults filled in."""
     where, given = checkpoint.path, checkpoint.config["vision_config"]
-    if given["model_type"] == HR_TOWER:
-        return given  # its sizes were read from the tensors
-    defaults = VISION_DEFAULTS[given["model_type"]]
-    vision: dict[str, Any] = defaults | given
-    for key in defaults:
-        if type(vision[key]) is not int or vision[key] < 1:
+    tower = VISION_TOWERS[given["model_type"]]
+    vision = tower.completed(given)
+    for key, default in tower.defaults.items():
+        if type(default) is int and (type(vision[key]) is not int or vision[key] < 1):
             raise CheckpointError(f"{where}: vision_config has an impossible {key}: {vision[key]!r}")
-    count = vision["num_hidden_layers"]
+    count = vision.get("num_hidden_layers")
+    if count is None:  # LLaVA-HR's two towers end in one
+        return vision
     if count > len(checkpoint.tensors):  # before every layer is listed
         raise CheckpointError(f"{where}: vision_config has more layers than the weights: they do not belong together")
     layers = checkpoint.config.get("vision_feature_layer", Family.of(checkpoint.config).feature_layer)

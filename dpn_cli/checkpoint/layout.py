@@ -6,12 +6,14 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.architecture import HR_TOWER
-from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.quantisation import has_shape
-from dpn_cli.checkpoint.wrappers import EMBEDDING, TEXT_PREFIXES, refuse_unmerged, unwrap
+from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unmerged, unwrap
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
+from dpn_cli.families.tensors import TEXT_PREFIXES
+from dpn_cli.families.text import OPTIONAL_SIZES, ORIGINALS, REQUIRED_SIZES, TEXT_MODELS
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.config import Grid, PyramidConfig
 from dpn_cli.pyramid.cost import DecoderShape
 from dpn_cli.pyramid.tiling import Tiling
@@ -21,38 +23,6 @@ DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
 # The sample that costs are shown for where nobody says: height and width of its image, and its text tokens.
 IMAGE_SIZE = (672, 672)
 TEXT_TOKENS = 64
-
-# What transformers' config classes assume for keys that a text_config leaves out (tests compare).
-TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    "mistral": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
-    },
-    "qwen2": {
-        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 151936, "use_sliding_window": False,
-    },
-}  # fmt: skip
-
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-
-# The vision towers whose features are one square grid, with the select strategy that leaves exactly the grid.
-VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full", HR_TOWER: "full"}
-VISION_DEFAULTS: dict[str, dict[str, int]] = {
-    "clip_vision_model": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 32,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16,
-    },
-    HR_TOWER: {"image_size": 1024, "patch_size": 32},  # of its config class, as the others are
-}  # fmt: skip
-
-COMPUTED = (".rotary_emb.inv_freq", ".position_ids")  # the ends of buffers that old versions stored
 
 
 @dataclass(frozen=True)
@@ -86,7 +56,7 @@ class LlavaLayout:
         """
         config, where = checkpoint.config, checkpoint.path
         refuse_unmerged(checkpoint.tensors, where)
-        text_config = TEXT_DEFAULTS[config["text_config"].get("model_type", "llama")] | config["text_config"]
+        text_config = TEXT_MODELS[config["text_config"].get("model_type", "llama")].completed(config["text_config"])
         pixels, patch = _pixels(config["vision_config"], _prepooling(config), where)
         grid = (pixels // patch, pixels // patch)
         layout = cls(
@@ -206,7 +176,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         CheckpointError: with the first reason why not.
     """
     model_type = config.get("model_type")
-    if "mm_vision_tower" in config or "LlavaLlama" in str(config.get("architectures")):
+    if "mm_vision_tower" in config or any(each in str(config.get("architectures")) for each in ORIGINALS):
         raise CheckpointError(
             f"{where} is in the original LLaVA layout: convert it with `dpn convert {where} --vision-tower PATH|ID`"
         )
@@ -239,16 +209,14 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
     model is given no more positions than that.
     """
     text = config.get("text_config")
-    if not isinstance(text, dict) or text.get("model_type") not in ("mistral", "qwen2"):
+    record = TEXT_MODELS.get(str(text.get("model_type"))) if isinstance(text, dict) else None
+    if not isinstance(text, dict) or record is None or not record.has_window(text):
         return config, ()
-    window = (TEXT_DEFAULTS[text["model_type"]] | text).get("sliding_window")
-    if type(window) is not int or (text["model_type"] == "qwen2" and not text.get("use_sliding_window")):
+    window, positions = record.completed(text).get("sliding_window"), text.get("max_position_embeddings")
+    if type(window) is not int:
         return config, ()
-    positions = text.get("max_position_embeddings")
     limit = min(window, positions) if type(positions) is int else window
-    text = text | {"sliding_window": None, "max_position_embeddings": limit}
-    if text["model_type"] == "qwen2":
-        text["use_sliding_window"] = False
+    text = text | {"sliding_window": None, "max_position_embeddings": limit, **record.full_attention}
     note = (
         f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: attention is full now, "
         f"which is the same up to {limit} tokens, and that is all the positions it has."
@@ -258,34 +226,34 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
 
 def _validate_text(text_config: dict[str, Any], where: Path) -> None:
     model_type = text_config.get("model_type", "llama")
-    if not isinstance(model_type, str) or model_type not in TEXT_DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in TEXT_MODELS:
         raise CheckpointError(
-            f"{where} has a language model of type {model_type!r}: expected one of {', '.join(TEXT_DEFAULTS)}"
+            f"{where} has a language model of type {model_type!r}: expected one of {', '.join(TEXT_MODELS)}"
         )
-    window = (TEXT_DEFAULTS[model_type] | text_config).get("sliding_window")
-    layer_types = str(text_config.get("layer_types"))
-    used = text_config.get("use_sliding_window", False) if model_type == "qwen2" else window is not None
-    if model_type != "llama" and (used or "sliding_attention" in layer_types):
+    record = TEXT_MODELS[model_type]
+    if record.has_window(text_config):
+        window = record.completed(text_config).get("sliding_window")
         raise CheckpointError(f"{where} uses sliding-window attention ({window} tokens), which a pyramid cannot have")
 
 
 def _validate_vision(config: dict[str, Any], where: Path) -> None:
     model_type = config["vision_config"].get("model_type")
-    if not isinstance(model_type, str) or model_type not in VISION_STRATEGY:
+    if not isinstance(model_type, str) or model_type not in VISION_TOWERS:
         raise CheckpointError(
-            f"{where} has a vision tower of type {model_type!r}: expected one of {', '.join(VISION_STRATEGY)}"
+            f"{where} has a vision tower of type {model_type!r}: expected one of {', '.join(VISION_TOWERS)}"
         )
     strategy = config.get("vision_feature_select_strategy", Family.of(config).select_strategy)
-    if strategy != VISION_STRATEGY[model_type]:
+    expected = VISION_TOWERS[model_type].select_strategy
+    if strategy != expected:
         raise CheckpointError(
             f"{where} selects the {strategy!r} features of its {model_type}, which are not a square grid: "
-            f"expected {VISION_STRATEGY[model_type]!r}"
+            f"expected {expected!r}"
         )
 
 
 def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
     given = [key for key in OPTIONAL_SIZES if text_config.get(key) is not None]
-    for key in (*TEXT_DEFAULTS["llama"], *given):
+    for key in (*REQUIRED_SIZES, *given):
         if type(text_config[key]) is not int or text_config[key] < 1:
             raise CheckpointError(f"{where}: text_config has an impossible {key}: {text_config[key]!r}")
     return DecoderShape.from_config(text_config)
@@ -293,7 +261,7 @@ def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
 
 def _pixels(vision_config: dict[str, Any], prepooling: int, where: Path) -> tuple[int, int]:
     """Return the sides of an image and of a visual token."""
-    vision_config = VISION_DEFAULTS[vision_config["model_type"]] | vision_config
+    vision_config = VISION_TOWERS[vision_config["model_type"]].completed(vision_config)
     image_size, patch_size = vision_config["image_size"], vision_config["patch_size"]
     if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
         raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")

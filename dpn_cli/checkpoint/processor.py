@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpn_cli.checkpoint.family import FAMILIES, Family
 from dpn_cli.checkpoint.headers import (
     IMAGES_FILE,
     PROCESSOR_FILE,
@@ -22,35 +21,15 @@ from dpn_cli.checkpoint.headers import (
     Checkpoint,
     read_json_if_there,
 )
-from dpn_cli.checkpoint.layout import VISION_STRATEGY, LlavaLayout
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.tokens import DEFAULT_IMAGE_TOKEN, Tokens
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
-
-# What transformers' image processors assume where a key is missing (a test compares).
-_OPENAI = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-_STANDARD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_COMMON = {
-    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-}  # fmt: skip
-_CLIP = {**_COMMON, **_OPENAI, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
-_CLIP["size"] = {"shortest_edge": 224}
-IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "CLIPImageProcessor": _CLIP,
-    "BitImageProcessor": _CLIP,
-    "LlavaImageProcessor": {**_CLIP, "do_pad": False},
-    "LlavaNextImageProcessor": {**_CLIP, "do_pad": True},
-    "LlavaOnevisionImageProcessor": {**_COMMON, **_OPENAI, "size": {"height": 384, "width": 384}, "do_pad": True},
-    "SiglipImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}},
-    "ViTImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}, "resample": 2},
-}
-_PADS = "LlavaImageProcessor"  # to a square, where do_pad is set
 
 
 def _is_number(value: Any, above: float = -math.inf) -> bool:
@@ -251,7 +230,8 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     if family.video_processor and not files.has_videos:
         videos = {"video_processor_type": family.video_processor, "size": _square(layout.pixels)}
         yield _Setting((PROCESSOR_FILE, "video_processor"), videos)
-    strategy = VISION_STRATEGY[config["vision_config"]["model_type"]]
+    strategy = VISION_TOWERS[config["vision_config"]["model_type"]].select_strategy
+    strategies = {tower.select_strategy for tower in VISION_TOWERS.values()}
 
     def count(strategy: Any) -> int:
         return base + (strategy == "default")  # the class token, which that strategy takes away again
@@ -259,7 +239,7 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     yield _Setting(
         (PROCESSOR_FILE, _STRATEGY),
         strategy,
-        fits=lambda found: found in VISION_STRATEGY.values() and own.get(key, assumed) == count(found),
+        fits=lambda found: found in strategies and own.get(key, assumed) == count(found),
     )
     yield _Setting((PROCESSOR_FILE, key), count(own.get(_STRATEGY) or strategy), assumed)
 
@@ -271,14 +251,14 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     stated = images.get("image_processor_type") or older.replace("FeatureExtractor", "ImageProcessor")
     kind = str(stated).removesuffix("Fast").removesuffix("Pil")
     cutters = {each.image_processor for each in FAMILIES.values() if each.cuts_images}
-    alike = {family.image_processor} if family.cuts_images else IMAGE_DEFAULTS.keys() - cutters
+    alike = {family.image_processor} if family.cuts_images else IMAGE_PROCESSORS.keys() - cutters
     yield _Setting(
         (*files.images_place, "image_processor_type"),
         family.image_processor,
         images.get("feature_extractor_type"),
         fits=lambda found: kind in alike,
     )
-    assumed = IMAGE_DEFAULTS.get(kind, IMAGE_DEFAULTS[family.image_processor])
+    assumed = IMAGE_PROCESSORS.get(kind, IMAGE_PROCESSORS[family.image_processor])
     given = assumed | {key: value for key, value in images.items() if value is not None}
     for key, value in assumed.items():
         place = (*files.images_place, key)
@@ -298,7 +278,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
         if crops and not family.cuts_images:
             return _side(size) >= side  # the middle is cut out
         is_square = isinstance(size, dict) and "height" in size
-        pads = kind == _PADS and images.get("do_pad")
+        pads = "do_pad" in assumed and given["do_pad"]
         return _side(size) == side and bool(is_square or pads or family.cuts_images)
 
     edge = {"shortest_edge": side}

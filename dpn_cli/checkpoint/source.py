@@ -8,18 +8,8 @@ from pathlib import Path
 
 from dpn_cli.checkpoint.headers import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, read_json
 from dpn_cli.errors import CheckpointError, did_you_mean
+from dpn_cli.families.family import ALIASES
 
-ALIASES = {
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-    "bakllava": "llava-hf/bakLlava-v1-hf",
-    "llava-1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava-1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-    "llava-llama-3-8b": "xtuner/llava-llama-3-8b-v1_1-transformers",
-    "llava-hr-7b": "favor123/llava-hr-7b-sft-1024",
-    "llava-hr-x-13b": "favor123/llava-hr-13b-x-sft-1024",
-}
 DEMO = "demo"
 
 _REPO_PREFIX = "models--"  # of a model's folder in the hub's cache

@@ -4,9 +4,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import TEXT_PREFIXES
 
-# Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
-TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 EMBEDDING = "embed_tokens.weight"
 
 # Of PyTorch's wrappers (DistributedDataParallel, torch.compile, FSDP, checkpointing), anywhere in a name.

@@ -53,7 +53,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Other methods, at what dpn spends for every --budget: {', '.join(CONTENDERS[1:])}, or all.",
+    help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(CONTENDERS)[1:])}, or all.",
 )  # fmt: skip
 @click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
 @click.option("--images", type=click.IntRange(1), help="Of a synthetic sample; default: 1.")
@@ -186,8 +186,8 @@ def _from_data(
     rounds: int,
 ) -> "list[Inputs]":
     """Return a batch of other samples for every round."""
-    from dpn_cli.data import load_data
     from dpn_cli.data.encoding import prompts
+    from dpn_cli.data.loading import load_data
 
     dataset = load_data(data, image_root, split="heldout", limit=batch_size * rounds, ignored=ignored)
     samples = [sample for sample in dataset.samples if sample.images]

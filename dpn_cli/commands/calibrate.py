@@ -19,7 +19,7 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpn_cli.data import OnBadRow
+    from dpn_cli.data.loading import OnBadRow
 
 
 @click.command("calibrate")

@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from dpn_cli import console, workspace
+from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.families.family import ALIASES
 
 PLACEMENTS = {
     "copied": "copied unchanged",
@@ -14,7 +16,14 @@ PLACEMENTS = {
 }
 
 
-@click.command("convert")
+@click.command(
+    "convert",
+    help=f"""Make MODEL's language model a pyramid, lossless until calibrated.
+
+    MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
+    {", ".join([*ALIASES, DEMO])}.
+    """,
+)
 @click.argument("model")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
@@ -55,11 +64,7 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Make MODEL's language model a pyramid, lossless until calibrated.
-
-    MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
-    llava-1.5-7b, llava-1.5-13b, llava-hr-7b, llava-hr-x-13b, bakllava, llava-llama-3-8b, demo.
-    """
+    """Check the options, convert, and show what was done."""
     workspace.check_state_folder()
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.conversion.convert import IMPORTED, convert, default_recipe

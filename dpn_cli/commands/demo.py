@@ -40,7 +40,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     from dpn_cli.calibration.calibrate import calibrate
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
-    from dpn_cli.data import MAX_BAD
+    from dpn_cli.data.loading import MAX_BAD
     from dpn_cli.evaluation.run import evaluate_folder
     from dpn_cli.exporting.export import export
     from dpn_cli.parallel.processes import ALONE

@@ -22,10 +22,11 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.evaluation.harness import PAPER_TASKS
+from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:
-    from dpn_cli.data import OnBadRow
+    from dpn_cli.data.loading import OnBadRow
 
 
 @click.command("eval")
@@ -48,8 +49,9 @@ if TYPE_CHECKING:
     help=f"Let other methods answer for the same FLOPs: {', '.join(CONTENDERS)}, or all.",
 )  # fmt: skip
 @click.option(
-    "--metric", type=Choice(["exact", "choice", "anls"]), default="exact", show_default=True,
-    help="How answers are scored by labels: normalised exact match (VQA), letter of the option, or edit distance.",
+    "--metric", type=Choice(list(METRICS)), default="exact", show_default=True,
+    help="How answers are scored by labels: "
+    + ", ".join(f"{name} ({metric.description})" for name, metric in METRICS.items()) + ".",
 )  # fmt: skip
 @click.option(
     "--by",

@@ -13,6 +13,7 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.contenders import CONTENDERS
 from dpn_cli.parallel.launch import is_launched, launch, place
@@ -54,8 +55,7 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
         (
             click.option(
                 "--data", required=required, metavar="DATA",
-                help="A LLaVA .json or .jsonl file, a folder of images (asked stock prompts, answered by the model), a "
-                "parquet file, a folder from save_to_disk, owner/name[:configuration[:split]] on the hub, or demo.",
+                help=f"What to read: {describe_formats()}.",
             ),
             click.option(
                 "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -144,7 +144,7 @@ def contender_names(against: str) -> tuple[str, ...]:
         if name not in (*CONTENDERS, "all"):
             known = ", ".join((*CONTENDERS, "all"))
             raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, CONTENDERS)}")
-    return CONTENDERS if "all" in names else tuple(dict.fromkeys(names))
+    return tuple(CONTENDERS) if "all" in names else tuple(dict.fromkeys(names))
 
 
 class Choice(click.Choice[str]):

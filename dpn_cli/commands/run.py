@@ -47,8 +47,8 @@ def command(
     folder = checkpoint_folder(model)
 
     from dpn_cli.checkpoint.layout import open_converted
-    from dpn_cli.data import Sample, Turn
     from dpn_cli.data.images import image_path
+    from dpn_cli.data.samples import Sample, Turn
     from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.inference.answering import answer
     from dpn_cli.inference.loading import default_device, load_model, load_processor

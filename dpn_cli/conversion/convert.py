@@ -12,14 +12,13 @@ from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.cue import answer_cue
-from dpn_cli.checkpoint.family import CONVERTED, FAMILIES, Family
 from dpn_cli.checkpoint.headers import WEIGHTS_KEY, Checkpoint, read_config, read_header
 from dpn_cli.checkpoint.initial import initial_values
 from dpn_cli.checkpoint.layout import DPE_FILE, LlavaLayout, validate_llava
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.side_files import left_behind, without_code
-from dpn_cli.checkpoint.source import ALIASES, Source, resolve_source
+from dpn_cli.checkpoint.source import Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
 from dpn_cli.checkpoint.template import ChatTemplate
@@ -29,8 +28,9 @@ from dpn_cli.conversion.original import is_original
 from dpn_cli.conversion.rewriting import Written
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN
 from dpn_cli.errors import DpnError, RecipeError, UsageError
+from dpn_cli.families.family import ALIASES, CONVERTED, DEFAULT_RECIPE, FAMILIES, Family
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE, Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
 
 IMPORTED = "imported"  # in the place of a recipe's name
 

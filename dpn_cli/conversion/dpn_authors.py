@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.wrappers import TEXT_PREFIXES
 from dpn_cli.conversion.original import rewrite_original
 from dpn_cli.conversion.rewriting import Planned, Rewritten
 from dpn_cli.conversion.weights import Weights, open_weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import TEXT_PREFIXES
 from dpn_cli.pyramid.config import IMPORTED_KEY, IMPORTED_USE, PyramidConfig, Rate, RouterConfig, Site
 
 if TYPE_CHECKING:

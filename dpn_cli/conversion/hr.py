@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from dpn_cli.checkpoint.architecture import HR_TOWER
 from dpn_cli.conversion.rewriting import Planned
-from dpn_cli.conversion.tower import CLIP_DEFAULTS, ClipTower
+from dpn_cli.conversion.tower import CLIP, ClipTower
 from dpn_cli.conversion.weights import Weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.vision import HR_TOWER, VISION_TOWERS
 
 _FAST = "model.vision_tower.fast_vision_tower.vision_tower.vision_model."
 _SLOW = "model.vision_tower.slow_vision_tower.vision_tower."
@@ -77,7 +77,7 @@ class HrTower:
 
     def features(self, original: Mapping[str, Any]) -> dict[str, Any]:
         """Return what finds the tower's one output, whatever layer the original names: it ignores that."""
-        return {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        return {"vision_feature_layer": -1, "vision_feature_select_strategy": VISION_TOWERS[HR_TOWER].select_strategy}
 
     def renamed(self, name: str) -> str | None:
         """Return what one of the tower's tensors is called in a LLaVA."""
@@ -116,15 +116,15 @@ def _fast_config(weights: Weights, original: Mapping[str, Any], vision_tower: st
             "PATH|ID the model that it was trained from"
         )
     positions, _ = _shape(weights, f"{_FAST}embeddings.position_embedding.weight", 2)
-    return CLIP_DEFAULTS | {
-        "model_type": "clip_vision_model",
+    return CLIP.completed({
+        "model_type": CLIP.model_type,
         "hidden_size": hidden,
         "intermediate_size": _shape(weights, f"{_FAST}encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // _HEAD,
         "image_size": math.isqrt(positions - 1) * patch,
         "patch_size": patch,
-    }
+    })  # fmt: skip
 
 
 def _slow_config(weights: Weights, original: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from dpn_cli.checkpoint.architecture import HR_TOWER
-from dpn_cli.checkpoint.family import is_converted
 from dpn_cli.checkpoint.headers import (
     SINGLE_FILE,
     Checkpoint,
@@ -25,6 +23,8 @@ from dpn_cli.conversion.original import is_original, rewrite_original
 from dpn_cli.conversion.rewriting import Written, rewrite_weights
 from dpn_cli.conversion.weights import holds_bins, open_weights
 from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.families.family import is_converted
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.config import PyramidConfig
 
 
@@ -118,7 +118,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         return rewrite_original(folder, vision_tower)[0]
     config, notes = without_window(config)
     validate_llava(config, folder)
-    if config["vision_config"]["model_type"] == HR_TOWER:
+    if not VISION_TOWERS[config["vision_config"]["model_type"]].is_stock:
         raise CheckpointError(f"{folder} is a LLaVA-HR that was converted before: start from its original checkpoint")
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")

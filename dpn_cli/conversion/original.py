@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, read_config
-from dpn_cli.checkpoint.layout import COMPUTED, OPTIONAL_SIZES, TEXT_DEFAULTS, without_window
+from dpn_cli.checkpoint.layout import without_window
 from dpn_cli.checkpoint.side_files import copy_side_file, is_licence, side_files
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.hr import HrTower
@@ -22,12 +22,12 @@ from dpn_cli.conversion.tower import ClipTower, Tower
 from dpn_cli.conversion.vocabulary import MULTIPLE, Vocabulary
 from dpn_cli.conversion.weights import Weights, open_weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import COMPUTED
+from dpn_cli.families.text import OPTIONAL_SIZES, ORIGINALS, REQUIRED_SIZES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-TEXT_TYPES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _STORED_EMBEDDING, _STORED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,7 +63,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Say whether a config.json is one of the original layout; its model type is no sign."""
-    return "mm_vision_tower" in config or _architecture(config) in TEXT_TYPES
+    return "mm_vision_tower" in config or _architecture(config) in ORIGINALS
 
 
 def rewrite_original(
@@ -135,10 +135,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _validate(config: Mapping[str, Any], folder: Path) -> None:
-    if _architecture(config) not in TEXT_TYPES:
+    if _architecture(config) not in ORIGINALS:
         raise CheckpointError(
             f"{folder} is a {_architecture(config)!r} in the original LLaVA layout: expected one of "
-            f"{', '.join(TEXT_TYPES)}"
+            f"{', '.join(ORIGINALS)}"
         )
     for key, allowed in _ONLY.items():
         if config.get(key) not in allowed:
@@ -149,7 +149,7 @@ def _validate(config: Mapping[str, Any], folder: Path) -> None:
             )
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
-    for key in (*TEXT_DEFAULTS["llama"], *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
+    for key in (*REQUIRED_SIZES, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(
                 f"{folder}: config.json has {config.get(key)!r} as {key}, so the model's sizes are unknown"
@@ -234,7 +234,7 @@ def _config(
         "torch_dtype": dtype,
         "text_config": text
         | {
-            "model_type": TEXT_TYPES[_architecture(original)],
+            "model_type": ORIGINALS[_architecture(original)].model_type,
             "vocab_size": vocabulary.size,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

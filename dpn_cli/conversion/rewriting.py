@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
-from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import tensor_bytes
 from dpn_cli.checkpoint.writer import Placement, write_shard
 from dpn_cli.conversion.weights import Weights
+from dpn_cli.families.tensors import COMPUTED
 from dpn_cli.pyramid.config import PyramidConfig
 
 if TYPE_CHECKING:

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpn_cli.checkpoint.headers import read_config, read_json
-from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.source import resolve_source
 from dpn_cli.conversion.rewriting import Planned
 from dpn_cli.conversion.weights import open_weights
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import COMPUTED
+from dpn_cli.families.vision import VISION_TOWERS
 
-# What transformers' CLIPVisionConfig assumes for keys that are left out (a test compares).
-CLIP_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}  # fmt: skip
+CLIP = VISION_TOWERS["clip_vision_model"]
 
 _INSIDE = "vision_model."
 _STORED = "model.vision_tower.vision_tower."
@@ -67,18 +63,18 @@ class ClipTower:
         kind = config.get("model_type")
         if kind == "clip":
             config = config.get("vision_config")  # type: ignore[assignment]
-        if kind not in ("clip", "clip_vision_model") or not isinstance(config, dict):
+        if kind not in ("clip", CLIP.model_type) or not isinstance(config, dict):
             raise CheckpointError(f"{folder} is a {kind!r} model, expected a CLIP model as the vision tower")
-        settings = {key: config.get(key, default) for key, default in CLIP_DEFAULTS.items()}
-        kinds = all(type(settings[key]) is type(default) for key, default in CLIP_DEFAULTS.items())
+        settings = {key: config.get(key, default) for key, default in CLIP.defaults.items()}
+        kinds = all(type(settings[key]) is type(default) for key, default in CLIP.defaults.items())
         if not kinds or any(type(value) is not str and value <= 0 for value in settings.values()):
             raise CheckpointError(f"{folder / 'config.json'} has impossible sizes: download it again")
-        return cls(folder, {"model_type": "clip_vision_model", **settings})
+        return cls(folder, {"model_type": CLIP.model_type, **settings})
 
     def features(self, original: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the original says about the layer; the class token is left out."""
         layer = original.get("mm_vision_select_layer", -2)
-        return {"vision_feature_layer": layer, "vision_feature_select_strategy": "default"}
+        return {"vision_feature_layer": layer, "vision_feature_select_strategy": CLIP.select_strategy}
 
     def renamed(self, name: str) -> str | None:
         """Return the name of a tensor that a fine-tune has saved along."""

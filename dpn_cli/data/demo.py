@@ -1,12 +1,15 @@
 """The demo's pictures, drawn as they are needed."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from dpn_cli.data.formats import Request
 from dpn_cli.data.rows import KIND_FIELD
 from dpn_cli.data.samples import Sample, Turn
 
 if TYPE_CHECKING:
     from dpn_cli.demo.pictures import Split
+
+DEMO_SAMPLES = 512
 
 
 class DemoPictures:
@@ -39,3 +42,10 @@ class DemoPictures:
     def sample(self, index: int) -> Sample:
         """Return one sample."""
         return self.samples[index]
+
+
+def open_demo(request: Request) -> DemoPictures | None:
+    """Open the demo's pictures, if they are what is asked for."""
+    if request.data != "demo":
+        return None
+    return DemoPictures(cast("Split", request.split), DEMO_SAMPLES if request.limit is None else request.limit)

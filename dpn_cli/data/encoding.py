@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout
-from dpn_cli.data import RowError, Sample
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.pyramid.config import Grid

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpn_cli.data.formats import Request
 from dpn_cli.data.images import SUFFIXES
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
@@ -48,3 +49,8 @@ class ImageFolder:
         path = self.files[index]
         turn = Turn(self.prompts[index % len(self.prompts)], images=1)
         return Sample(str(path.relative_to(self.folder)), (path,), (turn,))
+
+
+def open_images(request: Request) -> ImageFolder | None:
+    """Open a folder, whatever else it holds."""
+    return ImageFolder(request.path, request.reading.prompts) if request.path.is_dir() else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.fields import asks, is_readable, known_names, mapping, validate_ignored
+from dpn_cli.data.formats import Request
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, read_row
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
@@ -113,6 +114,27 @@ def _is_plain(kind: Any) -> bool:
 def _bytes(value: Any) -> bytes | None:
     data = value.get("bytes") if isinstance(value, dict) else value
     return data if isinstance(data, bytes) else None
+
+
+def open_saved(request: Request) -> Table | None:
+    """Open a folder from `save_to_disk`."""
+    return Table(str(request.path), request.root, request.reading) if is_saved_dataset(request.path) else None
+
+
+def open_table(request: Request) -> Table | None:
+    """Open a parquet or arrow file, or a folder with such files."""
+    path = request.path
+    if path.is_dir():
+        return Table(str(path), request.root, request.reading) if table_files(path) else None
+    is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
+    return Table(request.data, request.root, request.reading) if is_table else None
+
+
+def open_hub(request: Request) -> Table | None:
+    """Open a data set of the hub, where nothing on disk has this name."""
+    if request.path.exists() or not is_hub_id(request.data):
+        return None
+    return Table(request.data, request.image_root or Path(), request.reading)
 
 
 def _open(name: str) -> tuple[str, Any]:

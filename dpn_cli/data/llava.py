@@ -11,11 +11,13 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import asks, mapping, present, validate_ignored
+from dpn_cli.data.formats import Request
 from dpn_cli.data.images import image_path
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 
+_SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
 _BEGINNING = 4096  # characters
 _LOOKED_AT = 100  # rows, to say which fields are read
@@ -168,3 +170,19 @@ def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
+
+
+def open_llava(request: Request) -> LlavaFile | None:
+    """Open a file of rows, or the one of a folder.
+
+    Raises:
+        DataError: if there are several in the folder.
+    """
+    path, files = request.path, [request.path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix.lower() in _SUFFIXES and holds_rows(each))
+    if len(files) > 1:
+        names = ", ".join(each.name for each in files)
+        raise DataError(f"{path} holds several files of rows ({names}): give one of them as --data")
+    is_one = files and files[0].is_file() and files[0].suffix.lower() in _SUFFIXES
+    return LlavaFile(files[0], request.root, request.reading) if is_one else None

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dpn_cli.data import Sample
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.contenders import make_contender
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal
@@ -234,7 +234,7 @@ def _rivals(
     spent: dict[float | None, Standing],
 ) -> tuple[list[Entry], list[str]]:
     """Return every contender at what the pyramid has spent, and why some are missing."""
-    shape = panel.model.model.language_model.shape
+    shape = panel.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
     out_of_reach: list[str] = []

@@ -47,7 +47,7 @@ class Accuracy:
     @classmethod
     def of(cls, outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> "Accuracy | None":
         """Score the answers to labelled questions; None if there are none."""
-        score = METRICS[metric]
+        score = METRICS[metric].score
         pairs = [(o, q) for o, q in zip(outcomes, questions, strict=True) if q.label is not None]
         if not pairs:
             return None

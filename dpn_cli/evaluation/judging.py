@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.evaluation.contenders.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import generate_texts
@@ -139,7 +139,7 @@ class Panel:
         sizes: Sequence[Prompt],
     ) -> list[Outcome]:
         """Compare the log-probabilities [A, V] of a contender with the teacher's, row by row."""
-        row, num_layers = answer_positions(labels)[0], self.model.model.language_model.shape.num_layers
+        row, num_layers = answer_positions(labels)[0], self.model.text_model.shape.num_layers
         columns: tuple[Sequence[Any], ...] = (
             answers,
             mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), row, len(labels)).tolist(),

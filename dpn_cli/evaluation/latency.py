@@ -230,7 +230,7 @@ def _run(
     with contender.applied(model):
         timing, logits = time_generation(model, inputs, new_tokens, clock)
         fractions = contender.fractions(model, prompts)
-    full = [full_flops(model.model.language_model.shape, prompt) for prompt in prompts]
+    full = [full_flops(model.text_model.shape, prompt) for prompt in prompts]
     spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))
     return _Run(timing, logits.float(), spent / sum(full), spent)
 

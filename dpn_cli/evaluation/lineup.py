@@ -92,7 +92,7 @@ def _validate(
     except ValueError as error:
         raise UsageError(str(error)) from None
     lengths = [(prompt.grids, prompt.text_tokens) for prompt in prompts]
-    cheapest = cheapest_fraction(model.model.language_model.shape, model.pyramid, lengths)
+    cheapest = cheapest_fraction(model.text_model.shape, model.pyramid, lengths)
     for budget in budgets:
         if budget < cheapest - TOLERANCE:
             raise UsageError(
@@ -104,7 +104,7 @@ def _validate(
 
 def _given(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budget: float) -> GivenRoutes:
     """Return the pyramid with the routes that spend a budget on a batch."""
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     return GivenRoutes(given=routes_that_spend(shape, model.pyramid, prompts, budget))
 
 
@@ -137,7 +137,7 @@ def _add_rivals(
     names: Sequence[str],
 ) -> None:
     """Add other methods at the pyramid's total of FLOPs; say which cannot spend it, or cannot handle such a model."""
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     full = [full_flops(shape, prompt) for prompt in prompts]
     spent = _total(fractions, full)
     weights: dict[Prompt, float] = {}

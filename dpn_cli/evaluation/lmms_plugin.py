@@ -14,8 +14,8 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from dpn_cli.data import Sample, Turn
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.contenders.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.inference.loading import default_device, load_model, load_processor

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -69,4 +70,21 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-METRICS: dict[str, Callable[[str, str], float]] = {"exact": exact_match, "choice": multiple_choice, "anls": anls}
+@dataclass(frozen=True)
+class Metric:
+    """A way to score answers.
+
+    Attributes:
+        description: for help texts.
+        score: of an answer by its label, from 0 to 1.
+    """
+
+    description: str
+    score: Callable[[str, str], float]
+
+
+METRICS = {
+    "exact": Metric("normalised exact match, as VQA's", exact_match),
+    "choice": Metric("letter of the option", multiple_choice),
+    "anls": Metric("edit distance", anls),
+}

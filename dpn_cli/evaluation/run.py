@@ -7,8 +7,9 @@ from pathlib import Path
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data import Dataset, OnBadRow, load_data
 from dpn_cli.data.encoding import token_limit
+from dpn_cli.data.loading import OnBadRow, load_data
+from dpn_cli.data.scan import Dataset
 from dpn_cli.evaluation.evaluate import Evaluation, Progress, evaluate
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.kept import keeping

@@ -83,7 +83,7 @@ def attention_kernels(model: PyramidGenerationMixin) -> Iterator[set[str]]:
     It stays empty where attention is plain matrix products.
     """
     log = _KernelLog()
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     hooks = [
         text_model.register_forward_pre_hook(lambda *_: log.__enter__() and None),
         text_model.register_forward_hook(lambda *_: log.__exit__(None, None, None), always_call=True),

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, WEIGHTS_KEY, Checkpoint
-from dpn_cli.checkpoint.layout import VISION_DEFAULTS, LlavaLayout
+from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import DTYPES
+from dpn_cli.families.family import Family
+from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.modeling.code import auto_map
 from dpn_cli.pyramid.config import PyramidConfig
 
@@ -54,7 +55,7 @@ def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[d
         CheckpointError: if config.json does not say which layers are used.
     """
     vision, chosen = config["vision_config"], config.get("vision_feature_layer", Family.of(config).feature_layer)
-    layers = (VISION_DEFAULTS[vision["model_type"]] | vision).get("num_hidden_layers")
+    layers = VISION_TOWERS[vision["model_type"]].completed(vision).get("num_hidden_layers")
     if layers is None:  # LLaVA-HR's two towers end in one
         return config, ()
     indices = chosen if isinstance(chosen, list) else [chosen]

@@ -10,7 +10,6 @@ from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.cue import answer_cue
-from dpn_cli.checkpoint.family import CONVERTED
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.locks import in_use
@@ -26,6 +25,7 @@ from dpn_cli.exporting.model_card import model_card
 from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
+from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.pyramid.config import PyramidConfig
 

@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from dpn_cli import __version__
-from dpn_cli.checkpoint.family import Family
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
+from dpn_cli.families.family import Family
 from dpn_cli.pyramid.config import PyramidConfig, Rate
 from dpn_cli.pyramid.cost import flops_fraction
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, TORCH_DTYPES, Checkpoint, TensorInfo
-from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
+from dpn_cli.families.tensors import COMPUTED, memory_name
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # what the user says, what safetensors says
 ROUTERS = "model.language_model.routers."

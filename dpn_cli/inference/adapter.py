@@ -38,7 +38,7 @@ def add_adapter(
         MissingExtraError: without peft.
     """
     peft = _peft()
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
     layers = range(text_model.segments[0].stop, len(text_model.layers))
     model.requires_grad_(False)
     config = peft.LoraConfig(

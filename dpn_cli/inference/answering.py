@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Rate, Route
 from dpn_cli.pyramid.cost import flops_fraction
@@ -86,7 +86,7 @@ def answer(
         text="".join(streamer.pieces).strip(),
         route=route,
         rates=tuple(site.rates[expert] for site, expert in zip(pyramid.sites, route, strict=True)),
-        flops_fraction=flops_fraction(model.model.language_model.shape, pyramid, route, grids, text_tokens),
+        flops_fraction=flops_fraction(model.text_model.shape, pyramid, route, grids, text_tokens),
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         new_tokens=len(streamer.times),

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import LlamaModel, MistralModel, PreTrainedConfig, Qwen2Model
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -22,15 +23,19 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
+from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
 from dpn_cli.modeling.pooling import Kernels, merge_cells, pool_tokens
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
+    Readable,
     Router,
     RouterHead,
     RouterLinear,
+    RouterNorm,
     decide,
     router_features,
 )
@@ -61,18 +66,30 @@ class PyramidTextMixin:
         _refuse_sliding_window(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.pyramid = pyramid
-        self.segments = pyramid.segments(config.num_hidden_layers)
         self.shape = DecoderShape.from_config(config.to_dict())
-        self.forced_routes: list[Route] | None = None if pyramid.static_route is None else [pyramid.static_route]
-        self.trade_off = pyramid.trade_off
-        self.pooling_enabled = True
-        self.last_routes: list[Route] = []
-        self.last_grids: list[tuple[Grid, ...]] = []
+        self.default_routes: tuple[Route, ...] = pyramid.own_routes
         experts = [len(site.rates) for site in pyramid.sites]
         if pyramid.has_routers:
             self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.rates) for site in pyramid.sites)
+
+    @property
+    def segments(self) -> list[range]:
+        """The decoder layers between sites."""
+        return current_call(self).segments or self.pyramid.segments(self.config.num_hidden_layers)
+
+    @property
+    def trade_off(self) -> float:
+        """The λ that routers choose with."""
+        chosen = current_call(self).trade_off
+        return self.pyramid.trade_off if chosen is None else chosen
+
+    @property
+    def forced_routes(self) -> tuple[Route, ...]:
+        """The route of all samples, or one for each; empty where the routers choose."""
+        chosen = current_call(self).routes
+        return self.default_routes if chosen is None else chosen
 
     @override
     def _init_weights(self, module: nn.Module) -> None:  # type: ignore[misc]  # of the text model beside the mixin
@@ -80,6 +97,9 @@ class PyramidTextMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, RouterHead):
             init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RouterNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, RouterLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -139,9 +159,18 @@ class PyramidTextMixin:
             _refuse_unfit(cache, attention_mask)
         state = self.run(state, cache, attention_mask, use_cache=use_cache, **kwargs)
         if state.coords is not None or past == 0:
-            self.last_routes = list(state.routes) or [self.pyramid.full_route] * len(inputs_embeds)
-            self.last_grids = list(state.image_grids) or [()] * len(inputs_embeds)
+            change_call(
+                self,
+                last_routes=state.routes or (self.pyramid.full_route,) * len(inputs_embeds),
+                last_grids=state.image_grids or ((),) * len(inputs_embeds),
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
+
+    @property
+    def asks_routers(self) -> bool:
+        """Whether a prefill asks the routers: to choose a rate, or for the gate of one that is forced."""
+        chooses = not self.forced_routes or self.pyramid.gate != "none"
+        return current_call(self).pools and self.pyramid.has_routers and chooses
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
@@ -162,7 +191,7 @@ class PyramidTextMixin:
         if attention_mask is not None and attention_mask.ndim == 2:
             valid = attention_mask[:, -length:].to(inputs_embeds.device, torch.bool)
             valid = None if valid.all() else valid
-        if not self.pooling_enabled or not self.pyramid.sites or visual_coords is None:
+        if not current_call(self).pools or not self.pyramid.sites or visual_coords is None:
             return PyramidState(inputs_embeds, positions, valid)
         visual_coords, in_part = without_hidden(visual_coords, valid)
         if (visual_coords < 0).all():
@@ -200,9 +229,10 @@ class PyramidTextMixin:
         **kwargs: Any,
     ) -> PyramidState:
         """Run all segments, and `reduce` between them where the batch has images; see `run_segment`."""
+        reduce = current_call(self).reduce or self.reduce
         for segment in range(len(self.segments)):
             if segment > 0 and state.coords is not None:
-                state = self.reduce(state, segment - 1)
+                state = reduce(state, segment - 1)
             state = self.run_segment(state, segment, cache, attention_mask, **kwargs)
         return state
 
@@ -301,7 +331,7 @@ class PyramidTextMixin:
 
     def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
         """Return the rotary positions [B, S] of a segment."""
-        if self.pyramid.positions == "persistent" or segment == 0 or not self.pooling_enabled:
+        if self.pyramid.positions == "persistent" or segment == 0 or not current_call(self).pools:
             return state.positions
         past = cache.num_valid(segment) if isinstance(cache, PyramidCache) else 0
         if state.valid is not None:
@@ -319,18 +349,21 @@ class PyramidTextMixin:
         last = state.now_at(state.instruction[:, None])
         is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
         is_text = is_text if state.valid is None else is_text & state.valid
-        return router_features(state.hidden_states, is_read > 0, is_text, is_visual, self.pyramid.router)
+        batch = Readable(state.hidden_states, is_read > 0, is_text, is_visual)
+        return router_features(batch, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:
         """Let the forced route or the router pick every sample's rate at a site."""
-        if self.forced_routes is not None:
+        if self.forced_routes:
             return self.take(state, site, self._forced(self.forced_routes, state, site))
+        return self.choose_among(self.prices(state, site), state, site)
+
+    def choose_among(self, prices: Sequence[tuple[list[int], list[float]]], state: PyramidState, site: int) -> Choice:
+        """Let the router pick every sample's rate among given ones; see `prices`."""
         logits = self.routers[site](self.router_features(state))
         experts = [
             decide(scores, costs, offered, self.trade_off) if grids else 0
-            for scores, grids, (offered, costs) in zip(
-                logits.tolist(), state.grids, self.prices(state, site), strict=True
-            )
+            for scores, grids, (offered, costs) in zip(logits.tolist(), state.grids, prices, strict=True)
         ]
         return Choice(experts, self._gate(state, logits, experts))
 
@@ -369,6 +402,9 @@ class PyramidTextMixin:
         for grids, image, text, route in zip(
             state.grids, state.image_grids, state.text_tokens, state.routes, strict=True
         ):
+            if not grids:  # nor perhaps any text, where the mask hides a whole row
+                prices.append(([0], [1.0]))
+                continue
             offered = self.pyramid.offered(site, grids)
             routes = [(*route, k, *rest) for k in offered]
             prices.append((offered, [flops_fraction(self.shape, self.pyramid, r, image, text) for r in routes]))
@@ -435,19 +471,14 @@ class PyramidTextMixin:
         return hidden_states.gather(1, state.columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-class PyramidLlamaModel(PyramidTextMixin, LlamaModel):
-    """Llama with a pyramid."""
+def _with_pyramid(text: TextModel) -> type[PyramidTextMixin]:
+    """Make transformers' class of a text model one with a pyramid, and a name of this module, as pickle needs it."""
+    name, stock = f"Pyramid{text.class_name}", getattr(transformers, text.class_name)
+    globals()[name] = made = type(name, (PyramidTextMixin, stock), {"__module__": __name__})
+    return made
 
 
-class PyramidMistralModel(PyramidTextMixin, MistralModel):
-    """Mistral with a pyramid."""
-
-
-class PyramidQwen2Model(PyramidTextMixin, Qwen2Model):
-    """Qwen2 with a pyramid."""
-
-
-PYRAMID_TEXT_MODELS = {"llama": PyramidLlamaModel, "mistral": PyramidMistralModel, "qwen2": PyramidQwen2Model}
+PYRAMID_TEXT_MODELS = {model_type: _with_pyramid(record) for model_type, record in TEXT_MODELS.items()}
 
 
 def _num_tokens(grids: Sequence[Grid]) -> int:
@@ -467,8 +498,7 @@ def _spread(routes: Sequence[Route], batch: int) -> list[Route]:
 
 
 def _refuse_sliding_window(config: PreTrainedConfig) -> None:
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window is not None):
+    if TEXT_MODELS[config.model_type].has_window(config.to_dict()):
         raise ValueError(
             f"this {config.model_type} model uses sliding-window attention, whose window would count pooled tokens; "
             "a pyramid needs full attention in every layer (set sliding_window to null if the context allows it)"

@@ -3,13 +3,14 @@
 Shapes: B batch, S sequence, D hidden, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.pyramid.config import RouterConfig
+from dpn_cli.pyramid.config import ROUTER_INPUTS, RouterConfig
 
 GATE_TEMPERATURE = 10.0  # of the authors' probability gate
 
@@ -35,12 +36,17 @@ class RouterHead(RouterLinear):
     """A router's last layer; a model starts it at zero, so that a fresh router scores all rates alike."""
 
 
-class RouterNorm(nn.LayerNorm):
+class RouterNorm(nn.Module):
     """Normalises several vectors, each by itself, and scales them together."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(in_features))
+        self.bias = nn.Parameter(torch.zeros(in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, n, D] to [B, n·D]."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(1)
+        x = F.layer_norm(x, x.shape[-1:]).flatten(1)
         return x * self.weight.float() + self.bias.float()
 
 
@@ -74,45 +80,53 @@ class Router(nn.Module):
         """
         x = features.float()
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
-        x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
-        z: torch.Tensor = self.head(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
+            z: torch.Tensor = self.head(x)
         if self.config.output == "logits":
             return z
         return torch.cat([torch.zeros_like(z[:, :1]), -F.softplus(z[:, 1:])], dim=1)
 
 
-def router_features(
-    hidden_states: torch.Tensor,
-    is_read: torch.Tensor,
-    is_text: torch.Tensor,
-    is_visual: torch.Tensor,
-    config: RouterConfig,
-) -> torch.Tensor:
-    """Collect what a router reads.
+@dataclass(frozen=True)
+class Readable:
+    """What routers may read of a batch between two segments.
 
-    Args:
+    Attributes:
         hidden_states: [B, S, D].
-        is_read: [B, S] bool, the last token of the instruction, or all tokens of a special kind, whose mean is taken.
-        is_text: [B, S] bool, the prompt's tokens that are not visual.
-        is_visual: [B, S] bool; a sample may have none.
-        config: says whether the summaries of the text and of the visual tokens are wanted.
-
-    Returns:
-        [B, num_inputs, D]: the token that is read; with summaries also the mean of the text tokens, and the mean and
-        the maximum of the visual ones.
+        read: [B, S] bool, the last token of the instruction, or all tokens of a special kind.
+        text: [B, S] bool, the prompt's tokens that are not visual.
+        visual: [B, S] bool; a sample may have none.
     """
-    read = _mean(hidden_states, is_read)
-    if config.num_inputs == 1:
-        return read[:, None]
-    maximum = hidden_states.masked_fill(~is_visual[..., None], torch.finfo(hidden_states.dtype).min).amax(1)
-    maximum = maximum * is_visual.any(1, keepdim=True)
-    return torch.stack([read, _mean(hidden_states, is_text), _mean(hidden_states, is_visual), maximum], dim=1)
+
+    hidden_states: torch.Tensor
+    read: torch.Tensor
+    text: torch.Tensor
+    visual: torch.Tensor
+
+    def mean(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the mean [B, D] of some tokens, [B, S] bool; zero where there is none."""
+        weights = tokens / tokens.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bsd,bs->bd", self.hidden_states.float(), weights).to(self.hidden_states.dtype)
+
+    def maximum(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the maximum [B, D] of some tokens, [B, S] bool; zero where there is none."""
+        lowest = torch.finfo(self.hidden_states.dtype).min
+        return self.hidden_states.masked_fill(~tokens[..., None], lowest).amax(1) * tokens.any(1, keepdim=True)
 
 
-def _mean(hidden_states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the mean [B, D] of the chosen tokens, [B, S] bool; zero where there is none."""
-    weights = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("bsd,bs->bd", hidden_states.float(), weights).to(hidden_states.dtype)
+ROUTER_VECTORS: dict[str, Callable[[Readable], torch.Tensor]] = {
+    "read": lambda batch: batch.mean(batch.read),
+    "text_mean": lambda batch: batch.mean(batch.text),
+    "visual_mean": lambda batch: batch.mean(batch.visual),
+    "visual_max": lambda batch: batch.maximum(batch.visual),
+}
+"""The vectors [B, D] that `ROUTER_INPUTS` are made of."""
+
+
+def router_features(batch: Readable, config: RouterConfig) -> torch.Tensor:
+    """Collect what a router reads, [B, num_inputs, D]."""
+    return torch.stack([ROUTER_VECTORS[name](batch) for name in ROUTER_INPUTS[config.input]], dim=1)
 
 
 def decide(logits: Sequence[float], costs: Sequence[float], offered: Sequence[int], trade_off: float) -> int:

@@ -132,8 +132,9 @@ class PyramidModelMixin(PreTrainedModel):
     ) -> torch.Tensor:
         """Return the visual coordinates [B, L, 3] of a prompt; its images are pixels or encoded ones."""
         encoded = (mm_encoder_outputs or {}).get("image")
-        num_images = len(pixel_values if encoded is None else encoded.pooler_output)  # type: ignore[arg-type]
         sizes = {name: kwargs[name] for name in GRID_INPUTS if kwargs.get(name) is not None}
+        images: Any = pixel_values if encoded is None else encoded.pooler_output
+        num_images = len(sizes.get("image_sizes", images))  # the tiles of all images may be stacked
         return visual_coordinates(self.is_image(input_ids, inputs_embeds), self.image_blocks(num_images, **sizes))
 
     @override

@@ -5,10 +5,10 @@ A family (LLaVA and its kin) gives its two classes two mixins: `PyramidModelMixi
 Shapes: B batch, L sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -23,12 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import override
 
+from dpn_cli.modeling.adapters import adapted_layers, make_switchable
 from dpn_cli.modeling.cache import PyramidCache
+from dpn_cli.modeling.call import changed_call, current_call
 from dpn_cli.modeling.instruction import instruction_ends
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, segments_between
 
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
@@ -82,7 +85,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
         cache = past_key_values if cache is None else cache
-        if instruction is None and labels is not None:
+        if instruction is None and labels is not None and self.text_model.asks_routers:
             is_image = self.model.is_image(input_ids, inputs_embeds)
             instruction = instruction_ends(labels, is_image, input_ids, attention_mask, self.pyramid.answer_cue)
         elif instruction is None and prompt_length is not None:
@@ -169,30 +172,52 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
     @property
-    def pyramid(self) -> PyramidConfig:
-        """The pyramid of the language model."""
-        return self._text_model.pyramid
+    def text_model(self) -> PyramidTextMixin:
+        """The language model, without its head."""
+        return self.model.language_model
+
+    @override
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the language model."""
+        self.model.set_decoder(decoder)
 
     @property
-    def _text_model(self) -> PyramidTextMixin:
-        return self.model.language_model
+    def pyramid(self) -> PyramidConfig:
+        """The pyramid of the language model, with the λ of `set_budget`; the config holds it as JSON."""
+        return self.text_model.pyramid
+
+    @pyramid.setter
+    def pyramid(self, pyramid: PyramidConfig) -> None:
+        self.text_model.pyramid = pyramid
+        self.config.pyramid = pyramid.to_dict()
 
     @property
     def last_routes(self) -> list[Route]:
-        """The route of every sample of the last prefill, as expert indices per site."""
-        return list(self._text_model.last_routes)
+        """The route of every sample of this thread's (or task's) last prefill, as expert indices per site."""
+        return list(current_call(self.text_model).last_routes)
 
     @property
     def last_grids(self) -> list[tuple[Grid, ...]]:
         """The visual grids of every sample of the last prefill, before any pooling; none while the pyramid is off."""
-        return list(self._text_model.last_grids)
+        return list(current_call(self.text_model).last_grids)
 
     def new_cache(self, offloading: bool = False) -> PyramidCache:
         """Return an empty KV cache for several turns on one conversation."""
-        return self._text_model.new_cache(offloading)
+        return self.text_model.new_cache(offloading)
 
     def set_route(self, route: Route | Sequence[Route] | None) -> None:
-        """Force a route in place of the routers' choice; a probability gate scales what it pools all the same.
+        """Force a route in place of the routers' choice, for all threads; see `on_route` for the argument."""
+        self.text_model.default_routes = self._routes(route)
+
+    def set_budget(self, budget: float | None) -> None:
+        """Choose how much prefill compute to spend, for all threads; see `at_budget` for the argument."""
+        self.pyramid = replace(self.pyramid, trade_off=self._trade_off(budget))
+
+    @contextmanager
+    def on_route(self, route: Route | Sequence[Route] | None) -> Iterator[Self]:
+        """Force a route in place of the routers' choice for the duration, in this thread or task alone.
+
+        A probability gate scales what the route pools all the same.
 
         Args:
             route: expert indices per site for all samples, e.g. (0, 1, 2); or a list with one route per sample; or
@@ -201,17 +226,14 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if a route does not fit the sites or would break `min_visual_tokens`.
         """
-        if route is None:
-            static = self.pyramid.static_route
-            self._text_model.forced_routes = None if static is None else [static]
-            return
-        routes: list[Route] = [each for each in route if not isinstance(each, int)] or [tuple(route)]  # type: ignore[arg-type]
-        for each in routes:
-            self.pyramid.walk(each, [self.model.image_grid()])
-        self._text_model.forced_routes = routes
+        with changed_call(self.text_model, routes=self._routes(route)):
+            yield self
 
-    def set_budget(self, budget: float | None) -> None:
-        """Choose how much prefill compute to spend, on average.
+    @contextmanager
+    def at_budget(self, budget: float | None) -> Iterator[Self]:
+        """Choose how much prefill compute to spend for the duration, in this thread or task alone.
+
+        A forced route takes precedence over a budget.
 
         Args:
             budget: mean fraction of the unpooled LLM's prefill FLOPs, e.g. 0.44; None for no limit (λ = 0).
@@ -219,43 +241,58 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the model is not calibrated or the budget is below what it can reach.
         """
-        trade_off = 0.0 if budget is None else self.pyramid.trade_off_for(budget)
-        self._text_model.trade_off = trade_off
-        self._text_model.pyramid = replace(self.pyramid, trade_off=trade_off)
-        self.config.pyramid = self.pyramid.to_dict()
+        with changed_call(self.text_model, trade_off=self._trade_off(budget)):
+            yield self
+
+    @contextmanager
+    def reduced_by(
+        self,
+        reduce: Callable[[PyramidState, int], PyramidState],
+        after_layers: Sequence[int] | None = None,
+    ) -> Iterator[Self]:
+        """Replace pooling by another reduction of visual tokens for the duration, in this thread or task alone.
+
+        Args:
+            reduce: takes a batch with images and the number of a site, and returns it with fewer visual tokens.
+            after_layers: the sites, -1 for before the first layer; by default the pyramid's own.
+        """
+        segments = None if after_layers is None else segments_between(after_layers, self.text_model.shape.num_layers)
+        with changed_call(self.text_model, reduce=reduce, segments=segments):
+            yield self
+
+    def _routes(self, route: Route | Sequence[Route] | None) -> tuple[Route, ...]:
+        """Return what `on_route` takes as routes that fit the sites."""
+        if route is None:
+            return self.pyramid.own_routes
+        routes: list[Route] = [each for each in route if not isinstance(each, int)] or [tuple(route)]  # type: ignore[arg-type]
+        for each in routes:
+            self.pyramid.walk(each, [self.model.image_grid()])
+        return tuple(routes)
+
+    def _trade_off(self, budget: float | None) -> float:
+        """Return the λ of a budget."""
+        return 0.0 if budget is None else self.pyramid.trade_off_for(budget)
 
     @property
     def is_adapted(self) -> bool:
         """Whether layers carry an adapter (peft)."""
-        return any(map(_is_adapter, self.modules()))
+        return bool(adapted_layers(self))
 
     @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off for the duration, if there is one."""
-        layers = [layer for layer in self.modules() if _is_adapter(layer) and not layer.disable_adapters]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+    def without_adapter(self) -> Iterator[Self]:
+        """Switch the adapter off for the duration, if there is one, in this thread or task alone."""
+        make_switchable(self, self.text_model)
+        with changed_call(self.text_model, adapts=False):
+            yield self
 
     @contextmanager
-    def teacher(self) -> Iterator["PyramidGenerationMixin"]:
-        """Switch the pyramid and its adapter off for the duration: the model is the one that was converted."""
-        before = self._text_model.pooling_enabled
-        self._text_model.pooling_enabled = False
-        try:
-            with self.without_adapter():
-                yield self
-        finally:
-            self._text_model.pooling_enabled = before
+    def teacher(self) -> Iterator[Self]:
+        """Switch the pyramid and its adapter off for the duration, in this thread or task alone.
 
-
-def _is_adapter(layer: Any) -> bool:
-    """Say whether a layer is one of peft's, around an original one."""
-    return hasattr(layer, "base_layer")
+        The model is then the one that was converted.
+        """
+        with self.without_adapter(), changed_call(self.text_model, pools=False):
+            yield self
 
 
 def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int:

@@ -12,14 +12,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise, product
 from math import isfinite
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PYRAMID_VERSION = 1
+
+# What a router may read, by the vectors of hidden_size that it is made of: see `ROUTER_VECTORS` in modeling/routers.py.
+ROUTER_INPUTS = {
+    "last_instruction_token": ("read",),  # paper, section 3.3
+    "with_summaries": ("read", "text_mean", "visual_mean", "visual_max"),  # ours
+}
+
+if TYPE_CHECKING:
+    RouterInput = str
+else:
+    RouterInput = Literal[tuple(ROUTER_INPUTS)]
+RouterOutput = Literal["distortion", "logits"]
+Pooling = Literal["avg", "max", "conv"]
+Gate = Literal["none", "probability"]
+Positions = Literal["persistent", "contiguous"]
+Rounding = Literal["ceil", "floor"]
 
 IMPORTED_KEY = "imported"  # in `calibration`
 IMPORTED_USE = (
@@ -43,8 +60,8 @@ class RouterConfig:
     Attributes:
         kind: `mlp` (paper, section 3.3), or `linear`, one layer without a norm (the authors' second version).
         hidden_ratio: the hidden width of an mlp is hidden_size // hidden_ratio.
-        input: `last_instruction_token` (paper, section 3.3), or `with_summaries`: beside it the mean of the prompt's
-            text tokens, and the mean and the maximum of its visual tokens (ours).
+        input: one of `ROUTER_INPUTS`: `last_instruction_token`, or `with_summaries`, beside it the mean of the prompt's
+            text tokens, and the mean and the maximum of its visual tokens.
         token_id: read this token of the prompt, the mean where there are several, in place of the last instruction
             token (the authors' `<ROUTER>`).
         output: `distortion`, logit_k = -softplus(z_k) and logit_0 = 0 (ours), or `logits`, logit_k = z_k (paper).
@@ -52,19 +69,19 @@ class RouterConfig:
 
     kind: Literal["mlp", "linear"] = "mlp"
     hidden_ratio: int = 4
-    input: Literal["last_instruction_token", "with_summaries"] = "with_summaries"
+    input: RouterInput = "with_summaries"
     token_id: int | None = None
-    output: Literal["distortion", "logits"] = "distortion"
+    output: RouterOutput = "distortion"
 
     @property
     def num_inputs(self) -> int:
         """Vectors of hidden_size that the router reads."""
-        return 4 if self.input == "with_summaries" else 1
+        return len(ROUTER_INPUTS[self.input])
 
-    def tensors(self, hidden_size: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def tensors(self, hidden_size: int, num_experts: int) -> Shapes:
         """Return the shapes of a router's tensors, by name."""
         inputs = width = hidden_size * self.num_inputs
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         if self.kind == "mlp":
             width = hidden_size // self.hidden_ratio
             shapes = {"norm.weight": (inputs,), "norm.bias": (inputs,)}
@@ -111,10 +128,10 @@ class PyramidConfig:
     """
 
     sites: tuple[Site, ...]
-    pooling: Literal["avg", "max", "conv"] = "avg"
-    gate: Literal["none", "probability"] = "none"
-    positions: Literal["persistent", "contiguous"] = "persistent"
-    rounding: Literal["ceil", "floor"] = "ceil"
+    pooling: Pooling = "avg"
+    gate: Gate = "none"
+    positions: Positions = "persistent"
+    rounding: Rounding = "ceil"
     router: RouterConfig = field(default_factory=RouterConfig)
     prepooling: int = 1
     min_visual_tokens: int = 16
@@ -201,10 +218,14 @@ class PyramidConfig:
         """The route that pools nothing (the teacher's)."""
         return (0,) * len(self.sites)
 
+    @property
+    def own_routes(self) -> tuple[Route, ...]:
+        """The static route alone; empty where the routers choose."""
+        return () if self.static_route is None else (self.static_route,)
+
     def segments(self, num_layers: int) -> list[range]:
         """Return the decoder layers between sites: num_sites + 1 ranges that cover all layers."""
-        edges = [0, *(site.after_layer + 1 for site in self.sites), num_layers]
-        return [range(start, stop) for start, stop in pairwise(edges)]
+        return segments_between([site.after_layer for site in self.sites], num_layers)
 
     def pooled(self, grid: Grid, rate: Rate) -> Grid:
         """Return the size of `grid` after pooling at `rate`."""
@@ -301,9 +322,9 @@ class PyramidConfig:
             above = row
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
-    def dpe_tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def dpe_tensors(self, hidden_size: int) -> Shapes:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         for i, site in enumerate(self.sites):
             if self.has_routers:
                 router = self.router.tensors(hidden_size, len(site.rates))
@@ -334,6 +355,12 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
+
+
+def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:
+    """Return the decoder layers between sites; after layer -1 is before the first one."""
+    edges = [0, *(layer + 1 for layer in after_layers), num_layers]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 def kernel_on(grid: Grid, rate: Rate) -> Rate:

@@ -9,7 +9,7 @@ reported apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class DecoderShape:
     vocab_size: int
 
     @classmethod
-    def from_config(cls, text_config: dict[str, Any]) -> "DecoderShape":
+    def from_config(cls, text_config: Mapping[str, Any]) -> "DecoderShape":
         """Read the shape from a text config's dictionary.
 
         Raises:

@@ -9,10 +9,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpn_cli.errors import RecipeError, did_you_mean
-from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.config import (
+    Gate,
+    Pooling,
+    Positions,
+    PyramidConfig,
+    Rounding,
+    RouterConfig,
+    RouterInput,
+    RouterOutput,
+    Site,
+)
 from dpn_cli.pyramid.strict_yaml import parse_yaml
-
-DEFAULT_RECIPE = "llava-1.5-7b"
 
 Kernel = Annotated[int, Field(ge=1, le=64)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -52,18 +60,18 @@ class RouterRecipe(_Section):
     """The router's shape; see `RouterConfig`."""
 
     hidden_ratio: Annotated[int, Field(ge=1)] = 4
-    input: Literal["last_instruction_token", "with_summaries"] = "with_summaries"
-    output: Literal["distortion", "logits"] = "distortion"
+    input: RouterInput = "with_summaries"
+    output: RouterOutput = "distortion"
 
 
 class PyramidRecipe(_Section):
     """The pyramid, independent of a model's depth; see `PyramidConfig`."""
 
     sites: Annotated[tuple[SiteRecipe, ...], Field(min_length=1)]
-    pooling: Literal["avg", "max", "conv"] = "avg"
-    gate: Literal["none", "probability"] = "none"
-    positions: Literal["persistent", "contiguous"] = "persistent"
-    rounding: Literal["ceil", "floor"] = "ceil"
+    pooling: Pooling = "avg"
+    gate: Gate = "none"
+    positions: Positions = "persistent"
+    rounding: Rounding = "ceil"
     min_visual_tokens: Annotated[int, Field(ge=1)] = 16
     router: RouterRecipe = RouterRecipe()
 

@@ -6,8 +6,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from benchmarks.random_checkpoint import LAYOUTS, _shards, hub_config, make
-from dpn_cli.checkpoint.architecture import llava_tensors
-from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, open_llava
+from dpn_cli.checkpoint.layout import open_llava
+from dpn_cli.families.tensors import llava_tensors
+from dpn_cli.families.text import TEXT_MODELS
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, open_llava
 )
 def test_the_layouts_are_those_of_the_hub(layout: str, tensors: int, nbytes: int, shards: int) -> None:
     config = hub_config(LAYOUTS[layout], {})
-    shapes = llava_tensors(config | {"text_config": TEXT_DEFAULTS["llama"] | config["text_config"]})
+    shapes = llava_tensors(config | {"text_config": TEXT_MODELS["llama"].completed(config["text_config"])})
     assert len(shapes) == tensors
     assert 2 * sum(map(prod, shapes.values())) == nbytes
     assert len(list(_shards(shapes, 5_000_000_000))) == shards

@@ -65,7 +65,7 @@ def test_features_are_what_the_router_reads(make_pair: Any) -> None:
     _, model = make_pair()
     sample = examples()[0]
     table = measured(model, [sample])
-    text_model = model.model.language_model
+    text_model = model.text_model
     seen = []
     text_model.routers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -80,13 +80,13 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
     from dpn_cli.pyramid.config import RouterConfig
 
     _, model = make_pair(router=RouterConfig())
-    text_model = model.model.language_model
+    text_model = model.text_model
     samples = examples()
     table = measured(model, samples)
     policy = Policy.of(text_model.routers, table)
     routes = set()
     for trade_off in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0):
-        text_model.trade_off = trade_off
+        model.pyramid = replace(model.pyramid, trade_off=trade_off)
         with torch.no_grad():
             taken = policy.choose(trade_off).tolist()
             for sample, column in zip(samples, taken, strict=True):

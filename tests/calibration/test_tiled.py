@@ -15,8 +15,9 @@ from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
-from dpn_cli.data import RowError, Sample, Turn
 from dpn_cli.data.encoding import IGNORED, collate, encode, prompts, token_limit
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.judging import Panel
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.inference.loading import load_model, load_processor

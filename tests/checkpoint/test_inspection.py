@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks.random_checkpoint import LAYOUTS, hub_config
-from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import Inspection, inspect_checkpoint
-from dpn_cli.checkpoint.layout import TEXT_DEFAULTS
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
+from dpn_cli.families.tensors import llava_tensors
+from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.conftest import CHAT_TEMPLATE
 
@@ -188,7 +188,7 @@ def test_the_models_of_the_hub_are_read_from_their_headers(
 ) -> None:
     config = HUB[model]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = TEXT_DEFAULTS[config["text_config"]["model_type"]] | config["text_config"]
+    text = TEXT_MODELS[config["text_config"]["model_type"]].completed(config["text_config"])
     header, stop = {}, 0
     for name, shape in llava_tensors(config | {"text_config": text}).items():
         start, stop = stop, stop + 2 * math.prod(shape)

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpn_cli.checkpoint.family import FAMILIES, Family
-from dpn_cli.checkpoint.layout import TEXT_DEFAULTS, VISION_DEFAULTS, open_llava, validate_llava
-from dpn_cli.conversion.tower import CLIP_DEFAULTS
+from dpn_cli.checkpoint.layout import open_llava, validate_llava
 from dpn_cli.errors import CheckpointError
 
 
@@ -23,24 +21,6 @@ def test_the_layout_is_read(tiny_llava_factory: Callable[..., Path], text: str, 
     assert found.grid == (12, 12)
     assert (found.shape.num_layers, found.shape.hidden_size, found.shape.num_kv_heads) == (8, 64, 2)
     assert f"{prefix}layers.7.mlp.up_proj.weight" in checkpoint.tensors
-
-
-@pytest.mark.parametrize("model_type", TEXT_DEFAULTS)
-def test_defaults_are_those_of_transformers(model_type: str) -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type)
-    assert {key: getattr(config, key) for key in TEXT_DEFAULTS[model_type]} == TEXT_DEFAULTS[model_type]
-
-
-@pytest.mark.parametrize("model_type", VISION_DEFAULTS)
-def test_vision_defaults_are_those_of_transformers(model_type: str) -> None:
-    from transformers import AutoConfig
-
-    import dpn_cli.modeling.llava  # noqa: F401  LLaVA-HR's tower is ours
-
-    config = AutoConfig.for_model(model_type)
-    assert {key: getattr(config, key) for key in VISION_DEFAULTS[model_type]} == VISION_DEFAULTS[model_type]
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -120,23 +100,8 @@ def test_tiles_that_cannot_be_are_refused(
         open_llava(folder)
 
 
-def test_the_defaults_of_a_vision_tower_are_those_of_transformers() -> None:
-    from transformers import CLIPVisionConfig
-
-    assert {key: getattr(CLIPVisionConfig(), key) for key in CLIP_DEFAULTS} == CLIP_DEFAULTS
-
-
 def test_an_adapter_beside_the_weights_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "copy"))
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="merge it"):
         open_llava(folder)
-
-
-@pytest.mark.parametrize("family", FAMILIES.values())
-def test_the_defaults_of_a_family_are_those_of_transformers(family: Family) -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(family.model_type)
-    assert config.vision_feature_select_strategy == family.select_strategy
-    assert config.vision_feature_layer == family.feature_layer

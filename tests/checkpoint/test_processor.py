@@ -11,9 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
-from dpn_cli.checkpoint.family import FAMILIES
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
-from dpn_cli.checkpoint.processor import IMAGE_DEFAULTS
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.export import export
@@ -298,12 +296,3 @@ def test_a_template_that_does_not_show_images_is_refused_and_can_be_given(
     file.write_text(template)
     with pytest.raises(UsageError, match=r"file\.jinja does not show images"):
         convert(str(source), output=tmp_path / "again", chat_template=file)
-
-
-def test_the_defaults_are_those_of_transformers() -> None:
-    for name, defaults in IMAGE_DEFAULTS.items():
-        processor = getattr(transformers, f"{name}Pil")
-        for key, value in ({"do_center_crop": None, "crop_size": None} | defaults).items():
-            assert getattr(processor, key, None) == value, (name, key)
-    for family in FAMILIES.values():
-        assert family.image_processor in IMAGE_DEFAULTS and hasattr(transformers, family.processor)

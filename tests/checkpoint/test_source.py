@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from dpn_cli.checkpoint.headers import Checkpoint
-from dpn_cli.checkpoint.source import ALIASES, resolve_source
+from dpn_cli.checkpoint.source import resolve_source
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.family import ALIASES
 from tests.hr import Hr
 from tests.originals import Original
 from tests.pyramids import prompt

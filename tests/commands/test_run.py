@@ -52,7 +52,7 @@ def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytes
     assert found["new_tokens"] == len(tokens)
     assert found["visual_tokens"][0] == 144 > found["visual_tokens"][-1]
     assert found["text_tokens"] + 144 == inputs["input_ids"].shape[1]
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     expected = flops_fraction(shape, model.pyramid, route, [(12, 12)], found["text_tokens"])
     assert found["flops_fraction"] == pytest.approx(expected)
     assert 0 < found["first_token_s"] <= found["total_s"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_calibration
-from dpn_cli.data import Sample, Turn
+from dpn_cli.data.samples import Sample, Turn
 from tests.reports import made_up_report
 
 

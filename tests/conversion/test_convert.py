@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpn_cli.checkpoint import opening
 from dpn_cli.checkpoint.headers import Checkpoint
-from dpn_cli.checkpoint.source import ALIASES, Source
+from dpn_cli.checkpoint.source import Source
 from dpn_cli.checkpoint.writer import copy_file
+from dpn_cli.conversion import opening
 from dpn_cli.conversion.convert import convert, default_recipe
 from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
+from dpn_cli.families.family import ALIASES
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.converted import pretend_calibration
@@ -32,7 +33,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("text", "layout", "shards"),
-    [("llama", "hub", 1), ("mistral", "hub", 2), ("qwen2", "new", 1), ("llama", "new", 2)],
+    [("llama", "hub", 1), ("mistral", "hub", 2), ("qwen2", "new", 1), ("qwen3", "hub", 1), ("llama", "new", 2)],
 )
 def test_the_original_is_there_byte_for_byte(
     tiny_llava_factory: Callable[..., Path], tmp_path: Path, text: str, layout: str, shards: int

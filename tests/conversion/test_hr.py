@@ -16,7 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dpn_cli
 from dpn_cli.calibration.calibrate import calibrate
-from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.writer import write_json
@@ -24,6 +23,7 @@ from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
+from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
 from tests.conversion.test_dpn_authors import NEW_ROUTER, OLD_ROUTER, make_dpn, prompts
 from tests.conversion.test_tokenizer import reference_pixels

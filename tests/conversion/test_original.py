@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dpn_cli
-from dpn_cli.checkpoint.architecture import llava_tensors
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
-from dpn_cli.checkpoint.layout import COMPUTED
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
+from dpn_cli.families.tensors import COMPUTED, llava_tensors
 from tests.originals import Original, write_hugging_face
 
 

@@ -103,8 +103,8 @@ def test_turns_follow_the_format_v1(make_processor: Callable[..., Any]) -> None:
 
 
 def test_every_answer_ends_once_in_calibration(make_processor: Callable[..., Any]) -> None:
-    from dpn_cli.data import Sample, Turn
     from dpn_cli.data.encoding import encode
+    from dpn_cli.data.samples import Sample, Turn
 
     turns = (Turn("a picture?", "A circle.", images=1), Turn("red?", "A red circle."))
     example = encode(Sample("1", (Image.new("RGB", (48, 48)),), turns), make_processor(), answer_tokens=64)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dpn_cli.data import Dataset, RowError, Sample, Turn, load_data
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError
 
 
@@ -226,7 +229,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.csv", "", "expected a LLaVA"),
+        ("data.csv", "", r"is a \.csv: expected .*a LLaVA \.json"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout, open_llava
-from dpn_cli.data import RowError, Sample, Turn
 from dpn_cli.data.encoding import IGNORED, Example, chat_prompt, collate, encode, prompts, token_limit
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 
 RED, BLUE = Image.new("RGB", (50, 40), (200, 30, 30)), Image.new("RGB", (40, 50), (30, 30, 200))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image
 
-from dpn_cli.data import load_data
+from dpn_cli.data.loading import load_data
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
 
 

@@ -107,11 +107,11 @@ def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, contender: Fi
     _, model = make_pair()
     sample = prompt(2, 3, 5, seed=1)
     seen = []
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    hook = model.text_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     with contender.applied(model):
         model(**sample)
     hook.remove()
-    assert seen == [contender.layer_tokens(model.model.language_model.shape, Prompt(((12, 12),) * 2, 9))[0] + 9]
+    assert seen == [contender.layer_tokens(model.text_model.shape, Prompt(((12, 12),) * 2, 9))[0] + 9]
     assert seen[0] < 2 * VISUAL * 0.5
 
 
@@ -147,4 +147,4 @@ def test_tiles_are_refused(make_pair: Any, contender: Fixed) -> None:
     _, model = make_pair()
     prompts = [Prompt(((6, 6), (8, 12), (8, 1)), 9)]
     with pytest.raises(ValueError, match=f"{contender.name} needs images that are not cut into tiles"):
-        contender.fit(model.model.language_model.shape, prompts, 0.5)
+        contender.fit(model.text_model.shape, prompts, 0.5)

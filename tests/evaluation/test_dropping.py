@@ -10,6 +10,7 @@ from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.contenders.random_dropping import RandomDropping
+from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.pyramid.cost import DecoderShape
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import VISUAL, prompt
@@ -32,7 +33,7 @@ def test_fastv_equals_ranking_by_the_attention_map(make_pair: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("text", TEXT_MODELS)
 def test_pyramid_drop_equals_ranking_by_the_attention_maps(make_pair: Any, text: str) -> None:
     stock, model = make_pair(text, attn="eager")
     sample = prompt(2, 3, 5, seed=0)
@@ -85,13 +86,13 @@ def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, contender: Dr
     seen = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-        for layer in model.model.language_model.layers
+        for layer in model.text_model.layers
     ]
     with contender.applied(model):
         model(**sample)
     for hook in hooks:
         hook.remove()
-    expected = contender.layer_tokens(model.model.language_model.shape, Prompt(((12, 12), (12, 12)), 9))
+    expected = contender.layer_tokens(model.text_model.shape, Prompt(((12, 12), (12, 12)), 9))
     assert seen == [count + 9 for count in expected]
     assert expected[-1] < expected[0] or contender.after_layers == (-1,)
 

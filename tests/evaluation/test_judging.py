@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.data import Sample, Turn
 from dpn_cli.data.encoding import prompts
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.contenders.fastv import FastV
 from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.judging import Outcome, Panel
@@ -90,9 +90,7 @@ def test_batches_do_not_matter(folder: Path) -> None:
 def test_sizes_are_what_the_model_sees(folder: Path) -> None:
     asked, samples = panel(folder), questions()
     seen: list[Any] = []
-    text_model = asked.model.model.language_model
-    text_model.reduce = lambda state, site: seen.append(state) or state
-    with torch.no_grad():
+    with torch.no_grad(), asked.model.reduced_by(lambda state, site: seen.append(state) or state):
         asked.model(**prompts(samples, asked.processor))
     sizes = asked.sizes(samples)
     assert tuple(size.grids for size in sizes) == seen[0].image_grids

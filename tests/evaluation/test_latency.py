@@ -46,7 +46,7 @@ def test_the_cache_is_that_of_the_route_and_of_all_new_tokens(make_pair: Any) ->
     model.generation_config.eos_token_id = list(range(304))  # whatever comes would end the answer
     inputs = collate([prompt(1, 3, 5, seed=0)])
     timing, logits = time_generation(model, inputs, 4)
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     tokens = tokens_per_layer(shape, model.pyramid, ROUTE, [(12, 12)], inputs["input_ids"].shape[1] - VISUAL)
     assert timing.kv_bytes == sum(shape.kv_bytes(n + 3, bytes_per_value=4) for n in tokens)
     with torch.no_grad():
@@ -74,7 +74,7 @@ class Late(Original):
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         self.clock.calls.append("late")
-        hook = model.model.language_model.register_forward_pre_hook(lambda *_: self.clock.skip())
+        hook = model.text_model.register_forward_pre_hook(lambda *_: self.clock.skip())
         with super().applied(model):
             yield
         hook.remove()
@@ -120,7 +120,7 @@ def test_costs_and_fidelity_of_a_ragged_batch(make_pair: Any) -> None:
     original, cheap, _ = result.contenders
     assert (original.fraction, original.distortion, original.agreement) == (1.0, 0.0, 1.0)
 
-    shape, prompts = model.model.language_model.shape, prompts_of(model, inputs)
+    shape, prompts = model.text_model.shape, prompts_of(model, inputs)
     full = [shape.num_layers * shape.layer_flops(p.visual_tokens + p.text_tokens) for p in prompts]
     spent = [fraction * flops for fraction, flops in zip(fixed.fractions(model, prompts), full, strict=True)]
     assert cheap.flops == pytest.approx(sum(spent))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpn_cli.data import load_data
+from dpn_cli.data.loading import load_data
 from dpn_cli.evaluation.contenders.routes import Original
 from dpn_cli.inference.generation import greedy_answers
 

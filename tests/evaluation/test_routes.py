@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
 from dpn_cli.evaluation.contenders.contender import Prompt, full_flops
 from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
@@ -61,11 +60,11 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
     prompts = [Prompt(GRID * images, text) for images, text in ((1, 9), (1, 12), (0, 14), (2, 9), (1, 19), (1, 11))]
     spent = {}
     for budget in (0.8, 0.4):
-        contender = Routed().fit(model.model.language_model.shape, prompts, budget)
+        contender = Routed().fit(model.text_model.shape, prompts, budget)
         with contender.applied(model):
             model(**batch)
             spent[budget] = contender.fractions(model, prompts)
-    assert model.model.language_model.trade_off == 0
+    assert model.text_model.trade_off == 0
     assert spent[0.8][2] == spent[0.4][2] == 1.0
     assert sum(spent[0.4]) < sum(spent[0.8])
 
@@ -95,8 +94,8 @@ def test_given_routes_are_taken_while_the_routers_run(make_pair: Any) -> None:
     _, model = make_pair(min_visual_tokens=4)
     batch, prompts = collate(ragged_batch()), prompts_of(model, collate(ragged_batch()))
     before, asked = model(**batch).logits, []
-    routes = routes_that_spend(model.model.language_model.shape, model.pyramid, prompts, 0.6)
-    hooks = [router.register_forward_hook(lambda *_: asked.append(1)) for router in model.model.language_model.routers]
+    routes = routes_that_spend(model.text_model.shape, model.pyramid, prompts, 0.6)
+    hooks = [router.register_forward_hook(lambda *_: asked.append(1)) for router in model.text_model.routers]
     contender = GivenRoutes(given=routes)
     with contender.applied(model):
         model(**batch)
@@ -129,10 +128,3 @@ def test_prompts_count_as_much_as_a_mapping_says() -> None:
     assert route.mean_fraction(SHAPE, {short: 3.0, long: 1.0}) == route.mean_fraction(
         SHAPE, [short, long, short, short]
     )
-
-
-def test_every_name_has_a_contender() -> None:
-    for name in CONTENDERS:
-        contender = make_contender(name, pyramid())
-        assert contender.name == name
-        assert contender.fit(SHAPE, [Prompt(GRID, 9)], 0.6).label.startswith(name)

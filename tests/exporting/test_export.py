@@ -14,8 +14,6 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from dpn_cli.checkpoint.architecture import memory_name
-from dpn_cli.checkpoint.family import FAMILIES
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
@@ -24,6 +22,8 @@ from dpn_cli.exporting.content import write_weights
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.model_card import TRANSFORMERS
 from dpn_cli.exporting.plan import parse_size
+from dpn_cli.families.family import FAMILIES
+from dpn_cli.families.tensors import memory_name
 from tests.converted import pretend_calibration
 from tests.exports import QUESTION, answer, stored
 from tests.tiled import collate_tiled, tiled_prompt
@@ -97,7 +97,7 @@ def in_fresh_process(folder: Path, file: Path, tmp_path: Path, code: str = FRESH
     ("family", "text", "layout"),
     [
         ("llava", "llama", "hub"),
-        ("llava", "qwen2", "new"),
+        ("llava", "qwen3", "new"),
         pytest.param("llava_next", "mistral", "hub", marks=pytest.mark.slow),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_dtype_converts_all_but_the_routers(
     export(folder, tmp_path / "out", dtype=dtype)
     original = load_model(folder).state_dict()
     model = load_model(tmp_path / "out")
-    assert str(model.model.language_model.embed_tokens.weight.dtype) == f"torch.{name}"
+    assert str(model.text_model.embed_tokens.weight.dtype) == f"torch.{name}"
     for key, tensor in model.state_dict().items():
         wanted = torch.float32 if ".routers." in key else getattr(torch, name)
         assert tensor.dtype == wanted

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpn_cli.checkpoint.architecture import memory_name
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.quantisation import SKIPPED
@@ -17,6 +16,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.quantise import quantised, stored_tensors
+from dpn_cli.families.tensors import memory_name
 from dpn_cli.inference.loading import load_model
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from tests.exporting.test_export import in_fresh_process

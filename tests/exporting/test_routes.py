@@ -55,7 +55,7 @@ def test_a_static_export_of_a_gated_pyramid_keeps_the_gate(gated: Path, picture:
     export(gated, tmp_path / "out", static=",".join(map(str, route)))
     static = load_model(tmp_path / "out")
     assert torch.equal(static(**inputs).logits, expected) and static.last_routes == [route]
-    shape, grids = static.model.language_model.shape, [(12, 12)]
+    shape, grids = static.text_model.shape, [(12, 12)]
     costs = [flops_fraction(shape, model.pyramid, route, grids, 9) for model in (static, routed)]
     assert costs[0] == costs[1] > flops_fraction(shape, replace(static.pyramid, gate="none"), route, grids, 9)
 

@@ -62,7 +62,7 @@ def test_an_older_conversion_gets_it_on_export(make_converted: Callable[..., Pat
 def test_routers_read_what_they_read_in_generate(exported: Path, side: str, shown: str) -> None:
     model, processor = load_model(exported), load_processor(exported)
     read: list[torch.Tensor] = []
-    model.model.language_model.routers[0].register_forward_hook(lambda module, args, output: read.append(args[0]))
+    model.text_model.routers[0].register_forward_hook(lambda module, args, output: read.append(args[0]))
     pictures = [picture(i) for i in range(3)]
     for i in range(3):
         prompt = processor.apply_chat_template(messages(i, answered=False), add_generation_prompt=True)

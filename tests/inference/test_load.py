@@ -55,7 +55,7 @@ def test_dtype_and_attention_can_be_chosen(converted: Path) -> None:
     model = dpn_cli.load(str(converted), dtype=torch.bfloat16, attn_implementation="eager")
     assert model.dtype == torch.bfloat16 == dpn_cli.load(converted, dtype="bfloat16").dtype
     assert model.config._attn_implementation == "eager"
-    assert {p.dtype for p in model.model.language_model.routers.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.text_model.routers.parameters()} == {torch.float32}
 
 
 def test_a_relative_folder_and_a_hub_id_are_found(

@@ -16,7 +16,7 @@ SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # 32
 
 
 def routers_of(model: Any) -> Any:
-    return model.model.language_model.routers
+    return model.text_model.routers
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_offloaded_weights_give_the_same_answer(
     model = load_model(folder)
     parts = {name: "cpu" for name, _ in model.named_children()}
     parts |= {f"model.{name}": "cpu" for name, _ in model.model.named_children()}
-    parts |= {f"model.language_model.{name}": "cpu" for name, _ in model.model.language_model.named_children()}
+    parts |= {f"model.language_model.{name}": "cpu" for name, _ in model.text_model.named_children()}
     parts = {name: "cpu" for name in parts if name not in ("model", "model.language_model")}
     placement: dict[str, Any] = {
         "routers on disk": {"device_map": parts | {"model.language_model.routers": "disk", "lm_head": "disk"}},
@@ -76,7 +76,7 @@ def test_quantisers_leave_the_routers_alone(
     folder = make_converted()
     config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=SKIPPED)  # a list without the routers
     model = load_model(folder, quantization_config=config)
-    assert type(model.model.language_model.layers[0].mlp.up_proj) is not nn.Linear
+    assert type(model.text_model.layers[0].mlp.up_proj) is not nn.Linear
     expected = routers_of(load_model(folder)).state_dict()
     for name, tensor in routers_of(model).state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name])
@@ -103,3 +103,12 @@ def test_a_fresh_pyramid_takes_the_full_route(make_pair: Any, inputs: dict[str, 
     assert len(heads) == 3 and not any(parameter.any() for head in heads for parameter in head.parameters())
     answer(fresh, inputs)
     assert fresh.last_routes == [(0, 0, 0)]
+
+
+def test_autocast_leaves_the_routers_in_float32(make_pair: Any) -> None:
+    _, model = make_pair()
+    router = routers_of(model)[0]
+    features = torch.randn(8, 4, 64, generator=torch.Generator().manual_seed(0))
+    expected = router(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(features), expected)

@@ -30,11 +30,11 @@ def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_decoder_is_quantised_and_nothing_else(converted: Path, bits: Any, kind: str) -> None:
     model = load_frozen(converted, bits)
     quantised = {name for name, module in model.named_modules() if type(module).__name__ == kind}
-    layers = model.model.language_model.layers
+    layers = model.text_model.layers
     expected = {name for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     assert quantised == {f"model.language_model.layers.{name}" for name in expected}
     assert len(quantised) == 8 * 7
-    assert {p.dtype for p in model.model.language_model.routers.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.text_model.routers.parameters()} == {torch.float32}
 
 
 def test_gradients_are_right_after_a_forward_without_them(converted: Path, examples: Any) -> None:
@@ -68,6 +68,6 @@ def test_routers_and_adapter_of_a_quantised_model_go_into_the_unquantised_folder
     assert base_weights(folder) == base_weights(converted)
     model = load_model(folder)
     assert model.is_adapted == (bits == "4bit")
-    assert type(model.model.language_model.layers[0].mlp.up_proj) is nn.Linear
+    assert type(model.text_model.layers[0].mlp.up_proj) is nn.Linear
     assert model.pyramid.budgets
     assert model.pyramid.calibration["load_in"] == bits

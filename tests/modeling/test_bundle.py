@@ -46,12 +46,15 @@ def test_merged_classes_behave_as_their_originals(make_pair: Any, monkeypatch: p
     config = module.DpnLlavaConfig.from_dict(model.config.to_dict())
     twin = module.DpnLlavaForConditionalGeneration(config).eval()
     assert twin.load_state_dict(model.state_dict()).missing_keys == []
-    assert type(twin.model.language_model).__module__ == module.__name__
+    assert type(twin.text_model).__module__ == module.__name__
     batch = collate(ragged_batch())
     with torch.no_grad():
         assert torch.equal(twin(**batch).logits, model(**batch).logits)
     assert twin.last_routes == model.last_routes
     assert len(set(twin.last_routes)) > 1
+    with torch.no_grad(), twin.on_route((1, 0, 1)), model.on_route((1, 0, 1)):
+        assert torch.equal(twin(**batch).logits, model(**batch).logits)
+        assert twin.last_routes[0] == (1, 0, 1)
 
 
 def test_merging_drops_own_imports_and_repeats_no_other() -> None:

@@ -40,6 +40,14 @@ def packed(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch | {"position_ids": torch.cat([torch.arange(s["input_ids"].shape[1]) for s in samples])[None]}
 
 
+def test_the_language_model_is_found_and_replaced_by_the_usual_methods(make_pair: Any) -> None:
+    _, model = make_pair()
+    names, other = model.state_dict().keys(), copy.deepcopy(model.get_decoder())
+    model.set_decoder(other)
+    assert model.text_model is model.get_decoder() is other
+    assert model.state_dict().keys() == names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_do_not_see_each_other(make_family: Any, family: str) -> None:
     stock, model, sample = make_family(family, (0, 0, 0))
@@ -150,3 +158,46 @@ def test_embeddings_in_the_place_of_tokens(make_pair: Any) -> None:
     with torch.no_grad():
         expected = model(**inputs).logits
         assert torch.equal(model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"]).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_the_mask_hides_whole_changes_nothing(make_family: Any, family: str) -> None:
+    _, model, sample = make_family(family, None)
+    inputs = sample(1, 3, 5, 0)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        ids = torch.cat([inputs["input_ids"], torch.full_like(inputs["input_ids"], 3)])
+        mask = torch.cat([torch.ones_like(inputs["input_ids"]), torch.zeros_like(inputs["input_ids"])])
+        got = model(**inputs | {"input_ids": ids}, attention_mask=mask).logits[:1]
+    assert torch.allclose(got[inputs["input_ids"] != IMAGE], expected[inputs["input_ids"] != IMAGE], atol=1e-4)
+
+
+def test_labels_need_no_instruction_where_no_router_is_asked(make_pair: Any) -> None:
+    stock, model = make_pair()
+    inputs = prompt(1, 3, 5, seed=0)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    with pytest.raises(ValueError, match="labels do not show"):
+        model(**inputs, labels=labels)
+    with model.teacher():
+        assert torch.equal(model(**inputs, labels=labels).loss, stock(**inputs, labels=labels).loss)
+    model.set_route((2, 0, 1))
+    assert model(**inputs, labels=labels).loss.isfinite()
+
+
+def test_tiles_of_all_images_may_be_stacked(make_tiled_pair: Any) -> None:
+    stock, model = make_tiled_pair("llava_next")
+    model.set_route((0, 0, 0))
+    inputs = tiled_prompt(model, [(30, 70)], 3, 5, seed=0)
+    tiles = stock.model.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_sizes")})
+    assert tiles is not None
+    count = {1 + height * width for height in (1, 2, 3) for width in (1, 2, 3)}
+    for stacked in (inputs["pixel_values"][0, :n] for n in sorted(count)):
+        try:
+            with torch.no_grad():
+                expected = stock(**inputs | {"pixel_values": stacked}).logits
+        except (ValueError, RuntimeError):
+            continue
+        with torch.no_grad():
+            assert torch.equal(model(**inputs | {"pixel_values": stacked}).logits, expected)
+        return
+    pytest.fail("no number of tiles fits")

@@ -50,7 +50,7 @@ def test_apart_or_together_gives_the_same(
     model.set_route(ROUTES)
     inputs = collate(ragged_batch(), side)
     passes: list[int] = []
-    counter = model.model.language_model.layers[-1].register_forward_hook(lambda *_: passes.append(1))
+    counter = model.text_model.layers[-1].register_forward_hook(lambda *_: passes.append(1))
     found = {}
     for cost in (0, 10**6):
         monkeypatch.setitem(pyramid_text.PASS_COST, "cpu", cost)
@@ -79,7 +79,7 @@ def test_gradients_are_the_same_apart(make_pair: Any, monkeypatch: pytest.Monkey
         model.zero_grad()
         logits = model(**inputs).logits
         (logits * inputs["attention_mask"][..., None]).square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.model.language_model.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in model.text_model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     for apart, together in zip(*gradients, strict=True):
         assert torch.allclose(apart, together, atol=1e-5, rtol=1e-3)

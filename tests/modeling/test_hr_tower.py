@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.checkpoint.architecture import hr_tensors
 from dpn_cli.conversion.hr import HrTower
+from dpn_cli.families.vision import hr_tensors
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
 from tests.hr import features, random_tower
 

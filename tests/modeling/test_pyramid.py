@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from dpn_cli.families.text import TEXT_MODELS
 from tests.pyramids import collate, prompt, pyramid, ragged_batch
 
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
@@ -27,7 +28,7 @@ def new_tokens(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["hub", "new"])
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("text", TEXT_MODELS)
 def test_full_route_equals_stock_bit_for_bit(make_pair: Any, text: str, layout: str) -> None:
     stock, model = make_pair(text, layout=layout)
     model.set_route((0, 0, 0))
@@ -51,7 +52,7 @@ def test_teacher_is_stock_and_leaves_the_routers_as_they_were(make_pair: Any) ->
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("text", TEXT_MODELS)
 @pytest.mark.parametrize("forced", [True, False])
 def test_batch_equals_one_by_one(make_pair: Any, text: str, attn: str, forced: bool) -> None:
     _, model = make_pair(text, attn)
@@ -241,7 +242,7 @@ def test_probability_gate_sends_gradients_to_the_routers(make_pair: Any) -> None
     sample = prompt(1, 3, 5, seed=0)
     sample["labels"] = torch.where(torch.arange(sample["input_ids"].shape[1]) > 150, sample["input_ids"], -100)
     model(**sample).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.language_model.routers.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.text_model.routers.parameters())
 
 
 def test_logits_to_keep(make_pair: Any) -> None:

@@ -70,7 +70,7 @@ def test_batch_equals_one_by_one(make_tiled_pair: Any, family: str, text: str, a
 def test_pooled_rows_keep_their_newlines(make_tiled_pair: Any, family: str) -> None:
     """After 2×2, the visual tokens of an image are those of half the rows and columns, each row with one newline."""
     _, model = make_tiled_pair(family, pooling="max")
-    text_model = model.model.language_model
+    text_model = model.text_model
     sample = tiled_prompt(model, [(30, 70)], 2, 3, seed=0)
     visual = {name: sample[name] for name in sample if name != "input_ids"}
     embeds, coords = model.model.embed(sample["input_ids"], **visual)

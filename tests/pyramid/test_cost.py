@@ -23,7 +23,7 @@ def test_flops_equal_the_counter(make_pair: Any, text: str, route: tuple[int, ..
     _, model = make_pair(text, attn="eager")
     model.set_route(route)
     inputs = prompt(1, 3, 5, seed=0)
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(**inputs, logits_to_keep=1)
@@ -37,7 +37,7 @@ def test_flops_equal_the_counter(make_pair: Any, text: str, route: tuple[int, ..
 
 def test_router_flops_equal_the_counter(make_pair: Any) -> None:
     _, model = make_pair()
-    text_model = model.model.language_model
+    text_model = model.text_model
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         text_model.routers[0](torch.randn(1, model.pyramid.router.num_inputs, 64))

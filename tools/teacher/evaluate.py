@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from dpn_cli.data import Sample as Asked
-from dpn_cli.data import Turn
+from dpn_cli.data.samples import Sample as Asked
+from dpn_cli.data.samples import Turn
 from dpn_cli.demo.pictures import KINDS, Sample
 from dpn_cli.evaluation.contenders.routes import FixedRoute
 from dpn_cli.evaluation.judging import Panel

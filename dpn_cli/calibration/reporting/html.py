@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from dpn_cli.calibration import svg
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome
+from dpn_cli.calibration.reporting import svg
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.pyramid.config import Route
 

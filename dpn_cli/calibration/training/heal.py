@@ -95,7 +95,7 @@ def heal(
 
 def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
     """Return KL to the teacher plus, where the route pools, the weighted cross-entropy to the data's labels."""
-    text_model: Any = model.model.language_model
+    text_model: Any = model.text_model
 
     def follow(state: PyramidState, site: int) -> Choice:
         return text_model.take(state, site, [route[site] if grids else 0 for grids in state.grids])
@@ -130,7 +130,7 @@ def draw_route(
     samples = [(grids, text) for grids, text in zip(state.image_grids, state.text_tokens, strict=True) if grids]
     if full or not samples:
         return model.pyramid.full_route
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     offered = set.intersection(*(set(model.pyramid.routes(grids)) for grids in {grids for grids, _ in samples}))
 
     def distance(route: Route) -> float:

@@ -68,7 +68,7 @@ def train_as_paper(
     parameters: dict[str, nn.Parameter] = {}
     if paper.train == "lora":
         parameters |= add_adapter(model, lora.rank, lora.alpha, lora.target_modules, seed)
-    parameters |= dict(model.model.language_model.routers.requires_grad_(True).named_parameters(prefix="routers"))
+    parameters |= dict(model.text_model.routers.requires_grad_(True).named_parameters(prefix="routers"))
 
     def loss_of(draw: Draw) -> torch.Tensor:
         batch = [examples[i] for i in draw.rows]
@@ -83,7 +83,7 @@ def train_as_paper(
 
 def paper_loss(model: PyramidGenerationMixin, trunk: Trunk, recipe: PaperRecipe, rng: random.Random) -> torch.Tensor:
     """Return CE to the answers (or KL to the teacher), the mean over tokens, plus the weighted routing loss."""
-    sampler = Sampler(model.model.language_model, rng)
+    sampler = Sampler(model.text_model, rng)
     if recipe.loss == "kl":
         teacher = teacher_logits(model, trunk)
         task = divergence(student_logits(model, trunk, sampler.choose), teacher, temperature=1.0).mean()

@@ -7,8 +7,8 @@ from typing import Any
 
 from dpn_cli.calibration.training.heal import HealReport, heal
 from dpn_cli.calibration.training.paper import train_as_paper
-from dpn_cli.data import Sample
 from dpn_cli.data.encoding import Example, encode
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
+from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.modeling.state import PyramidState
 
 
@@ -15,7 +16,7 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
     """Return the attention [B, S] from the last instruction token to all tokens, the mean over the heads.
 
     Args:
-        text_model: of the Llama family.
+        text_model: with a pyramid.
         state: the input of the layer.
         layer_idx: the layer whose attention it is.
     """
@@ -28,6 +29,8 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
 
     keys = attention.k_proj(hidden_states).unflatten(-1, (-1, head_dim))  # [B, S, G, d]
     query = attention.q_proj(_at(hidden_states, last)).unflatten(-1, (-1, head_dim))  # [B, 1, G * R, d]
+    if TEXT_MODELS[text_model.config.model_type].head_norms:
+        keys, query = attention.k_norm(keys), attention.q_norm(query)
     keys, query = _rotate(keys, cos, sin), _rotate(query, _at(cos, last), _at(sin, last))
     query = query[:, 0].unflatten(1, (keys.shape[2], -1))  # [B, G, R, d]
     logits = torch.einsum("bgrd,bsgd->bgrs", query, keys).float() * attention.scaling

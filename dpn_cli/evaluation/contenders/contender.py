@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid, Route
+from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
 from dpn_cli.pyramid.cost import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
@@ -47,6 +46,11 @@ class Contender(ABC):
     """A way to answer with fewer visual tokens, or with all of them."""
 
     name: ClassVar[str]
+
+    @classmethod
+    def beside(cls, pyramid: PyramidConfig) -> "Contender":
+        """Return the contender that a pyramid is compared with, not yet fitted to a budget."""
+        return cls()
 
     @property
     def label(self) -> str:
@@ -104,12 +108,12 @@ class Fixed(Contender):
 
     def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer for every prompt."""
-        shape = model.model.language_model.shape
+        shape = model.text_model.shape
         return [self.layer_tokens(shape, prompt) for prompt in prompts]
 
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
         """Return the fraction of the unpooled FLOPs that every prompt takes."""
-        shape = model.model.language_model.shape
+        shape = model.text_model.shape
         return [self.fraction(shape, prompt) for prompt in prompts]
 
     def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
@@ -154,12 +158,6 @@ def unequal(label: str, spent: float, dpn: float) -> str | None:
     return f"{label} spends {spent:.3f} of the prefill FLOPs, dpn {dpn:.3f}"
 
 
-def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:
-    """Return the decoder layers between sites; after layer -1 is before the first one."""
-    edges = [0, *(layer + 1 for layer in after_layers), num_layers]
-    return [range(start, stop) for start, stop in pairwise(edges)]
-
-
 @contextmanager
 def taken_over(
     model: PyramidGenerationMixin,
@@ -167,16 +165,8 @@ def taken_over(
     reduce: Callable[[PyramidState, int], PyramidState],
 ) -> Iterator[None]:
     """Give a model other sites, and another way to leave a batch with fewer tokens there; without its adapter."""
-    text_model: Any = model.model.language_model
-    before = text_model.segments
-    text_model.segments = segments_between(after_layers, text_model.shape.num_layers)
-    text_model.reduce = reduce
-    try:
-        with model.without_adapter():
-            yield
-    finally:
-        text_model.segments = before
-        del text_model.reduce
+    with model.without_adapter(), model.reduced_by(reduce, after_layers):
+        yield
 
 
 def validate_clip(model: PyramidGenerationMixin, name: str) -> None:

@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, segments_between, taken_over
+from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import segments_between
 from dpn_cli.pyramid.cost import DecoderShape
 
 
@@ -58,7 +59,7 @@ class Dropping(Fixed):
 
     def applied(self, model: PyramidGenerationMixin) -> AbstractContextManager[None]:
         """Let a model drop tokens for the duration."""
-        return taken_over(model, self.after_layers, partial(self.reduce, model.model.language_model))
+        return taken_over(model, self.after_layers, partial(self.reduce, model.text_model))
 
     def reduce(self, text_model: Any, state: PyramidState, site: int) -> PyramidState:
         """Drop all but the best visual tokens of every sample."""

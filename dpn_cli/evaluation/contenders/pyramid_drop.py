@@ -8,6 +8,7 @@ import torch
 from dpn_cli.evaluation.contenders.attention import instruction_attention
 from dpn_cli.evaluation.contenders.dropping import Dropping
 from dpn_cli.modeling.state import PyramidState
+from dpn_cli.pyramid.config import PyramidConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class PyramidDrop(Dropping):
 
     name: ClassVar[str] = "pyramiddrop"
     sites: tuple[int, ...] = ()
+
+    @classmethod
+    def beside(cls, pyramid: PyramidConfig) -> "PyramidDrop":
+        """Return it with the pyramid's sites."""
+        return cls(sites=tuple(site.after_layer for site in pyramid.sites))
 
     @property
     def after_layers(self) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """The pyramid's own ways as contenders: nothing pooled, one route for all, or routed per sample."""
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import DecoderShape, flops_fraction, tokens_per_layer
@@ -53,6 +54,11 @@ class FixedRoute(Fixed):
     pyramid: PyramidConfig
     route: Route
 
+    @classmethod
+    def beside(cls, pyramid: PyramidConfig) -> "FixedRoute":
+        """Return the route that pools nothing."""
+        return cls(pyramid, pyramid.full_route)
+
     @property
     def label(self) -> str:
         """What tables call it."""
@@ -94,14 +100,8 @@ class FixedRoute(Fixed):
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Force the route for the duration."""
-        text_model: Any = model.model.language_model
-        before = text_model.forced_routes
-        text_model.forced_routes = [self.route]
-        try:
-            with model.without_adapter():
-                yield
-        finally:
-            text_model.forced_routes = before
+        with model.without_adapter(), model.on_route(self.route):
+            yield
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,12 @@ class Routed(Contender):
         Raises:
             ValueError: if the budget is out of reach.
         """
-        text_model: Any = model.model.language_model
-        before = text_model.trade_off
-        if self.budget is not None:
-            text_model.trade_off = model.pyramid.trade_off_for(self.budget)
-        try:
+        with nullcontext() if self.budget is None else model.at_budget(self.budget):
             yield
-        finally:
-            text_model.trade_off = before
 
     def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer along the routes of the last prefill."""
-        shape = model.model.language_model.shape
+        shape = model.text_model.shape
         return [
             tokens_per_layer(shape, model.pyramid, route, prompt.grids, 0)
             for route, prompt in zip(model.last_routes, prompts, strict=True)
@@ -145,7 +139,7 @@ class Routed(Contender):
 
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
         """Return the FLOPs fractions, routers included."""
-        shape = model.model.language_model.shape
+        shape = model.text_model.shape
         return [
             flops_fraction(shape, model.pyramid, route, prompt.grids, prompt.text_tokens)
             for route, prompt in zip(model.last_routes, prompts, strict=True)
@@ -169,18 +163,15 @@ class GivenRoutes(Routed):
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Offer every sample its route alone for the duration: the routers score and decide as ever."""
-        text_model: Any = model.model.language_model
-        prices = text_model.prices
+        text_model = model.text_model
 
-        def offer_one(state: Any, site: int) -> list[tuple[list[int], list[float]]]:
-            offers = zip(prices(state, site), self.given, strict=True)
-            return [([route[site]], [costs[offered.index(route[site])]]) for (offered, costs), route in offers]
+        def reduce(state: PyramidState, site: int) -> PyramidState:
+            offers = zip(text_model.prices(state, site), self.given, strict=True)
+            one_each = [([route[site]], [costs[offered.index(route[site])]]) for (offered, costs), route in offers]
+            return text_model.pool(state, site, text_model.choose_among(one_each, state, site))
 
-        text_model.prices = offer_one
-        try:
+        with model.reduced_by(reduce):
             yield
-        finally:
-            del text_model.prices
 
 
 def routes_that_spend(

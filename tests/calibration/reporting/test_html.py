@@ -10,7 +10,7 @@ from PIL import Image
 
 from dpn_cli.calibration.reporting.html import LONGEST_TEXT, render
 from dpn_cli.calibration.reporting.report import Report
-from dpn_cli.data import Sample, Turn
+from dpn_cli.data.samples import Sample, Turn
 from tests.reports import made_up_report
 
 EVIL = "<script>alert('x')</script> & \"quotes\" </title>"

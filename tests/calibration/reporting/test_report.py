@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dpn_cli.calibration.reporting.report import Report
-from dpn_cli.data import Sample, Turn
+from dpn_cli.data.samples import Sample, Turn
 from tests.reports import made_up_report
 
 

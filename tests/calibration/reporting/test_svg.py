@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from dpn_cli.calibration import svg
+from dpn_cli.calibration.reporting import svg
 from dpn_cli.calibration.reporting.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Dot
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration import heal as healing
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.training import heal as healing
 from dpn_cli.calibration.training.heal import HealReport, draw_route, heal, heal_loss
 from dpn_cli.calibration.training.loop import STATE_FILE, Draws
 from dpn_cli.data.encoding import IGNORED, Example
@@ -59,7 +59,7 @@ def test_teacher_and_student_are_the_stock_model_and_the_forced_route(make_pair:
     route = (1, 0, 2)
     model.set_route(route)
     teacher = teacher_logits(model, trunk)
-    text_model = model.model.language_model
+    text_model = model.text_model
     student = student_logits(model, trunk, lambda state, site: text_model.take(state, site, [route[site]] * 2))
     at = 0
     for example in examples[:2]:
@@ -159,7 +159,7 @@ def test_checkpointing_changes_nothing(make_pair: Any, examples: list[Example]) 
 def test_checkpointing_recomputes_the_layers(make_pair: Any, examples: list[Example]) -> None:
     _, model = make_pair()
     calls = []
-    model.model.language_model.layers[7].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.text_model.layers[7].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     one = {"steps": 1, "gradient_accumulation": 1}
     run(model, examples, RECIPE.model_copy(update={**one, "gradient_checkpointing": True}))
     assert len(calls) == 3  # teacher, student, student again
@@ -190,7 +190,7 @@ def test_labels_count_only_where_they_are_the_datas_and_the_route_pools(
     make_pair: Any, examples: list[Example]
 ) -> None:
     _, model = make_pair()
-    text_model = model.model.language_model
+    text_model = model.text_model
     recipe = RECIPE.model_copy(update={"ce_weight": 0.5, "temperature": 2.0})
     trunk = run_trunk(model, examples[:2], [True, False], PAD)
     route = (2, 0, 0)
@@ -220,7 +220,7 @@ def test_routes_are_drawn_around_the_budget_on_both_sides(make_pair: Any, exampl
     rng = random.Random(0)
     recipe = HealRecipe(full_share=0.2, budget_spread=0.15)
     routes = [draw_route(model, state, 0.6, recipe, rng) for _ in range(300)]
-    shape = model.model.language_model.shape
+    shape = model.text_model.shape
     fractions = [flops_fraction(shape, model.pyramid, r, state.image_grids[0], state.text_tokens[0]) for r in routes]
     full = sum(route == (0, 0, 0) for route in routes)
     assert 35 < full < 85

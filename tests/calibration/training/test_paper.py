@@ -106,7 +106,7 @@ def test_samples_without_an_image_do_not_count() -> None:
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 def test_the_whole_loss_by_hand(make_pair: Any, examples: Any, loss: str) -> None:
     _, model = make_pair(**PAPER)
-    text_model = model.model.language_model
+    text_model = model.text_model
     text_model.routers = nn.ModuleList(FixedRouter(z) for z in ([0, 0, 900], [900, 0, 0], [0, 0, 0]))
     trunk = run_trunk(model, examples[:2], [True, True], PAD)
     found = paper_loss(model, trunk, PaperRecipe(loss=loss, routing_weight=0.5), random.Random(1))  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_the_whole_loss_by_hand(make_pair: Any, examples: Any, loss: str) -> Non
 
 def test_the_gate_has_its_gradient_at_1x1_too(make_pair: Any, examples: Any) -> None:
     _, model = make_pair(**PAPER)
-    text_model = model.model.language_model
+    text_model = model.text_model
     text_model.routers = nn.ModuleList(FixedRouter([60.0, 0.0, 0.0]) for _ in range(3))
     trunk = run_trunk(model, examples[:2], [True, True], PAD)
     sampler = Sampler(text_model, random.Random(0))

@@ -4,7 +4,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.calibration import tuning
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.training import tuning
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.exporting.export import export
+from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
-from dpn_cli.modeling import adapter
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
@@ -115,6 +117,26 @@ def test_a_load_is_healed_and_its_teacher_is_the_original(healed: Path, tiny_lla
     assert not any(parameter.requires_grad for name, parameter in plain.named_parameters() if ".lora_" in name)
 
 
+def test_the_adapter_is_off_in_one_thread_alone(healed: Path, data: Path) -> None:
+    model, plain = load_model(healed), load_model(healed, healed=False)
+    with_adapter = logits(model, healed, data)
+    with model.teacher():
+        original = logits(model, healed, data)
+    with model.without_adapter(), ThreadPoolExecutor(1) as pool:
+        twin = deepcopy(model)
+        assert torch.equal(logits(model, healed, data), logits(plain, healed, data))
+        for other in (model, twin):
+            assert torch.equal(pool.submit(logits, other, healed, data).result(), with_adapter)
+        assert torch.equal(logits(twin, healed, data), with_adapter), "a copy has no caller's settings"
+    with twin.teacher():
+        assert torch.equal(logits(twin, healed, data), original)
+    assert torch.equal(logits(model, healed, data), with_adapter)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if ".lora_" in name)
+    model.text_model.layers[4].mlp.down_proj.merge()
+    with model.teacher():
+        assert torch.allclose(logits(model, healed, data), original, atol=1e-4), "what was merged is taken out again"
+
+
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_an_export_holds_the_adapter_in_its_weights(
     healed: Path, data: Path, tmp_path: Path, dtype: str | None, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +159,7 @@ def test_an_export_holds_the_adapter_in_its_weights(
 
 def test_merging_is_what_peft_does(healed: Path) -> None:
     model = load_model(healed)
-    layer = model.model.language_model.layers[4].mlp.down_proj
+    layer = model.text_model.layers[4].mlp.down_proj
     lora = Lora.open(adapter_of(healed))
     base = layer.base_layer.weight.detach()
     merged = lora.merged("model.language_model.layers.4.mlp.down_proj.weight", base)
@@ -193,7 +215,7 @@ def test_the_papers_objective_trains_routers_and_adapter(tiny_llava: Path, data:
     assert report.settings["held_out"] == 4
     model = load_model(folder)
     assert model.is_adapted
-    assert all(router.head.weight.abs().sum() > 0 for router in model.model.language_model.routers)
+    assert all(router.head.weight.abs().sum() > 0 for router in model.text_model.routers)
 
 
 def test_without_peft_healing_names_the_extra(

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dpn_cli.checkpoint.architecture import llava_tensors, memory_name
+from dpn_cli.families.tensors import llava_tensors, memory_name
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

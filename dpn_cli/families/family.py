@@ -1,11 +1,10 @@
 """The families of models that can have a pyramid. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dpn_cli.pyramid.recipe import DEFAULT_RECIPE
-
+DEFAULT_RECIPE = "llava-1.5-7b"
 CONVERTED = "dpn_"  # before a family's model type, in what dpn writes
 
 
@@ -23,6 +22,7 @@ class Family:
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
         recipe: for its models that have none of their own.
+        aliases: short names of models of the hub, and their ids.
     """
 
     model_type: str
@@ -34,6 +34,7 @@ class Family:
     cuts_images: bool = False
     counts_tokens: bool = False
     recipe: str = DEFAULT_RECIPE
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Family":
@@ -63,13 +64,28 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "DpnLlava"),
+        Family(
+            "llava",
+            "DpnLlava",
+            aliases={
+                "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+                "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+                "bakllava": "llava-hf/bakLlava-v1-hf",
+                "llava-llama-3-8b": "xtuner/llava-llama-3-8b-v1_1-transformers",
+                "llava-hr-7b": "favor123/llava-hr-7b-sft-1024",
+                "llava-hr-x-13b": "favor123/llava-hr-13b-x-sft-1024",
+            },
+        ),
         Family(
             "llava_next",
             "DpnLlavaNext",
             image_processor="LlavaNextImageProcessor",
             cuts_images=True,
             recipe="llava-next",
+            aliases={
+                "llava-1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+                "llava-1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+            },
         ),
         Family(
             "llava_onevision",
@@ -81,8 +97,32 @@ FAMILIES = {
             cuts_images=True,
             counts_tokens=True,
             recipe="llava-onevision",
+            aliases={"llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf"},
         ),
     )
+}
+
+ALIASES = {alias: repo_id for family in FAMILIES.values() for alias, repo_id in family.aliases.items()}
+
+# What transformers' image processors assume where a key is missing; they pad to a square if told by do_pad.
+_OPENAI = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_STANDARD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_COMMON = {
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+_CLIP = {**_COMMON, **_OPENAI, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+_CLIP["size"] = {"shortest_edge": 224}
+IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "LlavaImageProcessor": {**_CLIP, "do_pad": False},
+    "LlavaNextImageProcessor": {**_CLIP, "do_pad": True},
+    "LlavaOnevisionImageProcessor": {**_COMMON, **_OPENAI, "size": {"height": 384, "width": 384}, "do_pad": True},
+    "SiglipImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}},
+    "ViTImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}, "resample": 2},
 }
 
 
