@@ -121,7 +121,7 @@ class _Setting:
 
 
 def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
-    """Hold the processor, tokenizer and chat template of a folder against its config.
+    """Hold the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
 
     Args:
         checkpoint: of the folder, in Hugging Face's layout, converted or not.
@@ -135,6 +135,21 @@ def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: Ch
         CheckpointError: naming the file and the key that contradict config.json, or cannot be completed.
         UsageError: if the template that is given does not show images.
     """
+    template = template or ChatTemplate.find(checkpoint.path)
+    completion, image_token, special = _hold(checkpoint, layout, template)
+    template.validate(image_token, special)
+    return completion
+
+
+def inspect_processor(checkpoint: Checkpoint, layout: LlavaLayout) -> Completion:
+    """Do as `complete_processor` does, but for what takes long, to import transformers: the template is not tried."""
+    return _hold(checkpoint, layout, ChatTemplate.find(checkpoint.path))[0]
+
+
+def _hold(
+    checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate
+) -> tuple[Completion, str, Mapping[str, str]]:
+    """Return what is missing, the placeholder of an image, and the tokenizer's special tokens."""
     folder, config = checkpoint.path, checkpoint.config
     files = _Files(folder)
     tokens = Tokens.of(folder)
@@ -145,9 +160,7 @@ def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: Ch
     if is_implied and files.processor.get("image_token", DEFAULT_IMAGE_TOKEN) != image_token:
         missing[PROCESSOR_FILE, "image_token"] = image_token
     missing |= tokens.missing(config, image_token)
-    template = template or ChatTemplate.find(folder)
-    template.validate(image_token, tokens.special)
-    return Completion(missing, None if template.is_found else template)
+    return Completion(missing, None if template.is_found else template), image_token, tokens.special
 
 
 class _Files:
