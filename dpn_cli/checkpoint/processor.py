@@ -276,12 +276,12 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     for key, value in assumed.items():
         place = (*files.images_place, key)
         if key.startswith("do_"):
-            yield _Setting(place, value, value, lambda found: type(found) is bool, "true or false")
+            yield _Setting(place, value, value, lambda found: found in (True, False), "true or false")
         elif key in _FREE and given[_FREE[key][0]]:
             yield _Setting(place, value, value, *_FREE[key][1:])
     square = _square(side)
     crops = given.get("do_center_crop")
-    if not (crops or family.cuts_images):
+    if not (crops or (layout.tiling and layout.tiling.cuts_several)):  # nothing else gives every image one size
         yield _Setting((*files.images_place, "do_resize"), True, True)
     if crops or (family.cuts_images and images.get("crop_size") is not None):
         crop = assumed.get("crop_size", square)

@@ -222,6 +222,7 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ("llava", images("resample", value=9), "resample 9"),
     ("llava", images("do_normalize", value="no"), "do_normalize 'no', expected true or false"),
     ("llava", each(images("do_resize", value=False), images("do_center_crop", value=False)), "do_resize False"),
+    ("llava_onevision", images("do_resize", value=False), "do_resize False"),
     ("llava", images("image_processor_type", value="FooImageProcessor"), "image_processor_type 'FooImageProcessor'"),
     ("llava", images("image_processor_type", value=3), "image_processor_type 3"),
     ("llava", edit("config.json", "image_token_id", value=5), "image_token_index 4 and the image_token_id 5"),
