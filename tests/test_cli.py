@@ -38,19 +38,30 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
 
 
-@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
-def test_help_imports_nothing_heavy(command: str | None) -> None:
-    args = [command, "--help"] if command else ["--help"]
+def run_apart(*args: str) -> "subprocess.CompletedProcess[str]":
+    """Run `dpn` in a process of its own, which then writes to stderr what heavy packages it has imported."""
     script = (
         "import sys; from dpn_cli.cli import main\n"
-        f"code = main({args!r})\n"
+        f"code = main({[*args]!r})\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
         "sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_imports_nothing_heavy(command: str | None) -> None:
+    done = run_apart(*([command, "--help"] if command else ["--help"]))
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
     assert done.stdout.startswith("Usage: dpn")
+
+
+def test_inspect_imports_nothing_heavy(tiny_llava: Path) -> None:
+    done = run_apart("inspect", "--model", str(tiny_llava), "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+    assert json.loads(done.stdout)["model_type"] == "llava"
 
 
 def test_the_group_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

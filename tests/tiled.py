@@ -103,7 +103,11 @@ def _save_processor(folder: Path, family: str) -> None:
         )
     processor.save_pretrained(folder)
     path = folder / "processor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"processor_class": f"{STEMS[family]}Processor"}))
+    settings = json.loads(path.read_text()) | {"processor_class": f"{STEMS[family]}Processor"}
+    if family == "llava_onevision":
+        size = {"height": side, "width": side}
+        settings["video_processor"] = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": size}
+    path.write_text(json.dumps(settings))
 
 
 @pytest.fixture

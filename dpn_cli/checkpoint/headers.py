@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
 PROCESSOR_FILE, IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
+VIDEOS_FILE = "video_preprocessor_config.json"
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 LFS_SIGNATURE = b"version https://git-lfs.github.com"
@@ -31,9 +31,6 @@ BITS = {
 }  # fmt: skip
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # of the floats
 FLOATS = set(TORCH_DTYPES)
-
-# What PyTorch's wrappers (DistributedDataParallel, torch.compile, FSDP, checkpointing) put into the names of tensors.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -273,16 +270,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a name appears twice")
     return result
-
-
-def unwrapped(name: str) -> str:
-    """Return what a tensor is called without the parts that wrappers of training put into its name."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def wrappers(names: Iterable[str]) -> str:
-    """Return the parts that wrappers have put into names, for a message; empty if there are none."""
-    return ", ".join(f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in names))
 
 
 def check_float(tensor: TensorInfo, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_llava, read_pyramid
-from dpn_cli.checkpoint.processor import complete_processor
+from dpn_cli.checkpoint.processor import inspect_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
@@ -120,7 +120,7 @@ def inspect_checkpoint(
         UsageError: if the sample does not fit the model's positions, or a route not the pyramid.
     """
     checkpoint, layout = open_llava(folder)
-    lacking = complete_processor(checkpoint, layout).summary()
+    lacking = inspect_processor(checkpoint, layout).summary()
     pyramid = read_pyramid(checkpoint, layout)
     typical = typical_length(pyramid)
     default = layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS

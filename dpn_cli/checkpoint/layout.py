@@ -6,9 +6,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config, wrappers
+from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.quantisation import has_shape
+from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unmerged, unwrap
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.families.tensors import TEXT_PREFIXES
@@ -55,6 +56,7 @@ class LlavaLayout:
             CheckpointError: if config and tensors do not belong together.
         """
         config, where = checkpoint.config, checkpoint.path
+        refuse_unmerged(checkpoint.tensors, where)
         text_config = TEXT_MODELS[config["text_config"].get("model_type", "llama")].completed(config["text_config"])
         pixels, patch = _pixels(config["vision_config"], _prepooling(config), where)
         grid = (pixels // patch, pixels // patch)
@@ -193,6 +195,12 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     for key in ("text_config", "vision_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{where}: config.json has no {key}, so the model's sizes are unknown")
+    ids = {key: config[key] for key in ("image_token_index", "image_token_id") if key in config}
+    if len(ids) == 2 and len({*map(str, ids.values())}) == 2:
+        stated = " and the ".join(f"{key} {value!r}" for key, value in ids.items())
+        raise CheckpointError(
+            f"{where}: config.json has the {stated}, which are two names for one id: keep the right one"
+        )
     if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
     if "quantization_config" in config and not is_converted(config):
@@ -290,17 +298,18 @@ def _tiling(config: dict[str, Any], grid: Grid, where: Path) -> Tiling | None:
 
 def _text_prefix(checkpoint: Checkpoint) -> str:
     for prefix in TEXT_PREFIXES:
-        if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
+        if f"{prefix}{EMBEDDING}" in checkpoint.tensors:
             return prefix
-    if found := wrappers(checkpoint.tensors):
+    if found := unwrap(checkpoint.tensors)[1]:
         remedy = (
             "save the model inside of the wrapper again"
             if is_converted(checkpoint.config)
             else f"`dpn convert {checkpoint.path}` takes it off"
         )
         raise CheckpointError(f"{checkpoint.path} was saved from a wrapped model, with {found} in its names: {remedy}")
+    alike = next((f" but {name}" for name in checkpoint.tensors if name.endswith(EMBEDDING)), "")
     raise CheckpointError(
-        f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}embed_tokens.weight (nor {TEXT_PREFIXES[1]}…): "
+        f"{checkpoint.path} has no tensor {TEXT_PREFIXES[0]}{EMBEDDING} (nor {TEXT_PREFIXES[1]}…){alike}: "
         "its weights are not a LLaVA's in Hugging Face's layout"
     )
 

@@ -5,6 +5,7 @@ the first image is encoded, or never. Here what config.json implies is completed
 Where a value is looked for, and what stands in for it, is as in transformers 5.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dpn_cli.checkpoint.headers import (
     IMAGES_FILE,
     PROCESSOR_FILE,
     TOKENIZER_CONFIG_FILE,
+    VIDEOS_FILE,
     Checkpoint,
     read_json_if_there,
 )
@@ -28,6 +30,24 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
 from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
+
+
+def _is_number(value: Any, above: float = -math.inf) -> bool:
+    return type(value) in (int, float) and above < value < math.inf
+
+
+def _has_channels(value: Any, above: float = -math.inf) -> bool:
+    channels = value if isinstance(value, list) and len(value) == 3 else [value]
+    return all(_is_number(channel, above) for channel in channels)
+
+
+# What can be any of many values: which switch turns its use on, whether a value will do, and what will, in words.
+_FREE: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "resample": ("do_resize", lambda value: type(value) is int and 0 <= value < 6, "a filter of Pillow, 0 to 5"),
+    "rescale_factor": ("do_rescale", lambda value: _is_number(value, above=0), "a positive number"),
+    "image_mean": ("do_normalize", _has_channels, "one number or three"),
+    "image_std": ("do_normalize", lambda value: _has_channels(value, above=0), "one positive number or three"),
+}
 
 _STRATEGY = "vision_feature_select_strategy"
 
@@ -55,7 +75,7 @@ class Completion:
 
     def notes(self) -> tuple[str, ...]:
         """Return what to tell the user about it."""
-        return (f"Completed to fit config.json: {self.summary()}.",) if self.summary() else ()
+        return (f"Missing, and completed: {self.summary()}.",) if self.summary() else ()
 
     def write(self, folder: Path) -> None:
         """Complete the files of a folder, which must be our own."""
@@ -83,23 +103,25 @@ class Completion:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value of the processor that config.json implies.
+    """A value of the processor that config.json implies, or that transformers needs.
 
     Attributes:
         place: where it belongs.
         expected: the value.
         assumed: by transformers, where the key is missing.
         fits: says of another value whether it will do.
+        needs: what will do, in words, where config.json does not imply it.
     """
 
     place: Place
     expected: Any
     assumed: Any = None
     fits: Callable[[Any], bool] = lambda found: False
+    needs: str = ""
 
 
 def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
-    """Hold the processor, tokenizer and chat template of a folder against its config.
+    """Hold the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
 
     Args:
         checkpoint: of the folder, in Hugging Face's layout, converted or not.
@@ -113,6 +135,21 @@ def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: Ch
         CheckpointError: naming the file and the key that contradict config.json, or cannot be completed.
         UsageError: if the template that is given does not show images.
     """
+    template = template or ChatTemplate.find(checkpoint.path)
+    completion, image_token, special = _hold(checkpoint, layout, template)
+    template.validate(image_token, special)
+    return completion
+
+
+def inspect_processor(checkpoint: Checkpoint, layout: LlavaLayout) -> Completion:
+    """Do as `complete_processor` does, but for what takes long, to import transformers: the template is not tried."""
+    return _hold(checkpoint, layout, ChatTemplate.find(checkpoint.path))[0]
+
+
+def _hold(
+    checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate
+) -> tuple[Completion, str, Mapping[str, str]]:
+    """Return what is missing, the placeholder of an image, and the tokenizer's special tokens."""
     folder, config = checkpoint.path, checkpoint.config
     files = _Files(folder)
     tokens = Tokens.of(folder)
@@ -123,9 +160,7 @@ def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: Ch
     if is_implied and files.processor.get("image_token", DEFAULT_IMAGE_TOKEN) != image_token:
         missing[PROCESSOR_FILE, "image_token"] = image_token
     missing |= tokens.missing(config, image_token)
-    template = template or ChatTemplate.find(folder)
-    template.validate(image_token, tokens.special)
-    return Completion(missing, None if template.is_found else template)
+    return Completion(missing, None if template.is_found else template), image_token, tokens.special
 
 
 class _Files:
@@ -162,6 +197,12 @@ class _Files:
         """The image processor's settings."""
         return self.data[self.images_place]
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether transformers finds settings for videos."""
+        own = self._folder / VIDEOS_FILE, self._folder / IMAGES_FILE
+        return isinstance(self.processor.get("video_processor"), dict) or any(file.is_file() for file in own)
+
     def lacks(self, setting: _Setting) -> bool:
         """Say whether a setting has to be completed.
 
@@ -174,9 +215,15 @@ class _Files:
             return False
         if group.get(keys[-1]) is None:
             return True
+        says = f"{self._folder / file} has the {'.'.join(keys)} {found!r}"
+        if setting.needs:
+            raise CheckpointError(
+                f"{says}, expected {setting.needs} (by default {setting.expected!r}): correct it, or take the file "
+                "from the model that this one was made from"
+            )
         raise CheckpointError(
-            f"{self._folder / file} has the {'.'.join(keys)} {found!r}, config.json implies {setting.expected!r}: they "
-            "do not belong together, take both from one model or correct the one that is wrong"
+            f"{says}, config.json implies {setting.expected!r}: they do not belong together, take both from one model "
+            "or correct the one that is wrong"
         )
 
 
@@ -193,6 +240,9 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
     else:
         key, base, assumed = "num_additional_image_tokens", 0, 0
         yield _Setting((PROCESSOR_FILE, "patch_size"), layout.patch)
+    if family.video_processor and not files.has_videos:
+        videos = {"video_processor_type": family.video_processor, "size": _square(layout.pixels)}
+        yield _Setting((PROCESSOR_FILE, "video_processor"), videos)
     strategy = VISION_TOWERS[config["vision_config"]["model_type"]].select_strategy
     strategies = {tower.select_strategy for tower in VISION_TOWERS.values()}
 
@@ -210,19 +260,29 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
 def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) -> Iterator[_Setting]:
     """Yield what the image processor is told: the size of what it hands to the vision tower."""
     family, images, side = Family.of(config), files.images, layout.pixels
-    stated = images.get("image_processor_type") or images.get("feature_extractor_type")
-    kind = str(stated or family.image_processor).replace("FeatureExtractor", "ImageProcessor")
-    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    older = str(images.get("feature_extractor_type") or family.image_processor)
+    stated = images.get("image_processor_type") or older.replace("FeatureExtractor", "ImageProcessor")
+    kind = str(stated).removesuffix("Fast").removesuffix("Pil")
     cutters = {each.image_processor for each in FAMILIES.values() if each.cuts_images}
+    alike = {family.image_processor} if family.cuts_images else IMAGE_PROCESSORS.keys() - cutters
     yield _Setting(
         (*files.images_place, "image_processor_type"),
         family.image_processor,
-        stated,
-        fits=lambda found: kind == family.image_processor or not (family.cuts_images or kind in cutters),
+        images.get("feature_extractor_type"),
+        fits=lambda found: kind in alike,
     )
-    square = {"height": side, "width": side}
-    assumed = IMAGE_PROCESSORS.get(kind, {"size": square})  # what another class assumes is left to it
-    crops = images.get("do_center_crop", assumed.get("do_center_crop"))
+    assumed = IMAGE_PROCESSORS.get(kind, IMAGE_PROCESSORS[family.image_processor])
+    given = assumed | {key: value for key, value in images.items() if value is not None}
+    for key, value in assumed.items():
+        place = (*files.images_place, key)
+        if key.startswith("do_"):
+            yield _Setting(place, value, value, lambda found: found in (True, False), "true or false")
+        elif key in _FREE and given[_FREE[key][0]]:
+            yield _Setting(place, value, value, *_FREE[key][1:])
+    square = _square(side)
+    crops = given.get("do_center_crop")
+    if not (crops or (layout.tiling and layout.tiling.cuts_several)):  # nothing else gives every image one size
+        yield _Setting((*files.images_place, "do_resize"), True, True)
     if crops or (family.cuts_images and images.get("crop_size") is not None):
         crop = assumed.get("crop_size", square)
         yield _Setting((*files.images_place, "crop_size"), square, crop, lambda found: _side(found) == side)
@@ -231,7 +291,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
         if crops and not family.cuts_images:
             return _side(size) >= side  # the middle is cut out
         is_square = isinstance(size, dict) and "height" in size
-        pads = "do_pad" in assumed and images.get("do_pad")
+        pads = "do_pad" in assumed and given["do_pad"]
         return _side(size) == side and bool(is_square or pads or family.cuts_images)
 
     edge = {"shortest_edge": side}
@@ -239,6 +299,10 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     if layout.tiling is not None:
         resolutions = [list(pair) for pair in layout.tiling.resolutions]
         yield _Setting((*files.images_place, "image_grid_pinpoints"), resolutions, RESOLUTIONS[family.model_type])
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
 def _side(size: Any) -> int:

@@ -12,11 +12,11 @@ from dpn_cli.checkpoint.headers import (
     adapter_refusal,
     read_config,
     read_header,
-    wrappers,
 )
 from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
 from dpn_cli.checkpoint.side_files import copy_side_file, side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
+from dpn_cli.checkpoint.wrappers import unwrap
 from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
 from dpn_cli.conversion.dpn_authors import import_authors
 from dpn_cli.conversion.original import is_original, rewrite_original, validate_original
@@ -128,7 +128,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     if holds_bins(folder):
         return rewrite_weights(original, config, open_weights(folder, original), notes)
     checkpoint = Checkpoint.open(folder, config)
-    if wrappers(checkpoint.tensors):
+    if unwrap(checkpoint.tensors)[1]:
         return rewrite_weights(original, config, open_weights(folder, original), notes)
     if DPE_FILE in checkpoint.files:
         raise CheckpointError(

@@ -12,9 +12,8 @@ from dpn_cli.checkpoint.headers import (
     TORCH_DTYPES,
     Checkpoint,
     TensorInfo,
-    unwrapped,
-    wrappers,
 )
+from dpn_cli.checkpoint.wrappers import refuse_unmerged, unwrap
 from dpn_cli.conversion.bins import BinWeights
 from dpn_cli.errors import CheckpointError
 
@@ -44,9 +43,10 @@ class Weights:
     def __init__(self, shards: Shards) -> None:
         self.folder = shards.folder
         self._shards = shards
-        self._stored = {unwrapped(name): name for name in shards.tensors}
+        refuse_unmerged(shards.tensors, self.folder)
+        own, found = unwrap(shards.tensors)
+        self._stored = {new: name for name, new in own.items()}
         self.tensors: Mapping[str, TensorInfo] = {new: shards.tensors[name] for new, name in self._stored.items()}
-        found = wrappers(shards.tensors)
         if len(self._stored) < len(shards.tensors):
             raise CheckpointError(
                 f"{self.folder} holds tensors twice, with {found} in their names and without: keep one of the two"

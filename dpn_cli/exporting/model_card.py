@@ -8,6 +8,7 @@ import yaml
 from dpn_cli import __version__
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
+from dpn_cli.families.family import Family
 from dpn_cli.pyramid.config import PyramidConfig, Rate
 from dpn_cli.pyramid.cost import flops_fraction
 
@@ -131,8 +132,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 ```
-
+{_videos(config)}
 `model.last_routes` says which rates the last prompt took; `with model.teacher():` switches the pyramid off."""
+
+
+def _videos(config: dict[str, Any]) -> str:
+    """Say what a processor with a part for videos needs, as a paragraph; nothing for another."""
+    if Family.of(config).video_processor is None:
+        return ""
+    return "\n`AutoProcessor` needs torchvision here, for images alone too: `pip install torchvision`.\n"
 
 
 def _quantised(config: dict[str, Any]) -> str:

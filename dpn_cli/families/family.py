@@ -18,6 +18,7 @@ class Family:
         select_strategy: the `vision_feature_select_strategy` of its configs where they say nothing.
         feature_layer: their `vision_feature_layer`, likewise.
         image_processor: the class that prepares its images where nothing says which.
+        video_processor: the class that its processors have for videos, or None; stock ones do not load without.
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
         recipe: for its models that have none of their own.
@@ -29,6 +30,7 @@ class Family:
     select_strategy: str = "default"
     feature_layer: int = -2
     image_processor: str = "LlavaImageProcessor"
+    video_processor: str | None = None
     cuts_images: bool = False
     counts_tokens: bool = False
     recipe: str = DEFAULT_RECIPE
@@ -91,6 +93,7 @@ FAMILIES = {
             select_strategy="full",
             feature_layer=-1,
             image_processor="LlavaOnevisionImageProcessor",
+            video_processor="LlavaOnevisionVideoProcessor",
             cuts_images=True,
             counts_tokens=True,
             recipe="llava-onevision",
@@ -101,14 +104,25 @@ FAMILIES = {
 
 ALIASES = {alias: repo_id for family in FAMILIES.values() for alias, repo_id in family.aliases.items()}
 
-# What transformers' image processors assume about sizes where a key is missing; they pad to a square if told by do_pad.
-_CLIP_SIZES = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+# What transformers' image processors assume where a key is missing; they pad to a square if told by do_pad.
+_OPENAI = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_STANDARD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_COMMON = {
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+_CLIP = {**_COMMON, **_OPENAI, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+_CLIP["size"] = {"shortest_edge": 224}
 IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
-    "CLIPImageProcessor": _CLIP_SIZES,
-    "LlavaImageProcessor": {**_CLIP_SIZES, "do_pad": False},
-    "LlavaNextImageProcessor": _CLIP_SIZES,
-    "LlavaOnevisionImageProcessor": {"size": {"height": 384, "width": 384}},
-    "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "LlavaImageProcessor": {**_CLIP, "do_pad": False},
+    "LlavaNextImageProcessor": {**_CLIP, "do_pad": True},
+    "LlavaOnevisionImageProcessor": {**_COMMON, **_OPENAI, "size": {"height": 384, "width": 384}, "do_pad": True},
+    "SiglipImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}},
+    "ViTImageProcessor": {**_COMMON, **_STANDARD, "size": {"height": 224, "width": 224}, "resample": 2},
 }
 
 

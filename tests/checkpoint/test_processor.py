@@ -19,6 +19,7 @@ from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
 
 PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"
+NULLS = ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_center_crop")
 GONE = ...  # in the place of a value: no such key
 TEXT_ONLY = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | string }}{% endfor %}"
 
@@ -49,6 +50,11 @@ def edit(file: str, *keys: str, value: Any = GONE) -> Harm:
         (folder / file).write_text(json.dumps(data))
 
     return harm
+
+
+def images(key: str, value: Any) -> Harm:
+    """Return what sets a value of the image processor."""
+    return edit(PROCESSOR, "image_processor", key, value=value)
 
 
 def old_layout(folder: Path) -> None:
@@ -120,6 +126,11 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
         ),
         ("patch_size 4", "num_additional_image_tokens 1", "strategy 'default'", "crop_size", ".size", "_type"),
     ),
+    (
+        "llava",
+        each(*(images(key, value=None) for key in NULLS)),
+        ("image_mean [0.48145466", "image_std [0.26862954", "rescale_factor 0.0039", "resample 3", "do_resize True"),
+    ),
     ("llava", old_layout, ("processor_class 'LlavaProcessor'", "patch_size 4", "num_additional_image_tokens 1")),
     ("llava", each(template_in_tokenizer, edit(TOKENIZER, "pad_token")), ("chat template of", "pad_token '<pad>'")),
     ("llava", edit(TOKENIZER, "pad_token", value="<image>"), ("pad_token '<pad>'",)),
@@ -149,8 +160,9 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
             edit(PROCESSOR, "num_image_tokens"),
             edit(PROCESSOR, "vision_aspect_ratio"),
             edit(PROCESSOR, "image_processor", "size"),
+            edit(PROCESSOR, "video_processor"),
         ),
-        ("num_image_tokens 25", "vision_aspect_ratio 'anyres_max_4'", "size"),
+        ("num_image_tokens 25", "vision_aspect_ratio 'anyres_max_4'", "size", "LlavaOnevisionVideoProcessor"),
     ),
     ("llava_onevision", old_layout, ("num_image_tokens 25", "vision_aspect_ratio")),
 ]  # fmt: skip
@@ -198,6 +210,22 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ("llava", edit("config.json", "text_config", "pad_token_id", value=304), "text_config.pad_token_id 304"),
     ("llava", template_nowhere, "no chat template"),
     ("llava", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    ("llava", images("image_mean", value=[0.5]), "image_processor.image_mean [0.5], expected one number or three"),
+    ("llava", images("image_mean", value="x"), "image_mean 'x'"),
+    ("llava", images("image_mean", value=["a", "b", "c"]), "image_mean ['a', 'b', 'c']"),
+    ("llava_next", images("image_std", value=[0.5, 0, 0.5]), "image_std [0.5, 0, 0.5], expected one positive"),
+    ("llava_onevision", images("image_std", value=0), "image_std 0"),
+    ("llava_onevision", images("rescale_factor", value=0), "rescale_factor 0, expected a positive number"),
+    ("llava", images("rescale_factor", value="1/255"), "rescale_factor '1/255'"),
+    ("llava", images("rescale_factor", value=True), "rescale_factor True"),
+    ("llava_next", images("resample", value="bicubic"), "resample 'bicubic', expected a filter"),
+    ("llava", images("resample", value=9), "resample 9"),
+    ("llava", images("do_normalize", value="no"), "do_normalize 'no', expected true or false"),
+    ("llava", each(images("do_resize", value=False), images("do_center_crop", value=False)), "do_resize False"),
+    ("llava_onevision", images("do_resize", value=False), "do_resize False"),
+    ("llava", images("image_processor_type", value="FooImageProcessor"), "image_processor_type 'FooImageProcessor'"),
+    ("llava", images("image_processor_type", value=3), "image_processor_type 3"),
+    ("llava", edit("config.json", "image_token_id", value=5), "image_token_index 4 and the image_token_id 5"),
     ("llava_next", edit(PROCESSOR, "image_processor", "image_grid_pinpoints", value=[[24, 48]]), "grid_pinpoints"),
     ("llava_next", edit(PROCESSOR, "image_processor", "size", value={"shortest_edge": 48}), "image_processor.size"),
     ("llava_next", edit(PROCESSOR, "image_processor", "image_processor_type", value="CLIPImageProcessor"), "type"),
@@ -244,6 +272,14 @@ def test_a_strategy_that_leaves_the_same_tokens_will_do(make_source: Callable[[s
     done = convert(str(source), output=tmp_path / "out")
     assert not done.notes
     assert_same(encoded(done.output), expected)
+
+
+def test_what_is_switched_off_need_not_make_sense(make_source: Callable[[str], Path], tmp_path: Path) -> None:
+    source = make_source("llava")
+    for harm in (images("do_normalize", value=False), images("image_std", value=0), images("image_mean", value=None)):
+        harm(source)
+    images("image_processor_type", value="SiglipImageProcessorFast")(source)
+    assert not convert(str(source), output=tmp_path / "out").notes
 
 
 @pytest.mark.parametrize("template", [TEXT_ONLY, "{{ raise_exception('no') }}", "{% if %}", "USER: <image>"])

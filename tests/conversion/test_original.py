@@ -312,6 +312,48 @@ def test_what_wrappers_add_to_names_is_taken_off(
     assert digest(source) == before
 
 
+@pytest.mark.parametrize(
+    ("layout", "files", "prefix"),
+    [
+        ("hub", "safetensors", "base_model.model."),
+        ("hub", "safetensors", "model."),
+        ("new", "safetensors", "_forward_module."),
+        ("new", "bin", "model."),
+        ("hub", "bin", "state_dict.student."),
+        ("original", "bin", "llava."),
+    ],
+)
+def test_what_every_name_begins_with_is_taken_off(
+    make_original: Callable[..., Original], tmp_path: Path, layout: str, files: str, prefix: str
+) -> None:
+    original = make_original(files=files) if layout == "original" else make_original()
+    source, tower = original.folder, str(original.clip)
+    if layout != "original":
+        source, tower = write_hugging_face(original, tmp_path / "in", layout, files), None
+    plain = convert(str(source), output=tmp_path / "plain", vision_tower=tower).output
+    wrapped(source, prefix)
+    done = convert(str(source), output=tmp_path / "out", vision_tower=tower, verify=True)
+    assert f"{prefix} is taken off" in done.notes[0]
+    expected, found = ({n: t.shape for n, t in Checkpoint.open(f).tensors.items()} for f in (plain, done.output))
+    assert found == expected
+
+
+def test_names_that_lead_nowhere_are_named(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    source = write_hugging_face(make_original(), tmp_path / "in", "hub")
+    path = source / "model.safetensors"
+    stored = load_file(path)
+    behind = {f"ema.{name}": tensor for name, tensor in stored.items()}
+    save_file(behind | {"step": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has no tensor .* but ema\.language_model\.model\.embed_tokens\.weight"):
+        convert(str(source), output=tmp_path / "out")
+    unmerged = {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in stored.items()}
+    for names in (unmerged, {f"base_model.model.{name}": tensor for name, tensor in unmerged.items()}):
+        save_file(names, path, metadata={"format": "pt"})
+        for act in (lambda: convert(str(source), output=tmp_path / "out"), lambda: inspect_checkpoint(source)):
+            with pytest.raises(CheckpointError, match=r"unmerged LoRA adapter .*q_proj\.base_layer.*: merge it first"):
+                act()
+
+
 def test_wrappers_names_are_named_where_they_cannot_be_taken_off(
     make_original: Callable[..., Original], tmp_path: Path
 ) -> None:

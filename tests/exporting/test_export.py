@@ -216,6 +216,7 @@ def test_the_folder_is_complete_and_compact(make_converted: Callable[..., Path],
 def test_the_card_says_what_it_is(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     export(make_converted(calibrated=False), tmp_path / "plain", uncalibrated=True)
     card = (tmp_path / "plain" / "README.md").read_text()
+    assert "torchvision" not in card
     assert "Not calibrated" in card and "12×12 = 144 visual tokens" in card
     assert "| after decoder layer 1 | 1×1, 1×2, 2×2 |" in card
     pretend_calibration(tmp_path / "tiny-dpn")
@@ -224,6 +225,13 @@ def test_the_card_says_what_it_is(make_converted: Callable[..., Path], tmp_path:
     assert "| 0.600 | 3 | 0.0500 |" in card
     assert r"| data | mydata\|2.json |" in card and "| agreement interval | 0.9, 1 |" in card
     assert card.count("trust_remote_code=True") == 2 and "dpn_cli.load" in card and "set_budget" in card
+
+
+def test_the_card_of_onevision_names_what_its_processor_needs(
+    make_converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    export(make_converted(family="llava_onevision"), tmp_path / "out")
+    assert "pip install torchvision" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_card_names_the_releases_that_the_package_takes_and_is_tested_with() -> None:

@@ -103,6 +103,5 @@ def test_the_record_of_a_family_is_that_of_its_classes(family: Family) -> None:
 @pytest.mark.parametrize("name", IMAGE_PROCESSORS)
 def test_the_defaults_of_an_image_processor_are_those_of_transformers(name: str) -> None:
     processor, defaults = getattr(transformers, f"{name}Pil"), IMAGE_PROCESSORS[name]
-    for key in ("do_center_crop", "crop_size", "size"):
-        assert (getattr(processor, key, None) or None) == defaults.get(key), key
-    assert getattr(processor, "do_pad", None) == defaults.get("do_pad", getattr(processor, "do_pad", None))
+    for key, value in ({"do_center_crop": None, "crop_size": None, "do_pad": None} | defaults).items():
+        assert getattr(processor, key, None) == value, key
