@@ -273,12 +273,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     )
     assumed = IMAGE_PROCESSORS.get(kind, IMAGE_PROCESSORS[family.image_processor])
     given = assumed | {key: value for key, value in images.items() if value is not None}
-    for key, value in assumed.items():
-        place = (*files.images_place, key)
-        if key.startswith("do_"):
-            yield _Setting(place, value, value, lambda found: found in (True, False), "true or false")
-        elif key in _FREE and given[_FREE[key][0]]:
-            yield _Setting(place, value, value, *_FREE[key][1:])
+    yield from _free_settings(files.images_place, assumed, given)
     square = _square(side)
     crops = given.get("do_center_crop")
     if not (crops or (layout.tiling and layout.tiling.cuts_several)):  # nothing else gives every image one size
@@ -299,6 +294,15 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
     if layout.tiling is not None:
         resolutions = [list(pair) for pair in layout.tiling.resolutions]
         yield _Setting((*files.images_place, "image_grid_pinpoints"), resolutions, RESOLUTIONS[family.model_type])
+
+
+def _free_settings(place: Place, assumed: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[_Setting]:
+    """Yield what config.json says nothing of: the switches, and the values that they turn on."""
+    for key, value in assumed.items():
+        if key.startswith("do_"):
+            yield _Setting((*place, key), value, value, lambda found: found in (True, False), "true or false")
+        elif key in _FREE and given[_FREE[key][0]]:
+            yield _Setting((*place, key), value, value, *_FREE[key][1:])
 
 
 def _square(side: int) -> dict[str, int]:
