@@ -16,8 +16,8 @@ import click
 
 from dpn_cli import console
 from dpn_cli.data.options import DataOptions
-from dpn_cli.evaluation.contenders import CONTENDERS
-from dpn_cli.evaluation.contenders.contender import TOLERANCE
+from dpn_cli.evaluation.baselines import BASELINES
+from dpn_cli.evaluation.baselines.contender import TOLERANCE
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.pictures import plot_evaluation
@@ -99,7 +99,7 @@ def main(
         assert result is not None, "alone, this process is the main one"
         return result
 
-    plain = run(model, CONTENDERS)
+    plain = run(model, BASELINES)
     after = run(healed, ()) if healed else None
     if json_file:
         results = {"plain": plain.to_dict(), "healed": after and after.to_dict()}

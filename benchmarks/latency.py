@@ -23,10 +23,10 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt
-from dpn_cli.evaluation.contenders.fastv import FastV
-from dpn_cli.evaluation.contenders.pyramid_drop import PyramidDrop
-from dpn_cli.evaluation.contenders.routes import GivenRoutes, Original
+from dpn_cli.evaluation.baselines.contender import Contender, Prompt
+from dpn_cli.evaluation.baselines.fastv import FastV
+from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
+from dpn_cli.evaluation.baselines.routes import GivenRoutes, Original
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
 from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig

@@ -115,12 +115,12 @@ def loop(
     return distortion
 
 
-CONTENDERS = {"rollout": rollout, "two models": two_models}
+BASELINES = {"rollout": rollout, "two models": two_models}
 
 
 def serve(name: str, job: Job, pipe: Connection) -> None:
     """Be one contender: measure whenever told to, and answer with the seconds; in the end, with all else."""
-    measure_all = CONTENDERS[name](job)
+    measure_all = BASELINES[name](job)
     distortion = measure_all()  # warms up
     pipe.send(len(distortion))
     while pipe.recv():
@@ -134,14 +134,14 @@ def compete(job: Job, rounds: int) -> tuple[list[Result], float]:
     """Let the contenders take turns; also return the largest difference of their distortions."""
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}
-    for name in CONTENDERS:
+    for name in BASELINES:
         pipes[name], other = context.Pipe()
         context.Process(target=serve, args=(name, job, other), daemon=True).start()
         count = pipes[name].recv()
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    times: dict[str, list[float]] = {name: [] for name in BASELINES}
     with console.progress("rounds", rounds) as advance:
         for i in range(rounds):
-            for name in sorted(CONTENDERS, reverse=i % 2 == 1):
+            for name in sorted(BASELINES, reverse=i % 2 == 1):
                 pipes[name].send(True)
                 times[name].append(pipes[name].recv() * 1000 / count)
             advance(1)

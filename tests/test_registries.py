@@ -14,8 +14,8 @@ from dpn_cli.data.formats import FORMATS
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError
-from dpn_cli.evaluation.contenders import CONTENDERS, make_contender
-from dpn_cli.evaluation.contenders.contender import Prompt
+from dpn_cli.evaluation.baselines import BASELINES, make_baseline
+from dpn_cli.evaluation.baselines.contender import Prompt
 from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
@@ -56,9 +56,9 @@ def test_no_router_input_is_taken_that_is_not_registered() -> None:
         _ = RouterConfig(input="all_tokens").num_inputs
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_contender_is_what_its_name_says(name: str) -> None:
-    contender = make_contender(name, pyramid())
+    contender = make_baseline(name, pyramid())
     assert contender.name == name
     assert contender.fit(SHAPE, [Prompt(((12, 12),), 9)], 0.6).label.startswith(name)
 
@@ -80,8 +80,8 @@ def test_no_two_formats_claim_one_file(tmp_path: Path) -> None:
     [
         ("convert", ALIASES),
         *product(("eval", "calibrate"), [[each.description for each in FORMATS.values()]]),
-        ("eval", [*CONTENDERS, *METRICS, *(metric.description for metric in METRICS.values())]),
-        ("bench", CONTENDERS),
+        ("eval", [*BASELINES, *METRICS, *(metric.description for metric in METRICS.values())]),
+        ("bench", BASELINES),
     ],
 )
 def test_help_tells_of_all_that_is_registered(command: str, words: list[str]) -> None:

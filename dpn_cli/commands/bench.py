@@ -18,7 +18,7 @@ from dpn_cli.commands.options import (
     takes_data,
 )
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.baselines import BASELINES
 
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions
@@ -51,7 +51,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(CONTENDERS)[1:])}, or all.",
+    help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
     "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,

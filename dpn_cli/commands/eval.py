@@ -21,7 +21,7 @@ from dpn_cli.commands.options import (
     together,
 )
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.harness import PAPER_TASKS
 from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.parallel.launch import is_launched
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Let other methods answer for the same FLOPs: {', '.join(CONTENDERS)}, or all.",
+    help=f"Let other methods answer for the same FLOPs: {', '.join(BASELINES)}, or all.",
 )  # fmt: skip
 @click.option(
     "--metric", type=Choice(list(METRICS)), default="exact", show_default=True,

@@ -16,7 +16,7 @@ from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import check_folder
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
-from dpn_cli.evaluation.contenders import CONTENDERS
+from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.parallel.launch import is_launched, launch, place
 
 
@@ -140,10 +140,10 @@ def contender_names(against: str) -> tuple[str, ...]:
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
     for name in names:
-        if name not in (*CONTENDERS, "all"):
-            known = ", ".join((*CONTENDERS, "all"))
-            raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, CONTENDERS)}")
-    return tuple(CONTENDERS) if "all" in names else tuple(dict.fromkeys(names))
+        if name not in (*BASELINES, "all"):
+            known = ", ".join((*BASELINES, "all"))
+            raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, BASELINES)}")
+    return tuple(BASELINES) if "all" in names else tuple(dict.fromkeys(names))
 
 
 class Choice(click.Choice[str]):

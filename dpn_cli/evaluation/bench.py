@@ -45,7 +45,7 @@ class BenchOptions:
     Attributes:
         budgets: mean fractions of the prefill FLOPs; with no routes either, none for what the checkpoint is set to.
         routes: each the same for all samples, as texts that `parse_route` reads.
-        against: of `CONTENDERS`.
+        against: of `BASELINES`.
         batch_sizes: each measured by itself.
         new_tokens: to generate for every sample.
         rounds: to time after one warm-up round.

@@ -7,11 +7,11 @@ from typing import Any
 
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
-from dpn_cli.evaluation.contenders import make_contender
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt, unequal
-from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.baselines import make_baseline
+from dpn_cli.evaluation.baselines.contender import Contender, Prompt, unequal
+from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
-from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.judging import Evaluator, Outcome
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
@@ -123,14 +123,16 @@ class Evaluation:
         }
 
 
-def evaluate(panel: Panel, samples: Sequence[Sample], options: EvaluationOptions, reporter: Reporter) -> Evaluation:
+def evaluate(
+    evaluator: Evaluator, samples: Sequence[Sample], options: EvaluationOptions, reporter: Reporter
+) -> Evaluation:
     """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
 
     Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
     cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
 
     Args:
-        panel: the model and how it is asked.
+        evaluator: the model and how it is asked.
         samples: each with at least one image.
         options: what is compared, and how.
         reporter: told the progress.
@@ -142,24 +144,24 @@ def evaluate(panel: Panel, samples: Sequence[Sample], options: EvaluationOptions
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
     budgets = list(dict.fromkeys(options.budgets))
-    pyramids, refused = _pyramids(panel, budgets)
+    pyramids, refused = _pyramids(evaluator, budgets)
     with reporter.progress("asking the teacher", len(samples)) as advance:
-        teacher = panel.ask(Original(), samples, advance)
-    hearing = _Hearing(panel, samples, teacher, options.metric, reporter)
-    routed = hearing.stand("asking the pyramid", pyramids)
+        teacher = evaluator.ask(Original(), samples, advance)
+    comparison = _Comparison(evaluator, samples, teacher, options.metric, reporter)
+    routed = comparison.stand("asking the pyramid", pyramids)
     spent = {standing.budget: standing for standing in routed}
     asked: list[float | None] = [*budgets] or list(spent)
-    entries, out_of_reach = _rivals(panel, hearing.sizes, options.against, asked, spent)
-    rivals = _best(hearing.stand("asking the others", entries, spent))
-    order = [standing for budget in asked for standing in (*routed, *rivals) if standing.budget == budget]
-    return Evaluation(hearing.questions, (hearing.original(), *order), (*refused, *out_of_reach))
+    entries, out_of_reach = _baselines(evaluator, comparison.sizes, options.against, asked, spent)
+    baselines = _best(comparison.stand("asking the others", entries, spent))
+    order = [standing for budget in asked for standing in (*routed, *baselines) if standing.budget == budget]
+    return Evaluation(comparison.questions, (comparison.original(), *order), (*refused, *out_of_reach))
 
 
 @dataclass(frozen=True)
-class _Hearing:
-    """What all standings of an evaluation share."""
+class _Comparison:
+    """What all standings of an evaluation are compared by."""
 
-    panel: Panel
+    evaluator: Evaluator
     samples: Sequence[Sample]
     teacher: Sequence[str]
     metric: str
@@ -177,7 +179,7 @@ class _Hearing:
     @cached_property
     def sizes(self) -> list[Prompt]:
         """What the prefill of every prompt depends on."""
-        return self.panel.sizes(self.samples)
+        return self.evaluator.sizes(self.samples)
 
     def original(self) -> Standing:
         """Return the standing of the teacher, which loses nothing and needs not be asked again."""
@@ -192,22 +194,22 @@ class _Hearing:
         if not entries:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
-            judged = self.panel.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
+            judged = self.evaluator.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
         return [
             Standing.of(entry, outcomes, self.questions, self.metric, (dpn or {}).get(entry[0]))
             for entry, outcomes in zip(entries, judged, strict=True)
         ]
 
 
-def _pyramids(panel: Panel, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
+def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
     """Return the pyramid at every budget that it can spend, and why not at the others."""
     if not budgets:
-        return [(panel.model.pyramid.budget, Routed())], []
+        return [(evaluator.model.pyramid.budget, Routed())], []
     entries: list[Entry] = []
     refused: list[str] = []
     for budget in budgets:
         try:
-            panel.model.pyramid.trade_off_for(budget)
+            evaluator.model.pyramid.trade_off_for(budget)
         except ValueError as error:
             refused.append(f"dpn at {budget:g}: {error}")
         else:
@@ -217,15 +219,15 @@ def _pyramids(panel: Panel, budgets: Sequence[float]) -> tuple[list[Entry], list
     return entries, refused
 
 
-def _rivals(
-    panel: Panel,
+def _baselines(
+    evaluator: Evaluator,
     sizes: Sequence[Prompt],
     against: Sequence[str],
     budgets: Sequence[float | None],
     spent: dict[float | None, Standing],
 ) -> tuple[list[Entry], list[str]]:
     """Return every contender at what the pyramid has spent, and why some are missing."""
-    shape = panel.model.text_model.shape
+    shape = evaluator.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
     out_of_reach: list[str] = []
@@ -234,9 +236,9 @@ def _rivals(
         assert fraction is not None
         for name in names:
             try:
-                fitted = make_contender(name, panel.model.pyramid).candidates(shape, sizes, fraction)
+                fitted = make_baseline(name, evaluator.model.pyramid).candidates(shape, sizes, fraction)
                 for contender in fitted:
-                    with contender.applied(panel.model):  # says whether this model is of a kind that it can handle
+                    with contender.applied(evaluator.model):  # says whether this model is of a kind that it can handle
                         pass
             except (ValueError, UsageError) as error:
                 out_of_reach.append(f"{name} at {fraction:.3g}: {error}")

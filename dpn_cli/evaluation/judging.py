@@ -11,7 +11,7 @@ import torch
 
 from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
 from dpn_cli.data.samples import Sample
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt
+from dpn_cli.evaluation.baselines.contender import Contender, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import generate_texts
 from dpn_cli.inference.scoring import answer_log_probs, answer_positions, divergence, mean_by_row
@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Evaluator:
     """The model, and how it is asked.
 
     Attributes:
@@ -58,7 +58,7 @@ class Panel:
         batch_size: samples per forward pass.
         answer_tokens: per answer, at most.
         kept: results of an earlier run, and where new ones go; None to keep nothing.
-        processes: that share the work, each with the same panel.
+        processes: that share the work, each with the same evaluator.
     """
 
     model: PyramidGenerationMixin

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Contender, Prompt, full_flops
+from dpn_cli.evaluation.baselines.contender import Contender, Prompt, full_flops
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

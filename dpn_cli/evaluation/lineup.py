@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders import make_contender
-from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Prompt, full_flops, unequal
-from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
+from dpn_cli.evaluation.baselines import make_baseline
+from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Prompt, full_flops, unequal
+from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -48,7 +48,7 @@ def line_up(
         batches: that are to be measured, every sample with an image; all the same where prompts are synthetic.
         budgets: mean fractions of the prefill FLOPs; none, and no routes, for what the checkpoint is set to.
         routes: measured too, each the same for all samples.
-        against: of `CONTENDERS`.
+        against: of `BASELINES`.
         has_data: whether the prompts are real.
 
     Raises:
@@ -71,7 +71,7 @@ def line_up(
         found.spendings.append(Spending(budget, fmean(fractions), len(fractions)))
         if isinstance(dpn, GivenRoutes):
             found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
-        _add_rivals(found, model, prompts, fractions, budget, against)
+        _add_baselines(found, model, prompts, fractions, budget, against)
     fixed = [FixedRoute(pyramid, route) for route in routes]
     found.contenders.update({each.label: each for each in fixed})
     return found
@@ -128,7 +128,7 @@ def _spent(model: PyramidGenerationMixin, dpn: Routed, batches: Sequence[Inputs]
     return fractions
 
 
-def _add_rivals(
+def _add_baselines(
     found: Lineup,
     model: PyramidGenerationMixin,
     prompts: Sequence[Prompt],
@@ -145,7 +145,7 @@ def _add_rivals(
         weights[prompt] = weights.get(prompt, 0) + flops
     for name in (name for name in names if name != ORIGINAL):
         try:
-            contender = make_contender(name, model.pyramid).fit(shape, weights, spent)
+            contender = make_baseline(name, model.pyramid).fit(shape, weights, spent)
             with contender.applied(model):  # says whether this model is of a kind that it can handle
                 pass
         except (ValueError, UsageError) as error:

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
-from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.inference.loading import default_device, load_model, load_processor
 from dpn_cli.parallel.launch import is_launched

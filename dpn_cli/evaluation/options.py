@@ -10,7 +10,7 @@ class EvaluationOptions:
 
     Attributes:
         budgets: mean fractions of the prefill FLOPs; none for what the checkpoint is set to.
-        against: of `CONTENDERS`.
+        against: of `BASELINES`.
         metric: of `METRICS`, scores answers by their labels.
         samples: the number to draw; None for all.
         seed: random seed for sampling.

@@ -12,7 +12,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.scan import Dataset
 from dpn_cli.evaluation.evaluate import Evaluation, evaluate
-from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
@@ -67,8 +67,8 @@ def evaluate_folder(
         validate_same(processes.gather(depends_on))
         with processes.as_one():
             kept = held.enter_context(keeping(depends_on, reporter.note)) if processes.is_main else None
-        panel = Panel(model, processor, options.batch_size, options.answer_tokens, kept, processes)
-        result = evaluate(panel, shown, options, reporter)
+        evaluator = Evaluator(model, processor, options.batch_size, options.answer_tokens, kept, processes)
+        result = evaluate(evaluator, shown, options, reporter)
         if not processes.is_main:
             return None
     for line in unmet(result.spendings, pyramid, folder, data):

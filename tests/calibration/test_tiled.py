@@ -18,7 +18,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.data.encoding import IGNORED, collate, encode, prompts, token_limit
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.samples import Sample, Turn
-from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.pyramid.recipe import load_recipe
@@ -72,7 +72,7 @@ def test_costs_are_those_of_the_tiles(converted: Path) -> None:
     samples = [Sample(str(i), each, (Turn("what is this ?"),)) for i, each in enumerate(images)]
     batch = prompts(samples, processor)
     model.generate(**batch, max_new_tokens=1, do_sample=False)
-    assert Panel(model, processor, 2, 4).sizes(samples) == prompts_of(model, batch)
+    assert Evaluator(model, processor, 2, 4).sizes(samples) == prompts_of(model, batch)
     assert [prompt.grids for prompt in prompts_of(model, batch)] == model.last_grids
     picture = processor(text=processor.image_token, images=[[WIDE]], return_tensors="pt")
     synthetic = synthetic_inputs(model, picture, [3, 7])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Contender
+from dpn_cli.evaluation.baselines.contender import Contender
 from dpn_cli.pyramid.cost import DecoderShape
 from tests.pyramids import IMAGE, collate, ragged_batch
 

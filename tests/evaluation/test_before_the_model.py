@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.contenders.contender import Contender, Fixed, Prompt
-from dpn_cli.evaluation.contenders.downsampling import FeaturePooling, ImageDownsampling
-from dpn_cli.evaluation.contenders.vision_zip import VisionZip
+from dpn_cli.evaluation.baselines.contender import Contender, Fixed, Prompt
+from dpn_cli.evaluation.baselines.downsampling import FeaturePooling, ImageDownsampling
+from dpn_cli.evaluation.baselines.vision_zip import VisionZip
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import IMAGE, VISUAL, prompt
 

@@ -12,9 +12,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
-from dpn_cli.evaluation.contenders.fastv import FastV
-from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
-from dpn_cli.evaluation.judging import Outcome, Panel
+from dpn_cli.evaluation.baselines.fastv import FastV
+from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.judging import Evaluator, Outcome
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.loading import load_model
 
@@ -36,18 +36,18 @@ def folder(make_converted: Callable[..., Path]) -> Path:
     return make_converted()
 
 
-def panel(folder: Path, batch_size: int = 2, kept: KeptResults | None = None) -> Panel:
+def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None) -> Evaluator:
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    return Panel(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
+    return Evaluator(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
 
 
-def judge(asked: Panel, contenders: Any, samples: list[Sample]) -> list[list[Outcome]]:
+def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list[Outcome]]:
     teacher = asked.ask(Original(), samples, lambda done: None)
     return asked.judge(contenders, samples, teacher, lambda done: None)
 
 
 def test_outcomes_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
-    asked, sample = panel(folder), questions()[0]
+    asked, sample = evaluator(folder), questions()[0]
     contender = FixedRoute(asked.model.pyramid, (1, 0, 1))
     [[outcome]] = judge(asked, [contender], [sample])
 
@@ -72,7 +72,7 @@ def test_outcomes_are_those_of_stock_transformers(folder: Path, tiny_llava: Path
 
 
 def test_the_teacher_loses_nothing(folder: Path) -> None:
-    asked = panel(folder)
+    asked = evaluator(folder)
     [outcomes] = judge(asked, [Original()], questions())
     assert [(o.distortion, o.agreement, o.fraction) for o in outcomes] == [(0.0, 1.0, 1.0)] * 5
     assert [o.answer for o in outcomes] == asked.ask(Original(), questions(), lambda done: None)
@@ -80,7 +80,7 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
 
 def test_batches_do_not_matter(folder: Path) -> None:
     contenders = [Routed(0.7), FastV(0.4)]
-    alone, together = (judge(panel(folder, size), contenders, questions()) for size in (1, 5))
+    alone, together = (judge(evaluator(folder, size), contenders, questions()) for size in (1, 5))
     for one, five in zip(alone, together, strict=True):
         for a, b in zip(one, five, strict=True):
             assert (a.answer, a.agreement, a.fraction, a.route) == (b.answer, b.agreement, b.fraction, b.route)
@@ -88,7 +88,7 @@ def test_batches_do_not_matter(folder: Path) -> None:
 
 
 def test_sizes_are_what_the_model_sees(folder: Path) -> None:
-    asked, samples = panel(folder), questions()
+    asked, samples = evaluator(folder), questions()
     seen: list[Any] = []
     with torch.no_grad(), asked.model.reduced_by(lambda state, site: seen.append(state) or state):
         asked.model(**prompts(samples, asked.processor))
@@ -99,13 +99,13 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, contenders = questions(), [Routed(0.7), FastV(0.4)]
-    undisturbed = judge(panel(folder), contenders, samples)
+    undisturbed = judge(evaluator(folder), contenders, samples)
     kept = KeptResults({"a": 1}, tmp_path / "kept")
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
-    first = panel(folder, kept=kept)
+    first = evaluator(folder, kept=kept)
     teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
         first.judge(contenders, samples, teacher, interrupt)
@@ -114,7 +114,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     first_answers = min(path for path in files if json.loads(path.read_text())["results"][0].__class__ is str)
     first_answers.write_text("{")  # a damaged one
 
-    second = panel(folder, kept=kept)
+    second = evaluator(folder, kept=kept)
     asked: list[int] = []
     generate = second.model.generate
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     resumed = judge(second, contenders, samples)
     assert resumed == undisturbed
     assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
-    assert judge(panel(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), contenders[:1], samples)
+    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), contenders[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
     assert not kept.folder.exists()

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.evaluation.contenders.contender import Prompt
-from dpn_cli.evaluation.contenders.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.baselines.contender import Prompt
+from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.latency import ORIGINAL, measure_latency, median_interval, prompts_of, synthetic_inputs
 from dpn_cli.evaluation.timing import attention_kernels, time_generation
 from dpn_cli.pyramid.cost import tokens_per_layer

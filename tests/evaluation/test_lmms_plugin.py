@@ -11,7 +11,7 @@ import pytest
 
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
-from dpn_cli.evaluation.contenders.routes import Original
+from dpn_cli.evaluation.baselines.routes import Original
 from dpn_cli.inference.generation import greedy_answers
 
 

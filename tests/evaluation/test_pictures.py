@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.evaluation import pictures
-from dpn_cli.evaluation.contenders.contender import Contender
-from dpn_cli.evaluation.contenders.dropping import Dropping
-from dpn_cli.evaluation.contenders.fastv import FastV
-from dpn_cli.evaluation.contenders.random_dropping import RandomDropping
-from dpn_cli.evaluation.contenders.routes import Original, Routed
+from dpn_cli.evaluation.baselines.contender import Contender
+from dpn_cli.evaluation.baselines.dropping import Dropping
+from dpn_cli.evaluation.baselines.fastv import FastV
+from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
+from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.figures import Question
 from dpn_cli.evaluation.judging import Outcome

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Prompt, full_flops
-from dpn_cli.evaluation.contenders.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
+from dpn_cli.evaluation.baselines.contender import Prompt, full_flops
+from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.pyramid.config import Budget
 from dpn_cli.pyramid.cost import flops_fraction

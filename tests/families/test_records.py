@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel
 
-from dpn_cli.evaluation.contenders.attention import instruction_attention
+from dpn_cli.evaluation.baselines.attention import instruction_attention
 from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
 from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.families.vision import VISION_TOWERS, VisionTower

@@ -7,8 +7,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from dpn_cli.data.samples import Sample as Asked
 from dpn_cli.data.samples import Turn
 from dpn_cli.demo.pictures import KINDS, Sample
-from dpn_cli.evaluation.contenders.routes import FixedRoute
-from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.baselines.routes import FixedRoute
+from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.metrics import exact_match
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -43,8 +43,8 @@ def accuracy(
     """
     asked = [Asked(s.id, (s.image,), (Turn(s.question, s.answer, images=1),), s.kind) for s in samples]
     contender = FixedRoute(PYRAMID, tuple(RATES.index(rate) for rate in route))
-    panel = Panel(_pyramid_of(model), processor, batch_size, answer_tokens=4)
-    answers = panel.ask(contender, asked, lambda done: None)
+    evaluator = Evaluator(_pyramid_of(model), processor, batch_size, answer_tokens=4)
+    answers = evaluator.ask(contender, asked, lambda done: None)
     scores = [(s.kind, exact_match(answer, s.answer)) for s, answer in zip(samples, answers, strict=True)]
     by_kind = {kind: [score for other, score in scores if other == kind] for kind in KINDS}
     return {kind: sum(found) / len(found) for kind, found in by_kind.items() if found}

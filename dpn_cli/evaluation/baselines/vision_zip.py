@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Prompt, taken_over, validate_clip
-from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
+from dpn_cli.evaluation.baselines.contender import Prompt, taken_over, validate_clip
+from dpn_cli.evaluation.baselines.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import num_tokens

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.evaluation.contenders.attention import instruction_attention
-from dpn_cli.evaluation.contenders.dropping import Dropping
+from dpn_cli.evaluation.baselines.attention import instruction_attention
+from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.pyramid.config import PyramidConfig
 

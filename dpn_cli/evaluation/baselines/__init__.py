@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpn_cli.evaluation.contenders.contender import Contender
+    from dpn_cli.evaluation.baselines.contender import Contender
     from dpn_cli.pyramid.config import PyramidConfig
 
-CONTENDERS = {
+BASELINES = {
     "original": "routes.Original",
     "fixed": "routes.FixedRoute",
     "random": "random_dropping.RandomDropping",
@@ -20,8 +20,8 @@ CONTENDERS = {
 """Their classes, by module of this package."""
 
 
-def make_contender(name: str, pyramid: "PyramidConfig") -> "Contender":
-    """Return one of `CONTENDERS`, to be fitted to a budget.
+def make_baseline(name: str, pyramid: "PyramidConfig") -> "Contender":
+    """Return one of `BASELINES`, to be fitted to a budget.
 
     Args:
         name: of the contender.
@@ -30,6 +30,6 @@ def make_contender(name: str, pyramid: "PyramidConfig") -> "Contender":
     Raises:
         KeyError: if there is none of this name.
     """
-    module, _, kind = CONTENDERS[name].partition(".")
+    module, _, kind = BASELINES[name].partition(".")
     contender: Contender = getattr(import_module(f"{__name__}.{module}"), kind).beside(pyramid)
     return contender

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dpn_cli.evaluation.contenders.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
+from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.evaluation.contenders.attention import instruction_attention
-from dpn_cli.evaluation.contenders.contender import Fixed, Prompt
-from dpn_cli.evaluation.contenders.dropping import Dropping, keep_best
+from dpn_cli.evaluation.baselines.attention import instruction_attention
+from dpn_cli.evaluation.baselines.contender import Fixed, Prompt
+from dpn_cli.evaluation.baselines.dropping import Dropping, keep_best
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.pyramid.config import num_tokens
 from dpn_cli.pyramid.cost import DecoderShape

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dpn_cli.evaluation.contenders.dropping import Dropping
+from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.modeling.state import PyramidState
 
 

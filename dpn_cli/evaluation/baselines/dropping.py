@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from dpn_cli.evaluation.contenders.contender import Fixed, Prompt, taken_over
+from dpn_cli.evaluation.baselines.contender import Fixed, Prompt, taken_over
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
