@@ -98,7 +98,7 @@ def student_logits(
 
 @contextmanager
 def training_mode(model: PyramidGenerationMixin, gradient_checkpointing: bool) -> Iterator[None]:
-    """Let the layers behind the first site recompute their activations, if asked; leave the model as it was."""
+    """Let the layers after the first site recompute their activations, if asked; leave the model as it was."""
     text_model: Any = model.text_model
     if not gradient_checkpointing:
         yield

@@ -80,7 +80,7 @@ def rewrite_original(
         original: its config.json, which `validate_original` has accepted.
         weights: of the checkpoint.
         vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
-        router_token: the last token of the vocabulary, which makes room for `<image>`: it moves behind the new ones
+        router_token: the last token of the vocabulary, which makes room for `<image>`: it moves after the new ones
             and ends every question about an image.
         prepooling: side of the squares of tower features that become one visual token.
         apart: names of tensors that LLaVA does not have and somebody else sees to.

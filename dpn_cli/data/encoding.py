@@ -171,7 +171,7 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
     text = ""
     for i, turn in enumerate(sample.turns):
         before, text = text, chat_prompt(processor, sample, i)
-        question = text if i == 0 else _behind(text, before, str(sample.turns[i - 1].answer))
+        question = text if i == 0 else _after(text, before, str(sample.turns[i - 1].answer))
         if question is None:
             raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
         question = question.removeprefix(tokenizer.eos_token if i else "")  # the answer has it
@@ -187,7 +187,7 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
         yield _Piece("", [*answer, tokenizer.eos_token_id], labelled=labelled)
 
 
-def _behind(text: str, before: str, answer: str) -> str | None:
+def _after(text: str, before: str, answer: str) -> str | None:
     """Return what follows an answer in a longer prompt; None if the prompt before it is not there, blanks aside."""
     kept = before.rstrip()
     rest = text[len(kept) :].lstrip()

@@ -91,7 +91,7 @@ class Latency:
         batch_size: samples of a batch.
         prompt_tokens: of the longest prompt.
         new_tokens: generated for every sample.
-        rounds: behind the warm-up.
+        rounds: timed rounds after the warm-up round.
         contenders: the original first.
     """
 

@@ -44,7 +44,7 @@ def stored_dtype(source: Checkpoint, layout: LlavaLayout) -> str | None:
 
 
 def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Leave out the vision tower's layers behind the last one whose features are used.
+    """Leave out the vision tower's layers after the last one whose features are used.
 
     CLIP's `post_layernorm` stays: no feature passes it, but transformers builds it and would draw it at random.
 

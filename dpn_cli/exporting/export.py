@@ -88,7 +88,7 @@ def export(
         quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
         static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
             an expert index or a rate per site, such as `0,1,2` or `1x1,1x2,2x2`.
-        drop_unused: leave out the vision layers behind the one whose features are used.
+        drop_unused: leave out the vision layers after the one whose features are used.
         check_values: stop at NaN and infinite values.
         verify: read the tensors that no option changes back from the disk and compare them with the source.
         uncalibrated: export also where the routers are not calibrated, and so pool nothing.

@@ -22,7 +22,7 @@ NAME = "default"  # peft's, of the one adapter that a model has
 def add_adapter(
     model: PyramidGenerationMixin, rank: int, alpha: float, target_modules: Sequence[str], seed: int
 ) -> dict[str, nn.Parameter]:
-    """Put a fresh adapter, which changes nothing yet, on the layers behind the first site; freeze all else.
+    """Put a fresh adapter, which changes nothing yet, on the layers after the first site; freeze all else.
 
     Args:
         model: converted, possibly in 4 or 8 bit.

@@ -4,7 +4,7 @@ A *site* sits after a decoder layer and offers *rates*; a *route* is one rate (a
 sample's visual tokens are one or several *grids* (H, W). All of it is plain data, stored as `pyramid` in config.json.
 
 Some families end every row of a mosaic of tiles with a newline token. The newlines of H rows are a grid (H, 1) of
-their own, behind the mosaic's: when rows merge, so do their newlines, and each stands behind its merged row. A column
+their own, after the mosaic's: when rows merge, so do their newlines, and each stands after its merged row. A column
 is never narrowed, and no rate is withheld for its sake.
 """
 

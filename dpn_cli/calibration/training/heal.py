@@ -1,4 +1,4 @@
-"""Healing: an adapter on the layers behind the first site learns to answer from pooled tokens as from all of them.
+"""Healing: an adapter on the layers after the first site learns to answer from pooled tokens as from all of them.
 
 Teacher and student are one model: its pyramid and its adapter are switched off for the one, on for the other. Every
 forward pass takes one route, drawn around the budget; some take the full route, so that the unpooled model stays

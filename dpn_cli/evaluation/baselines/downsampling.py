@@ -28,7 +28,7 @@ from dpn_cli.pyramid.cost import DecoderShape
 class Coarser(Fixed):
     """Gives the language model a coarser grid of every image.
 
-    The surplus image tokens of the prompt, behind the real ones of their image, are dropped before the first layer.
+    The surplus image tokens of the prompt, after the real ones of their image, are dropped before the first layer.
 
     Attributes:
         size: the coarse grid (h, w); None for the model's own.

@@ -35,14 +35,14 @@ class Dropping(Fixed):
     @property
     @abstractmethod
     def after_layers(self) -> tuple[int, ...]:
-        """The layers behind which tokens are dropped, -1 for before the first."""
+        """The layers after which tokens are dropped, -1 for before the first."""
 
     @abstractmethod
     def scores(self, text_model: Any, state: PyramidState, site: int) -> torch.Tensor:
         """Return what a site ranks tokens by, [B, S]; the scores of text do not matter."""
 
     def kept(self, visual_tokens: int, site: int) -> int:
-        """Return how many of a sample's original visual tokens stay behind a site: at least one."""
+        """Return how many of a sample's original visual tokens stay after a site: at least one."""
         return max(1, round(visual_tokens * self.keep ** (site + 1)))
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:

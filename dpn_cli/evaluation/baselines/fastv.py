@@ -58,11 +58,11 @@ class FastV(Dropping):
 
     @property
     def after_layers(self) -> tuple[int, ...]:
-        """Before the K-th layer tokens are ranked, behind it they are dropped."""
+        """Before the K-th layer tokens are ranked, after it they are dropped."""
         return (self.first_layers - 2, self.first_layers - 1)
 
     def kept(self, visual_tokens: int, site: int) -> int:
-        """Return how many visual tokens stay behind a site: all at the first, which only ranks."""
+        """Return how many visual tokens stay after a site: all at the first, which only ranks."""
         return visual_tokens if site == 0 else super().kept(visual_tokens, 0)
 
     def scores(self, text_model: Any, state: PyramidState, site: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ class FastV(Dropping):
         return instruction_attention(text_model, state, self.first_layers - 1)
 
     def reduce(self, text_model: Any, state: PyramidState, site: int) -> PyramidState:
-        """Rank before the K-th layer and drop behind it."""
+        """Rank before the K-th layer and drop after it."""
         if site == 0:
             return Ranked(**vars(state), scores=self.scores(text_model, state, site))
         assert isinstance(state, Ranked) and state.scores is not None

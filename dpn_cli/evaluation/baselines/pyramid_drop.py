@@ -13,14 +13,14 @@ from dpn_cli.pyramid.config import PyramidConfig
 
 @dataclass(frozen=True)
 class PyramidDrop(Dropping):
-    """Drops the same share at every site, ranked by the attention of the layer behind it.
+    """Drops the same share at every site, ranked by the attention of the layer after it.
 
     Source: Xing et al. 2024, https://arxiv.org/abs/2410.17247, section 3.2, without training. Ours: the share is
     solved for the budget where the paper takes a half; the sites are those of the pyramid that it is compared with, by
     default the paper's quarters of the depth; kept tokens keep their positions, where the authors number them anew.
 
     Attributes:
-        sites: the layers behind which tokens are dropped.
+        sites: the layers after which tokens are dropped.
     """
 
     name: ClassVar[str] = "pyramiddrop"
@@ -37,5 +37,5 @@ class PyramidDrop(Dropping):
         return self.sites
 
     def scores(self, text_model: Any, state: PyramidState, site: int) -> torch.Tensor:
-        """Return the attention that the layer behind the site would pay to all that is left."""
+        """Return the attention that the layer after the site would pay to all that is left."""
         return instruction_attention(text_model, state, self.sites[site] + 1)
