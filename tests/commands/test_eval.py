@@ -19,7 +19,7 @@ from PIL import Image
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
-from dpn_cli.evaluation.judging import Panel
+from dpn_cli.evaluation.judging import Evaluator
 
 
 @pytest.fixture
@@ -171,15 +171,15 @@ def test_an_interrupted_run_goes_on(
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
     undisturbed = capsys.readouterr().out
     batches: list[int] = []
-    judge = Panel._judge_batch
+    judge = Evaluator._judge_batch
 
-    def interrupted(self: Panel, contenders: Any, samples: Any, teacher: Any) -> Any:
+    def interrupted(self: Evaluator, contenders: Any, samples: Any, teacher: Any) -> Any:
         batches.append(len(samples))
         if len(batches) == 3:
             raise KeyboardInterrupt
         return judge(self, contenders, samples, teacher)
 
-    monkeypatch.setattr(Panel, "_judge_batch", interrupted)
+    monkeypatch.setattr(Evaluator, "_judge_batch", interrupted)
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 130
     assert "goes on from there" in capsys.readouterr().err
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
@@ -193,7 +193,7 @@ def test_what_was_found_with_other_files_is_not_used(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Panel, "judge", raise_interrupt)
+        patch.setattr(Evaluator, "judge", raise_interrupt)
         assert evaluate("--json") == 130
     assert list(data.glob(".dpn/evaluation/*/*.json"))
     (data / "tiny-dpn" / file).open("a").write(" ")
@@ -216,15 +216,15 @@ def test_the_same_evaluation_is_run_once_at_a_time(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = []
-    judge = Panel.judge
+    judge = Evaluator.judge
 
-    def meanwhile(self: Panel, *args: Any) -> Any:
+    def meanwhile(self: Evaluator, *args: Any) -> Any:
         if not codes:
             codes.append(evaluate())
             codes.append(evaluate("--max-new-tokens", "2"))  # another one
         return judge(self, *args)
 
-    monkeypatch.setattr(Panel, "judge", meanwhile)
+    monkeypatch.setattr(Evaluator, "judge", meanwhile)
     assert evaluate() == 0 and codes == [2, 0]
     error = capsys.readouterr().err
     assert "Error: this evaluation is being run by another run" in error and "wait for it, or stop it" in error
@@ -234,13 +234,13 @@ def test_the_same_evaluation_is_run_once_at_a_time(
 def test_a_folder_that_is_evaluated_is_not_replaced(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_llava: Path
 ) -> None:
-    judge = Panel.judge
+    judge = Evaluator.judge
 
-    def meanwhile(self: Panel, *args: Any) -> Any:
+    def meanwhile(self: Evaluator, *args: Any) -> Any:
         assert main(["convert", str(tiny_llava), "--force", "-o", "tiny-dpn"]) == 2
         return judge(self, *args)
 
-    monkeypatch.setattr(Panel, "judge", meanwhile)
+    monkeypatch.setattr(Evaluator, "judge", meanwhile)
     assert evaluate() == 0
     assert "tiny-dpn is in use by another run: wait for its end, or stop it" in capsys.readouterr().err
 
