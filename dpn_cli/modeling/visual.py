@@ -6,7 +6,7 @@ Shapes: B batch, L sequence, D hidden.
 """
 
 from collections.abc import Sequence
-from itertools import chain, count
+from itertools import accumulate, chain, count
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
-from dpn_cli.pyramid.config import Block, Grid
+from dpn_cli.pyramid.config import Block, Grid, num_tokens
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
 
@@ -33,15 +33,21 @@ def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch
         [B, L, 3], long.
 
     Raises:
-        ValueError: if there are not as many placeholders as tokens in the grids.
+        ValueError: if there are not as many placeholders as tokens in the grids, or an image lies in two samples.
     """
     number = count()
     rows = [torch.cat([_cells(next(number), grid) for grid in block], dim=1) for block in blocks]
     tokens = torch.cat([each.flatten(0, 1) for each in rows]).to(is_image.device)
-    if len(tokens) != is_image.sum():
+    samples = list(accumulate(is_image.sum(1).tolist()))
+    if samples[-1] != len(tokens):
         raise ValueError(
-            f"the prompt has {int(is_image.sum())} image tokens, its images have {len(tokens)}: encode text and images "
+            f"the prompt has {samples[-1]} image tokens, its images have {len(tokens)}: encode text and images "
             "together, with the checkpoint's own processor"
+        )
+    if not {0, *accumulate(map(num_tokens, blocks))}.issuperset(samples):
+        raise ValueError(
+            "the tokens of an image would lie in two samples: give the images in the order of the samples (releases of "
+            "transformers before 5.16 mix up the images of a sample in beam search)"
         )
     coords = torch.full((*is_image.shape, 3), -1, device=is_image.device)
     coords[is_image] = tokens

@@ -90,8 +90,12 @@ def test_pooled_rows_keep_their_newlines(make_tiled_pair: Any, family: str) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_and_no_cache_agree_with_one_by_one(make_tiled_pair: Any, family: str) -> None:
-    _, model = make_tiled_pair(family)
+    stock, model = make_tiled_pair(family)
     samples = ragged(model)
+    if not hasattr(stock, "_maybe_prepare_encoder_kwargs_for_generation") and family == "llava_next":
+        with pytest.raises(ValueError, match="mix up the images of a sample"):  # stock transformers does so in silence
+            generate(model, samples[3], num_beams=3)
+        return
     batch = collate_tiled(samples)
     length = batch["input_ids"].shape[1]
     together = generate(model, batch, num_beams=3).sequences[:, length:]
