@@ -18,9 +18,9 @@ from dpn_cli import console
 from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.baselines.contender import TOLERANCE
+from dpn_cli.evaluation.drawing import plot_evaluation
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.options import EvaluationOptions
-from dpn_cli.evaluation.pictures import plot_evaluation
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.parallel.processes import ALONE

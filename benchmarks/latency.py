@@ -27,8 +27,8 @@ from dpn_cli.evaluation.baselines.contender import Contender, Prompt
 from dpn_cli.evaluation.baselines.fastv import FastV
 from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.baselines.routes import GivenRoutes, Original
+from dpn_cli.evaluation.drawing import plot_latency
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
-from dpn_cli.evaluation.pictures import plot_latency
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site, num_tokens

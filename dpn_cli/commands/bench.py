@@ -125,7 +125,7 @@ def command(
         for each in result.results:
             print_latency(each, result.has_data)
     if plot is not None:
-        from dpn_cli.evaluation.pictures import plot_latency
+        from dpn_cli.evaluation.drawing import plot_latency
 
         plot_latency(plot, result.results, result.has_data)
         console.note(f"Picture: {plot}")

@@ -111,8 +111,8 @@ def command(
     if data is None:
         _run_benchmarks(folder, tasks or "", budgets, batch_size, samples, include_path, as_json)
         return
+    from dpn_cli.evaluation.drawing import plot_evaluation
     from dpn_cli.evaluation.options import EvaluationOptions
-    from dpn_cli.evaluation.pictures import plot_evaluation
     from dpn_cli.evaluation.run import evaluate_folder
 
     options = EvaluationOptions(

@@ -10,11 +10,11 @@ from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.evaluation.baselines.fastv import FastV
 from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
 from dpn_cli.evaluation.baselines.routes import Original, Routed
+from dpn_cli.evaluation.drawing import plot_evaluation, plot_latency
 from dpn_cli.evaluation.evaluate import Evaluation, Standing
 from dpn_cli.evaluation.figures import Question
 from dpn_cli.evaluation.judging import Outcome
 from dpn_cli.evaluation.latency import Latency, Measured, Phase
-from dpn_cli.evaluation.pictures import plot_evaluation, plot_latency
 from dpn_cli.evaluation.plots import Point
 
 QUESTIONS = tuple(Question("all", "red", "red") for _ in range(4))
