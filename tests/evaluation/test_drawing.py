@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpn_cli.evaluation import pictures
+from dpn_cli.evaluation import drawing
 from dpn_cli.evaluation.baselines.contender import Contender
 from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.evaluation.baselines.fastv import FastV
@@ -53,8 +53,8 @@ def test_a_contender_at_several_budgets_is_one_series(monkeypatch: pytest.Monkey
     contenders = [measured("original", 1.0, 1.0), measured("dpn at 0.5", 0.5, 2.0), measured("dpn at 0.4", 0.4, 2.5)]
     result = Latency("CPU", "float32", "sdpa", 1, 3, 100, 4, 6, contenders)
     drawn = []
-    monkeypatch.setattr(pictures, "plot_latency_flops", lambda path, panels: drawn.append(panels))
-    monkeypatch.setattr(pictures, "plot_latency_fidelity", lambda path, panels, what: drawn.append(panels))
+    monkeypatch.setattr(drawing, "plot_latency_flops", lambda path, panels: drawn.append(panels))
+    monkeypatch.setattr(drawing, "plot_latency_fidelity", lambda path, panels, what: drawn.append(panels))
     for has_data in (False, True):
         plot_latency(Path("unused.png"), [result], has_data)
     flops, fidelity = (panels["batch of 3"] for panels in drawn)
