@@ -244,7 +244,7 @@ def _processor_settings(files: _Files, config: dict[str, Any], layout: LlavaLayo
         videos = {"video_processor_type": family.video_processor, "size": _square(layout.pixels)}
         yield _Setting((PROCESSOR_FILE, "video_processor"), videos)
     strategy = VISION_TOWERS[config["vision_config"]["model_type"]].select_strategy
-    strategies = {tower.select_strategy for tower in VISION_TOWERS.values()}
+    strategies = [tower.select_strategy for tower in VISION_TOWERS.values()]  # no set: a file may hold a dict
 
     def count(strategy: Any) -> int:
         return base + (strategy == "default")  # the class token, which that strategy takes away again

@@ -197,6 +197,7 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ("llava", edit(PROCESSOR, "patch_size", value=8), f"{PROCESSOR} has the patch_size 8"),
     ("llava", edit(PROCESSOR, "num_additional_image_tokens", value=0), "num_additional_image_tokens 0"),
     ("llava", edit(PROCESSOR, "vision_feature_select_strategy", value="full"), "select_strategy 'full'"),
+    ("llava", edit(PROCESSOR, "vision_feature_select_strategy", value={}), "select_strategy {}"),
     ("llava", edit(PROCESSOR, "processor_class", value="LlavaNextProcessor"), "processor_class"),
     ("llava", edit(PROCESSOR, "image_processor", "crop_size", value={"height": 24, "width": 24}), "crop_size"),
     ("llava", edit(PROCESSOR, "image_processor", "size", value={"shortest_edge": 24}), "image_processor.size"),
