@@ -27,8 +27,7 @@ def answer_cue(folder: Path) -> tuple[int, ...]:
     text = ChatTemplate.find(folder).prompt(Tokens.of(folder).special)
     start = len(text) - len(text.rpartition(QUESTION)[2].lstrip())
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        encoded = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
     except Exception as error:  # noqa: BLE001 - the library raises nothing more special
         raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
-    encoded = tokenizer.encode(text, add_special_tokens=False)
     return tuple(token for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if end > start)

@@ -1,5 +1,7 @@
 """Fine-tuning with the usual collators: routers take the routes that they take in `generate`."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.conversion.convert import convert
+from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.pyramid.config import PyramidConfig
@@ -47,14 +51,25 @@ def test_the_cue_of_the_chat_template_goes_into_the_config(exported: Path) -> No
 
 
 def test_an_older_conversion_gets_it_on_export(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    import json
-
     folder = make_converted()
     config = read_json(folder / "config.json")
     cue = config["pyramid"].pop("answer_cue")
     (folder / "config.json").write_text(json.dumps(config))
     export(folder, tmp_path / "out")
     assert cue and read_json(tmp_path / "out" / "config.json")["pyramid"]["answer_cue"] == cue
+
+
+def test_a_tokenizer_that_cannot_read_its_own_template_is_refused(
+    tiny_llava_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_llava_factory(), tmp_path / "source")
+    tokenizer = read_json(source / "tokenizer.json")
+    tokenizer["model"]["unk_token"] = "<nothing>"
+    tokenizer["model"]["vocab"].pop("ASSISTANT")
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged .*UNK"):
+        convert(str(source), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
