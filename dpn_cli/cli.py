@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
@@ -16,6 +17,7 @@ import click
 
 from dpn_cli import __version__, console
 from dpn_cli.errors import DpnError, RelayedError, did_you_mean
+from dpn_cli.parallel.launch import is_launched
 
 INTERRUPTED = 130
 MAX_SENTENCE = 1000  # characters of an error message
@@ -92,6 +94,21 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     console.set_quiet(quiet)
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
+
+
+def run() -> NoReturn:
+    """Run the command line and end this process, which is a program of its own.
+
+    Beside others that calibrate with it, it leaves at once: gloo's threads could abort an interpreter that tidies up
+    first, and the exit code would be lost.
+    """
+    code = main()
+    if is_launched():
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(args: Sequence[str] | None = None) -> int:

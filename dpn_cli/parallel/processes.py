@@ -4,7 +4,6 @@ They are started by `accelerate launch`, `torchrun` or the option `--num-process
 started by none of them is alone, and nothing here makes a difference to it.
 """
 
-import atexit
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -57,12 +56,6 @@ class _Failure:
         return error
 
 
-def _part() -> None:
-    """Leave the other processes: gloo's threads, still running when the interpreter ends, may abort it."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 @dataclass(frozen=True)
 class Processes:
     """This process among those that work together.
@@ -98,8 +91,6 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        if state.device.type == "cpu":
-            atexit.register(_part)
         return cls(state.process_index, state.num_processes)
 
     @property
