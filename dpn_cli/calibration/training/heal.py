@@ -7,15 +7,14 @@ what it was.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits, training_mode
-from dpn_cli.calibration.training.loop import Draw, Draws, train
+from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.training.loop import Draw, Draws, TrainingReport, train
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter
 from dpn_cli.inference.scoring import divergence
@@ -25,29 +24,6 @@ from dpn_cli.parallel.processes import ALONE, Processes
 from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.recipe import HealRecipe
-
-
-@dataclass(frozen=True)
-class HealReport:
-    """What healing did.
-
-    Attributes:
-        trained: parameters of the adapter.
-        loss: of every step.
-    """
-
-    trained: int
-    loss: list[float]
-
-    def summary(self) -> dict[str, Any]:
-        """Return plain data: the loss is the mean of the first and of the last tenth of the steps."""
-        tenth = max(1, len(self.loss) // 10)
-        return {
-            "trained_parameters": self.trained,
-            "steps": len(self.loss),
-            "loss_at_first": sum(self.loss[:tenth]) / tenth,
-            "loss_at_last": sum(self.loss[-tenth:]) / tenth,
-        }
 
 
 def heal(
@@ -62,7 +38,7 @@ def heal(
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
-) -> HealReport:
+) -> TrainingReport:
     """Train an adapter; the model carries it from then on, all else of it is untouched.
 
     Args:
@@ -87,10 +63,7 @@ def heal(
         trunk = run_trunk(model, [examples[i] for i in draw.rows], [has_labels[i] for i in draw.rows], pad_token_id)
         return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
 
-    with training_mode(model, recipe.gradient_checkpointing):
-        loss = train(parameters, loss_of, Draws(len(examples), recipe, seed), model.dtype, state, processes, advance)
-    model.requires_grad_(False)
-    return HealReport(sum(p.numel() for p in parameters.values()), loss)
+    return train(model, parameters, loss_of, Draws(len(examples), recipe, seed), state, processes, advance)
 
 
 def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpn_cli.calibration.passes import training_mode
 from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import DpnError
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
 from dpn_cli.pyramid.recipe import TrainingRecipe
 
@@ -23,6 +25,29 @@ STATE_FILE = "training.pt"  # in the folder of the calibration's state
 WARM_UP = 0.05  # of the steps
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What training did.
+
+    Attributes:
+        trained: parameters that were trained.
+        loss: of every step.
+    """
+
+    trained: int
+    loss: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """Return plain data: the loss is the mean of the first and of the last tenth of the steps."""
+        tenth = max(1, len(self.loss) // 10)
+        return {
+            "trained_parameters": self.trained,
+            "steps": len(self.loss),
+            "loss_at_first": sum(self.loss[:tenth]) / tenth,
+            "loss_at_last": sum(self.loss[-tenth:]) / tenth,
+        }
 
 
 @dataclass(frozen=True)
@@ -64,33 +89,46 @@ class Draws:
 
 
 def train(
+    model: PyramidGenerationMixin,
     parameters: Mapping[str, nn.Parameter],
     loss_of: Callable[[Draw], torch.Tensor],
     draws: Draws,
-    dtype: torch.dtype,
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
-) -> list[float]:
-    """Train parameters in place.
+) -> TrainingReport:
+    """Train parameters of a model in place; afterwards no parameter of it asks for a gradient.
 
     Several processes share the forward passes of a step, add up their gradients and take the same step.
 
     Args:
-        parameters: float32, by name.
+        model: what the loss is computed with; in float16 the loss is scaled so that small gradients survive.
+        parameters: those to train, float32, by name.
         loss_of: the loss of one forward pass, a mean over its samples.
         draws: what the passes are about; their recipe says how to train.
-        dtype: of the activations; in float16 the loss is scaled so that small gradients survive.
         state: a folder; the state is kept there every few steps, and found there after a kill; the main process's.
         processes: that train together; the parameters are the same in all.
         advance: called with the number of steps done.
 
-    Returns:
-        The loss of every step.
-
     Raises:
         DpnError: if the loss or its gradient is not a finite number.
     """
+    with training_mode(model, draws.recipe.gradient_checkpointing):
+        loss = _steps(parameters, loss_of, draws, model.dtype, state, processes, advance)
+    model.requires_grad_(False)
+    return TrainingReport(sum(p.numel() for p in parameters.values()), loss)
+
+
+def _steps(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of: Callable[[Draw], torch.Tensor],
+    draws: Draws,
+    dtype: torch.dtype,
+    state: Path | None,
+    processes: Processes,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Take the steps that are left; return the loss of every step."""
     recipe = draws.recipe
     optimizer = _optimizer(parameters, recipe)
     scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16)

@@ -23,9 +23,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits, training_mode
-from dpn_cli.calibration.training.heal import HealReport
-from dpn_cli.calibration.training.loop import Draw, Draws, train
+from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.training.loop import Draw, Draws, TrainingReport, train
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter
 from dpn_cli.inference.scoring import divergence
@@ -46,7 +45,7 @@ def train_as_paper(
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
-) -> HealReport:
+) -> TrainingReport:
     """Train the routers and, if the recipe says so, an adapter that the model carries from then on.
 
     Args:
@@ -75,10 +74,7 @@ def train_as_paper(
         trunk = run_trunk(model, batch, [True] * len(batch), pad_token_id)
         return paper_loss(model, trunk, paper, draw.random)
 
-    with training_mode(model, paper.gradient_checkpointing):
-        loss = train(parameters, loss_of, Draws(len(examples), paper, seed), model.dtype, state, processes, advance)
-    model.requires_grad_(False)
-    return HealReport(sum(p.numel() for p in parameters.values()), loss)
+    return train(model, parameters, loss_of, Draws(len(examples), paper, seed), state, processes, advance)
 
 
 def paper_loss(model: PyramidGenerationMixin, trunk: Trunk, recipe: PaperRecipe, rng: random.Random) -> torch.Tensor:

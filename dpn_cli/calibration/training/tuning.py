@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.calibration.training.heal import HealReport, heal
+from dpn_cli.calibration.training.heal import heal
+from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.calibration.training.paper import train_as_paper
 from dpn_cli.data.encoding import Example, encode
 from dpn_cli.data.samples import Sample
@@ -79,7 +80,7 @@ def tune(
     state: Path | None,
     processes: Processes,
     reporter: Reporter,
-) -> HealReport | None:
+) -> TrainingReport | None:
     """Heal the model, or train it as the paper does; None if the recipe asks for neither.
 
     Args:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.calibration.training import heal as healing
-from dpn_cli.calibration.training.heal import HealReport, draw_route, heal, heal_loss
-from dpn_cli.calibration.training.loop import STATE_FILE, Draws
+from dpn_cli.calibration.training.heal import draw_route, heal, heal_loss
+from dpn_cli.calibration.training.loop import STATE_FILE, Draws, TrainingReport
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DpnError
 from dpn_cli.inference.adapter import adapter_parameters, add_adapter
@@ -39,7 +39,7 @@ def examples() -> list[Example]:
     return result
 
 
-def run(model: Any, examples: list[Example], recipe: HealRecipe = RECIPE, **options: Any) -> HealReport:
+def run(model: Any, examples: list[Example], recipe: HealRecipe = RECIPE, **options: Any) -> TrainingReport:
     labelled = [True] * len(examples)
     return heal(model, examples, labelled, recipe, **{"budget": 0.6, "pad_token_id": PAD, "seed": 0, **options})
 
