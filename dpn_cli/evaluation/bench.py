@@ -9,14 +9,16 @@ import numpy as np
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, open_converted
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.data.encoding import prompts as encode_prompts
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthetic_inputs
 from dpn_cli.evaluation.lineup import Lineup, line_up
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.inference.loading import default_device, load_model, load_processor
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.reach import typical_length, validate_in_table
 from dpn_cli.pyramid.route import parse_route
@@ -99,18 +101,20 @@ def bench_folder(
         DataError: if there are too few samples with an image.
         UsageError: if a budget or a route is not to be had.
     """
-    pyramid = open_converted(folder)[2]
-    routes = [parse_route(route, pyramid.sites) for route in options.routes]
-    validate_in_table(options.budgets, pyramid)
-    processor = load_processor(folder)
-    model = load_model(folder, device_map=default_device())
     data = prompts if isinstance(prompts, DataOptions) else None
+    with in_use(folder):
+        checkpoint, layout, pyramid = open_converted(folder)
+        routes = [parse_route(route, pyramid.sites) for route in options.routes]
+        validate_in_table(options.budgets, pyramid)
+        processor = load_opened_processor(checkpoint, layout)
+        drawn = {size: _draw(data, size, options.rounds) for size in options.batch_sizes} if data else {}
+        model = load_opened(checkpoint, pyramid, device_map=default_device())
     results, lineups = [], []
     for batch_size in options.batch_sizes:
         if isinstance(prompts, SyntheticPrompts):
             batches = [_synthetic(prompts, model, processor, batch_size)] * options.rounds
         else:
-            batches = _from_data(prompts, model, processor, batch_size, options.rounds)
+            batches = [encode_prompts(samples, processor, model.device) for samples in drawn[batch_size]]
         found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)
@@ -132,10 +136,8 @@ def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, process
     return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
 
 
-def _from_data(
-    data: DataOptions, model: PyramidGenerationMixin, processor: Any, batch_size: int, rounds: int
-) -> list[Inputs]:
-    """Return a batch of other samples for every round."""
+def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[list[Sample]]:
+    """Return other samples for every round."""
     needed = batch_size * rounds
     samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
     if len(samples) < needed:
@@ -143,5 +145,4 @@ def _from_data(
             f"--data {data.name} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
             f"{needed}"
         )
-    parts = [samples[start : start + batch_size] for start in range(0, needed, batch_size)]
-    return [encode_prompts(part, processor, model.device) for part in parts]
+    return [samples[start : start + batch_size] for start in range(0, needed, batch_size)]

@@ -38,18 +38,21 @@ def test_a_call_is_silent_unless_a_reporter_listens(
     assert quiet.to_dict()["checkpoint"] == str(folder) and not quiet.has_data
 
 
-def test_every_round_needs_samples_of_its_own(make_converted: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_round_needs_samples_of_its_own(
+    make_converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpn_cli.evaluation.bench.load_opened", None)  # said before the model is loaded
     (tmp_path / "pictures").mkdir()
     pictures = DataOptions(str(noise_pictures(tmp_path / "pictures", 3)))
     with pytest.raises(DataError, match="has 3 samples with an image, 2 rounds of 2 need 4"):
-        bench_folder(make_converted(), pictures, BenchOptions(batch_sizes=(2,), rounds=2))
+        bench_folder(make_converted(), pictures, BenchOptions(batch_sizes=(1, 2), rounds=2))
 
 
 def test_what_the_pyramid_does_not_have_is_refused_before_the_model_is_loaded(
     make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_converted()
-    monkeypatch.setattr("dpn_cli.evaluation.bench.load_model", None)
+    monkeypatch.setattr("dpn_cli.evaluation.bench.load_opened", None)
     with pytest.raises(UsageError, match="out of reach"):
         bench_folder(folder, SyntheticPrompts(), BenchOptions(budgets=(0.01,)))
     with pytest.raises(UsageError, match="3 sites"):
