@@ -169,7 +169,7 @@ def adapter_refusal(folder: Path) -> str:
     """Say why a folder with a LoRA adapter is refused, and how to merge it: LLaVA's own way, or peft's."""
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     base = base if isinstance(base, str) and base else "BASE"
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json_if_there(folder / "config.json")
     if "mm_vision_tower" in config or (folder / "non_lora_trainables.bin").is_file():
         how = (
             f"`python scripts/merge_lora_weights.py --model-path {folder} --model-base {base} "

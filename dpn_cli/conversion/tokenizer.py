@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.headers import read_json, read_json_if_there
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError, MissingExtraError
 
@@ -76,7 +76,7 @@ class Words:
         if not files:
             raise CheckpointError(f"{folder} has neither tokenizer.json nor tokenizer.model: download it again")
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_json_if_there(path)
         kind = config.get("tokenizer_class", "LlamaTokenizer")
         if kind not in TOKENIZER_CLASSES:
             raise CheckpointError(
@@ -207,9 +207,7 @@ def write_processor(
 
 def _added_tokens(folder: Path, config: dict[str, Any], vocabulary: Path) -> dict[int, str]:
     """Return the tokens that were added to a vocabulary, its own special ones aside, wherever they are noted."""
-    added: dict[int, str] = {}
-    if (folder / "added_tokens.json").is_file():
-        added |= {int(i): token for token, i in read_json(folder / "added_tokens.json").items()}
+    added: dict[int, str] = {int(i): token for token, i in read_json_if_there(folder / "added_tokens.json").items()}
     added |= {int(i): entry["content"] for i, entry in config.get("added_tokens_decoder", {}).items()}
     if vocabulary.suffix == ".json":
         added |= {entry["id"]: entry["content"] for entry in read_json(vocabulary).get("added_tokens", [])}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpn_cli.checkpoint.headers import read_config, read_json
+from dpn_cli.checkpoint.headers import read_config, read_json_if_there
 from dpn_cli.checkpoint.source import resolve_source
 from dpn_cli.conversion.rewriting import Planned
 from dpn_cli.conversion.weights import open_weights
@@ -101,7 +101,7 @@ class ClipTower:
     def normalisation(self) -> dict[str, Any]:
         """Return `image_mean` and `image_std`, where they are noted."""
         path = self.folder / "preprocessor_config.json"
-        data = read_json(path) if path.is_file() else {}
+        data = read_json_if_there(path)
         found: dict[str, Any] = {key: data[key] for key in ("image_mean", "image_std") if key in data}
         for key, values in found.items():
             if not isinstance(values, list) or len(values) != 3 or not {type(v) for v in values} <= {int, float}:
