@@ -19,20 +19,22 @@ from statistics import fmean
 
 import click
 import torch
+from dpn_cli.evaluation.baselines.fastv import FastV
+from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
 from dpn_cli.evaluation.baselines.contender import Contender, Prompt
-from dpn_cli.evaluation.baselines.fastv import FastV
-from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.baselines.routes import GivenRoutes, Original
 from dpn_cli.evaluation.drawing import plot_latency
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.pyramid.config import PyramidConfig, Route, Site, num_tokens
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
+from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import num_tokens, pool
+from dpn_cli.pyramid.shape import DecoderShape
 
 DEPTHS = (0.25, 0.5, 0.75)
 RATES = ((1, 1), (1, 2), (2, 2), (4, 4))
@@ -65,7 +67,7 @@ def random_llava(layers: int, dtype: torch.dtype) -> DpnLlavaForConditionalGener
         patch_size=14, projection_dim=768,
     )  # fmt: skip
     config = DpnLlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, dtype=dtype)
-    sites = tuple(Site(round(depth * layers) - 1, RATES) for depth in DEPTHS)
+    sites = tuple(Site(round(depth * layers) - 1, pool(*RATES)) for depth in DEPTHS)
     config.pyramid = PyramidConfig(sites=sites).to_dict()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

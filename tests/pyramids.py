@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.experts import pool
 
 RATES = ((1, 1), (1, 2), (2, 2))
 IMAGE, VISUAL = 4, 144
@@ -19,7 +20,7 @@ IMAGE, VISUAL = 4, 144
 def pyramid(**changes: Any) -> PyramidConfig:
     """Return the default pyramid for eight layers, with routers that need no calibration to differ."""
     defaults: dict[str, Any] = {"router": RouterConfig(output="logits")}
-    return PyramidConfig(sites=tuple(Site(layer, RATES) for layer in (1, 3, 5)), **{**defaults, **changes})
+    return PyramidConfig(sites=tuple(Site(layer, pool(*RATES)) for layer in (1, 3, 5)), **{**defaults, **changes})
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.data.samples import Sample
 from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
+from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import pool
+from dpn_cli.pyramid.shape import DecoderShape
 
 GRIDS = ((24, 24),)
 SHAPE = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
-SITES = tuple(Site(layer, ((1, 1), (1, 2), (2, 2))) for layer in (7, 15, 23))
+SITES = tuple(Site(layer, pool((1, 1), (1, 2), (2, 2))) for layer in (7, 15, 23))
 
 
 def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:

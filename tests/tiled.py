@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from dpn_cli.inference.onevision_processor import OnevisionImages
 from dpn_cli.modeling.families import MODELS
-from dpn_cli.pyramid.config import num_tokens
+from dpn_cli.pyramid.experts import num_tokens
 from tests.conftest import CHAT_TEMPLATE, hub_name, tiny_text_config, tiny_tokenizer
 from tests.pyramids import pyramid
 

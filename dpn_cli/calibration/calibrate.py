@@ -14,9 +14,11 @@ from dpn_cli.calibration.cases import answer_both, extremes
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
-from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches, sample_grids
+from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import calibrating, save_calibration, sweep
+from dpn_cli.calibration.survey import FINAL_SAMPLES, batches_for, survey
 from dpn_cli.calibration.training.tuning import (
     frozen_dtype,
     tune,
@@ -38,7 +40,8 @@ from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
 from dpn_cli.parallel.processes import Processes
-from dpn_cli.pyramid.config import Grid, PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.reach import Length, cheapest_fraction, length_record, validate_budget
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
@@ -106,6 +109,8 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     texts = [(sample, True) for sample in dataset.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted = _split(len(samples), recipe)
+    if job.candidates is not None:
+        _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
@@ -118,7 +123,11 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     if paper:
         objective = held_out_objective(routers, held_table, *trade_off_range(held_table))
     else:
-        objective = _fit(job, routers, table.select(torch.arange(len(held), len(samples))), held_table)
+        learned_table = table.select(torch.arange(len(held), len(samples)))
+        objective = _fit(job, routers, learned_table, held_table)
+        if job.model.pyramid.routes is not None:
+            means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
+            job.model.pyramid = replace(job.model.pyramid, mean_distortions=tuple(means.tolist()))
 
     pyramid = _solve(job, routers, held_table)
     settings = {
@@ -138,6 +147,7 @@ class _Job:
 
     Attributes:
         lengths: of the samples that the budget table is made of.
+        candidates: the sites and experts that a survey is to choose from; None where the routes are given.
     """
 
     model: PyramidGenerationMixin
@@ -147,6 +157,7 @@ class _Job:
     processes: Processes
     reporter: Reporter
     lengths: Sequence[Length]
+    candidates: PyramidConfig | None
 
 
 def _open(
@@ -181,8 +192,9 @@ def _open(
         ]
         if budgets_only:
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
-        validate_budget(recipe, layout.shape, pyramid, lengths)
-        measured = fingerprint(checkpoint, dataset.digest, recipe)
+        surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
+        validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
+        measured = fingerprint(checkpoint, dataset.digest, recipe, surveyed or pyramid)
         if budgets_only:
             measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
@@ -203,7 +215,7 @@ def _open(
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; model in {model.dtype} on {model.device}{together}")
-    return _Job(model, processor, recipe, state, processes, reporter, lengths), dataset
+    return _Job(model, processor, recipe, state, processes, reporter, lengths, surveyed), dataset
 
 
 def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
@@ -251,6 +263,34 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
 
 
+def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> None:
+    """Let the model become the pyramid whose routes fit it best."""
+    model, recipe, pieces = job.model, job.recipe, 0
+    with job.processes.as_one():
+        some = samples[: FINAL_SAMPLES * recipe.survey.samples]
+        examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in some]
+    grids = sample_grids(model, examples)
+
+    def measure_some(title: str, tree: RouteTree, count: int) -> RouteTable:
+        nonlocal pieces
+        batches = batches_for(tree, pyramid, grids[:count], recipe.batch_size)
+        kept = job.state.surveys.after(pieces) if job.state else None
+        pieces += len(batches)
+        with job.reporter.progress(title, len(grids[:count])) as advance:
+            pad = job.processor.tokenizer.pad_token_id
+            table = measure(model, examples[:count], tree, batches, pad, kept, job.processes, advance)
+        return job.processes.agree(table)
+
+    with model.as_pyramid(pyramid):
+        found = survey(pyramid, grids, measure_some, recipe.survey)
+    job.reporter.note(
+        f"Tried {len(found.tried.routes) - 1} routes on {len(found.tried.distortion)} samples; the "
+        f"{len(found.chosen)} that fit this model best are calibrated."
+    )
+    model.rebuild(found.pyramid)
+    _start_afresh(model.text_model.routers)
+
+
 def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
     """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says.
 
@@ -262,10 +302,12 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
         examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
     grids = sample_grids(model, examples)
     num_routes = None if recipe.routes == "all" else recipe.routes
-    batches = plan_batches(model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
+    tree = RouteTree.of(model.pyramid, grids)
+    batches = plan_batches(tree, model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
     kept = job.state.measurements if job.state else None
     with job.reporter.progress("measuring routes", len(examples)) as advance:
-        table = measure(model, examples, batches, job.processor.tokenizer.pad_token_id, kept, job.processes, advance)
+        pad = job.processor.tokenizer.pad_token_id
+        table = measure(model, examples, tree, batches, pad, kept, job.processes, advance)
     return table, grids
 
 
@@ -279,7 +321,8 @@ def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable
 
 def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
     """Return the pyramid with the budget table of some samples, and the λ for the budget."""
-    pyramid = replace(job.model.pyramid, budgets=budget_table(routers, table))
+    pyramid = job.model.pyramid
+    pyramid = replace(pyramid, budgets=budget_table(routers, table, pyramid.mean_distortions))
     within_reach = max(job.recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
@@ -315,7 +358,7 @@ def _report(
     model, recipe = job.model, job.recipe
     with torch.no_grad():
         policy = Policy.of(routers, held)
-    worst, best = extremes(held, policy.choose(pyramid.trade_off))
+    worst, best = extremes(held, policy.choose_as(pyramid, pyramid.trade_off))
     _take(model, routers, pyramid)
     with job.reporter.progress("asking both models", len(worst) + len(best)) as advance:
         cases = answer_both(

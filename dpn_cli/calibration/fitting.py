@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,10 +114,14 @@ def held_out_objective(routers: nn.ModuleList, table: RouteTable, low: float, hi
 
 
 def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
-    """Let every untrained router predict the mean distortion of a rate, so that the fit starts near it."""
-    share = (table.distortion.nanmean() / len(routers)).clamp(min=1e-4)
+    """Let every untrained router predict the mean distortions, so that the fit starts near them."""
+    means = table.distortion.nanmean(0).nan_to_num(1.0)  # [R]
     for router in routers:
-        nn.init.constant_(router.get_parameter("head.bias"), math.log(math.expm1(share.item())))
+        bias = router.get_parameter("head.bias")
+        config: Any = router.config
+        start = means if config.output == "routes" else (means.mean() / len(routers)).expand(len(bias))
+        with torch.no_grad():
+            bias.copy_(start.clamp(min=1e-4).expm1().log())
 
 
 def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -125,9 +130,8 @@ def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tenso
 
 def _poisson_deviance(policy: Policy) -> torch.Tensor:
     """Return the mean of pred - D·log pred over the measured routes that pool."""
-    measured = policy.table.measured[:, 1:]
-    distortion = policy.table.distortion[:, 1:][measured]
-    predicted = policy.added_distortion()[:, 1:][measured].clamp(min=1e-8)
+    predicted, distortion = policy.predictions()
+    predicted = predicted.clamp(min=1e-8)
     return (predicted - distortion * predicted.log()).mean()
 
 

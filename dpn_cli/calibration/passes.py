@@ -91,7 +91,7 @@ def student_logits(
     state = trunk.state
     for site in range(len(model.pyramid.sites)):
         if state.coords is not None:
-            state = text_model.pool(state, site, choose(state, site))
+            state = text_model.apply(state, site, choose(state, site))
         state = text_model.run_segment(state, site + 1)
     return _logits(model, state, trunk)
 

@@ -1,105 +1,157 @@
 """What routers decide over a measured route tree, and what that costs: exact sums, no sampling.
 
-Shapes: N samples, R routes, P prefixes, S sites, E experts.
+Shapes: N samples, R routes, P prefixes, E scores of a router, C options at a prefix.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.pyramid.config import Route
+from dpn_cli.modeling.routers import trusted
+from dpn_cli.pyramid.config import PyramidConfig, Route
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Routers' scores over a table.
+    """Routers' scores over a table, and the rule that decides by them: `decide` of modeling/routers.py, in tensors.
 
     Attributes:
         table: the measurements.
-        logits: [N, P, E] of every site's router at every prefix; -inf where there is no such expert.
+        logits: [N, P, E] of every site's router at every prefix; -inf where there is no such score.
+        scores_routes: whether a score stands for a route of the table, rather than for an expert of the site.
     """
 
     table: RouteTable
     logits: torch.Tensor
+    scores_routes: bool
 
     @classmethod
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
         """Ask the routers at every prefix of every sample."""
-        columns = []
-        widest = max(1 + max(route) for route in table.tree.routes)
-        for node, prefix in enumerate(table.tree.prefixes):
-            logits = routers[len(prefix)](table.features[:, node])
-            columns.append(nn.functional.pad(logits, (0, widest - logits.shape[1]), value=-torch.inf)[:, :widest])
-        return cls(table, torch.stack(columns, dim=1))
+        columns = [routers[len(prefix)](table.features[:, node]) for node, prefix in enumerate(table.tree.prefixes)]
+        widest = max(column.shape[1] for column in columns)
+        padded = [nn.functional.pad(each, (0, widest - each.shape[1]), value=-torch.inf) for each in columns]
+        config: Any = routers[0].config
+        return cls(table, torch.stack(padded, dim=1), config.output == "routes")
 
     @cached_property
-    def _child(self) -> torch.Tensor:
-        """The route that takes expert k at a prefix and 1×1 ever after, [P, E]; -1 where there is none."""
+    def _options(self) -> list[list[tuple[int, int, int]]]:
+        """What can be chosen at every prefix: (score, the route that it costs, the expert)."""
         routes = {route: i for i, route in enumerate(self.table.tree.routes)}
         num_sites = len(self.table.tree.routes[0])
-        rows = []
+        options = []
         for prefix in self.table.tree.prefixes:
-            rest = (0,) * (num_sites - len(prefix) - 1)
-            rows.append([routes.get((*prefix, k, *rest), -1) for k in range(self.logits.shape[-1])])
-        return torch.tensor(rows)
+            site = len(prefix)
+            below = [(i, route[site]) for route, i in routes.items() if route[:site] == prefix]
+            if self.scores_routes:
+                options.append([(i, i, expert) for i, expert in below])
+            else:  # an expert costs what it does with all tokens kept ever after
+                rest = (0,) * (num_sites - site - 1)
+                experts = sorted({expert for _, expert in below})
+                options.append([(k, routes[(*prefix, k, *rest)], k) for k in experts if (*prefix, k, *rest) in routes])
+        return options
+
+    def _padded(self, part: int) -> torch.Tensor:
+        """Return one part of the options as [P, C], -1 where a prefix has fewer."""
+        most = max(map(len, self._options))
+        return torch.tensor([[*(o[part] for o in row), *[-1] * (most - len(row))] for row in self._options])
+
+    @cached_property
+    def _score(self) -> torch.Tensor:
+        return self._padded(0)
+
+    @cached_property
+    def _route(self) -> torch.Tensor:
+        return self._padded(1)
+
+    @cached_property
+    def _expert(self) -> torch.Tensor:
+        return self._padded(2)
 
     @cached_property
     def _next(self) -> torch.Tensor:
-        """The prefix that expert k leads to, [P, E]; at the last site the route instead."""
+        """The prefix that an option leads to, [P, C]; at the last site the route instead."""
         prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
         routes = {route: i for i, route in enumerate(self.table.tree.routes)}
-        experts = range(self.logits.shape[-1])
-        return torch.tensor(
-            [[prefixes.get((*p, k), routes.get((*p, k), 0)) for k in experts] for p in self.table.tree.prefixes]
-        )
+        rows = [
+            [prefixes.get((*prefix, k), routes.get((*prefix, k), 0)) for k in experts]
+            for prefix, experts in zip(self.table.tree.prefixes, self._expert.tolist(), strict=True)
+        ]
+        return torch.tensor(rows)
 
     @cached_property
-    def _measured_below(self) -> torch.Tensor:
-        """Whether some measured route takes expert k at a prefix, [N, P, E]."""
-        below = torch.zeros(len(self.table.tree.routes), *self._child.shape)
+    def _leads_to_measured(self) -> torch.Tensor:
+        """Whether some measured route takes an option's expert at a prefix, [N, P, C]."""
+        below = torch.zeros(len(self.table.tree.routes), *self._expert.shape)
         prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
         for i, route in enumerate(self.table.tree.routes):
             for site, k in enumerate(route):
-                below[i, prefixes[route[:site]], k] = 1
-        return torch.einsum("nr,rpk->npk", self.table.measured.float(), below) > 0
+                node = prefixes[route[:site]]
+                below[i, node] += (
+                    (self._score[node] == i) if self.scores_routes else (self._expert[node] == k)
+                ).float()
+        return torch.einsum("nr,rpc->npc", self.table.measured.float(), below) > 0
 
-    def _scores(self, trade_off: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """Return logit - λ·cost, [N, P, E], with one λ per sample [N]; -inf where a rate is not allowed."""
-        scores = self.logits - trade_off[:, None, None] * self.table.fraction[:, self._child.clamp(min=0)]
+    def _values(self, logits: torch.Tensor, trade_off: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Return logit - λ·cost of every option, [N, P, C], with one λ per sample [N]; -inf where it is not allowed."""
+        scores = logits.gather(2, self._score.clamp(min=0).expand(len(logits), -1, -1))
+        values = scores - trade_off[:, None, None] * self.table.fraction[:, self._route.clamp(min=0)]
         out_of_reach = ~allowed.any(-1, keepdim=True)  # a prefix that this sample cannot get to: anything finite
-        return scores.masked_fill(~(allowed | out_of_reach), -torch.inf)
+        return values.masked_fill(~((allowed | out_of_reach) & (self._route >= 0)), -torch.inf)
 
-    def choose(self, trade_off: float) -> torch.Tensor:
-        """Return the index of the route that every sample takes at λ, [N]."""
+    def choose(self, trade_off: float, trust: float = 1.0, mean_distortions: Sequence[float] = ()) -> torch.Tensor:
+        """Return the index of the route that every sample takes at λ, [N]; see `trusted` for the rest."""
         rows = torch.arange(len(self.logits))
-        offered = (self._child >= 0) & self.table.offered[:, self._child.clamp(min=0)]
-        best = self._scores(torch.full((len(rows),), trade_off), offered).argmax(-1)  # [N, P]; ties go to the first
+        offered = (self._route >= 0) & self.table.offered[:, self._route.clamp(min=0)]
+        logits = trusted(self.logits, mean_distortions, trust)
+        best = self._values(logits, torch.full((len(rows),), trade_off), offered).argmax(-1)  # ties go to the first
         node = torch.zeros_like(rows)
         for _ in self.table.tree.routes[0]:
             node = self._next[node, best[rows, node]]
         return node
 
+    def choose_as(self, pyramid: PyramidConfig, trade_off: float) -> torch.Tensor:
+        """Return what a calibrated pyramid lets every sample take at λ, [N]."""
+        return self.choose(trade_off, pyramid.trust(trade_off), pyramid.mean_distortions)
+
     def log_probability(self, trade_off: torch.Tensor, temperature: float) -> torch.Tensor:
         """Return log softmax((logit - λ·cost) / (temperature · λ)) summed along every measured route, [N, R].
 
-        The softmax is over the rates that lead to a measured route; a route that was not measured gets -inf.
+        The softmax is over the options that lead to a measured route; a route that was not measured gets -inf.
         """
-        scores = self._scores(trade_off, self._measured_below)
-        steps = (scores / (temperature * trade_off[:, None, None])).log_softmax(-1)
+        values = self._values(self.logits, trade_off, self._leads_to_measured)
+        steps = (values / (temperature * trade_off[:, None, None])).log_softmax(-1)
         return self._along_routes(steps).masked_fill(~self.table.measured, -torch.inf)
 
-    def added_distortion(self) -> torch.Tensor:
-        """Return the distortion that the routers predict for every route, [N, R]: minus its logits' sum."""
-        return -self._along_routes(self.logits)
-
     def _along_routes(self, steps: torch.Tensor) -> torch.Tensor:
-        """Sum [N, P, E] over the sites of every route, [N, R]."""
+        """Sum log probabilities [N, P, C] over the sites of every route, [N, R]: at a site, of all that lead there."""
         prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
-        paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
-        return steps[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+        total = steps.new_zeros(len(steps), len(self.table.tree.routes))
+        routes = torch.tensor(self.table.tree.routes)
+        for site in range(routes.shape[1]):
+            nodes = torch.tensor([prefixes[route[:site]] for route in self.table.tree.routes])
+            there = self._expert[nodes] == routes[:, site, None]  # [R, C]
+            total = total + steps[:, nodes].masked_fill(~there, -torch.inf).logsumexp(-1)
+        return total
+
+    def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are."""
+        reduced = self.table.measured.clone()
+        reduced[:, 0] = False
+        if not self.scores_routes:  # what its experts add
+            prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
+            paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
+            added = -self.logits[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+            return added[reduced], self.table.distortion[reduced]
+        below = (self._score[..., None] == torch.arange(len(self.table.tree.routes))).any(1)  # [P, R]
+        counted = below[None] & reduced[:, None]
+        predicted = -self.logits[..., : below.shape[1]]
+        return predicted[counted], self.table.distortion[:, None].expand_as(counted)[counted]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Kept, Processes
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
+from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import Grid, num_tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RouteTree:
 
     Attributes:
         routes: the leaves, the full route first.
-        prefixes: the inner nodes, the empty one first.
+        prefixes: the inner nodes where routers are asked, the empty one first.
     """
 
     routes: tuple[Route, ...]
@@ -41,10 +42,16 @@ class RouteTree:
 
     @classmethod
     def of(cls, pyramid: PyramidConfig, grids: Sequence[Sequence[Grid]]) -> "RouteTree":
-        """Build the tree of all routes that some sample is offered."""
-        routes = sorted({route for sample in set(map(tuple, grids)) for route in pyramid.routes(sample)})
+        """Build the tree of the routes that a pyramid lists, or of all that some sample is offered."""
+        routes = pyramid.routes
+        if routes is None:
+            routes = tuple(sorted({route for sample in set(map(tuple, grids)) for route in pyramid.routes_for(sample)}))
         prefixes = {route[:site] for route in routes for site in range(len(pyramid.sites))}
-        return cls(tuple(routes), tuple(sorted(prefixes, key=lambda prefix: (len(prefix), prefix))))
+        return cls(routes, tuple(sorted(prefixes, key=lambda prefix: (len(prefix), prefix))))
+
+    def offered(self, pyramid: PyramidConfig, grids: Sequence[Grid]) -> tuple[Route, ...]:
+        """Return the routes that a sample with these grids can take."""
+        return tuple(route for route in self.routes if pyramid.can_walk(route, grids))
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def sample_grids(model: PyramidGenerationMixin, examples: Sequence[Example]) -> 
 
 
 def plan_batches(
+    tree: RouteTree,
     pyramid: PyramidConfig,
     grids: Sequence[tuple[Grid, ...]],
     batch_size: int,
@@ -111,7 +119,8 @@ def plan_batches(
     """Say which samples run together, and down which routes.
 
     Args:
-        pyramid: offers the routes.
+        tree: the routes.
+        pyramid: that they are of.
         grids: of every sample; only samples that are offered the same routes share a batch.
         batch_size: samples per batch, at most.
         num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
@@ -119,7 +128,7 @@ def plan_batches(
     """
     batches = []
     seen: Counter[tuple[int, int]] = Counter()
-    offered = {grid: tuple(pyramid.routes(grid)) for grid in set(grids)}
+    offered = {grid: tree.offered(pyramid, grid) for grid in set(grids)}
     groups: dict[tuple[bool, tuple[Route, ...]], list[int]] = {}
     for i in sorted(range(len(grids)), key=lambda i: num_tokens(grids[i])):
         groups.setdefault((i in complete, offered[grids[i]]), []).append(i)
@@ -145,6 +154,7 @@ def _stratified(routes: Sequence[Route], count: int, seen: Counter[tuple[int, in
 def measure(
     model: PyramidGenerationMixin,
     examples: Sequence[Example],
+    tree: RouteTree,
     batches: Sequence[Batch],
     pad_token_id: int,
     kept: Kept[dict[str, torch.Tensor]] | None = None,
@@ -156,6 +166,7 @@ def measure(
     Args:
         model: converted, in eval mode.
         examples: each with at least one image and one label.
+        tree: names the columns; nothing is kept for routers where it has no prefixes.
         batches: from `plan_batches`.
         pad_token_id: fills up the shorter samples of a batch.
         kept: keeps each batch as soon as it is measured, and brings back those of an earlier run.
@@ -169,7 +180,6 @@ def measure(
         DataError: naming the sample that the model answers with NaN.
     """
     hidden_size, num_inputs = model.text_model.shape.hidden_size, model.pyramid.router.num_inputs
-    tree = RouteTree.of(model.pyramid, sample_grids(model, examples))
     size = (len(examples), len(tree.routes))
     table = RouteTable(
         tree=tree,
@@ -210,8 +220,9 @@ def _measure_batch(
     teacher = None if full_is_teacher else _teacher(model, inputs)  # [A, V]
     for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
-        if len(prefix) < len(model.pyramid.sites):
+        if prefix in tree.prefixes:
             features[tree.prefixes.index(prefix)] = text_model.router_features(state).half().cpu()
+        if len(prefix) < len(model.pyramid.sites):
             continue
         hidden_states = text_model.finish(state)[:, :-1][answers]
         log_probs = F.log_softmax(model.lm_head(hidden_states).float(), dim=-1)  # [A, V]
@@ -221,13 +232,11 @@ def _measure_batch(
         same = (teacher.argmax(-1) == log_probs.argmax(-1)).float()
         distortion[:, leaf] = mean_by_row(divergence, answers[0], len(batch.rows))
         agreement[:, leaf] = mean_by_row(same, answers[0], len(batch.rows))
-    nowhere = torch.zeros_like(next(f for f in features if f is not None))
-    return {
-        "features": torch.stack([nowhere if f is None else f for f in features], dim=1),
-        "distortion": distortion,
-        "agreement": agreement,
-        **_price(text_model, state, tree),
-    }
+    columns = {"distortion": distortion, "agreement": agreement, **_price(text_model, state, tree)}
+    if known := [each for each in features if each is not None]:
+        nowhere = torch.zeros_like(known[0])
+        columns["features"] = torch.stack([nowhere if each is None else each for each in features], dim=1)
+    return columns
 
 
 def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example]) -> None:
@@ -242,7 +251,7 @@ def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example]) -> N
 
 def _price(text_model: Any, state: PyramidState, tree: RouteTree) -> dict[str, torch.Tensor]:
     """Return which routes a batch is offered, and their FLOPs fractions."""
-    offered = set(text_model.pyramid.routes(state.image_grids[0]))
+    offered = set(tree.offered(text_model.pyramid, state.image_grids[0]))
     rows = [
         [
             flops_fraction(text_model.shape, text_model.pyramid, route, grids, text) if route in offered else 1.0
@@ -268,8 +277,8 @@ def walk(
             return
         for k in sorted({route[site] for route in ahead}):
             choice = text_model.take(state, site, [k] * len(state.grids))
-            pooled = text_model.pool(state, site, choice)
-            yield from visit(pooled, [route for route in ahead if route[site] == k])
+            reduced = text_model.apply(state, site, choice)
+            yield from visit(reduced, [route for route in ahead if route[site] == k])
 
     return visit(start_batch(model, inputs), routes)
 

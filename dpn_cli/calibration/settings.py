@@ -1,16 +1,18 @@
 """Which calibration a checkpoint asks for. No torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import check_folder, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
-from dpn_cli.errors import CheckpointError
+from dpn_cli.errors import CheckpointError, RecipeError
 from dpn_cli.families.family import DEFAULT_RECIPE
-from dpn_cli.pyramid.config import IMPORTED_USE
-from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, apply_override, load_recipe
+from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
+from dpn_cli.pyramid.experts import KINDS
+from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
 
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 
@@ -60,6 +62,32 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
     data["calibration"] = {**data.get("calibration", {}), **recorded, "budget": pyramid.budget or 1.0}
     options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}}
     return _resolved(data, overrides, options, where=folder)
+
+
+def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: SurveyRecipe) -> PyramidConfig | None:
+    """Return the sites and experts that a survey is to choose from; None where the routes are given.
+
+    Args:
+        folder: the converted checkpoint, with its recipe.
+        pyramid: the checkpoint's, which an earlier survey may have pruned.
+        num_layers: depth of the decoder.
+        survey: names the kinds of experts to try.
+
+    Raises:
+        RecipeError: if no site has an expert of these kinds.
+    """
+    recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE), where=str(folder / RECIPE_FILE))
+    if not recipe.surveys:
+        return None
+    kinds = {"keep", *(survey.experts or KINDS)}
+    sites = [
+        replace(site, experts=tuple(each for each in site.experts if each.kind in kinds))
+        for site in recipe.pyramid_config(num_layers).sites
+    ]
+    sites = [site for site in sites if len(site.experts) > 1]
+    if not sites:
+        raise RecipeError(f"no site of {folder} has experts of the kinds {', '.join(survey.experts or ())}")
+    return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)
 
 
 def _resolved(

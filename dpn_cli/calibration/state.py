@@ -27,6 +27,7 @@ class MeasurementState:
     Attributes:
         folder: of all that is kept.
         answers: the teacher's, by batch.
+        surveys: the columns of a batch's candidates, by round and batch.
         measurements: the columns of a batch's rows in the route table, by batch.
     """
 
@@ -50,6 +51,12 @@ class MeasurementState:
         self.measurements = KeptFiles[dict[str, torch.Tensor]](
             self.folder,
             "batch-{:06d}.safetensors",
+            read=load_file,
+            write=lambda path, tensors: path.write_bytes(save(tensors)),
+        )
+        self.surveys = KeptFiles[dict[str, torch.Tensor]](
+            self.folder,
+            "survey-{:06d}.safetensors",
             read=load_file,
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )

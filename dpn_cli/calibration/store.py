@@ -65,7 +65,7 @@ def save_calibration(
         report: on them.
 
     Raises:
-        CheckpointError: if the folder's DPE tensors are not those of these routers.
+        CheckpointError: if the folder has no DPE tensors.
     """
     page = render(report)
     config = read_config(folder)
@@ -132,15 +132,18 @@ def _with_routers(source: Checkpoint, routers: nn.ModuleList) -> tuple[str, dict
     """Return the shard that the pyramid's tensors are in, and its tensors with the routers' new values.
 
     Raises:
-        CheckpointError: if there is no such shard, or it does not hold these routers.
+        CheckpointError: if there is no such shard.
     """
     [file] = {tensor.file for tensor in source.tensors.values() if Path(tensor.file).name == DPE_FILE} or [None]
     tensors = {} if file is None else load_file(source.path / file)
-    for name, parameter in routers.state_dict(prefix="routers.").items():
-        [stored] = [key for key in tensors if key.endswith(f".{name}")] or [None]
-        if file is None or stored is None or tensors[stored].shape != parameter.shape:
-            raise CheckpointError(f"{source.path} has no {DPE_FILE} with {name} of these routers: convert it again")
-        tensors[stored] = parameter.detach().to("cpu", tensors[stored].dtype).contiguous()
+    stored = [name for name in tensors if ".routers." in name]
+    if not stored:
+        raise CheckpointError(f"{source.path} has no {DPE_FILE} with routers: convert it again")
+    prefix, dtype = stored[0].partition("routers.")[0], tensors[stored[0]].dtype
+    for name in stored:
+        del tensors[name]
+    for name, parameter in routers.state_dict(prefix=f"{prefix}routers.").items():
+        tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
     return str(file), tensors
 
 

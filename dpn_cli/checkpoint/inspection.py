@@ -10,10 +10,11 @@ from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open
 from dpn_cli.checkpoint.processor import inspect_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
+from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
+from dpn_cli.pyramid.experts import Grid, num_tokens
 from dpn_cli.pyramid.reach import typical_length
-from dpn_cli.pyramid.route import parse_route
+from dpn_cli.pyramid.route import format_route, parse_route
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ def inspect_checkpoint(
     text_tokens = usual if text_tokens is None else text_tokens
     _check_length(layout, grids, text_tokens)
     routes = {"full": pyramid.full_route}
-    for expert in range(1, max((len(site.rates) for site in pyramid.sites), default=0)):
-        routes[f"{_rate_name(pyramid, expert)} wherever offered"] = _uniform(pyramid, expert, grids)
+    routes |= _examples(pyramid, grids)
 
     def cost(name: str, route: Route) -> RouteCost:
         fraction = flops_fraction(layout.shape, pyramid, route, grids, text_tokens)
@@ -140,7 +140,7 @@ def inspect_checkpoint(
 
     if pyramid.sites:
         routes["cheapest"] = min(
-            pyramid.routes(grids),
+            pyramid.routes_for(grids),
             key=lambda route: flops_fraction(layout.shape, pyramid, route, grids, text_tokens),
         )
     routes |= {name: _asked(name, pyramid, grids) for name in asked}
@@ -174,18 +174,22 @@ def _asked(text: str, pyramid: PyramidConfig, grids: tuple[Grid, ...]) -> Route:
     return route
 
 
-def _rate_name(pyramid: PyramidConfig, expert: int) -> str:
-    rates = {site.rates[expert] for site in pyramid.sites if expert < len(site.rates)}
-    return "×".join(map(str, rates.pop())) if len(rates) == 1 else f"expert {expert}"
+def _examples(pyramid: PyramidConfig, grids: tuple[Grid, ...]) -> dict[str, Route]:
+    """Return the routes that are offered, where they are listed, else some that show every expert; by their names."""
+    if pyramid.routes is not None:
+        return {format_route(route, pyramid.sites): route for route in list(pyramid.routes_for(grids))[1:]}
+    most = max((len(site.experts) for site in pyramid.sites), default=0)
+    uniform = dict.fromkeys(_uniform(pyramid, k, grids) for k in range(1, most))
+    return {format_route(route, pyramid.sites): route for route in uniform if any(route)}
 
 
 def _uniform(pyramid: PyramidConfig, expert: int, grids: tuple[Grid, ...]) -> Route:
     """Return the route that takes `expert` at every site, or the next lower one that is offered there."""
     route: Route = ()
-    stage = list(grids)
+    stage = grids
     for i, site in enumerate(pyramid.sites):
         chosen = max(k for k in pyramid.offered(i, stage) if k <= expert)
-        stage = [pyramid.pooled(grid, site.rates[chosen]) for grid in stage]
+        stage = site.experts[chosen].left(stage, pyramid.rounding)
         route = (*route, chosen)
     return route
 

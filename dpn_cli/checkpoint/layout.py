@@ -15,8 +15,9 @@ from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.families.tensors import TEXT_PREFIXES
 from dpn_cli.families.text import OPTIONAL_SIZES, ORIGINALS, REQUIRED_SIZES, TEXT_MODELS
 from dpn_cli.families.vision import VISION_TOWERS
-from dpn_cli.pyramid.config import Grid, PyramidConfig
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.experts import Grid
+from dpn_cli.pyramid.shape import DecoderShape
 from dpn_cli.pyramid.tiling import Tiling
 
 DPE_FILE = "dpe.safetensors"  # the shard of the tensors that a conversion adds
@@ -170,7 +171,7 @@ def read_pyramid(checkpoint: Checkpoint, layout: LlavaLayout) -> PyramidConfig:
         pyramid = PyramidConfig.from_dict(checkpoint.config["pyramid"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
-    layers = [-1, *(site.after_layer for site in pyramid.sites), layout.shape.num_layers]
+    layers = [-2, *(site.after_layer for site in pyramid.sites), layout.shape.num_layers]
     if any(later <= earlier for earlier, later in pairwise(layers)):
         raise CheckpointError(f"{where}: pyramid sites after layers {layers[1:-1]} do not fit {layers[-1]} layers")
     return pyramid

@@ -47,7 +47,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "--route",
     "routes",
     multiple=True,
-    help="The same rates for all samples, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
+    help="The same experts for all samples, such as keep,1x2,2x2 (or 0,1,2); repeatable.",
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",

@@ -81,10 +81,8 @@ def command(
 
     if not dry_run:
         workspace.remember(done.output)  # before anything is shown: the reader may be gone
-    rows = [
-        (f"after layer {site.after_layer}", ", ".join(f"{h}×{w}" for h, w in site.rates)) for site in done.pyramid.sites
-    ]
-    console.table(f"{done.source.reference} → {done.output} (recipe {done.recipe})", ["site", "rates"], rows)
+    rows = [(str(site), ", ".join(map(str, site.experts))) for site in done.pyramid.sites]
+    console.table(f"{done.source.reference} → {done.output} (recipe {done.recipe})", ["site", "experts"], rows)
     for note in done.notes:
         console.note(note)
     if link and done.placement in ("copied", "rewritten"):

@@ -132,11 +132,11 @@ def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
 
 def _show(done: "Export", budget: float | None) -> None:
     from dpn_cli.checkpoint.source import resolve_source
+    from dpn_cli.pyramid.route import format_route
 
     pyramid = done.pyramid
     if pyramid.static_route is not None:
-        rates = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
-        route = f"fixed, {' → '.join(f'{height}×{width}' for height, width in rates)}"
+        route = f"fixed, {format_route(pyramid.static_route, pyramid.sites)}"
     else:
         known = pyramid.budgets or pyramid.is_imported
         asked = f"budget {budget:g}, " if budget else "" if known else "not calibrated, "

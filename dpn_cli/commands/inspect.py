@@ -73,19 +73,20 @@ def command(
 
 def _show(found: "Inspection") -> None:
     from dpn_cli.checkpoint.source import resolve_source
+    from dpn_cli.pyramid.route import format_route
 
     console.table(
         f"{resolve_source(str(found.path)).label} ({found.config['model_type']})",
         ["part", "parameters", "MB"],
         [(part.name, f"{part.parameters:,}", f"{part.nbytes / 1e6:,.2f}") for part in found.parts],
     )
-    pyramid = found.pyramid
+    pyramid, route = found.pyramid, found.pyramid.static_route
     if pyramid.sites:
         console.table(
-            f"Pyramid: {pyramid.pooling} pooling, λ {pyramid.trade_off:g}, "
-            + (f"static route {pyramid.static_route}" if pyramid.static_route is not None else "routed"),
-            ["site", "rates"],
-            [(f"after layer {s.after_layer}", ", ".join(f"{h}×{w}" for h, w in s.rates)) for s in pyramid.sites],
+            f"Pyramid: λ {pyramid.trade_off:g}, "
+            + ("routed" if route is None else f"static route {format_route(route, pyramid.sites)}"),
+            ["site", "experts"],
+            [(str(site), ", ".join(map(str, site.experts))) for site in pyramid.sites],
         )
     if pyramid.budgets:
         console.table(

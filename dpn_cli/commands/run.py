@@ -101,10 +101,9 @@ def _stream(text: str) -> None:
 
 
 def _cost_line(done: "Answer") -> str:
-    route = " · ".join(f"{height}×{width}" for height, width in done.rates)
     tokens = " → ".join(map(str, done.visual_tokens))
     speed = f", {done.tokens_per_s:.1f} tokens/s" if done.tokens_per_s else ""
     return (
-        f"Route {route}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
+        f"Route {done.experts}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
         f"{done.first_token_s:.2f} s, {done.new_tokens} in {done.total_s:.2f} s{speed}"
     )

@@ -16,7 +16,8 @@ from dpn_cli.conversion.rewriting import Planned, Rewritten
 from dpn_cli.conversion.weights import Weights
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.tensors import TEXT_PREFIXES
-from dpn_cli.pyramid.config import IMPORTED_KEY, IMPORTED_USE, PyramidConfig, Rate, RouterConfig, Site
+from dpn_cli.pyramid.config import IMPORTED_KEY, IMPORTED_USE, PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.experts import Rate, pool
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ def _pyramid(options: Mapping[str, Any], folder: Path) -> PyramidConfig:
     adaptive = options["pooling_type"] == "adaptive"
     try:
         layers = sorted(options["pooling_layers"], key=lambda layer: layer["index"])
-        sites = [Site(layer["index"] - shift, _rates(layer, adaptive, folder)) for layer in layers]
+        sites = [Site(layer["index"] - shift, pool(*_rates(layer, adaptive, folder))) for layer in layers]
     except (KeyError, TypeError, ValueError, IndexError):
         raise CheckpointError(f"{folder}: pooling.pooling_layers of config.json is damaged") from None
     if not sites or sites[0].after_layer < 0 or any(a.after_layer >= b.after_layer for a, b in pairwise(sites)):
@@ -141,7 +142,7 @@ def _pyramid(options: Mapping[str, Any], folder: Path) -> PyramidConfig:
         min_visual_tokens=1,
         min_input_tokens=MIN_TOKENS,
         calibration={IMPORTED_KEY: True},
-        static_route=None if adaptive else tuple(len(site.rates) - 1 for site in sites),
+        static_route=None if adaptive else tuple(len(site.experts) - 1 for site in sites),
     )
 
 

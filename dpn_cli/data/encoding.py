@@ -18,7 +18,7 @@ from dpn_cli.data.faults import RowError
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.visual import GRID_INPUTS
-from dpn_cli.pyramid.config import Grid, num_tokens
+from dpn_cli.pyramid.experts import Grid, num_tokens
 
 IGNORED = -100  # the label of tokens that are not part of an answer
 VISUAL = ("pixel_values", *GRID_INPUTS)  # what the processors of all families return for images

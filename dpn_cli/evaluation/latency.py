@@ -18,7 +18,7 @@ from dpn_cli.evaluation.baselines.contender import Contender, Prompt, full_flops
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import num_tokens
+from dpn_cli.pyramid.experts import num_tokens
 
 ORIGINAL = "original"
 PHASES = ("vision", "prefill", "first_token", "decode")

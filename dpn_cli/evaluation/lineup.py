@@ -110,10 +110,10 @@ def _given(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budget: flo
 
 def _given_routes(name: str, dpn: GivenRoutes, pyramid: PyramidConfig, spending: Spending) -> str:
     """Say that routes are given, and which."""
-    rates = ", ".join(FixedRoute(pyramid, route).rates for route in dict.fromkeys(dpn.given))
+    experts = "; ".join(FixedRoute(pyramid, route).experts for route in dict.fromkeys(dpn.given))
     return (
         f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are given "
-        f"({rates}: {spending.spent:.3f} of the prefill FLOPs); the routers run too, so that their time counts. With "
+        f"({experts}: {spending.spent:.3f} of the prefill FLOPs); the routers run too, so that their time counts. With "
         "--data they choose."
     )
 

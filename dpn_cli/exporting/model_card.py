@@ -9,8 +9,9 @@ from dpn_cli import __version__
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout
 from dpn_cli.checkpoint.licence import KEYS
 from dpn_cli.families.family import Family
-from dpn_cli.pyramid.config import PyramidConfig, Rate
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.route import format_route
 
 BUDGETS_SHOWN = 10
 TRANSFORMERS = "5.15.1 to 5.24.0"  # the releases that exports are tested with
@@ -56,32 +57,27 @@ def _summary(config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig
     licence = f" ({config['license']})" if "license" in config else ""
     return (
         f"`{_base(config)}`, its language model made a dynamic pyramid: the {height}×{width} = {height * width} visual "
-        f"tokens of an image{tiles} are pooled at a few depths of the {layout.shape.num_layers} decoder layers, at "
-        f"rates that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
+        f"tokens of an image{tiles} are reduced at a few depths of the {layout.shape.num_layers} decoder layers, by "
+        f"experts that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
         f"licence is the base model's{licence}; the code's is Apache-2.0."
     )
 
 
 def _pyramid(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
-    rows = [[f"after decoder layer {site.after_layer}", ", ".join(map(_rate, site.rates))] for site in pyramid.sites]
+    rows = [[str(site), ", ".join(map(str, site.experts))] for site in pyramid.sites]
     if pyramid.static_route is None:
         route = f"the routers', λ = {pyramid.trade_off:.4g}"
     else:
-        taken = [site.rates[expert] for site, expert in zip(pyramid.sites, pyramid.static_route, strict=True)]
         size = "" if layout.tiling is None else " of {}×{} pixels".format(*IMAGE_SIZE)
         share = flops_fraction(
             layout.shape, pyramid, pyramid.static_route, layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS
         )
         route = (
-            f"fixed, {' → '.join(map(_rate, taken))}, which takes {share:.3f} of the original's prefill FLOPs for one "
+            f"fixed, {format_route(pyramid.static_route, pyramid.sites)}, which takes {share:.3f} of the original's prefill FLOPs for one "
             f"image{size} and {TEXT_TOKENS} text tokens"
         )
     notes = f"Pooling: {pyramid.pooling}. Route: {route}."
-    return "\n\n".join(["## The pyramid", _table(["site", "rates (tokens merged into one)"], rows), notes])
-
-
-def _rate(rate: Rate) -> str:
-    return "×".join(map(str, rate))
+    return "\n\n".join(["## The pyramid", _table(["site", "experts"], rows), notes])
 
 
 def _calibration(pyramid: PyramidConfig) -> str:

@@ -9,7 +9,8 @@ from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.lora import without_adapter
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import Grid, PyramidConfig
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.route import parse_route
 
 

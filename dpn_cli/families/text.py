@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpn_cli.pyramid.config import Shapes
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.shape import DecoderShape
 
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")

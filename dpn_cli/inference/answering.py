@@ -11,8 +11,10 @@ from transformers import TextStreamer
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Rate, Route, num_tokens
+from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import num_tokens
+from dpn_cli.pyramid.route import format_route
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Answer:
     Attributes:
         text: without special tokens.
         route: the expert taken at every site.
-        rates: the same as kernels.
+        experts: the same by name.
         flops_fraction: of the unpooled LLM's prefill FLOPs, routers included.
         visual_tokens: in every segment of the decoder, over all images.
         text_tokens: of the prompt.
@@ -33,7 +35,7 @@ class Answer:
 
     text: str
     route: Route
-    rates: tuple[Rate, ...]
+    experts: str
     flops_fraction: float
     visual_tokens: tuple[int, ...]
     text_tokens: int
@@ -85,7 +87,7 @@ def answer(
     return Answer(
         text="".join(streamer.pieces).strip(),
         route=route,
-        rates=tuple(site.rates[expert] for site, expert in zip(pyramid.sites, route, strict=True)),
+        experts=format_route(route, pyramid.sites),
         flops_fraction=flops_fraction(model.text_model.shape, pyramid, route, grids, text_tokens),
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,

@@ -13,7 +13,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from dpn_cli.modeling.state import PyramidState
-from dpn_cli.pyramid.config import Grid, Route
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.experts import Grid
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Call:
         adapts: whether layers with an adapter use it.
         routes: forced, one for all samples or one for each; empty where the routers choose.
         trade_off: λ.
+        pyramid: that the model runs as.
         reduce: what reduces the visual tokens of a batch at a site, given by its number.
-        segments: the decoder layers between the sites.
         last_routes: of every sample of the last prefill.
         last_grids: the visual grids of every sample of the last prefill, before any reduction.
     """
@@ -35,8 +36,8 @@ class Call:
     adapts: bool = True
     routes: tuple[Route, ...] | None = None
     trade_off: float | None = None
+    pyramid: PyramidConfig | None = None
     reduce: Callable[[PyramidState, int], PyramidState] | None = None
-    segments: list[range] | None = None
     last_routes: tuple[Route, ...] = ()
     last_grids: tuple[tuple[Grid, ...], ...] = ()
 

@@ -34,17 +34,18 @@ class Assignment:
     lengths: Sequence[int] | None = None
 
 
-def keep_tokens(state: PyramidState, kept: torch.Tensor) -> Assignment:
-    """Let some visual tokens stay and drop the others.
+def keep_tokens(state: PyramidState, kept: torch.Tensor, lengths: Sequence[int] | None = None) -> Assignment:
+    """Let some visual tokens stay as they are and drop the others.
 
     Args:
-        state: with visual tokens.
+        state: a batch with visual tokens.
         kept: [B, S] bool; what it says about text and padding is ignored.
+        lengths: how many tokens stay per sample, where it is known.
     """
     assert state.coords is not None
     kept = kept | (state.coords[..., 0] < 0)
     kept = kept if state.valid is None else kept & state.valid
-    return Assignment(torch.where(kept, torch.arange(kept.shape[1], device=kept.device), DROPPED))
+    return Assignment(torch.where(kept, torch.arange(kept.shape[1], device=kept.device), DROPPED), lengths=lengths)
 
 
 def compact(

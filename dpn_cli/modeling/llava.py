@@ -11,7 +11,7 @@ from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
 from dpn_cli.modeling.visual import PyramidModelMixin
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
-from dpn_cli.pyramid.config import Grid
+from dpn_cli.pyramid.experts import Grid
 
 
 class Prepooling(LlavaMultiModalProjector):

@@ -1,6 +1,6 @@
-"""The pyramid: a mixin that runs a Llama-type decoder segment by segment and pools visual tokens between them.
+"""The pyramid: a mixin that runs a Llama-type decoder segment by segment and reduces visual tokens between.
 
-The forward is a loop, `run_segment` → `choose` → `pool`, over a `PyramidState`. Calibration walks the same three
+The forward is a loop, `run_segment` → `choose` → `apply`, over a `PyramidState`. Calibration walks the same three
 steps as a tree, so that routes with a common prefix share its work; what a site does to a batch is one method,
 `reduce`.
 
@@ -27,18 +27,20 @@ from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.engine import compact
+from dpn_cli.modeling.experts.pool import Kernels
+from dpn_cli.modeling.experts.registry import assign
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
-from dpn_cli.modeling.pooling import Kernels, pool_cells
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
     Readable,
-    Router,
     RouterHead,
     RouterLinear,
     RouterNorm,
     decide,
+    new_routers,
     router_features,
+    trusted,
 )
 from dpn_cli.modeling.state import (
     HIDDEN_IN_PART,
@@ -48,8 +50,12 @@ from dpn_cli.modeling.state import (
     visual_grids,
     without_hidden,
 )
-from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
+from dpn_cli.pyramid.config import Option, PyramidConfig, Route
+from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import KEEP, Grid
+from dpn_cli.pyramid.shape import DecoderShape
+
+Offer = tuple[list[Option], list[float]]  # the options of a sample at a site, and the FLOPs fraction of each
 
 
 class PyramidTextMixin:
@@ -69,16 +75,24 @@ class PyramidTextMixin:
         self.pyramid = pyramid
         self.shape = DecoderShape.from_config(config.to_dict())
         self.default_routes: tuple[Route, ...] = pyramid.own_routes
-        experts = [len(site.rates) for site in pyramid.sites]
         if pyramid.has_routers:
-            self.routers = nn.ModuleList(Router(config.hidden_size, n, pyramid.router) for n in experts)
+            self.routers = new_routers(config.hidden_size, pyramid)
         if pyramid.pooling == "conv":
-            self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.rates) for site in pyramid.sites)
+            self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.experts) for site in pyramid.sites)
+
+    @property
+    def pyramid(self) -> PyramidConfig:
+        """The pyramid that the model runs as: its own, but for the duration of `as_pyramid`."""
+        return current_call(self).pyramid or self.own_pyramid
+
+    @pyramid.setter
+    def pyramid(self, pyramid: PyramidConfig) -> None:
+        self.own_pyramid = pyramid
 
     @property
     def segments(self) -> list[range]:
         """The decoder layers between sites."""
-        return current_call(self).segments or self.pyramid.segments(self.config.num_hidden_layers)
+        return self.pyramid.segments(self.config.num_hidden_layers)
 
     @property
     def trade_off(self) -> float:
@@ -173,6 +187,14 @@ class PyramidTextMixin:
         chooses = not self.forced_routes or self.pyramid.gate != "none"
         return current_call(self).pools and self.pyramid.has_routers and chooses
 
+    def rebuild(self, pyramid: PyramidConfig) -> None:
+        """Take another pyramid, with fresh routers where it has any."""
+        self.pyramid = pyramid
+        self.default_routes = pyramid.own_routes
+        if pyramid.has_routers:
+            self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
+            self.routers.apply(self._init_weights)
+
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
         return PyramidCache(self.config, len(self.segments), offloading)
@@ -216,6 +238,7 @@ class PyramidTextMixin:
             instruction=instruction,
             router_tokens=instruction[:, None] if router_tokens is None else router_tokens,
             grids=grids,
+            coord_grids=grids,
             text_tokens=tuple(text_tokens),
             image_grids=grids,
             routes=((),) * batch,
@@ -238,8 +261,8 @@ class PyramidTextMixin:
         return state
 
     def reduce(self, state: PyramidState, site: int) -> PyramidState:
-        """Leave a batch with fewer visual tokens at a site: pooled, at the rate that is chosen for every sample."""
-        return self.pool(state, site, self.choose(state, site))
+        """Leave a batch with fewer visual tokens at a site: every sample by the expert that is chosen for it."""
+        return self.apply(state, site, self.choose(state, site))
 
     def run_segment(
         self,
@@ -354,17 +377,18 @@ class PyramidTextMixin:
         return router_features(batch, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:
-        """Let the forced route or the router pick every sample's rate at a site."""
+        """Let the forced route or the router pick every sample's expert at a site."""
         if self.forced_routes:
             return self.take(state, site, self._forced(self.forced_routes, state, site))
-        return self.choose_among(self.prices(state, site), state, site)
+        return self.choose_among(self.offers(state), state, site)
 
-    def choose_among(self, prices: Sequence[tuple[list[int], list[float]]], state: PyramidState, site: int) -> Choice:
-        """Let the router pick every sample's rate among given ones; see `prices`."""
+    def choose_among(self, offers: Sequence[Offer], state: PyramidState, site: int) -> Choice:
+        """Let the router pick every sample's expert among some options; see `offers`."""
         logits = self.routers[site](self.router_features(state))
+        scores = trusted(logits, self.pyramid.mean_distortions, self.pyramid.trust(self.trade_off))
         experts = [
-            decide(scores, costs, offered, self.trade_off) if grids else 0
-            for scores, grids, (offered, costs) in zip(logits.tolist(), state.grids, prices, strict=True)
+            decide(row, options, costs, self.trade_off)
+            for row, (options, costs) in zip(scores.tolist(), offers, strict=True)
         ]
         return Choice(experts, self._gate(state, logits, experts))
 
@@ -396,46 +420,47 @@ class PyramidTextMixin:
         """Say which samples are pooled at all, [B] bool."""
         return torch.tensor([self.pyramid.takes(grids) for grids in state.grids], device=state.hidden_states.device)
 
-    def prices(self, state: PyramidState, site: int) -> list[tuple[list[int], list[float]]]:
-        """Return, per sample, the offered experts and the FLOPs fraction of each with 1×1 ever after."""
-        rest = (0,) * (len(self.pyramid.sites) - site - 1)
-        prices = []
-        for grids, image, text, route in zip(
-            state.grids, state.image_grids, state.text_tokens, state.routes, strict=True
-        ):
-            if not grids:  # nor perhaps any text, where the mask hides a whole row
-                prices.append(([0], [1.0]))
-                continue
-            offered = self.pyramid.offered(site, grids)
-            routes = [(*route, k, *rest) for k in offered]
-            prices.append((offered, [flops_fraction(self.shape, self.pyramid, r, image, text) for r in routes]))
-        return prices
+    def offers(self, state: PyramidState) -> list[Offer]:
+        """Return, per sample, the options at the next site and the FLOPs fraction of each."""
+        samples = zip(state.grids, state.image_grids, state.text_tokens, state.routes, strict=True)
+        return [self._offer(route, image, text, bool(grids)) for grids, image, text, route in samples]
 
-    def pool(self, state: PyramidState, site: int, choice: Choice) -> PyramidState:
-        """Pool every sample's visual tokens at its own rate."""
-        assert state.coords is not None
+    def _offer(self, route: Route, image: tuple[Grid, ...], text_tokens: int, has_visual: bool) -> Offer:
+        options = self.pyramid.options(route, image) if has_visual else [Option(0, 0, self.pyramid.full_route)]
+        if len(options) == 1:  # where the mask hides a whole row there is no text either, and no cost
+            return options, [1.0]
+        fractions = [flops_fraction(self.shape, self.pyramid, o.route, image, text_tokens) for o in options]
+        return options, fractions
+
+    def apply(self, state: PyramidState, site: int, choice: Choice) -> PyramidState:
+        """Leave every sample with fewer visual tokens, by its own expert."""
         pyramid = self.pyramid
-        rates = [pyramid.sites[site].rates[k] for k in choice.experts]
         routes = tuple((*route, k) for route, k in zip(state.routes, choice.experts, strict=True))
-        untouched = all(rate == (1, 1) for rate in rates) and pyramid.pooling != "conv"
+        experts = [pyramid.sites[site].experts[k] for k in choice.experts]
+        untouched = set(experts) == {KEEP} and pyramid.pooling != "conv"
         if untouched and choice.probability is None:
             return replace(state, routes=routes)
-        grids = tuple(
-            tuple(pyramid.pooled(grid, rate) for grid in sample)
-            for sample, rate in zip(state.grids, rates, strict=True)
-        )
-        cells = pool_cells(state, rates, grids)
+        assignment = assign(self, state, experts, pyramid.sites[site].after_layer + 1)
         if pyramid.pooling == "conv":
-            pooled = compact(state, cells, weights=self._conv_weights(state, site, choice))
+            reduced = compact(state, assignment, weights=self._conv_weights(state, site, choice))
         else:
-            pooled = compact(state, cells, pyramid.pooling)
-        assert pooled.coords is not None
-        hidden_states = pooled.hidden_states
+            reduced = compact(state, assignment, pyramid.pooling)
+        assert reduced.coords is not None
+        hidden_states = reduced.hidden_states
         if choice.probability is not None:
             probability = choice.probability.to(hidden_states.device)
-            gate = torch.where(pooled.coords[..., 0] >= 0, probability[:, None], 1)
+            gate = torch.where(reduced.coords[..., 0] >= 0, probability[:, None], 1)
             hidden_states = hidden_states * gate[..., None].to(hidden_states.dtype)
-        return replace(pooled, hidden_states=hidden_states, grids=grids, routes=routes)
+        each = list(zip(experts, state.grids, state.coord_grids, strict=True))
+        return replace(
+            reduced,
+            hidden_states=hidden_states,
+            grids=tuple(expert.left(grids, pyramid.rounding) for expert, grids, _ in each),
+            coord_grids=tuple(
+                coords if expert.share else expert.left(coords, pyramid.rounding) for expert, _, coords in each
+            ),
+            routes=routes,
+        )
 
     def _conv_weights(self, state: PyramidState, site: int, choice: Choice) -> torch.Tensor:
         """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert.

@@ -1,6 +1,6 @@
-"""Routers: small networks that look at a sample and score the rates of one site.
+"""Routers: small networks that look at a sample and score what one site can lead to.
 
-Shapes: B batch, S sequence, D hidden, E experts.
+Shapes: B batch, S sequence, D hidden, E scores (experts of the site, or routes of the pyramid).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.pyramid.config import ROUTER_INPUTS, RouterConfig
+from dpn_cli.pyramid.config import ROUTER_INPUTS, Option, PyramidConfig, RouterConfig
 
 GATE_TEMPERATURE = 10.0  # of the authors' probability gate
 
@@ -59,7 +59,7 @@ class Router(nn.Module):
     Source: paper, section 3.3; the linear kind is version 2 in the authors' code.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+    def __init__(self, hidden_size: int, num_scores: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
         inputs = hidden_size * config.num_inputs
@@ -67,16 +67,16 @@ class Router(nn.Module):
             self.norm = RouterNorm(inputs)
             self.hidden = RouterLinear(inputs, hidden_size // config.hidden_ratio)
             inputs = hidden_size // config.hidden_ratio
-        self.head = RouterHead(inputs, num_experts)
+        self.head = RouterHead(inputs, num_scores)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Score the rates.
+        """Score the experts or routes.
 
         Args:
             features: [B, num_inputs, D].
 
         Returns:
-            Logits [B, E] in float32. With `output: distortion`, minus the predicted distortions in nats: 0 for 1×1.
+            Logits [B, E] in float32. Unless `output` is `logits`, minus the predicted distortions in nats: 0 for the first.
         """
         x = features.float()
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
@@ -129,16 +129,35 @@ def router_features(batch: Readable, config: RouterConfig) -> torch.Tensor:
     return torch.stack([ROUTER_VECTORS[name](batch) for name in ROUTER_INPUTS[config.input]], dim=1)
 
 
-def decide(logits: Sequence[float], costs: Sequence[float], offered: Sequence[int], trade_off: float) -> int:
-    """Return argmax_k(logit_k - λ·cost_k) over the offered experts; ties go to the first, 1×1.
+def trusted(logits: torch.Tensor, mean_distortions: Sequence[float], trust: float) -> torch.Tensor:
+    """Shrink predicted distortions towards their means: where routing does not pay, all take the best route for all.
 
     Args:
-        logits: of all experts.
-        costs: FLOPs fractions, aligned with `offered`.
-        offered: expert indices, ascending.
-        trade_off: λ, in units of the logits per unit of FLOPs fraction.
+        logits: [B, E] minus the predicted distortions.
+        mean_distortions: [E] as calibration has measured them; empty to leave the predictions as they are.
+        trust: 1 for the predictions, 0 for the means.
+    """
+    if trust == 1 or not mean_distortions:
+        return logits
+    return trust * logits - (1 - trust) * logits.new_tensor(mean_distortions)
+
+
+def decide(scores: Sequence[float], options: Sequence[Option], costs: Sequence[float], trade_off: float) -> int:
+    """Return the expert of the option with the largest score - λ·cost; ties go to the first, which keeps all.
+
+    Args:
+        scores: of the router, minus the predicted distortions.
+        options: that are offered.
+        costs: their FLOPs fractions.
+        trade_off: λ, in units of the scores per unit of FLOPs fraction.
 
     Source: ours; with λ = 0 and `output: logits` it is the paper's argmax.
     """
-    scores = [logits[k] - trade_off * cost for k, cost in zip(offered, costs, strict=True)]
-    return offered[scores.index(max(scores))]
+    values = [scores[option.score] - trade_off * cost for option, cost in zip(options, costs, strict=True)]
+    return options[values.index(max(values))].expert
+
+
+def new_routers(hidden_size: int, pyramid: PyramidConfig) -> nn.ModuleList:
+    """Return a fresh router for every site of a pyramid."""
+    sites = range(len(pyramid.sites))
+    return nn.ModuleList(Router(hidden_size, pyramid.num_scores(site), pyramid.router) for site in sites)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dpn_cli.pyramid.config import Grid, Route
+from dpn_cli.pyramid.config import Route
+from dpn_cli.pyramid.experts import Grid
 
 PACKED = (
     "rows that hold several samples one after another (position ids that start anew) cannot be pooled: give every "
@@ -31,7 +32,8 @@ class PyramidState:
         columns: [B, L] where every original token is now; None while nothing has moved.
         instruction: [B] the original column of the last instruction token.
         router_tokens: [B, R] the original columns of the tokens that the routers read, -1 where a sample has fewer.
-        grids: per sample, the current sizes of its visual grids.
+        grids: per sample, the current sizes of its visual grids; one column after a selection.
+        coord_grids: per sample, the sizes of the grids that `coords` refer to, which a selection leaves as they are.
         text_tokens: per sample, the tokens of the prompt that are not visual.
         image_grids: per sample, the sizes of its grids before any pooling.
         routes: per sample, the experts taken so far.
@@ -47,6 +49,7 @@ class PyramidState:
     instruction: torch.Tensor | None = None
     router_tokens: torch.Tensor | None = None
     grids: tuple[tuple[Grid, ...], ...] = ()
+    coord_grids: tuple[tuple[Grid, ...], ...] = ()
     text_tokens: tuple[int, ...] = ()
     image_grids: tuple[tuple[Grid, ...], ...] = ()
     routes: tuple[Route, ...] = ()
@@ -61,6 +64,18 @@ class PyramidState:
             if isinstance(value := getattr(self, each.name), torch.Tensor)
         }
         return replace(self, **{**moved, "hidden_states": hidden_states})
+
+    def rows(self, index: torch.Tensor) -> "PyramidState":
+        """Return some samples of the batch, by their indices."""
+        batch = len(self.hidden_states)
+        chosen: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, torch.Tensor):
+                chosen[each.name] = value.expand(batch, *value.shape[1:])[index.to(value.device)]
+            elif isinstance(value, tuple) and value:
+                chosen[each.name] = tuple(value[row] for row in index.tolist())
+        return replace(self, **chosen)
 
     def now_at(self, original: torch.Tensor) -> torch.Tensor:
         """Return the current columns, [B, R], of some original columns of every sample."""

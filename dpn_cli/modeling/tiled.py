@@ -19,7 +19,8 @@ from typing_extensions import override
 from dpn_cli.modeling.configuration import DpnLlavaNextConfig, DpnLlavaOnevisionConfig
 from dpn_cli.modeling.visual import PyramidModelMixin
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
-from dpn_cli.pyramid.config import Block, Grid
+from dpn_cli.pyramid.config import Block
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.tiling import Tiling
 
 NO_VIDEO = "a pyramid takes images, not videos: pass frames of the video as images, or use the original model"

@@ -17,7 +17,8 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
-from dpn_cli.pyramid.config import Block, Grid, num_tokens
+from dpn_cli.pyramid.config import Block
+from dpn_cli.pyramid.experts import Grid, num_tokens
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
 

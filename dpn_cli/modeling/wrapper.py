@@ -31,7 +31,8 @@ from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, segments_between
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.experts import Grid
 
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
@@ -245,20 +246,29 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             yield self
 
     @contextmanager
-    def reduced_by(
-        self,
-        reduce: Callable[[PyramidState, int], PyramidState],
-        after_layers: Sequence[int] | None = None,
-    ) -> Iterator[Self]:
-        """Replace pooling by another reduction of visual tokens for the duration, in this thread or task alone.
+    def as_pyramid(self, pyramid: PyramidConfig) -> Iterator[Self]:
+        """Run as another pyramid without routers for the duration, in this thread or task alone.
+
+        Args:
+            pyramid: with a static route and the same routers' tensors, or none.
+        """
+        with changed_call(self.text_model, pyramid=pyramid, routes=pyramid.own_routes):
+            yield self
+
+    @contextmanager
+    def reduced_by(self, reduce: Callable[[PyramidState, int], PyramidState]) -> Iterator[Self]:
+        """Replace what the sites do for the duration, in this thread or task alone.
 
         Args:
             reduce: takes a batch with images and the number of a site, and returns it with fewer visual tokens.
-            after_layers: the sites, -1 for before the first layer; by default the pyramid's own.
         """
-        segments = None if after_layers is None else segments_between(after_layers, self.text_model.shape.num_layers)
-        with changed_call(self.text_model, reduce=reduce, segments=segments):
+        with changed_call(self.text_model, reduce=reduce):
             yield self
+
+    def rebuild(self, pyramid: PyramidConfig) -> None:
+        """Become another pyramid for good, with fresh routers."""
+        self.text_model.rebuild(pyramid)
+        self.config.pyramid = pyramid.to_dict()
 
     def _routes(self, route: Route | Sequence[Route] | None) -> tuple[Route, ...]:
         """Return what `on_route` takes as routes that fit the sites."""

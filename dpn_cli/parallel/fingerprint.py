@@ -13,28 +13,32 @@ from dpn_cli.checkpoint.side_files import side_files
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
 from dpn_cli.inference.loading import default_device
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvision")
 
 _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
-_FITTED = {"budgets", "lambda", "calibration"}  # what calibration itself writes into the pyramid's config
+_FITTED = {"budgets", "lambda", "calibration", "mean_distortions"}  # what calibration itself writes
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
 _ROUTERS = ".routers."
 
 
-def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe) -> dict[str, Any]:
+def fingerprint(
+    checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe, pyramid: PyramidConfig
+) -> dict[str, Any]:
     """Return plain data that changes with whatever the measurements of a calibration depend on.
 
     Args:
         checkpoint: the converted one; of its shards the size, the header and both ends are looked at.
         data_digest: of the samples to be measured, see `Dataset`.
         recipe: of it the settings that matter before the routers are fitted.
+        pyramid: that is calibrated, or whose sites and experts are the candidates of a survey.
     """
     trains = recipe.heal.method != "none" or recipe.objective == "paper"
     fitted = {tensor.file for tensor in checkpoint.tensors.values() if _ROUTERS in tensor.name}
     beside = [t for t in checkpoint.tensors.values() if t.file in fitted and _ROUTERS not in t.name]
-    pyramid = {key: value for key, value in checkpoint.config["pyramid"].items() if key not in _FITTED}
+    settings = {key: value for key, value in pyramid.to_dict().items() if key not in _FITTED}
     packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
     return {
         **_surroundings(checkpoint.path, packages),
@@ -43,7 +47,7 @@ def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRec
         "data": data_digest,
         "weights": weights_digest(checkpoint.path / file for file in checkpoint.files if file not in fitted),
         "pooling weights": _digest(piece for tensor in beside for piece in read_pieces(checkpoint.path, tensor)),
-        "config.json": {k: v for k, v in checkpoint.config.items() if k != WEIGHTS_KEY} | {"pyramid": pyramid},
+        "config.json": {k: v for k, v in checkpoint.config.items() if k != WEIGHTS_KEY} | {"pyramid": settings},
     }
 
 

@@ -1,7 +1,7 @@
 """Pieces of work on disk, so that a killed run goes on where it stopped."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -19,12 +19,14 @@ class KeptFiles(Generic[T]):
         name: of a batch's file, a format of its number.
         read: returns what a file holds.
         write: makes a file.
+        first: the number of the first batch.
     """
 
     folder: Path
     name: str
     read: Callable[[Path], T]
     write: Callable[[Path, T], object]
+    first: int = 0
 
     def load(self, piece: int) -> T | None:
         """Return a batch, or None if it was not kept or cannot be read."""
@@ -38,5 +40,9 @@ class KeptFiles(Generic[T]):
         """Keep a batch."""
         replace_file(self._path(piece), lambda path: self.write(path, value))
 
+    def after(self, first: int) -> "KeptFiles[T]":
+        """Return the batches that are numbered from `first`, as if from 0."""
+        return replace(self, first=self.first + first)
+
     def _path(self, piece: int) -> Path:
-        return self.folder / self.name.format(piece)
+        return self.folder / self.name.format(self.first + piece)

@@ -1,26 +1,27 @@
-"""What a pyramid is, without torch: sites, rates, and what a route does to a sample's visual grids.
+"""What a pyramid is, without torch: sites, experts, routes, and what a route does to a sample's visual grids.
 
-A *site* sits after a decoder layer and offers *rates*; a *route* is one rate (an expert index) per site; a
-sample's visual tokens are one or several *grids* (H, W). All of it is plain data, stored as `pyramid` in config.json.
+A *site* sits after a decoder layer, or before the first one, and has *experts*; a *route* is one expert (its index)
+per site; a sample's visual tokens are one or several *grids* (H, W). A pyramid offers a set of routes, or all that its
+sites allow. All of it is plain data, stored as `pyramid` in config.json.
 
 Some families end every row of a mosaic of tiles with a newline token. The newlines of H rows are a grid (H, 1) of
 their own, after the mosaic's: when rows merge, so do their newlines, and each stands after its merged row. A column
 is never narrowed, and no rate is withheld for its sake.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise, product
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
-Grid = tuple[int, int]  # (H, W) visual tokens
+from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, Grid, Rounding, num_tokens, pictures_of
+
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
-PYRAMID_VERSION = 1
+PYRAMID_VERSION = 2
 
 # What a router may read, by the vectors of hidden_size that it is made of: see `ROUTER_VECTORS` in modeling/routers.py.
 ROUTER_INPUTS = {
@@ -32,11 +33,10 @@ if TYPE_CHECKING:
     RouterInput = str
 else:
     RouterInput = Literal[tuple(ROUTER_INPUTS)]
-RouterOutput = Literal["distortion", "logits"]
+RouterOutput = Literal["routes", "distortion", "logits"]
 Pooling = Literal["avg", "max", "conv"]
 Gate = Literal["none", "probability"]
 Positions = Literal["persistent", "contiguous"]
-Rounding = Literal["ceil", "floor"]
 
 IMPORTED_KEY = "imported"  # in `calibration`
 IMPORTED_USE = (
@@ -47,10 +47,34 @@ IMPORTED_USE = (
 
 @dataclass(frozen=True)
 class Site:
-    """One place where visual tokens are pooled: after decoder layer `after_layer` (0-based)."""
+    """One place where visual tokens are reduced.
+
+    Attributes:
+        after_layer: the decoder layer (0-based) before it; -1 is before the first layer.
+        experts: that it has; the first one keeps all visual tokens.
+    """
 
     after_layer: int
-    rates: tuple[Rate, ...]
+    experts: tuple[Expert, ...]
+
+    def __str__(self) -> str:
+        """Return where it is."""
+        return "before the first layer" if self.after_layer < 0 else f"after layer {self.after_layer}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one of a router's scores at a site stands for.
+
+    Attributes:
+        expert: that is taken if this option is the best.
+        score: its index among the router's outputs.
+        route: whose FLOPs it costs.
+    """
+
+    expert: int
+    score: int
+    route: Route
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,8 @@ class RouterConfig:
             text tokens, and the mean and the maximum of its visual tokens.
         token_id: read this token of the prompt, the mean where there are several, in place of the last instruction
             token (the authors' `<ROUTER>`).
-        output: `distortion`, logit_k = -softplus(z_k) and logit_0 = 0 (ours), or `logits`, logit_k = z_k (paper).
+        output: `routes`, one score per route of the pyramid, logit_r = -softplus(z_r) and 0 for the full route (ours);
+            `distortion`, the same per expert of the site; or `logits`, one z_k per expert (paper).
     """
 
     kind: Literal["mlp", "linear"] = "mlp"
@@ -78,7 +103,7 @@ class RouterConfig:
         """Vectors of hidden_size that the router reads."""
         return len(ROUTER_INPUTS[self.input])
 
-    def tensors(self, hidden_size: int, num_experts: int) -> Shapes:
+    def tensors(self, hidden_size: int, num_outputs: int) -> Shapes:
         """Return the shapes of a router's tensors, by name."""
         inputs = width = hidden_size * self.num_inputs
         shapes: Shapes = {}
@@ -86,7 +111,7 @@ class RouterConfig:
             width = hidden_size // self.hidden_ratio
             shapes = {"norm.weight": (inputs,), "norm.bias": (inputs,)}
             shapes |= {"hidden.weight": (width, inputs), "hidden.bias": (width,)}
-        return shapes | {"head.weight": (num_experts, width), "head.bias": (num_experts,)}
+        return shapes | {"head.weight": (num_outputs, width), "head.bias": (num_outputs,)}
 
 
 @dataclass(frozen=True)
@@ -97,11 +122,14 @@ class Budget:
         fraction: mean fraction of the unpooled LLM's prefill FLOPs, over the held-out calibration samples.
         trade_off: the λ that reaches it.
         distortion: mean KL divergence from the teacher, in nats, at that λ.
+        trust: how far the routers' predictions count at that λ, from 0, where every sample takes what is best in the
+            mean, to 1; see `PyramidConfig.trust`.
     """
 
     fraction: float
     trade_off: float
     distortion: float
+    trust: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,13 +138,16 @@ class PyramidConfig:
 
     Attributes:
         sites: in the order of their layers.
+        routes: that are offered, the full one first; None for all that the sites allow.
+        mean_distortions: of the routes, in nats, as calibration has measured them; empty before it.
         pooling: `avg`, `max`, or `conv` (depthwise, initialised as avg).
         gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).
         positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or
             `contiguous` (re-indexed in every segment, as the paper's authors do).
         rounding: `ceil` keeps the incomplete cells at a grid's edge, `floor` drops them.
         prepooling: side of the squares in which the vision tower's features are averaged, before the projector.
-        min_visual_tokens: a rate that would leave a grid with fewer tokens is not offered.
+        min_visual_tokens: an expert that would leave a grid (a selection: a sample) with fewer tokens is not offered;
+            but `exit` is.
         min_input_tokens: a sample with fewer visual tokens is neither pooled nor gated.
         trade_off: λ of the decision rule argmax_k(logit_k - λ·cost_k); stored under the key `lambda`.
         static_route: one expert index per site for every sample, or None to ask the routers; stored under the key
@@ -128,6 +159,8 @@ class PyramidConfig:
     """
 
     sites: tuple[Site, ...]
+    routes: tuple[Route, ...] | None = None
+    mean_distortions: tuple[float, ...] = ()
     pooling: Pooling = "avg"
     gate: Gate = "none"
     positions: Positions = "persistent"
@@ -147,25 +180,31 @@ class PyramidConfig:
         """Read the `pyramid` section of a config.json.
 
         Raises:
-            ValueError: for another version, unknown keys, impossible values, or a site whose first rate is not 1×1.
+            ValueError: for another version, unknown keys, impossible values, or a site whose first expert does not
+                keep all.
         """
         data = dict(data)
         version = data.pop("version", None)
-        if version != PYRAMID_VERSION:
-            raise ValueError(f"pyramid config has version {version!r}, this dpn reads version {PYRAMID_VERSION}")
+        if version not in (1, PYRAMID_VERSION):
+            raise ValueError(f"pyramid config has version {version!r}, this dpn reads versions 1 and {PYRAMID_VERSION}")
         known = {"lambda", "gated_route", *cls.__dataclass_fields__} - {"trade_off"}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"pyramid config has unknown keys: {', '.join(unknown)}")
         sites = tuple(
-            Site(int(site["after_layer"]), tuple((int(h), int(w)) for h, w in site["rates"]))
+            Site(int(site["after_layer"]), tuple(Expert.parse(f"{h}x{w}") for h, w in site["rates"]))
+            if version == 1
+            else Site(int(site["after_layer"]), tuple(map(Expert.parse, site["experts"])))
             for site in data.pop("sites")
         )
+        routes = data.pop("routes", None)
         ungated, gated = data.pop("static_route", None), data.pop("gated_route", None)
         route = gated if ungated is None else ungated
         if ungated is not None:  # once stored for pyramids with a gate too, whose routers and gate were left out
             data["gate"] = "none"
         config = cls(
             sites=sites,
+            routes=None if routes is None else tuple(tuple(map(int, each)) for each in routes),
+            mean_distortions=tuple(map(float, data.pop("mean_distortions", ()))),
             router=RouterConfig(**data.pop("router", {})),
             trade_off=data.pop("lambda", 0.0),
             static_route=None if route is None else tuple(map(int, route)),
@@ -173,34 +212,56 @@ class PyramidConfig:
             budgets=tuple(Budget(*row) for row in data.pop("budgets", [])),
             **data,
         )
-        config._check()
-        return config
+        return config.checked()
 
-    def _check(self) -> None:
-        """Raise ValueError for what a pyramid cannot be."""
+    def checked(self) -> "PyramidConfig":
+        """Return it, if it can be.
+
+        Raises:
+            ValueError: for what a pyramid cannot be.
+        """
         for part in (self, self.router, *self.budgets):
             _check_fields(part)
         for site in self.sites:
-            if site.rates[:1] != ((1, 1),):
-                raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 pools nothing)")
-            if any(side < 1 for rate in site.rates for side in rate):
-                raise ValueError(f"a pyramid site has impossible rates: {site.rates}")
-        route, rates = self.static_route, [len(site.rates) for site in self.sites]
-        if route is not None:
-            fits = len(route) == len(rates) and all(0 <= k < n for k, n in zip(route, rates, strict=True))
-            if not fits:
-                raise ValueError(f"the static route {list(route)} does not fit the pyramid's sites")
+            self._check_site(site)
+        for route in (*(self.routes or ()), *self.own_routes):
+            fits = len(route) == len(self.sites)
+            if not fits or not all(0 <= k < len(s.experts) for k, s in zip(route, self.sites, strict=True)):
+                name = "static route" if route in self.own_routes else "route"
+                raise ValueError(f"the {name} {list(route)} does not fit the pyramid's sites")
+        if self.routes is not None and (
+            self.routes[:1] != (self.full_route,) or len(set(self.routes)) < self.num_routes
+        ):
+            raise ValueError("the first route of a pyramid must be the full one, and all must differ")
+        if self.mean_distortions and len(self.mean_distortions) != self.num_routes:
+            raise ValueError("a pyramid needs a mean distortion for each of its routes, or none")
+        if (self.router.output == "routes") != (self.routes is not None):
+            raise ValueError("routers that score routes need a pyramid that lists them, and only they do")
+        return self
+
+    def _check_site(self, site: Site) -> None:
+        if site.experts[:1] != (KEEP,):
+            raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 keeps all visual tokens)")
+        if site.after_layer < -1:
+            raise ValueError(f"a pyramid site cannot be after layer {site.after_layer}")
+        for expert in site.experts:
+            if KINDS[expert.kind].before_first_layer and site.after_layer >= 0:
+                raise ValueError(f"{expert} reads the vision tower's attention: it must be before the first layer")
+            if self.pooling == "conv" and expert.kind not in ("keep", "pool"):
+                raise ValueError(f"{expert} has no kernel: with conv pooling all experts must pool")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; the inverse of `from_dict`."""
         data = asdict(self)
         data["lambda"] = data.pop("trade_off")
-        data["sites"] = [{"after_layer": s.after_layer, "rates": [list(r) for r in s.rates]} for s in self.sites]
+        data["sites"] = [{"after_layer": s.after_layer, "experts": list(map(str, s.experts))} for s in self.sites]
+        data["routes"] = None if self.routes is None else [list(route) for route in self.routes]
+        data["mean_distortions"] = list(self.mean_distortions)
         data["static_route"] = None if self.static_route is None else list(self.static_route)
         if self.static_route is not None and self.has_routers:
             data["gated_route"] = data.pop("static_route")
         data["answer_cue"] = list(self.answer_cue)
-        data["budgets"] = [[b.fraction, b.trade_off, b.distortion] for b in self.budgets]
+        data["budgets"] = [[b.fraction, b.trade_off, b.distortion, b.trust] for b in self.budgets]
         return {"version": PYRAMID_VERSION, **data}
 
     @property
@@ -223,67 +284,101 @@ class PyramidConfig:
         """The static route alone; empty where the routers choose."""
         return () if self.static_route is None else (self.static_route,)
 
+    @property
+    def num_routes(self) -> int:
+        """How many routes are listed."""
+        return len(self.routes or ())
+
+    def with_all_routes(self) -> "PyramidConfig":
+        """Return it with all routes that its sites allow, as candidates: none of them is scored by a router."""
+        return replace(self, routes=None, mean_distortions=(), router=replace(self.router, output="distortion"))
+
+    def num_scores(self, site: int) -> int:
+        """Return the outputs of a site's router."""
+        return self.num_routes if self.router.output == "routes" else len(self.sites[site].experts)
+
+    def experts(self, route: Route) -> list[Expert]:
+        """Return the experts that a route takes."""
+        return [site.experts[k] for site, k in zip(self.sites, route, strict=True)]
+
     def segments(self, num_layers: int) -> list[range]:
         """Return the decoder layers between sites: num_sites + 1 ranges that cover all layers."""
         return segments_between([site.after_layer for site in self.sites], num_layers)
-
-    def pooled(self, grid: Grid, rate: Rate) -> Grid:
-        """Return the size of `grid` after pooling at `rate`."""
-        up = self.rounding == "ceil"
-        height, width = (-(-n // k) if up else n // k for n, k in zip(grid, kernel_on(grid, rate), strict=True))
-        return height, width
 
     def takes(self, grids: Sequence[Grid]) -> bool:
         """Say whether a sample with these grids is pooled (and gated) at all."""
         return num_tokens(grids) >= self.min_input_tokens
 
     def offered(self, site: int, grids: Sequence[Grid]) -> list[int]:
-        """Return the expert indices that `site` offers to a sample with these grids; 1×1 always is."""
+        """Return the indices of a site's experts that a sample with these grids can be given; the first always can."""
         if not self.takes(grids):
             return [0]
-        experts = []
-        for k, rate in enumerate(self.sites[site].rates):
-            sizes = [num_tokens([self.pooled(grid, rate)]) for grid in _without_newlines(grids)]
-            if rate == (1, 1) or (sizes and min(sizes) >= self.min_visual_tokens):
-                experts.append(k)
-        return experts
+        experts = self.sites[site].experts
+        return [k for k, each in enumerate(experts) if each.is_offered(grids, self.min_visual_tokens, self.rounding)]
 
-    def walk(self, route: Route, grids: Sequence[Grid]) -> list[list[Grid]]:
-        """Return the grids in every segment along `route`: num_sites + 1 lists.
+    def walk(self, route: Route, grids: Sequence[Grid]) -> list[tuple[Grid, ...]]:
+        """Return the grids in every segment along `route`: num_sites + 1 of them.
 
         Raises:
             ValueError: if the route has the wrong length or takes an expert that is not offered.
         """
         if len(route) != len(self.sites):
             raise ValueError(f"route {route} has {len(route)} entries, the pyramid has {len(self.sites)} sites")
-        stages = [list(grids)]
-        for site, expert in enumerate(route):
-            rates = self.sites[site].rates
-            if not 0 <= expert < len(rates):
-                raise ValueError(f"route {route}: site {site} has experts 0 to {len(rates) - 1}, not {expert}")
+        stages = [tuple(grids)]
+        for site, k in enumerate(route):
+            experts = self.sites[site].experts
+            if not 0 <= k < len(experts):
+                raise ValueError(f"route {route}: site {site} has experts 0 to {len(experts) - 1}, not {k}")
             if not self.takes(stages[-1]):
                 stages.append(stages[-1])
                 continue
-            if grids and expert not in self.offered(site, stages[-1]):
-                kernel, small = (
-                    "×".join(map(str, rates[expert])),
-                    min(_without_newlines(stages[-1]), key=lambda grid: num_tokens([grid]), default=(0, 0)),
-                )
-                raise ValueError(
-                    f"route {route}: {kernel} at site {site} would leave an image of {small[0]}×{small[1]} tokens "
-                    f"with fewer than min_visual_tokens ({self.min_visual_tokens})"
-                )
-            stages.append([self.pooled(grid, rates[expert]) for grid in stages[-1]])
+            if grids and not experts[k].is_offered(stages[-1], self.min_visual_tokens, self.rounding):
+                raise ValueError(f"route {route}: {self._refusal(experts[k], stages[-1])} at site {site}")
+            stages.append(experts[k].left(stages[-1], self.rounding))
         return stages
 
-    def routes(self, grids: Sequence[Grid]) -> Iterator[Route]:
-        """Yield every route that is offered to a sample with these grids, the full route first."""
-        for route in product(*(range(len(site.rates)) for site in self.sites)):
-            try:
-                self.walk(route, grids)
-            except ValueError:
-                continue
-            yield route
+    def _refusal(self, expert: Expert, grids: Sequence[Grid]) -> str:
+        """Say why an expert cannot be given to a sample with these grids."""
+        pictures = pictures_of(grids)
+        if expert.cells and not pictures:
+            return f"{expert} needs a grid of tokens, and a selection has left none,"
+        if expert.share and num_tokens(expert.left(grids)) >= num_tokens(grids):
+            return f"{expert} would keep all of {num_tokens(grids)} tokens"
+        found = f"{num_tokens(grids)} tokens"
+        if expert.share is None:
+            found = "an image of {}×{} tokens".format(*min(pictures, key=lambda grid: num_tokens([grid])))
+        return f"{expert} would leave {found} with fewer than min_visual_tokens ({self.min_visual_tokens})"
+
+    def routes_for(self, grids: Sequence[Grid]) -> Iterator[Route]:
+        """Return every route that is offered to a sample with these grids, the full route first."""
+        routes = product(*(range(len(site.experts)) for site in self.sites)) if self.routes is None else self.routes
+        return (route for route in routes if self.can_walk(route, grids))
+
+    def can_walk(self, route: Route, grids: Sequence[Grid]) -> bool:
+        """Say whether a sample with these grids can take a route."""
+        try:
+            self.walk(route, grids)
+        except ValueError:
+            return False
+        return True
+
+    def options(self, prefix: Route, grids: Sequence[Grid]) -> list[Option]:
+        """Return what a router can choose after some experts were taken, the full route's expert first.
+
+        Args:
+            prefix: the experts that the sites before have taken.
+            grids: the sample's, before any reduction.
+        """
+        site = len(prefix)
+        rest = (0,) * (len(self.sites) - site)
+        if self.routes is None:
+            stage = self.walk((*prefix, *rest), grids)[site]
+            return [Option(k, k, (*prefix, k, *rest[1:])) for k in self.offered(site, stage)]
+        offered = set(self.routes_for(grids))
+        on_the_way = [(i, route) for i, route in enumerate(self.routes) if route[:site] == prefix and route in offered]
+        if not on_the_way:  # a route that is forced here and there need not be one that is offered
+            return [Option(0, 0, (*prefix, *rest))]
+        return [Option(route[site], i, route) for i, route in on_the_way]
 
     @property
     def budget(self) -> float | None:
@@ -297,6 +392,10 @@ class PyramidConfig:
                 return round(above.fraction + share * (row.fraction - above.fraction), 6)
             above = row
         return above.fraction
+
+    def trust(self, trade_off: float) -> float:
+        """Return how far the routers' predictions count at λ: see `Budget.trust`."""
+        return next((row.trust for row in self.budgets if row.trade_off >= trade_off), 1.0)
 
     def trade_off_for(self, budget: float) -> float:
         """Return the λ that spends `budget` on average, interpolated in the budget table; 0 for a budget of 1.
@@ -327,11 +426,11 @@ class PyramidConfig:
         shapes: Shapes = {}
         for i, site in enumerate(self.sites):
             if self.has_routers:
-                router = self.router.tensors(hidden_size, len(site.rates))
+                router = self.router.tensors(hidden_size, self.num_scores(i))
                 shapes |= {f"routers.{i}.{name}": shape for name, shape in router.items()}
             if self.pooling == "conv":
-                for k, (kernel_h, kernel_w) in enumerate(site.rates):
-                    shapes[f"poolers.{i}.{k}"] = (hidden_size, kernel_h, kernel_w)
+                for k, expert in enumerate(site.experts):
+                    shapes[f"poolers.{i}.{k}"] = (hidden_size, *(expert.cells or (1, 1)))
         return shapes
 
 
@@ -361,18 +460,3 @@ def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range
     """Return the decoder layers between sites; after layer -1 is before the first one."""
     edges = [0, *(layer + 1 for layer in after_layers), num_layers]
     return [range(start, stop) for start, stop in pairwise(edges)]
-
-
-def num_tokens(grids: Iterable[Grid]) -> int:
-    """Return the visual tokens of some grids together."""
-    return sum(height * width for height, width in grids)
-
-
-def kernel_on(grid: Grid, rate: Rate) -> Rate:
-    """Return the kernel of a rate on a grid: a column, such as that of newlines, is not narrowed."""
-    return (rate[0], 1) if grid[1] == 1 else rate
-
-
-def _without_newlines(grids: Sequence[Grid]) -> list[Grid]:
-    """Return the grids of more than one column: those of pictures."""
-    return [grid for grid in grids if grid[1] > 1]

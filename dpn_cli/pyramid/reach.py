@@ -7,9 +7,11 @@ from contextlib import suppress
 from typing import Any
 
 from dpn_cli.errors import RecipeError, UsageError
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.recipe import CalibrationRecipe, available_recipes, load_recipe
+from dpn_cli.pyramid.shape import DecoderShape
 
 Length = tuple[tuple[Grid, ...], int]  # a sample's visual grids, and the text tokens of its prompt
 
@@ -91,17 +93,21 @@ def validate_budget(
 
 
 def _cheapest(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid], text_tokens: int) -> float:
-    """Return the fraction of the route that takes the cheapest rate at every site, as the decision rule does it."""
-    route: Route = ()
-    for site in range(len(pyramid.sites)):
-        ahead = (0,) * (len(pyramid.sites) - site - 1)
-        stage = pyramid.walk((*route, 0, *ahead), grids)[site]
-        costs = {
-            k: flops_fraction(shape, pyramid, (*route, k, *ahead), grids, text_tokens)
-            for k in pyramid.offered(site, stage)
-        }
-        route = (*route, min(costs, key=lambda k: costs[k]))
-    return flops_fraction(shape, pyramid, route, grids, text_tokens)
+    """Return the fraction of the cheapest route, or of the one that takes the cheapest expert at every site.
+
+    The latter is what routers that choose expert by expert reach.
+    """
+
+    def fraction(route: Route) -> float:
+        return flops_fraction(shape, pyramid, route, grids, text_tokens)
+
+    if pyramid.routes is not None:
+        return min(map(fraction, pyramid.routes_for(grids)))
+    prefix: Route = ()
+    while len(prefix) < len(pyramid.sites):
+        cheapest = min(pyramid.options(prefix, grids), key=lambda option: fraction(option.route))
+        prefix = (*prefix, cheapest.expert)
+    return fraction(prefix)
 
 
 def _reach_of_recipes(objective: str, shape: DecoderShape, lengths: Sequence[Length]) -> dict[str, float]:
@@ -111,6 +117,7 @@ def _reach_of_recipes(objective: str, shape: DecoderShape, lengths: Sequence[Len
         recipe = load_recipe(name)
         try:
             pyramid = recipe.pyramid_config(shape.num_layers)
+            pyramid = pyramid.with_all_routes() if recipe.surveys else pyramid
         except RecipeError:
             continue
         if recipe.calibration.objective == objective:

@@ -6,22 +6,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpn_cli.errors import RecipeError, did_you_mean
+from dpn_cli.errors import RecipeError, UsageError, did_you_mean
 from dpn_cli.pyramid.config import (
     Gate,
     Pooling,
     Positions,
     PyramidConfig,
-    Rounding,
+    Route,
     RouterConfig,
     RouterInput,
     RouterOutput,
     Site,
 )
+from dpn_cli.pyramid.experts import KEEP, Expert, Rounding, known_kind, pool
+from dpn_cli.pyramid.route import parse_route
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 
+ExpertName = Annotated[str, AfterValidator(lambda name: str(Expert.parse(name)))]
+ExpertKind = Annotated[str, AfterValidator(known_kind)]
 Kernel = Annotated[int, Field(ge=1, le=64)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,21 +36,39 @@ class _Section(BaseModel):
 
 
 class SiteRecipe(_Section):
-    """One pooling site, placed by depth fraction (`after`) or by layer index (`after_layer`)."""
+    """One site, placed by depth fraction (`after`, 0 for before the first layer) or by layer (`after_layer`, or -1).
 
-    after: Fraction | None = None
-    after_layer: Annotated[int, Field(ge=0)] | None = None
-    rates: tuple[tuple[Kernel, Kernel], ...] = ((1, 1), (1, 2), (2, 2))
+    Attributes:
+        after: fraction of the depth.
+        after_layer: 0-based index of the layer before it.
+        experts: by name; by default those of the pyramid.
+        rates: (rows, columns) of the cells to pool, in place of experts.
+    """
+
+    after: Annotated[float, Field(ge=0, lt=1)] | None = None
+    after_layer: Annotated[int, Field(ge=-1)] | None = None
+    experts: tuple[ExpertName, ...] | None = None
+    rates: tuple[tuple[Kernel, Kernel], ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "SiteRecipe":
         if (self.after is None) == (self.after_layer is None):
             raise ValueError("give either `after` (a fraction of the depth) or `after_layer` (an index)")
-        if self.rates[:1] != ((1, 1),):
-            raise ValueError("the first rate must be [1, 1]: expert 0 pools nothing")
-        if len(set(self.rates)) < len(self.rates) or len(self.rates) < 2:
-            raise ValueError("rates must be two or more, all different")
+        if self.rates is not None and self.experts is not None:
+            raise ValueError("give either `experts` or `rates`, the same for pooling alone")
+        if self.rates is not None and self.rates[:1] != ((1, 1),):
+            raise ValueError("the first rate must be [1, 1]: expert 0 keeps all")
+        if self.rates is not None:
+            _check_menu(pool(*self.rates), "rates")
+        if self.experts is not None:
+            _check_menu(_menu(self.experts), "experts")
         return self
+
+    def menu(self, default: tuple[Expert, ...]) -> tuple[Expert, ...]:
+        """Return its experts."""
+        if self.rates is not None:
+            return pool(*self.rates)
+        return default if self.experts is None else _menu(self.experts)
 
     def layer(self, num_layers: int) -> int:
         """Return the 0-based decoder layer that the site follows, in a decoder of `num_layers`."""
@@ -56,18 +78,38 @@ class SiteRecipe(_Section):
         return round(self.after * num_layers) - 1
 
 
+def _menu(names: tuple[str, ...]) -> tuple[Expert, ...]:
+    """Return experts by their names, `keep` first."""
+    experts = tuple(map(Expert.parse, names))
+    return experts if experts[:1] == (KEEP,) else (KEEP, *experts)
+
+
+def _check_menu(experts: tuple[Expert, ...], key: str) -> None:
+    if len(set(experts)) < len(experts) or len(experts) < 2:
+        raise ValueError(f"{key} must be two or more with the one that keeps all, and all different")
+
+
 class RouterRecipe(_Section):
     """The router's shape; see `RouterConfig`."""
 
     hidden_ratio: Annotated[int, Field(ge=1)] = 4
     input: RouterInput = "with_summaries"
-    output: RouterOutput = "distortion"
+    output: RouterOutput = "routes"
 
 
 class PyramidRecipe(_Section):
-    """The pyramid, independent of a model's depth; see `PyramidConfig`."""
+    """The pyramid, independent of a model's depth; see `PyramidConfig`.
+
+    Attributes:
+        sites: from the first to the last; where routes are surveyed, candidates.
+        experts: of the sites that name none of their own.
+        routes: to offer, by the experts' names, as in `keep,diverse:0.25,exit`; null to survey them, or where routers
+            score experts for all that the sites allow.
+    """
 
     sites: Annotated[tuple[SiteRecipe, ...], Field(min_length=1)]
+    experts: Annotated[tuple[ExpertName, ...], Field(min_length=1)] = ("keep", "pool:1x2", "pool:2x2")
+    routes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     pooling: Pooling = "avg"
     gate: Gate = "none"
     positions: Positions = "persistent"
@@ -141,6 +183,22 @@ class PaperRecipe(TrainingRecipe):
     routing_target: Annotated[float, Field(ge=0)] = 1.5
 
 
+class SurveyRecipe(_Section):
+    """How the routes are found that fit a model, where its pyramid does not list them.
+
+    Attributes:
+        samples: that candidates are measured on, at most.
+        routes: to choose, at most.
+        width: candidates of a round that the next round goes on with.
+        experts: the kinds to try, of those that the sites have; null for all.
+    """
+
+    samples: Annotated[int, Field(ge=2)] = 48
+    routes: Annotated[int, Field(ge=2, le=64)] = 16
+    width: Annotated[int, Field(ge=1)] = 10
+    experts: Annotated[tuple[ExpertKind, ...], Field(min_length=1)] | None = None
+
+
 class CalibrationRecipe(_Section):
     """How the routers are fitted.
 
@@ -156,6 +214,7 @@ class CalibrationRecipe(_Section):
         budget: the mean fraction of prefill FLOPs to reach when the command names none.
         prompts: questions for pictures that come without one.
         load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
+        survey: see `SurveyRecipe`.
         objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
         heal: see `HealRecipe`.
         paper: see `PaperRecipe`.
@@ -177,6 +236,7 @@ class CalibrationRecipe(_Section):
         "What text can be read in the image?",
     )
     load_in: Literal["4bit", "8bit"] | None = None
+    survey: SurveyRecipe = SurveyRecipe()
     objective: Literal["rate_distortion", "paper"] = "rate_distortion"
     heal: HealRecipe = HealRecipe()
     paper: PaperRecipe = PaperRecipe()
@@ -200,6 +260,11 @@ class Recipe(_Section):
             )
         return self
 
+    @property
+    def surveys(self) -> bool:
+        """Whether calibration finds the routes, among all that the sites allow."""
+        return self.pyramid.router.output == "routes" and self.pyramid.routes is None
+
     def pyramid_config(self, num_layers: int) -> PyramidConfig:
         """Place the sites in a decoder of `num_layers`.
 
@@ -207,19 +272,34 @@ class Recipe(_Section):
             RecipeError: if two sites meet, are out of order, or fall outside of the decoder.
         """
         layers = [site.layer(num_layers) for site in self.pyramid.sites]
-        if not all(0 <= layer < num_layers - 1 for layer in layers):
+        if not all(-1 <= layer < num_layers - 1 for layer in layers):
             raise RecipeError(
                 f"recipe {self.name}: sites after layers {layers} do not fit a decoder of {num_layers} "
-                f"layers (0 to {num_layers - 2} are possible)"
+                f"layers (-1, which is before the first, to {num_layers - 2} are possible)"
             )
         if any(a >= b for a, b in pairwise(layers)):
             raise RecipeError(f"recipe {self.name}: sites after layers {layers} of {num_layers} must differ and ascend")
-        options = self.pyramid.model_dump(exclude={"sites", "router"})
-        return PyramidConfig(
-            sites=tuple(Site(layer, site.rates) for layer, site in zip(layers, self.pyramid.sites, strict=True)),
-            router=RouterConfig(**self.pyramid.router.model_dump()),
-            **options,
-        )
+        default = _menu(self.pyramid.experts)
+        pairs = zip(layers, self.pyramid.sites, strict=True)
+        sites = tuple(Site(layer, site.menu(default)) for layer, site in pairs)
+        options = self.pyramid.model_dump(exclude={"sites", "experts", "routes", "router"})
+        try:
+            return PyramidConfig(
+                sites=sites,
+                routes=self._routes(sites),
+                router=RouterConfig(**self.pyramid.router.model_dump()),
+                **options,
+            ).checked()
+        except (UsageError, ValueError) as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from None
+
+    def _routes(self, sites: tuple[Site, ...]) -> tuple[Route, ...] | None:
+        """Return the routes that the pyramid starts with: the full one alone where they are to be surveyed."""
+        if self.pyramid.router.output != "routes":
+            return None
+        full = (0,) * len(sites)
+        asked = [parse_route(text, sites) for text in self.pyramid.routes or ()]
+        return tuple(dict.fromkeys([full, *asked]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as plain data; `Recipe.from_dict` reads it back."""

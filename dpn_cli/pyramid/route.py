@@ -1,15 +1,17 @@
-"""Routes as users write them. No torch."""
-
-import re
+"""Routes as users write and read them: the experts of all sites, as in `keep,pool:1x2,exit`. No torch."""
 
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import Rate, Route, Site
+from dpn_cli.pyramid.config import Route, Site
+from dpn_cli.pyramid.experts import Expert
 
-_RATE = re.compile(r"(\d+)[x×](\d+)")
+
+def format_route(route: Route, sites: tuple[Site, ...]) -> str:
+    """Return the names of a route's experts; `parse_route` reads them back."""
+    return ", ".join(str(site.experts[k]) for site, k in zip(sites, route, strict=True))
 
 
 def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
-    """Read a route: one expert index (`0,1,2`) or rate (`1x1,1x2,2x2`) per site.
+    """Read a route: one expert (`keep,1x2,exit`) or its index (`0,1,2`) per site.
 
     Raises:
         UsageError: if it does not fit the sites.
@@ -17,17 +19,19 @@ def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != len(sites):
         raise UsageError(
-            f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites: expected a rate for "
-            "each, such as 1x1,1x2,2x2 (or 0,1,2)"
+            f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites: expected an expert for "
+            f"each, such as {', '.join(str(site.experts[-1]) for site in sites)} (or 0,1,2)"
         )
-    return tuple(_expert(part, i, site.rates) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
+    return tuple(_expert(part, i, site.experts) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
 
 
-def _expert(part: str, site: int, rates: tuple[Rate, ...]) -> int:
-    rate = _RATE.fullmatch(part)
-    if rate and (int(rate[1]), int(rate[2])) in rates:
-        return rates.index((int(rate[1]), int(rate[2])))
-    if part.isdecimal() and int(part) < len(rates):
+def _expert(part: str, site: int, experts: tuple[Expert, ...]) -> int:
+    if part.isdecimal() and int(part) < len(experts):
         return int(part)
-    offered = ", ".join(f"{height}x{width}" for height, width in rates)
-    raise UsageError(f"{part!r} is no rate of site {site}: expected one of {offered}, or 0 to {len(rates) - 1}")
+    try:
+        return experts.index(Expert.parse(part))
+    except ValueError:
+        offered = ", ".join(map(str, experts))
+        raise UsageError(
+            f"{part!r} is no expert of site {site}: expected one of {offered}, or 0 to {len(experts) - 1}"
+        ) from None

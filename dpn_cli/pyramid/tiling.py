@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from dpn_cli.pyramid.config import Block, Grid
+from dpn_cli.pyramid.config import Block
+from dpn_cli.pyramid.experts import Grid
 
 # What transformers' config classes assume where image_grid_pinpoints is missing (tests compare).
 RESOLUTIONS: dict[str, list[list[int]]] = {

@@ -11,9 +11,10 @@ from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.modeling.routers import Router, decide
 from dpn_cli.pyramid.config import Budget, PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.experts import pool
 
 RATES = ((1, 1), (1, 2), (2, 2))
-PYRAMID = PyramidConfig(sites=tuple(Site(layer, RATES) for layer in (1, 3, 5)))
+PYRAMID = PyramidConfig(sites=tuple(Site(layer, pool(*RATES)) for layer in (1, 3, 5)))
 SIZE = 32
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from dpn_cli.evaluation.baselines.contender import Contender
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.shape import DecoderShape
 from tests.pyramids import IMAGE, collate, ragged_batch
 
 SHAPE = DecoderShape(8, 64, 128, 4, 2, 16, 304)

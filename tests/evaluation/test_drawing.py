@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-
-from dpn_cli.evaluation import drawing
-from dpn_cli.evaluation.baselines.contender import Contender
 from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.evaluation.baselines.fastv import FastV
 from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
+
+from dpn_cli.evaluation import drawing
+from dpn_cli.evaluation.baselines.contender import Contender
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.drawing import plot_evaluation, plot_latency
 from dpn_cli.evaluation.evaluate import Evaluation, Standing

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-
-from dpn_cli.evaluation.baselines.contender import Prompt
 from dpn_cli.evaluation.baselines.dropping import Dropping
 from dpn_cli.evaluation.baselines.fastv import FastV
 from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
 from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
+
+from dpn_cli.evaluation.baselines.contender import Prompt
 from dpn_cli.families.text import TEXT_MODELS
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.shape import DecoderShape
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import VISUAL, prompt
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from dpn_cli.evaluation.baselines.fastv import FastV
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
-from dpn_cli.evaluation.baselines.fastv import FastV
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.judging import Evaluator, Outcome
 from dpn_cli.evaluation.kept import KeptResults

@@ -10,13 +10,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel
 
-from dpn_cli.evaluation.baselines.attention import instruction_attention
 from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
 from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.families.vision import VISION_TOWERS, VisionTower
+from dpn_cli.modeling.experts.attention import instruction_attention
 from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS
 from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.pyramid.experts import pool
 from tests.conftest import tiny_text_config
 
 texts = pytest.mark.parametrize("text", TEXT_MODELS.values(), ids=TEXT_MODELS)
@@ -42,7 +43,7 @@ def test_the_defaults_of_a_text_model_are_those_of_transformers(text: TextModel)
 
 @texts
 def test_the_tensors_of_a_text_model_are_those_of_its_pyramid(text: TextModel) -> None:
-    pyramid = PyramidConfig(sites=(Site(0, ((1, 1), (2, 2))),), pooling="conv")
+    pyramid = PyramidConfig(sites=(Site(0, pool((1, 1), (2, 2))),), pooling="conv")
     for changes in ({}, *({key: True} for key in text.biased_where)):
         config = tiny_text_config(text.model_type)  # type: ignore[arg-type]
         config.update({"num_hidden_layers": 2, "head_dim": 24, **changes})

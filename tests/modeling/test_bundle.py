@@ -91,9 +91,9 @@ def test_one_name_with_two_meanings_is_refused(one: str, two: str) -> None:
     [
         "import dpn_cli.pyramid.cost\n",
         "from .cost import flops_fraction\n",
-        "from dpn_cli.pyramid.cost import flops_fraction as f\n",
-        "from dpn_cli.pyramid.cost import *\n",
-        "def f():\n    from dpn_cli.pyramid.cost import flops_fraction\n",
+        "from dpn_cli.pyramid.cost import flops_fraction as f\n"
+        "from dpn_cli.pyramid.cost import *\n"
+        "def f():\n    from dpn_cli.pyramid.cost import flops_fraction\n"
     ],
 )
 def test_imports_that_merging_would_break_are_refused(source: str) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction, router_flops, tokens_per_layer
+from dpn_cli.pyramid.cost import flops_fraction, router_flops, tokens_per_layer
+from dpn_cli.pyramid.experts import pool
+from dpn_cli.pyramid.shape import DecoderShape
 from tests.pyramids import prompt
 
 RATES = ((1, 1), (1, 2), (2, 2))
@@ -45,7 +47,7 @@ def test_router_flops_equal_the_counter(make_pair: Any) -> None:
 
 
 def pyramid(*layers: int, **changes: Any) -> PyramidConfig:
-    return PyramidConfig(sites=tuple(Site(layer, RATES) for layer in layers), static_route=(0, 0, 0), **changes)
+    return PyramidConfig(sites=tuple(Site(layer, pool(*RATES)) for layer in layers), static_route=(0, 0, 0), **changes)
 
 
 def test_llava_7b_routes_cost_what_the_paper_says() -> None:
@@ -61,7 +63,7 @@ def test_llava_7b_routes_cost_what_the_paper_says() -> None:
 
 
 def test_text_only_samples_cost_the_whole() -> None:
-    routed = PyramidConfig(sites=(Site(7, RATES),), router=RouterConfig())
+    routed = PyramidConfig(sites=(Site(7, pool(*RATES)),), router=RouterConfig())
     assert flops_fraction(LLAVA_7B, routed, (0,), [], 60) == 1.0
 
 

@@ -2,9 +2,10 @@ import pytest
 
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import Site
+from dpn_cli.pyramid.experts import pool
 from dpn_cli.pyramid.route import parse_route
 
-SITES = (Site(1, ((1, 1), (1, 2), (2, 2))), Site(3, ((1, 1), (2, 2))))
+SITES = (Site(1, pool((1, 1), (1, 2), (2, 2))), Site(3, pool((1, 1), (2, 2))))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo.pictures import GRAINS, KINDS, samples
-from dpn_cli.pyramid.config import Rate
+from dpn_cli.pyramid.experts import Rate
 from tools.teacher.evaluate import SITES, accuracy
 
 PER_KIND = 100

@@ -12,14 +12,15 @@ from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.metrics import exact_match
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.pyramid.config import PyramidConfig, Rate, Site
+from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.pyramid.experts import Rate, pool
 
 SITES = (1, 4, 7)
 """The layers at a quarter, a half and three quarters of the depth after which the card pools."""
 
 RATES: tuple[Rate, ...] = ((1, 1), (1, 2), (2, 2))
 WHOLE: tuple[Rate, Rate, Rate] = ((1, 1), (1, 1), (1, 1))
-PYRAMID = PyramidConfig(tuple(Site(layer, RATES) for layer in SITES), min_visual_tokens=1, static_route=(0, 0, 0))
+PYRAMID = PyramidConfig(tuple(Site(layer, pool(*RATES)) for layer in SITES), min_visual_tokens=1, static_route=(0, 0, 0))
 
 
 def accuracy(

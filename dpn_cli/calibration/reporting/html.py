@@ -54,7 +54,7 @@ def render(report: Report) -> str:
         fidelity=_tradeoff(report, "distortion"),
         agreement=_tradeoff(report, "agreement"),
         shares=_shares(report, coloured),
-        legend=[(colour, report.rates(route)) for route, colour in coloured.items()],
+        legend=[(colour, report.experts(route)) for route, colour in coloured.items()],
         others=others,
         tokens=_tokens(report),
         settings=[(key, _plain(value)) for key, value in (report.settings | report.versions).items()],
@@ -87,7 +87,7 @@ def _tradeoff(report: Report, figure: str) -> Markup:
         svg.horizontal(cheapest - 0.02, 1.0, percent=True), y, (FLOPS, name),
         curve=[dot(each, "routed") for each in report.per_budget],
         envelope=envelope,
-        dots=[dot(each, f"fixed {report.rates(route)}") for route, each in fixed],
+        dots=[dot(each, f"fixed {report.experts(route)}") for route, each in fixed],
         chosen=dot(report.routed, f"routed, budget {report.budget:g}"),
         name=f"{name}, against {FLOPS}",
     )  # fmt: skip
@@ -121,7 +121,7 @@ def _shares(report: Report, coloured: dict[Route, int]) -> Markup:
     def parts(shares: dict[Route, float]) -> Iterator[tuple[int, float, str]]:
         for route, colour in coloured.items():
             if share := shares.get(route, 0.0):
-                yield colour, share, f"{report.rates(route)}: {_percent(share)}"
+                yield colour, share, f"{report.experts(route)}: {_percent(share)}"
         if rest := sum(share for route, share in shares.items() if route not in coloured):
             yield svg.NUM_COLOURS - 1, rest, f"other routes: {_percent(rest)}"
 

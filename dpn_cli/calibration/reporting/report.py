@@ -12,8 +12,10 @@ from dpn_cli import __version__
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
 from dpn_cli.intervals import wilson_interval
-from dpn_cli.pyramid.config import Budget, Grid, PyramidConfig, Route
-from dpn_cli.pyramid.cost import DecoderShape, tokens_per_layer
+from dpn_cli.pyramid.config import Budget, PyramidConfig, Route
+from dpn_cli.pyramid.cost import tokens_per_layer
+from dpn_cli.pyramid.experts import Grid
+from dpn_cli.pyramid.shape import DecoderShape
 
 LIBRARIES = ("torch", "transformers")
 
@@ -88,7 +90,7 @@ class Report:
             best: see above.
             settings: what was run.
         """
-        held, taken = policy.table, policy.choose(pyramid.trade_off)
+        held, taken = policy.table, policy.choose_as(pyramid, pyramid.trade_off)
         routed, fixed = outcome(held, taken), fixed_routes(held)
         affordable = {route: o for route, o in fixed.items() if o.fraction <= routed.fraction}
         cheapest = min(affordable, key=lambda route: affordable[route].distortion, default=None)
@@ -101,20 +103,20 @@ class Report:
             best_fixed=None if cheapest is None else (cheapest, affordable[cheapest]),
             agreement_interval=wilson_interval(routed.agreement * len(taken), len(taken)),
             budgets=pyramid.budgets,
-            per_budget=tuple(outcome(held, policy.choose(row.trade_off)) for row in pyramid.budgets),
+            per_budget=tuple(outcome(held, policy.choose_as(pyramid, row.trade_off)) for row in pyramid.budgets),
             fixed=fixed,
             visual_tokens=_visual_tokens(pyramid, shape, routes, grids),
             visual_tokens_full=_visual_tokens(pyramid, shape, [pyramid.full_route] * len(routes), grids),
-            sites=[(site.after_layer, [f"{h}×{w}" for h, w in site.rates]) for site in pyramid.sites],
+            sites=[(site.after_layer, list(map(str, site.experts))) for site in pyramid.sites],
             worst=list(worst),
             best=list(best),
             settings={**settings, "held_out": len(taken)},
             versions={"dpn-cli": __version__, "python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
         )
 
-    def rates(self, route: Route) -> str:
-        """Return a route as the rate of every site, 1×1 · 1×2 · 2×2."""
-        return " · ".join(rates[expert] for expert, (_, rates) in zip(route, self.sites, strict=True))
+    def experts(self, route: Route) -> str:
+        """Return the names of a route's experts."""
+        return ", ".join(experts[k] for k, (_, experts) in zip(route, self.sites, strict=True))
 
     def summary(self) -> dict[str, Any]:
         """Return what config.json remembers of a calibration."""
@@ -140,7 +142,7 @@ class Report:
             "fixed": [{"route": list(route), **_plain(each)} for route, each in self.fixed.items()],
             "visual_tokens": self.visual_tokens,
             "visual_tokens_full": self.visual_tokens_full,
-            "sites": [{"after_layer": layer, "rates": rates} for layer, rates in self.sites],
+            "sites": [{"after_layer": layer, "experts": experts} for layer, experts in self.sites],
             "worst": [case.to_dict() for case in self.worst],
             "best": [case.to_dict() for case in self.best],
             "settings": self.settings,

@@ -104,7 +104,7 @@ def draw_route(
     if full or not samples:
         return model.pyramid.full_route
     shape = model.text_model.shape
-    offered = set.intersection(*(set(model.pyramid.routes(grids)) for grids in {grids for grids, _ in samples}))
+    offered = set.intersection(*(set(model.pyramid.routes_for(grids)) for grids in {grids for grids, _ in samples}))
 
     def distance(route: Route) -> float:
         fractions = [flops_fraction(shape, model.pyramid, route, grids, text) for grids, text in samples]

@@ -3,21 +3,21 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dpn_cli.pyramid.presets import PRESETS
+
 if TYPE_CHECKING:
     from dpn_cli.evaluation.baselines.contender import Contender
     from dpn_cli.pyramid.config import PyramidConfig
 
-BASELINES = {
+_CLASSES = {
     "original": "routes.Original",
     "fixed": "routes.FixedRoute",
-    "random": "random_dropping.RandomDropping",
     "downsample": "downsampling.ImageDownsampling",
     "prepool": "downsampling.FeaturePooling",
-    "fastv": "fastv.FastV",
-    "pyramiddrop": "pyramid_drop.PyramidDrop",
     "visionzip": "vision_zip.VisionZip",
 }
-"""Their classes, by module of this package."""
+BASELINES = (*_CLASSES, *PRESETS)
+"""Their names: those that are classes of this package, and the static pyramids."""
 
 
 def make_baseline(name: str, pyramid: "PyramidConfig") -> "Contender":
@@ -30,6 +30,9 @@ def make_baseline(name: str, pyramid: "PyramidConfig") -> "Contender":
     Raises:
         KeyError: if there is none of this name.
     """
-    module, _, kind = BASELINES[name].partition(".")
+    if name in PRESETS:
+        static: Contender = import_module(f"{__name__}.static").StaticPyramid(name)
+        return static
+    module, _, kind = _CLASSES[name].partition(".")
     contender: Contender = getattr(import_module(f"{__name__}.{module}"), kind).beside(pyramid)
     return contender

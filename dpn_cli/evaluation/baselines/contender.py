@@ -18,8 +18,9 @@ from dpn_cli.errors import UsageError
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid, PyramidConfig, Route, num_tokens
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.experts import KEEP, Grid, num_tokens
+from dpn_cli.pyramid.shape import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
 
@@ -165,7 +166,9 @@ def taken_over(
     reduce: Callable[[PyramidState, int], PyramidState],
 ) -> Iterator[None]:
     """Give a model other sites, and another way to leave a batch with fewer tokens there; without its adapter."""
-    with model.without_adapter(), model.reduced_by(reduce, after_layers):
+    sites = tuple(Site(layer, (KEEP,)) for layer in after_layers)
+    elsewhere = PyramidConfig(sites, static_route=(0,) * len(sites))
+    with model.without_adapter(), model.as_pyramid(elsewhere), model.reduced_by(reduce):
         yield
 
 

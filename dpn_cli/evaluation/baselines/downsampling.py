@@ -20,8 +20,8 @@ from dpn_cli.evaluation.baselines.contender import Fixed, Prompt, taken_over, va
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Grid, num_tokens
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.experts import Grid, num_tokens
+from dpn_cli.pyramid.shape import DecoderShape
 
 
 @dataclass(frozen=True)

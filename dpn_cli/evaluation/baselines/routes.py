@@ -9,7 +9,9 @@ from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Fixed, 
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.cost import DecoderShape, flops_fraction, tokens_per_layer
+from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
+from dpn_cli.pyramid.route import format_route
+from dpn_cli.pyramid.shape import DecoderShape
 
 ROUTES_WITHIN = 0.02  # of the FLOPs fraction of the cheapest route that spends a budget
 
@@ -62,13 +64,12 @@ class FixedRoute(Fixed):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"{self.name} {self.rates}"
+        return f"{self.name} {self.experts}"
 
     @property
-    def rates(self) -> str:
-        """Its route, by rates."""
-        rates = (site.rates[k] for site, k in zip(self.pyramid.sites, self.route, strict=True))
-        return " · ".join(f"{h}×{w}" for h, w in rates)
+    def experts(self) -> str:
+        """Its route, by the experts' names."""
+        return format_route(self.route, self.pyramid.sites)
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
@@ -84,7 +85,7 @@ class FixedRoute(Fixed):
 
     def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list["FixedRoute"]:
         """Return the routes that all prompts are offered."""
-        offered = [set(self.pyramid.routes(grids)) for grids in {prompt.grids for prompt in prompts}]
+        offered = [set(self.pyramid.routes_for(grids)) for grids in {prompt.grids for prompt in prompts}]
         routes = [FixedRoute(self.pyramid, route) for route in sorted(set.intersection(*offered))]
         return sorted(routes, key=lambda each: each.mean_fraction(shape, prompts))
 
@@ -166,9 +167,11 @@ class GivenRoutes(Routed):
         text_model = model.text_model
 
         def reduce(state: PyramidState, site: int) -> PyramidState:
-            offers = zip(text_model.prices(state, site), self.given, strict=True)
-            one_each = [([route[site]], [costs[offered.index(route[site])]]) for (offered, costs), route in offers]
-            return text_model.pool(state, site, text_model.choose_among(one_each, state, site))
+            offers = [
+                ([option for option in options if option.expert == route[site]][:1], costs)
+                for (options, costs), route in zip(text_model.offers(state), self.given, strict=True)
+            ]
+            return text_model.apply(state, site, text_model.choose_among(offers, state, site))
 
         with model.reduced_by(reduce):
             yield
@@ -193,7 +196,7 @@ def routes_that_spend(
         full = full_flops(shape, prompt)
         costs = {
             route: flops_fraction(shape, pyramid, route, prompt.grids, prompt.text_tokens) * full
-            for route in pyramid.routes(prompt.grids)
+            for route in pyramid.routes_for(prompt.grids)
         }
         owed += budget * full
         routes.append(min(costs, key=lambda route: abs(costs[route] - owed)))

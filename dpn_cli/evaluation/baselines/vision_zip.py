@@ -3,19 +3,19 @@
 Shapes: I images, N patches of an image, C width of the tower, K kept patches, M merged ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Prompt, taken_over, validate_clip
-from dpn_cli.evaluation.baselines.dropping import Dropping, keep_best
+from dpn_cli.evaluation.baselines.contender import Fixed, Prompt, taken_over, validate_clip
+from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import num_tokens
-from dpn_cli.pyramid.cost import DecoderShape
+from dpn_cli.pyramid.experts import num_tokens
+from dpn_cli.pyramid.shape import DecoderShape
 
 CONTEXTUAL_SHARE = 10 / 64  # of the kept patches, as in the authors' settings
 
@@ -36,24 +36,32 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class VisionZip(Dropping):
+class VisionZip(Fixed):
     """Keeps the dominant patches of every image and merges the others into a few contextual ones.
 
     Source: Yang et al. 2024, https://arxiv.org/abs/2412.04467, section 3.2, training-free. Ours: a contextual patch
     becomes the mean of what is merged into it, where the authors add that mean to it; patches keep their order and
     positions, where the authors put the dominant first and number anew; the class token itself does not go on.
+
+    Attributes:
+        keep: the share of the patches of an image that goes on.
     """
 
     name: ClassVar[str] = "visionzip"
-    after_layers = (-1,)
+    keep: float = 1.0
+
+    def kept(self, patches: int) -> int:
+        """Return how many patches of an image go on: at least one."""
+        return max(1, round(patches * self.keep))
+
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
+        """Return the shares that are whole tokens of the largest prompt."""
+        most = max(prompt.visual_tokens for prompt in prompts)
+        return [replace(self, keep=count / most) for count in range(1, most + 1)]
 
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer: of every image the same share."""
-        return [sum(self.kept(num_tokens([grid]), site=0) for grid in prompt.grids)] * shape.num_layers
-
-    def scores(self, text_model: Any, state: PyramidState, site: int) -> torch.Tensor:
-        """Not used: the vision tower has ranked already."""
-        raise NotImplementedError
+        return [sum(self.kept(num_tokens([grid])) for grid in prompt.grids)] * shape.num_layers
 
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
@@ -69,7 +77,7 @@ class VisionZip(Dropping):
             model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: (self._merge(args[0], seen),)),
         ]
         try:
-            with taken_over(model, self.after_layers, lambda state, site: self._drop(state, seen)):
+            with taken_over(model, (-1,), lambda state, site: self._drop(state, seen)):
                 yield
         finally:
             for hook in hooks:
@@ -77,7 +85,7 @@ class VisionZip(Dropping):
 
     def _merge(self, features: torch.Tensor, seen: _Seen) -> torch.Tensor:
         """Note which patches are kept, and return features [I, N, C] with the rest merged into some of them."""
-        kept = self.kept(seen.attention.shape[1], site=0)
+        kept = self.kept(seen.attention.shape[1])
         contextual = round(kept * CONTEXTUAL_SHARE)
         order = seen.attention.argsort(dim=1, descending=True, stable=True)
         rest = order[:, kept - contextual :].sort(dim=1).values  # [I, M], in the order of the image
@@ -93,10 +101,9 @@ class VisionZip(Dropping):
         """Leave the kept patches, which are equally many of every image."""
         assert state.coords is not None
         is_visual = state.coords[..., 0] >= 0
-        scores = torch.zeros(is_visual.shape, device=is_visual.device)
-        scores[is_visual] = seen.kept.flatten()
-        counts = [len(grids) * self.kept(seen.kept.shape[1], site=0) for grids in state.image_grids]
-        return keep_best(state, scores, counts)
+        kept = torch.zeros_like(is_visual)
+        kept[is_visual] = seen.kept.flatten() > 0
+        return compact(state, keep_tokens(state, kept))
 
 
 def _selected_attention(model: PyramidGenerationMixin) -> torch.nn.Module:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dpn_cli.modeling.engine import compact
-from dpn_cli.modeling.pooling import pool_cells
-from dpn_cli.modeling.state import PyramidState
-from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.modeling.experts.pool import pooled_cells
+from dpn_cli.pyramid.experts import pool
+from tests.modeling.experts.states import reducible, state_of
 
 SIZE = 3
 grids = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), max_size=3)
@@ -30,7 +30,6 @@ def lay_out(sample_grids: list[tuple[int, int]], text: int) -> torch.Tensor:
 @given(samples, st.sampled_from(["avg", "max"]), st.sampled_from(["ceil", "floor"]), st.integers(0, 999))
 def test_equals_torch_pooling_of_every_grid(batch: list, mode: str, rounding: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    config = PyramidConfig(sites=(Site(0, ((1, 1),)),), rounding=rounding)
     rows = [lay_out(sample_grids, text) for sample_grids, _, text in batch]
     expected = []
     values = [torch.randn(len(row), SIZE, generator=generator) for row in rows]
@@ -42,9 +41,10 @@ def test_equals_torch_pooling_of_every_grid(batch: list, mode: str, rounding: st
     hidden = torch.stack([F.pad(value, (0, 0, longest - len(value), 0), value=torch.nan) for value in values])
     valid = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows])
     all_grids, all_rates = [s[0] for s in batch], [s[1] for s in batch]
-    after = [[config.pooled(grid, rate) for grid in grids] for grids, rate in zip(all_grids, all_rates, strict=True)]
-    state = PyramidState(hidden, torch.zeros(coords.shape[:2]), valid, coords, grids=tuple(map(tuple, all_grids)))
-    pooled = compact(state, pool_cells(state, all_rates, after), mode)
+    experts = pool(*all_rates)
+    after = [expert.left(grids, rounding) for expert, grids in zip(experts, all_grids, strict=True)]
+    state = state_of(hidden, coords, tuple(map(tuple, all_grids)), valid)
+    pooled = compact(state, pooled_cells(reducible(state, experts, rounding=rounding)), mode)
 
     for b, want in enumerate(expected):
         got = pooled.hidden_states[b, pooled.hidden_states.shape[1] - len(want) :]
@@ -94,6 +94,6 @@ def pool_plane(plane: torch.Tensor, rate: tuple[int, int], mode: str, ceil: bool
 def test_low_precision_is_accumulated_in_full(dtype: torch.dtype) -> None:
     coords = lay_out([(16, 16)], text=0)[None]
     values = torch.full((1, coords.shape[1], SIZE), 0.1, dtype=dtype)
-    state = PyramidState(values, torch.zeros(coords.shape[:2]), None, coords, grids=(((16, 16),),))
-    pooled = compact(state, pool_cells(state, [(16, 16)], [[(1, 1)]]))
+    state = state_of(values, coords, (((16, 16),),))
+    pooled = compact(state, pooled_cells(reducible(state, pool((16, 16)))))
     assert torch.equal(pooled.hidden_states[0, 0], values[0, 0])

@@ -1,0 +1,190 @@
+"""The survey: which experts fit this model, found by measuring candidates on a few samples.
+
+Candidate routes are built up, one expert more per round: those of one expert, then the best of these with another
+expert at a later site, and so on. A set of routes is chosen greedily by what an oracle would pay that takes the best of
+them for every sample, D + λ·FLOPs in the mean over λ of every size. That gain is submodular, so that the greedy choice
+is near the best one. The best candidates are measured again on more samples before the choice. Source: ours.
+
+Shapes: N samples, R candidate routes, T values of λ.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree
+from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.experts import Grid
+from dpn_cli.pyramid.recipe import SurveyRecipe
+
+NUM_TRADE_OFFS = 12
+MOST_EXPERTS = 3  # that reduce, on a route
+LEAST_DISTORTION = 1e-3  # nats: what costs less is as good as free
+SHORTLIST = 2  # times the routes to choose are measured again
+FINAL_SAMPLES = 4  # times the samples
+STEP = 0.05  # of a FLOPs fraction
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Measured candidate routes.
+
+    Attributes:
+        routes: the full one first.
+        distortion: [N, R] KL from the teacher in nats; infinite where a sample is not offered the route.
+        fraction: [N, R] FLOPs, as a fraction of the original's.
+        agreement: [N, R] of the answer tokens; NaN where a sample is not offered the route.
+    """
+
+    routes: tuple[Route, ...]
+    distortion: torch.Tensor
+    fraction: torch.Tensor
+    agreement: torch.Tensor
+
+    @classmethod
+    def of(cls, table: RouteTable) -> "Candidates":
+        """Take a round's measurements."""
+        return cls(table.tree.routes, table.distortion.nan_to_num(torch.inf), table.fraction, table.agreement)
+
+    def joined(self, other: "Candidates") -> "Candidates":
+        """Return these and those that another round has added."""
+        new = [i for i, route in enumerate(other.routes) if route not in self.routes]
+        pairs = [
+            (self.distortion, other.distortion),
+            (self.fraction, other.fraction),
+            (self.agreement, other.agreement),
+        ]
+        routes = (*self.routes, *(other.routes[i] for i in new))
+        return Candidates(routes, *(torch.cat([a, b[:, new]], dim=1) for a, b in pairs))
+
+    def best_set(self, size: int) -> list[int]:
+        """Return the indices of the routes that an oracle would want most, the full one first; at most `size`."""
+        trade_off = self._trade_offs()  # [T]
+        cost = self.distortion[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
+        scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
+        chosen, least = [0], cost[:, 0]
+        while len(chosen) < min(size, len(self.routes)):
+            totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
+            best = int(totals.argmin())
+            if best in chosen or totals[best] >= (least.mean(0) / scale).sum() * (1 - 1e-6):
+                break
+            chosen.append(best)
+            least = torch.minimum(least, cost[:, best])
+        return chosen
+
+    def ladder(self) -> list[int]:
+        """Return the best route of every step in FLOPs: few samples cannot tell how safe a cheap route is."""
+        fraction, distortion = self.fraction.mean(0), self.distortion.mean(0)
+        steps = (fraction / STEP).long()
+        best = []
+        for step in steps.unique().tolist():
+            [there] = (steps == step).nonzero(as_tuple=True)
+            order = distortion[there].clamp(min=LEAST_DISTORTION) - LEAST_DISTORTION * fraction[there]
+            best.append(int(there[order.argmin()]))
+        return best
+
+    def _trade_offs(self) -> torch.Tensor:
+        """Return λ of every size: the spread of D over the FLOPs that are saved."""
+        saved = (1 - self.fraction).clamp(min=1e-6)[:, 1:]
+        distortion = self.distortion[:, 1:]
+        slopes = (distortion.clamp(min=LEAST_DISTORTION) / saved)[distortion.isfinite() & (saved > 0.05)]
+        low, high = slopes.quantile(torch.tensor([0.02, 0.98])).tolist() if len(slopes) else (1e-3, 1.0)
+        return low * (max(high, 2 * low) / low) ** (torch.arange(NUM_TRADE_OFFS) / (NUM_TRADE_OFFS - 1))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a survey has found.
+
+    Attributes:
+        pyramid: with the chosen routes, and without what none of them uses.
+        tried: all candidates, on the first samples.
+        finalists: those that were measured again, on more samples.
+        chosen: the indices of the chosen among the finalists.
+    """
+
+    pyramid: PyramidConfig
+    tried: Candidates
+    finalists: Candidates
+    chosen: list[int]
+
+
+def survey(
+    pyramid: PyramidConfig,
+    grids: Sequence[tuple[Grid, ...]],
+    measure: Callable[[str, RouteTree, int], RouteTable],
+    recipe: SurveyRecipe,
+) -> Survey:
+    """Measure candidates and choose the routes of a pyramid.
+
+    Args:
+        pyramid: whose sites and experts are candidates.
+        grids: visual grids of the samples.
+        measure: returns a table, from its title, its routes and the number of samples, the first ones.
+        recipe: how many samples and routes.
+    """
+    full = pyramid.full_route
+    some = list(dict.fromkeys(grids))
+    tried: Candidates | None = None
+    parents: list[Route] = [full]
+    for number in range(min(MOST_EXPERTS, len(pyramid.sites))):
+        known: set[Route] = set(tried.routes) if tried else set()
+        routes = [route for route in dict.fromkeys(_children(pyramid, parents)) if route not in known]
+        routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]
+        if not routes:
+            break
+        title = f"trying {len(routes)} routes"
+        measured = Candidates.of(measure(title, RouteTree((full, *sorted(routes)), ()), recipe.samples))
+        tried = tried.joined(measured) if tried else measured
+        parents = [tried.routes[i] for i in tried.best_set(recipe.width)[1:]]
+    assert tried is not None, "a pyramid has sites with experts"
+    shortlist = dict.fromkeys([*tried.best_set(SHORTLIST * recipe.routes), *tried.ladder()])
+    tree = RouteTree((full, *sorted(tried.routes[i] for i in shortlist if i)), ())
+    title = f"trying the best {len(tree.routes) - 1}"
+    finalists = Candidates.of(measure(title, tree, FINAL_SAMPLES * recipe.samples))
+    chosen = finalists.best_set(recipe.routes)
+    return Survey(pruned(pyramid, [finalists.routes[i] for i in chosen]), tried, finalists, chosen)
+
+
+def batches_for(
+    tree: RouteTree, pyramid: PyramidConfig, grids: Sequence[tuple[Grid, ...]], batch_size: int
+) -> list[Batch]:
+    """Say which samples of a survey run together: those of the same grids, down all routes that they are offered."""
+    rows: dict[tuple[Grid, ...], list[int]] = {}
+    for i, each in enumerate(grids):
+        rows.setdefault(each, []).append(i)
+    return [
+        Batch(tuple(some[start : start + batch_size]), tree.offered(pyramid, each))
+        for each, some in rows.items()
+        for start in range(0, len(some), batch_size)
+    ]
+
+
+def pruned(pyramid: PyramidConfig, routes: Sequence[Route]) -> PyramidConfig:
+    """Return a pyramid that offers some routes, without the sites and experts that none of them uses."""
+    used = [sorted({0, *(route[site] for route in routes)}) for site in range(len(pyramid.sites))]
+    kept = [site for site, experts in enumerate(used) if len(experts) > 1] or [0]
+    sites = tuple(
+        Site(pyramid.sites[site].after_layer, tuple(pyramid.sites[site].experts[k] for k in used[site]))
+        for site in kept
+    )
+    renamed = {tuple(used[site].index(route[site]) for site in kept) for route in routes}
+    return replace(
+        pyramid,
+        sites=sites,
+        routes=tuple(sorted(renamed)),
+        mean_distortions=(),
+        router=replace(pyramid.router, output="routes"),
+    )
+
+
+def _children(pyramid: PyramidConfig, parents: Sequence[Route]) -> list[Route]:
+    """Return the routes with one expert more than some have, at a site after their last one."""
+    children = []
+    for route in parents:
+        last = max((site for site, k in enumerate(route) if k), default=-1)
+        for site in range(last + 1, len(pyramid.sites)):
+            for k in range(1, len(pyramid.sites[site].experts)):
+                children.append((*route[:site], k, *route[site + 1 :]))
+    return children

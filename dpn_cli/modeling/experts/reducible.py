@@ -1,0 +1,93 @@
+"""What an expert sees of a batch, and what all selections share.
+
+Shapes: B batch, S sequence, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.modeling.engine import Assignment, keep_tokens
+from dpn_cli.modeling.state import PyramidState
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.experts import Expert, Grid, num_tokens
+
+
+@dataclass(frozen=True)
+class Reducible:
+    """Samples at a site that are given experts of one kind.
+
+    Attributes:
+        state: the samples, all with visual tokens.
+        experts: one per sample.
+        text_model: the decoder, for experts that look at its next layer.
+        next_layer: the index of that layer.
+    """
+
+    state: PyramidState
+    experts: Sequence[Expert]
+    text_model: Any
+    next_layer: int
+
+    @property
+    def coords(self) -> torch.Tensor:
+        """The (grid, row, column) of every visual token, [B, S, 3]; -1 elsewhere."""
+        assert self.state.coords is not None
+        return self.state.coords
+
+    @property
+    def pyramid(self) -> PyramidConfig:
+        """The pyramid that the experts are of."""
+        pyramid: PyramidConfig = self.text_model.pyramid
+        return pyramid
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """Which tokens are visual, [B, S] bool."""
+        return self.coords[..., 0] >= 0
+
+    @cached_property
+    def left(self) -> list[tuple[Grid, ...]]:
+        """The grids of every sample afterwards."""
+        pairs = zip(self.experts, self.state.grids, strict=True)
+        return [expert.left(grids, self.pyramid.rounding) for expert, grids in pairs]
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """The hidden states of length 1, [B, S, D] in float32: their products are cosines."""
+        return F.normalize(self.state.hidden_states.float(), dim=-1)
+
+    @property
+    def visual_mean(self) -> torch.Tensor:
+        """The mean of every sample's visual features, of length 1: [B, 1, D]."""
+        return F.normalize((self.features * self.is_visual[..., None]).sum(1, keepdim=True), dim=-1)
+
+    @property
+    def num_selected(self) -> torch.Tensor:
+        """How many visual tokens every sample's selection lets stay, [B]."""
+        counts = [expert.selected(grids) for expert, grids in zip(self.experts, self.state.grids, strict=True)]
+        return torch.tensor(counts, device=self.coords.device)
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens every sample has afterwards."""
+        valid, (batch, length) = self.state.valid, self.is_visual.shape
+        before = [length] * batch if valid is None else valid.sum(1).tolist()
+        parts = zip(before, self.state.grids, self.left, strict=True)
+        return [count - num_tokens(old) + num_tokens(new) for count, old, new in parts]
+
+    def keep(self, kept: torch.Tensor) -> Assignment:
+        """Let some visual tokens, [B, S] bool, stay as they are and drop the others; text stays."""
+        return keep_tokens(self.state, kept & self.is_visual, self.lengths())
+
+    def best(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which visual tokens have the best scores [B, S], as many as are selected; ties go to the first."""
+        return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < self.num_selected[:, None]
+
+
+def ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Return the place of every score [..., N] by falling score; ties go to the first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

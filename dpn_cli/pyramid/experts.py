@@ -1,0 +1,228 @@
+"""Experts: the ways to leave a sample with fewer visual tokens, their names, settings and arithmetic. No torch.
+
+An expert is written as its kind and its settings: `keep`, `pool:1x2` (or `1x2`), `diverse:0.25`,
+`attended:0.25+4x4`, `exit`. How many tokens it leaves follows from a sample's grids alone, so that the cost of a route
+is exact before it runs. Which tokens these are is the business of `dpn_cli.modeling.experts`, kind by kind.
+
+A *selection* keeps a share of the visual tokens and leaves no grid: afterwards its tokens count as one column, which
+cannot be pooled. Newline tokens are selected among like all others, so that the count stays exact.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpn_cli.pyramid.shape import DecoderShape
+
+Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
+Grid = tuple[int, int]  # (H, W) visual tokens
+Rounding = Literal["ceil", "floor"]
+
+BLOCK = 8  # side of the largest block of the image in which tokens are compared with each other
+_SHARE, _CELLS = r"0?\.\d+", r"\d+[x×]\d+"
+_SETTINGS = re.compile(rf"(?P<share>{_SHARE})?\+?(?P<cells>{_CELLS})?")
+_EXAMPLES = {"": "", "share": ":0.25", "cells": ":2x2", "share+cells": ":0.25+4x4"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all experts of a kind have in common.
+
+    Attributes:
+        settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
+        flops: what choosing costs, from the decoder's shape and the numbers of visual and text tokens.
+        before_first_layer: whether it reads what only a site before the first layer has: the vision tower's attention.
+        about: what it does, in a phrase for help texts and docs.
+        source: where it is described.
+    """
+
+    settings: tuple[str, ...]
+    about: str
+    source: str
+    flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
+    before_first_layer: bool = False
+
+
+def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The keys of all tokens, the query of one, and their products."""
+    keys, query = shape.num_kv_heads * shape.head_dim, shape.num_heads * shape.head_dim
+    return 2 * (visual + text) * (shape.hidden_size * keys + query) + 2 * shape.hidden_size * query
+
+
+def _block_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The similarities of all pairs of tokens inside a block."""
+    return 2 * visual * min(visual, BLOCK * BLOCK) * shape.hidden_size
+
+
+def _pairs_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The similarities of all pairs of tokens."""
+    return 2 * visual * visual * shape.hidden_size
+
+
+def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The similarity of every token to one other vector."""
+    return 2 * visual * shape.hidden_size
+
+
+_DIVPRUNE, _CDPRUNER = "DivPrune, https://arxiv.org/abs/2503.02175", "CDPruner, https://arxiv.org/abs/2506.10967"
+_SCOPE, _DART = "SCOPE, https://arxiv.org/abs/2510.24214", "DART, https://arxiv.org/abs/2502.11494"
+_PYRAMIDDROP = "PyramidDrop, https://arxiv.org/abs/2410.17247"
+KINDS: dict[str, Kind] = {
+    "keep": Kind(("",), "all visual tokens stay", "paper, section 3.2"),
+    "pool": Kind(("cells",), "every cell of a grid becomes one token, its mean", "paper, section 3.2"),
+    "pick": Kind(("cells",), "of every cell the token that stands out most stays as it is", "ours", _mean_flops),
+    "diverse": Kind(("share",), "the tokens that differ most from each other stay", _DIVPRUNE, _block_flops),
+    "attended": Kind(
+        ("share", "share+cells"),
+        "the tokens that the last token of the instruction attends to stay; with cells, the rest is merged",
+        _PYRAMIDDROP,
+        _attention_flops,
+    ),
+    "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
+    "divprune": Kind(("share",), "the same, over the whole picture, token by token", _DIVPRUNE, _pairs_flops),
+    "relevant": Kind(
+        ("share",),
+        "of twice as many diverse tokens, those that the instruction attends to stay",
+        _CDPRUNER,
+        lambda shape, visual, text: _block_flops(shape, visual, text) + _attention_flops(shape, visual, text),
+    ),
+    "covering": Kind(("share",), "the tokens that the others are most similar to stay", _SCOPE, _block_flops),
+    "distinct": Kind(("share",), "the tokens least similar to a few pivots stay", _DART, _mean_flops),
+    "random": Kind(("share",), "random tokens stay; a control", "UniPruneBench, https://arxiv.org/abs/2511.02650"),
+    "stride": Kind(("share",), "evenly spaced tokens stay; a control", "ours"),
+}
+"""The kinds of experts; `dpn_cli.modeling.experts` has an assignment for each."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A way to leave a sample with fewer visual tokens.
+
+    Attributes:
+        kind: one of `KINDS`.
+        share: the share of the visual tokens that a selection keeps.
+        cells: (rows, columns) of the cells of a grid that are reduced to one token each.
+    """
+
+    kind: str
+    share: float | None = None
+    cells: Rate | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Expert":
+        """Read an expert from its name, as in `pool:1x2`; `1x2` is short for that, and `1x1` for `keep`.
+
+        Raises:
+            ValueError: if there is none of this name, or none with these settings.
+        """
+        kind, colon, settings = text.strip().partition(":")
+        if not colon and re.fullmatch(_CELLS, kind):
+            kind, settings = "pool", kind
+        if kind not in KINDS:
+            raise ValueError(f"{text!r} is no expert: expected one of {', '.join(examples())}")
+        match = _SETTINGS.fullmatch(settings)
+        share = float(match["share"]) if match and match["share"] else None
+        cells = _cells(match["cells"]) if match and match["cells"] else None
+        form = "+".join(name for name, value in (("share", share), ("cells", cells)) if value is not None)
+        if match is None or form not in KINDS[kind].settings or share == 0 or (cells and min(cells) < 1):
+            wanted = " or ".join(f"{kind}{_EXAMPLES[form]}" for form in KINDS[kind].settings)
+            raise ValueError(f"{text!r} is no expert: expected {wanted}")
+        return KEEP if kind == "pool" and cells == (1, 1) else cls(kind, share, cells)
+
+    def __str__(self) -> str:
+        """Return its name; the inverse of `parse`."""
+        share = "" if self.share is None else f"{self.share:g}"
+        cells = "" if self.cells is None else "{}x{}".format(*self.cells)
+        settings = "+".join(part for part in (share, cells) if part)
+        return f"{self.kind}:{settings}" if settings else self.kind
+
+    def left(self, grids: Sequence[Grid], rounding: Rounding = "ceil") -> tuple[Grid, ...]:
+        """Return the grids that are left of a sample's: one column after a selection, none after `exit`."""
+        if self.kind == "keep":
+            return tuple(grids)
+        if self.kind == "exit" or not grids:
+            return ()
+        if self.share is None:
+            assert self.cells is not None
+            return tuple(pool_grid(grid, self.cells, rounding) for grid in grids)
+        return ((self.selected(grids) + self.merged(grids), 1),)
+
+    def selected(self, grids: Sequence[Grid]) -> int:
+        """Return how many visual tokens a selection lets stay as they are: at least one."""
+        assert self.share is not None
+        total = num_tokens(grids)
+        return max(1, min(int(self.share * total + 0.5), total - self.merged(grids)))
+
+    def merged(self, grids: Sequence[Grid]) -> int:
+        """Return how many tokens the rest is merged into: one for each cell, where there are cells."""
+        if self.share is None or self.cells is None:
+            return 0
+        return num_tokens(pool_grid(grid, self.cells, "ceil") for grid in grids)
+
+    def is_offered(self, grids: Sequence[Grid], min_visual_tokens: int, rounding: Rounding = "ceil") -> bool:
+        """Say whether a sample with these grids can be given to the expert."""
+        if self.kind == "keep":
+            return True
+        if self.kind == "exit":
+            return bool(grids)
+        pictures = pictures_of(grids)
+        if self.share is None:
+            return bool(pictures) and min(num_tokens(self.left([g], rounding)) for g in pictures) >= min_visual_tokens
+        left = num_tokens(self.left(grids))
+        return min_visual_tokens <= left < num_tokens(grids) and (self.cells is None or bool(pictures))
+
+    def flops(self, shape: DecoderShape, grids: Sequence[Grid], text_tokens: int) -> int:
+        """Return what it costs to choose the tokens of a sample."""
+        return KINDS[self.kind].flops(shape, num_tokens(grids), text_tokens)
+
+
+KEEP = Expert("keep")
+
+
+def pool(*rates: Rate) -> tuple[Expert, ...]:
+    """Return the experts that pool at some rates; 1×1 keeps all."""
+    return tuple(KEEP if rate == (1, 1) else Expert("pool", cells=rate) for rate in rates)
+
+
+def examples() -> list[str]:
+    """Return an expert of every kind and form, as users write them."""
+    return [f"{name}{_EXAMPLES[form]}" for name, kind in KINDS.items() for form in kind.settings]
+
+
+def known_kind(name: str) -> str:
+    """Return the name of a kind.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name not in KINDS:
+        raise ValueError(f"{name!r} is no kind of expert: expected one of {', '.join(KINDS)}")
+    return name
+
+
+def num_tokens(grids: Iterable[Grid]) -> int:
+    """Return the visual tokens of some grids together."""
+    return sum(height * width for height, width in grids)
+
+
+def pictures_of(grids: Sequence[Grid]) -> list[Grid]:
+    """Return the grids of more than one column: neither newlines, nor what a selection has left."""
+    return [grid for grid in grids if grid[1] > 1]
+
+
+def kernel_on(grid: Grid, rate: Rate) -> Rate:
+    """Return the kernel of a rate on a grid: a column, such as that of newlines, is not narrowed."""
+    return (rate[0], 1) if grid[1] == 1 else rate
+
+
+def pool_grid(grid: Grid, rate: Rate, rounding: Rounding) -> Grid:
+    """Return the size of a grid whose cells become one token each."""
+    height, width = (
+        -(-n // k) if rounding == "ceil" else n // k for n, k in zip(grid, kernel_on(grid, rate), strict=True)
+    )
+    return height, width
+
+
+def _cells(text: str) -> Any:
+    return tuple(map(int, re.split("[x×]", text)))
