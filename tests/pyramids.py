@@ -19,8 +19,9 @@ IMAGE, VISUAL = 4, 144
 
 def pyramid(**changes: Any) -> PyramidConfig:
     """Return the default pyramid for eight layers, with routers that need no calibration to differ."""
-    defaults: dict[str, Any] = {"router": RouterConfig(output="logits")}
-    return PyramidConfig(sites=tuple(Site(layer, pool(*RATES)) for layer in (1, 3, 5)), **{**defaults, **changes})
+    sites = tuple(Site(layer, pool(*RATES)) for layer in (1, 3, 5))
+    defaults: dict[str, Any] = {"sites": sites, "router": RouterConfig(output="logits")}
+    return PyramidConfig(**{**defaults, **changes})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, extremes
-from dpn_cli.calibration.fitting import fit_routers, held_out_objective, trade_off_range
+from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches, sample_grids
@@ -121,7 +121,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     held_table = table.select(torch.arange(len(held)))
     routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
-        objective = held_out_objective(routers, held_table, *trade_off_range(held_table))
+        objective = held_out_objective(routers, held_table)
     else:
         learned_table = table.select(torch.arange(len(held), len(samples)))
         objective = _fit(job, routers, learned_table, held_table)

@@ -20,6 +20,7 @@ from dpn_cli.calibration.rollout import RouteTable
 
 BATCH = 64  # samples per step
 EVALUATE_EVERY = 5  # epochs
+TRADE_OFFS = (0.01, 5.0)  # λ, nats per whole prefill: from hardly any loss for much compute to the reverse
 NUM_TRADE_OFFS = 12  # values of λ that early stopping looks at
 SOFTNESS = (0.3, 0.03)  # temperature of the soft policy in units of λ, from the first epoch to the last
 START_SHARE = 0.3  # of the epochs, spent on the mean-consistent start
@@ -42,11 +43,10 @@ class Fit:
     history: list[tuple[int, float]]
 
 
-def trade_off_range(table: RouteTable) -> tuple[float, float]:
-    """Return the λ (nats per whole prefill) between which the choices lie: the spread of D / FLOPs saved."""
-    slopes = (table.distortion / (1 - table.fraction).clamp(min=1e-6))[:, 1:][table.measured[:, 1:]]
-    low, high = slopes.quantile(torch.tensor([0.02, 0.98])).tolist()
-    return max(low, 1e-5), max(high, 1e-4)
+def spread_of_trade_offs(count: int) -> torch.Tensor:
+    """Return λ of every size that matters, [count], from the smallest to the largest."""
+    low, high = TRADE_OFFS
+    return low * (high / low) ** torch.linspace(0, 1, count)
 
 
 def fit_routers(
@@ -73,7 +73,7 @@ def fit_routers(
     _start_at_the_mean(routers, table)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    low, high = trade_off_range(table)
+    low, high = TRADE_OFFS
     best, history = (math.inf, 0, deepcopy(routers.state_dict())), []
     for epoch in range(1, epochs + 1):
         start = epoch <= START_SHARE * epochs
@@ -92,7 +92,7 @@ def fit_routers(
         schedule.step()
         advance(1)
         if epoch % EVALUATE_EVERY == 0 or epoch == epochs:
-            objective = held_out_objective(routers, holdout, low, high)
+            objective = held_out_objective(routers, holdout)
             history.append((epoch, objective))
             if objective < best[0]:
                 best = (objective, epoch, deepcopy(routers.state_dict()))
@@ -100,13 +100,12 @@ def fit_routers(
     return Fit(best[0], best[1], history)
 
 
-def held_out_objective(routers: nn.ModuleList, table: RouteTable, low: float, high: float) -> float:
+def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
     """Return D + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ; see `Fit`."""
     with torch.no_grad():
         policy = Policy.of(routers, table)
         ratios = []
-        for i in range(NUM_TRADE_OFFS):
-            trade_off = low * (high / low) ** (i / (NUM_TRADE_OFFS - 1))
+        for trade_off in spread_of_trade_offs(NUM_TRADE_OFFS).tolist():
             taken = outcome(table, policy.choose(trade_off))
             fixed = _best_fixed(table, torch.tensor([trade_off])).item()
             ratios.append((taken.distortion + trade_off * taken.fraction) / fixed)

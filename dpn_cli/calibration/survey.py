@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
 from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.recipe import SurveyRecipe
 
-NUM_TRADE_OFFS = 12
 MOST_EXPERTS = 3  # that reduce, on a route
-LEAST_DISTORTION = 1e-3  # nats: what costs less is as good as free
 SHORTLIST = 2  # times the routes to choose are measured again
 FINAL_SAMPLES = 4  # times the samples
-STEP = 0.05  # of a FLOPs fraction
+STEP = 0.15  # of a FLOPs fraction
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,16 @@ class Candidates:
         return Candidates(routes, *(torch.cat([a, b[:, new]], dim=1) for a, b in pairs))
 
     def best_set(self, size: int) -> list[int]:
-        """Return the indices of the routes that an oracle would want most, the full one first; at most `size`."""
-        trade_off = self._trade_offs()  # [T]
+        """Return the indices of the routes to have, the full one first; at most `size`.
+
+        First the safest route of every step in FLOPs: few samples cannot tell how often a cheap route fails. Then
+        those that an oracle would want most.
+        """
+        trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
         cost = self.distortion[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
         scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
-        chosen, least = [0], cost[:, 0]
+        chosen = list(dict.fromkeys([0, *self._safest()]))[:size]
+        least = cost[:, chosen].min(1).values
         while len(chosen) < min(size, len(self.routes)):
             totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
             best = int(totals.argmin())
@@ -73,24 +77,18 @@ class Candidates:
             least = torch.minimum(least, cost[:, best])
         return chosen
 
-    def ladder(self) -> list[int]:
-        """Return the best route of every step in FLOPs: few samples cannot tell how safe a cheap route is."""
-        fraction, distortion = self.fraction.mean(0), self.distortion.mean(0)
+    def _safest(self) -> list[int]:
+        """Return of every step in FLOPs the route with the smallest distortions, the small ones counted too.
+
+        The mean of their square roots tells more of what would happen to other samples than their mean.
+        """
+        fraction, risk = self.fraction.mean(0), self.distortion.sqrt().mean(0)
         steps = (fraction / STEP).long()
-        best = []
+        safest = []
         for step in steps.unique().tolist():
             [there] = (steps == step).nonzero(as_tuple=True)
-            order = distortion[there].clamp(min=LEAST_DISTORTION) - LEAST_DISTORTION * fraction[there]
-            best.append(int(there[order.argmin()]))
-        return best
-
-    def _trade_offs(self) -> torch.Tensor:
-        """Return λ of every size: the spread of D over the FLOPs that are saved."""
-        saved = (1 - self.fraction).clamp(min=1e-6)[:, 1:]
-        distortion = self.distortion[:, 1:]
-        slopes = (distortion.clamp(min=LEAST_DISTORTION) / saved)[distortion.isfinite() & (saved > 0.05)]
-        low, high = slopes.quantile(torch.tensor([0.02, 0.98])).tolist() if len(slopes) else (1e-3, 1.0)
-        return low * (max(high, 2 * low) / low) ** (torch.arange(NUM_TRADE_OFFS) / (NUM_TRADE_OFFS - 1))
+            safest.append(int(there[risk[there].argmin()]))
+        return safest
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def survey(
         tried = tried.joined(measured) if tried else measured
         parents = [tried.routes[i] for i in tried.best_set(recipe.width)[1:]]
     assert tried is not None, "a pyramid has sites with experts"
-    shortlist = dict.fromkeys([*tried.best_set(SHORTLIST * recipe.routes), *tried.ladder()])
+    shortlist = tried.best_set(SHORTLIST * recipe.routes)
     tree = RouteTree((full, *sorted(tried.routes[i] for i in shortlist if i)), ())
     title = f"trying the best {len(tree.routes) - 1}"
     finalists = Candidates.of(measure(title, tree, FINAL_SAMPLES * recipe.samples))

@@ -22,6 +22,16 @@ class PyramidCache(DynamicCache):
         self.masks: list[torch.Tensor | None] = [None] * num_segments
         self.lengths = [0] * num_segments
 
+    @override
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens that a layer holds; by default those before any reduction, which generation counts."""
+        return super().get_seq_length(layer_idx) if layer_idx else self.lengths[0]
+
+    @override
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the tokens that a layer holds, which its mask begins after."""
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+
     def extend(self, segment: int, valid: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
         """Append a chunk's padding mask to a segment's and return the mask over all its keys.
 

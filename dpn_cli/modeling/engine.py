@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, precise
 
 DROPPED = -1
 
@@ -90,7 +90,8 @@ def compact(
     def merged(values: torch.Tensor, mode: Literal["avg", "max"] = "avg") -> torch.Tensor:
         return _merge(values.flatten(0, 1), place.flatten(), trash, mode).view(batch, longest, -1)
 
-    hidden_states = state.hidden_states.float() if weights is None else state.hidden_states.float() * weights.float()
+    hidden_states = precise(state.hidden_states)
+    hidden_states = hidden_states if weights is None else hidden_states * weights
     return replace(
         state,
         hidden_states=merged(hidden_states, mode).to(state.hidden_states.dtype),
@@ -102,7 +103,7 @@ def compact(
 
 
 def _merge(values: torch.Tensor, place: torch.Tensor, count: int, mode: Literal["avg", "max"]) -> torch.Tensor:
-    """Reduce the float32 rows of [N, D] that share a place to one.
+    """Reduce the rows of [N, D] that share a place to one.
 
     Args:
         values: [N, D].

@@ -82,6 +82,11 @@ class PyramidState:
         return original if self.columns is None else self.columns.gather(1, original)
 
 
+def precise(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float32, or as they are where they are of more: sums and ranks of halves would be too coarse."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a site takes: one expert index per sample and, for the probability gate, its probability [B]."""

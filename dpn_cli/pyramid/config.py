@@ -417,6 +417,7 @@ class PyramidConfig:
         for row in self.budgets:
             if row.fraction <= budget:
                 share = (above.fraction - budget) / max(above.fraction - row.fraction, 1e-12)
+                share = share if row.trust == above.trust else 1.0  # between two rules there is nothing to interpolate
                 return above.trade_off + min(share, 1.0) * (row.trade_off - above.trade_off)
             above = row
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")

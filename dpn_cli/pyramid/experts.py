@@ -123,7 +123,7 @@ class Expert:
             raise ValueError(f"{text!r} is no expert: expected one of {', '.join(examples())}")
         match = _SETTINGS.fullmatch(settings)
         share = float(match["share"]) if match and match["share"] else None
-        cells = _cells(match["cells"]) if match and match["cells"] else None
+        cells = _kernel(match["cells"]) if match and match["cells"] else None
         form = "+".join(name for name, value in (("share", share), ("cells", cells)) if value is not None)
         if match is None or form not in KINDS[kind].settings or share == 0 or (cells and min(cells) < 1):
             wanted = " or ".join(f"{kind}{_EXAMPLES[form]}" for form in KINDS[kind].settings)
@@ -224,5 +224,5 @@ def pool_grid(grid: Grid, rate: Rate, rounding: Rounding) -> Grid:
     return height, width
 
 
-def _cells(text: str) -> Any:
+def _kernel(text: str) -> Any:
     return tuple(map(int, re.split("[x×]", text)))

@@ -107,5 +107,7 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     [("/home/me/secret/my.json", "my.json"), ("owner/data", "owner/data"), ("demo", "demo"), (None, None)],
 )
 def test_a_path_of_somebodys_disk_is_not_published(data: str | None, exported: str | None) -> None:
-    pyramid = PyramidConfig(sites=(Site(1, pool((1, 1), (1, 2), (2, 2))),), calibration={"data": data, "agreement": 0.9})
+    pyramid = PyramidConfig(
+        sites=(Site(1, pool((1, 1), (1, 2), (2, 2))),), calibration={"data": data, "agreement": 0.9}
+    )
     assert exported_pyramid(pyramid, (12, 12), None, None).calibration == {"data": exported, "agreement": 0.9}

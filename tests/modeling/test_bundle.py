@@ -93,7 +93,7 @@ def test_one_name_with_two_meanings_is_refused(one: str, two: str) -> None:
         "from .cost import flops_fraction\n",
         "from dpn_cli.pyramid.cost import flops_fraction as f\n"
         "from dpn_cli.pyramid.cost import *\n"
-        "def f():\n    from dpn_cli.pyramid.cost import flops_fraction\n"
+        "def f():\n    from dpn_cli.pyramid.cost import flops_fraction\n",
     ],
 )
 def test_imports_that_merging_would_break_are_refused(source: str) -> None:

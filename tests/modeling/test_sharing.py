@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.pyramid.config import Budget
+from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
+from dpn_cli.pyramid.experts import KEEP
 from tests.pyramids import collate, prompt, ragged_batch
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 3}
@@ -140,10 +141,11 @@ def test_a_model_is_copied_and_pickled_with_its_own_settings_alone(model: Any) -
 
 def test_another_method_takes_over_in_its_thread_alone(model: Any) -> None:
     seen: list[int] = []
+    elsewhere = PyramidConfig((Site(-1, (KEEP,)), Site(2, (KEEP,))), static_route=(0, 0))
 
     @contextmanager
     def watched() -> Iterator[None]:
-        with model.reduced_by(lambda state, site: seen.append(site) or state, (-1, 2)):
+        with model.as_pyramid(elsewhere), model.reduced_by(lambda state, site: seen.append(site) or state):
             yield
 
     def other() -> list[tuple[int, ...]]:

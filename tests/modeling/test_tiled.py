@@ -78,7 +78,7 @@ def test_pooled_rows_keep_their_newlines(make_tiled_pair: Any, family: str) -> N
     state = text_model.start(embeds, None, torch.arange(embeds.shape[1])[None], coords)
     [(whole, mosaic, newlines)] = state.grids
     assert newlines == (mosaic[0], 1)
-    pooled = text_model.pool(state, 0, text_model.take(state, 0, [2]))
+    pooled = text_model.apply(state, 0, text_model.take(state, 0, [2]))
     halves = [(-(-h // 2), -(-w // 2)) for h, w in (whole, mosaic)]
     assert pooled.grids == ((*halves, (halves[1][0], 1)),)
     is_newline = (pooled.hidden_states[0] == newline).all(-1)

@@ -69,7 +69,7 @@ def test_text_only_samples_cost_the_whole() -> None:
 
 def test_pooling_more_never_costs_more() -> None:
     config = pyramid(7, 15, 23)
-    routes = list(config.routes([(24, 24)]))
+    routes = list(config.routes_for([(24, 24)]))
     cost = {route: flops_fraction(LLAVA_7B, config, route, [(24, 24)], 60) for route in routes}
     for route in routes:
         for other in routes:

@@ -18,8 +18,12 @@ LLAVA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
 LENGTHS: list[Length] = [(((24, 24),), 60), (((24, 24), (24, 24)), 40)]
 
 
+def pyramid_of(recipe: str) -> PyramidConfig:
+    return load_recipe(recipe).pyramid_config(LLAVA_7B.num_layers).with_all_routes()
+
+
 def refusal(recipe: str, budget: float, lengths: list[Length] = LENGTHS) -> str:
-    pyramid = load_recipe(recipe).pyramid_config(LLAVA_7B.num_layers)
+    pyramid = pyramid_of(recipe)
     with pytest.raises(UsageError) as caught:
         validate_budget(CalibrationRecipe(budget=budget), LLAVA_7B, pyramid, lengths)
     return str(caught.value)
@@ -30,21 +34,22 @@ def refusal(recipe: str, budget: float, lengths: list[Length] = LENGTHS) -> str:
 def test_the_cheapest_rate_of_every_site_is_the_cheapest_route(
     sizes: list[tuple[int, int]],
 ) -> None:
-    pyramid = load_recipe("llava-1.5-7b").pyramid_config(LLAVA_7B.num_layers)
+    pyramid = load_recipe("llava-1.5-7b-paper").pyramid_config(LLAVA_7B.num_layers)
     lengths: list[Length] = [(((24, 24),) * images, text) for images, text in sizes]
     best = [
-        min(flops_fraction(LLAVA_7B, pyramid, route, grids, text) for route in pyramid.routes(grids))
+        min(flops_fraction(LLAVA_7B, pyramid, route, grids, text) for route in pyramid.routes_for(grids))
         for grids, text in lengths
     ]
     assert cheapest_fraction(LLAVA_7B, pyramid, lengths) == pytest.approx(sum(best) / len(best), abs=1e-12)
 
 
 def test_the_recipe_that_reaches_the_budget_is_named_with_what_it_reaches() -> None:
-    aggressive = load_recipe("aggressive").pyramid_config(LLAVA_7B.num_layers)
-    reached = cheapest_fraction(LLAVA_7B, aggressive, LENGTHS)
-    message = refusal("llava-1.5-7b", 0.3)
+    other = pyramid_of("aggressive")
+    reached = cheapest_fraction(LLAVA_7B, other, LENGTHS)
+    assert reached < 0.15
+    message = refusal("llava-1.5-7b-paper", 0.3)
     assert f"convert again with --recipe aggressive (reaches {reached:.3f})" in message
-    validate_budget(CalibrationRecipe(budget=0.3), LLAVA_7B, aggressive, LENGTHS)
+    validate_budget(CalibrationRecipe(budget=0.3), LLAVA_7B, other, LENGTHS)
 
 
 def test_where_no_recipe_reaches_the_budget_it_says_so() -> None:

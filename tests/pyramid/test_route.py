@@ -3,7 +3,7 @@ import pytest
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import pool
-from dpn_cli.pyramid.route import parse_route
+from dpn_cli.pyramid.route import format_route, parse_route
 
 SITES = (Site(1, pool((1, 1), (1, 2), (2, 2))), Site(3, pool((1, 1), (2, 2))))
 
@@ -13,12 +13,13 @@ SITES = (Site(1, pool((1, 1), (1, 2), (2, 2))), Site(3, pool((1, 1), (2, 2))))
 )
 def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
     assert parse_route(text, SITES) == route
+    assert parse_route(format_route(route, SITES), SITES) == route
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no rate of site 1: expected one of 1x1, 2x2, or 0 to 1"),
-     ("3x3,0", "'3x3' is no rate of site 0"), ("-1,0", "'-1' is no rate"), ("a,b", "'a' is no rate"), ("", "entries")],
+    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
+     ("3x3,0", "'3x3' is no expert of site 0"), ("-1,0", "'-1' is no expert"), ("a,b", "'a' is no expert"), ("", "entries")],
 )  # fmt: skip
 def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):

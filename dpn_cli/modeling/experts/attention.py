@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
 from dpn_cli.families.text import TEXT_MODELS
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, precise
 
 
 def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
         keys, query = attention.k_norm(keys), attention.q_norm(query)
     keys, query = _rotate(keys, cos, sin), _rotate(query, _at(cos, last), _at(sin, last))
     query = query[:, 0].unflatten(1, (keys.shape[2], -1))  # [B, G, R, d]
-    logits = torch.einsum("bgrd,bsgd->bgrs", query, keys).float() * attention.scaling
+    logits = precise(torch.einsum("bgrd,bsgd->bgrs", query, keys)) * attention.scaling
 
     visible = torch.arange(keys.shape[1], device=last.device) <= last  # [B, S]
     visible = visible if state.valid is None else visible & state.valid

@@ -19,7 +19,7 @@ class Blocks:
 
     Attributes:
         is_token: [B, N, M] bool, which places of the blocks hold a token.
-        num_steps: tokens to rank in a block: more than its share, so that busy blocks can have more.
+        num_steps: per sample, the tokens to rank in a block: more than its share, so that busy blocks can have more.
     """
 
     def __init__(self, batch: Reducible) -> None:
@@ -29,7 +29,8 @@ class Blocks:
         width = max(map(len, plans))
         plan = torch.tensor([[*rows, *[(0, 1, 1, 1)] * (width - len(rows))] for rows in plans], device=device)
         self.num_blocks = max(sum(_num_blocks(grid) for grid in sample) for sample in grids)
-        self.size = max(math.prod(_sides(grid)) for sample in grids for grid in sample)
+        sizes = [max(math.prod(_sides(grid)) for grid in sample) for sample in grids]
+        self.size = max(sizes)
 
         grid, cell = batch.coords[..., 0].clamp(min=0), batch.coords[..., 1:]
         offset, across, *sides = plan.gather(1, grid[..., None].expand(-1, -1, 4)).unbind(-1)  # [B, S] each
@@ -47,17 +48,27 @@ class Blocks:
         table = torch.zeros(len(block), self.num_blocks * self.size + 1, dtype=torch.long, device=device)
         self.table = table.scatter(1, self.slot, column)[:, :-1]
         shares = [e.selected(g) / num_tokens(g) for e, g in zip(batch.experts, batch.state.grids, strict=True)]
-        self.num_steps = min(self.size, math.ceil(SURPLUS * max(shares) * self.size))
+        steps = zip(sizes, shares, strict=True)
+        self.num_steps = [min(size, math.ceil(SURPLUS * share * size)) for size, share in steps]
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Return values [B, S, D] by blocks, [B, N, M, D]; anything where there is no token."""
         rows = values.gather(1, self.table[..., None].expand(-1, -1, values.shape[-1]))
         return rows.unflatten(1, (self.num_blocks, self.size))
 
-    def scatter(self, values: torch.Tensor, absent: float) -> torch.Tensor:
-        """Return values of the places [B, N, M] by tokens, [B, S]; `absent` for text."""
-        flat = torch.cat([values.flatten(1), values.new_full((len(values), 1), absent)], dim=1)
-        return flat.gather(1, self.slot)
+    def scores(self, chosen: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what tokens were chosen at, [B, S]; -1 for the others.
+
+        Args:
+            chosen: per step, the place that was chosen in every block, [B, N, 1].
+            values: per step, what it was chosen at.
+        """
+        steps = torch.tensor(self.num_steps, device=self.slot.device)
+        counts = torch.arange(len(chosen), device=self.slot.device) < steps[:, None, None]
+        value = torch.where(counts, torch.cat(list(values), -1), -1)
+        scores = torch.full(self.is_token.shape, -1, dtype=value.dtype, device=value.device)
+        scores = scores.scatter_reduce(-1, torch.cat(list(chosen), -1), value, "amax").flatten(1)
+        return torch.cat([scores, scores.new_full((len(scores), 1), -1)], dim=1).gather(1, self.slot)
 
 
 def _sides(grid: Grid) -> Grid:

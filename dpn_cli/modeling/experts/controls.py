@@ -6,6 +6,7 @@ import torch
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.pyramid.experts import num_tokens
 
 
 def every_token(batch: Reducible) -> Assignment:
@@ -30,18 +31,13 @@ def spaced_tokens(batch: Reducible) -> Assignment:
 def random_tokens(batch: Reducible) -> Assignment:
     """Keep random visual tokens.
 
-    The draw is seeded by the prompt's text at this depth, so that an answer depends neither on the batch nor on the
-    run.
+    The random seed is made of the sizes of a sample, so that an answer depends neither on the batch nor on the run.
     """
-    state = batch.state
-    assert state.instruction is not None
-    column = torch.arange(batch.is_visual.shape[1], device=batch.coords.device)
-    is_prompt = ~batch.is_visual & (column <= state.now_at(state.instruction[:, None]))
-    is_prompt = is_prompt if state.valid is None else is_prompt & state.valid
     scores = torch.zeros(batch.is_visual.shape)
-    for row, (chosen, visual) in enumerate(zip(is_prompt, batch.is_visual, strict=True)):
-        text = state.positions[row, chosen].cpu().numpy().tobytes()
-        text += state.hidden_states[row, chosen, :4].float().mul(8).round().cpu().numpy().tobytes()
-        generator = torch.Generator().manual_seed(zlib.crc32(text))
-        scores[row, visual.cpu()] = torch.rand(int(visual.sum()), generator=generator)
-    return batch.keep(batch.best(scores.to(batch.coords.device)))
+    sizes = zip(batch.state.image_grids, batch.state.text_tokens, batch.state.grids, strict=True)
+    for row, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(zlib.crc32(repr(size).encode()))
+        count = num_tokens(batch.state.grids[row])
+        scores[row, -count:] = torch.rand(count, generator=generator)
+    order = (batch.is_visual.sum(1, keepdim=True) - batch.is_visual.long().cumsum(1)).to(scores.device)
+    return batch.keep(batch.best(scores.flip(1).gather(1, order).to(batch.coords.device)))

@@ -11,21 +11,23 @@ import torch
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.blocks import Blocks
-from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.reducible import Reducible, cosines
 
 
 def covering_tokens(batch: Reducible) -> Assignment:
     """Keep the tokens that raised the sum most when they were chosen in their blocks."""
     blocks = Blocks(batch)
     features = blocks.gather(batch.features)
-    similarity = features @ features.transpose(2, 3)  # [B, N, M, M]
+    similarity = cosines(features, features)  # [B, N, M, M]
     similarity = similarity.masked_fill(~blocks.is_token[..., None, :], -1)
     covered = torch.full_like(similarity[..., 0], -1)  # of every token: the similarity to the nearest chosen one
-    gains = torch.full_like(covered, -1)
-    for _ in range(blocks.num_steps):
-        gain = (similarity - covered[..., None, :]).clamp(min=0).sum(-1).masked_fill(~blocks.is_token | (gains >= 0), -1)
+    free, tokens, gains = blocks.is_token, [], []
+    for _ in range(max(blocks.num_steps)):
+        gain = (similarity - covered[..., None, :]).clamp(min=0).sum(-1).masked_fill(~free, -1)
         most, token = gain.max(-1, keepdim=True)
-        gains = gains.scatter_reduce(-1, token, most, "amax")
+        tokens.append(token)
+        gains.append(most)
+        free = free.scatter(-1, token, False)
         to_chosen = similarity.gather(2, token[..., None].expand(*token.shape, similarity.shape[-1]))[:, :, 0]
         covered = torch.maximum(covered, to_chosen)
-    return batch.keep(batch.best(blocks.scatter(gains, absent=-1)))
+    return batch.keep(batch.best(blocks.scores(tokens, gains)))

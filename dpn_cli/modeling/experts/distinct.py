@@ -5,15 +5,16 @@ the largest hidden states, where the authors rank by their keys.
 """
 
 from dpn_cli.modeling.engine import Assignment
-from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.reducible import Reducible, cosines
+from dpn_cli.modeling.state import precise
 
 PIVOTS = 4
 
 
 def distinct_tokens(batch: Reducible) -> Assignment:
     """Keep the pivots and the tokens whose nearest pivot is the farthest."""
-    size = batch.state.hidden_states.float().norm(dim=-1).masked_fill(~batch.is_visual, -1)
+    size = precise(batch.state.hidden_states).norm(dim=-1).masked_fill(~batch.is_visual, -1)
     pivots = size.topk(min(PIVOTS, size.shape[1]), dim=1).indices  # [B, P]
     chosen = batch.features.gather(1, pivots[..., None].expand(-1, -1, batch.features.shape[-1]))
-    distance = 1 - (batch.features @ chosen.transpose(1, 2)).amax(-1)
+    distance = 1 - cosines(batch.features, chosen).amax(-1)
     return batch.keep(batch.best(distance.scatter(1, pivots, 2 + size.gather(1, pivots).sign())))

@@ -12,7 +12,7 @@ import torch
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.blocks import Blocks
-from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.reducible import Reducible, cosines
 
 
 def diverse_tokens(batch: Reducible) -> Assignment:
@@ -24,38 +24,42 @@ def diversity(batch: Reducible) -> torch.Tensor:
     """Return every visual token's distance to those chosen before it in its block, [B, S]; -1 for the rest."""
     blocks = Blocks(batch)
     features = blocks.gather(batch.features)
-    distance = 1 - features @ features.transpose(2, 3)  # [B, N, M, M]
-    first = 1 - features @ batch.visual_mean[:, None].transpose(2, 3)
-    first = first[..., 0].masked_fill(~blocks.is_token, -1)
-    return blocks.scatter(farthest_first(distance, first, blocks.num_steps), absent=-1)
+    to_mean = 1 - cosines(features, batch.visual_mean[:, None])[..., 0]
+    to_mean = to_mean.masked_fill(~blocks.is_token, -1)
+    return blocks.scores(*farthest_first(1 - cosines(features, features), to_mean, max(blocks.num_steps)))
 
 
 def diverse_everywhere(batch: Reducible) -> Assignment:
     """Keep the tokens that are chosen in the whole sample, one by one: DivPrune, but for its first token; slow."""
-    distance = 1 - batch.features @ batch.features.transpose(1, 2)
-    first = (1 - (batch.features * batch.visual_mean).sum(-1)).masked_fill(~batch.is_visual, -1)
-    most = max(expert.selected(grids) for expert, grids in zip(batch.experts, batch.state.grids, strict=True))
-    return batch.keep(batch.best(farthest_first(distance, first, most)))
+    distance = 1 - cosines(batch.features, batch.features)
+    to_mean = (1 - cosines(batch.features, batch.visual_mean)[..., 0]).masked_fill(~batch.is_visual, -1)
+    tokens, _ = farthest_first(distance, to_mean, int(batch.num_selected.max()))
+    order = torch.arange(len(tokens), 0, -1.0, device=distance.device)
+    scores = torch.zeros_like(to_mean).scatter_reduce(
+        -1, torch.cat(tokens, -1), order.to(to_mean).expand(len(distance), -1), "amax"
+    )
+    return batch.keep(batch.best(scores))
 
 
-def farthest_first(distance: torch.Tensor, first: torch.Tensor, num_steps: int) -> torch.Tensor:
+def farthest_first(
+    distance: torch.Tensor, nearest: torch.Tensor, num_steps: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Choose tokens one by one, each the farthest from those chosen before.
 
     Args:
         distance: [..., M, M] between tokens.
-        first: [..., M] distance to what is there before any is chosen; -1 where there is no token.
+        nearest: [..., M] distance to what is there before any is chosen; -1 where there is no token.
         num_steps: tokens to choose.
 
     Returns:
-        [..., M] the distance at which every token was chosen, -1 for the others.
+        Per step, the token [..., 1] and its distance to the nearest before it.
     """
     distance = distance.masked_fill(torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device), -1)
-    nearest, tokens, distances = first, [], []
+    tokens, distances = [], []
     for _ in range(num_steps):  # four kernels a step
         far, token = nearest.max(-1, keepdim=True)
         tokens.append(token)
         distances.append(far)
         to_chosen = distance.gather(-2, token[..., None].expand(*token.shape, distance.shape[-1]))[..., 0, :]
         nearest = torch.minimum(nearest, to_chosen)
-    chosen = torch.full_like(first, -1)
-    return chosen.scatter_reduce(-1, torch.cat(tokens, -1), torch.cat(distances, -1), "amax")
+    return tokens, distances

@@ -9,7 +9,7 @@ import torch
 
 from dpn_cli.modeling.engine import DROPPED, Assignment
 from dpn_cli.modeling.experts.pool import pooled_cells
-from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.reducible import Reducible, cosines
 
 
 def picked_tokens(batch: Reducible) -> Assignment:
@@ -17,7 +17,7 @@ def picked_tokens(batch: Reducible) -> Assignment:
     cells = pooled_cells(batch)
     index = torch.arange(cells.target.shape[1], device=cells.target.device)
     cell = torch.where(cells.target == DROPPED, index, cells.target)
-    oddity = 1 - (batch.features * batch.visual_mean).sum(-1)
+    oddity = 1 - cosines(batch.features, batch.visual_mean)[..., 0]
     oddity = torch.where(cells.target == DROPPED, -1, oddity)
     best = torch.full_like(oddity, -torch.inf).scatter_reduce(1, cell, oddity, "amax")
     is_best = (oddity == best.gather(1, cell)) & (cells.target != DROPPED)

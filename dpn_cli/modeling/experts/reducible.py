@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.modeling.engine import Assignment, keep_tokens
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, precise
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Expert, Grid, num_tokens
 
@@ -58,8 +58,8 @@ class Reducible:
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """The hidden states of length 1, [B, S, D] in float32: their products are cosines."""
-        return F.normalize(self.state.hidden_states.float(), dim=-1)
+        """The hidden states of length 1, [B, S, D]: their products are cosines."""
+        return F.normalize(precise(self.state.hidden_states), dim=-1)
 
     @property
     def visual_mean(self) -> torch.Tensor:
@@ -86,6 +86,14 @@ class Reducible:
     def best(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which visual tokens have the best scores [B, S], as many as are selected; ties go to the first."""
         return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < self.num_selected[:, None]
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the products [..., N, M] of vectors of length 1, in steps of 1 / 4096.
+
+    So tokens that are alike tie in whatever batch they are, and the first one is taken; and sums of cosines are exact.
+    """
+    return (a @ b.transpose(-1, -2) * 4096).round() / 4096
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:
