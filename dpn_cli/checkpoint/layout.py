@@ -31,13 +31,13 @@ class LlavaLayout:
     """A LLaVA's decoder as convert and inspect need it.
 
     Attributes:
-        text_prefix: what stands before `layers.0…` in tensor names.
-        text_config: with transformers' defaults filled in.
-        shape: sizes of the decoder.
-        pixels: side of an image, or of a tile.
+        text_prefix: the prefix of the decoder's tensor names, before `layers.0…`.
+        text_config: the text_config, with transformers' defaults filled in.
+        shape: the decoder's sizes.
+        pixels: side of an image, or of a tile, in pixels.
         patch: side of the square that becomes one visual token, in pixels.
         grid: visual tokens of a whole image.
-        tiling: how images are cut into tiles beside that, or None where they are not.
+        tiling: how images are cut into tiles as well; None if they are not.
     """
 
     text_prefix: str
@@ -180,7 +180,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     """Check that a config describes a LLaVA whose decoder can become a pyramid.
 
     Raises:
-        CheckpointError: with the first reason why not.
+        CheckpointError: if it does not; gives the first reason.
     """
     model_type = config.get("model_type")
     if "mm_vision_tower" in config or any(each in str(config.get("architectures")) for each in ORIGINALS):

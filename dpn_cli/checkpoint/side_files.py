@@ -70,8 +70,8 @@ def left_behind(folder: Path, written: Collection[str] = ()) -> tuple[str, ...]:
     """Return a sentence about the files that somebody may miss in a copy, or nothing if there are none.
 
     Args:
-        folder: that was copied.
-        written: names of files that the copy has of its own.
+        folder: the folder that was copied.
+        written: names of the files that the copy has of its own.
     """
     names = [path.name for path in _files(folder) if path.name not in written and _is_unknown(path)]
     if not names:

@@ -24,10 +24,10 @@ class Source:
     """A model on disk.
 
     Attributes:
-        path: its folder.
-        name: short, for the output's name.
+        path: the model's folder.
+        name: a short name, from which the output's name is made.
         origin: what to record as the base model: the hub id, `demo`, or the folder's name.
-        revision: the commit, for a model of the hub.
+        revision: the commit, if the model is from the hub.
     """
 
     path: Path

@@ -26,9 +26,9 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
     """Yield a tensor's bytes.
 
     Args:
-        folder: of its file.
-        tensor: from the file's header.
-        piece_bytes: the most that a piece has.
+        folder: the folder of the tensor's file.
+        tensor: the tensor, as the file's header describes it.
+        piece_bytes: the most bytes in a piece.
 
     Raises:
         CheckpointError: if the file has become shorter than its header says.
@@ -49,9 +49,9 @@ def only_finite(pieces: Iterable[Piece], tensor: TensorInfo, file: Path) -> Iter
     """Pass a tensor's bytes on, and stop at a NaN or an infinite value.
 
     Args:
-        pieces: of whole values.
-        tensor: whose bytes they are.
-        file: it comes from.
+        pieces: the tensor's bytes, in pieces of whole values.
+        tensor: the tensor that the bytes belong to.
+        file: the file that they come from, for messages.
 
     Raises:
         CheckpointError: at the first piece with such a value.
@@ -78,9 +78,9 @@ def verify_bytes(
     """Read tensors back from the disk and hold them against what they were made from, byte by byte.
 
     Args:
-        folder: that was written.
-        tensors: of its headers.
-        original: gives the bytes of one of them again.
+        folder: the folder that was written.
+        tensors: the written tensors, from its headers.
+        original: returns the bytes that a tensor was made from.
 
     Raises:
         DpnError: if a byte differs.

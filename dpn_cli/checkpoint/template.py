@@ -20,10 +20,10 @@ class ChatTemplate:
     """A Jinja template that writes conversations.
 
     Attributes:
-        text: of the template.
-        path: the file that it is from.
+        text: the template itself.
+        path: the file that it comes from.
         is_found: whether transformers finds it there for a processor.
-        fault: what is raised where it is of no use.
+        fault: the error to raise if it is of no use.
     """
 
     text: str
@@ -61,7 +61,7 @@ class ChatTemplate:
 
         Args:
             image_token: the placeholder of an image.
-            special_tokens: of the tokenizer, which templates use by name (`bos_token`).
+            special_tokens: the tokenizer's special tokens, which templates use by name (`bos_token`).
 
         Raises:
             CheckpointError, UsageError: if it does not.

@@ -25,12 +25,12 @@ class Tokens:
     """What a tokenizer's files say.
 
     Attributes:
-        folder: that they are in.
-        file: the one that has the ids.
-        ids: of the tokens; without those of a vocabulary that only its own library reads.
-        is_whole: whether that is every token.
-        special: the special tokens, by what they are for (`eos_token`).
-        special_file: where these are.
+        folder: the tokenizer's folder.
+        file: the file that has the ids.
+        ids: ids by token, without those of a vocabulary that only its own library reads.
+        is_whole: whether `ids` has every token.
+        special: the special tokens, by purpose (`eos_token`).
+        special_file: the file that names the special tokens.
     """
 
     folder: Path
@@ -70,11 +70,11 @@ class Tokens:
         """Check that every token has its row in the embedding.
 
         Args:
-            config: of the model.
-            num_rows: of the embedding.
+            config: the model's config.json.
+            num_rows: number of rows of the embedding.
 
         Raises:
-            CheckpointError: naming a token, or a key of a config, that has none.
+            CheckpointError: if a token, or a key of a config, has none; names it.
         """
         last, i = max(self.ids.items(), key=lambda item: item[1], default=("", -1))
         if i >= num_rows:
@@ -93,8 +93,8 @@ class Tokens:
         """Return the placeholder of an image, and whether it has yet to be stated.
 
         Args:
-            config: of the model, which has its id.
-            stated: by the processor; the tokenizer's own wins.
+            config: the model's config.json, which has the token's id.
+            stated: the token that the processor states; the tokenizer's own wins.
 
         Raises:
             CheckpointError: if the tokenizer has it not, or under another id.

@@ -31,7 +31,7 @@ class BinWeights:
     """The tensors of a folder's .bin shards.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         tensors: what the shards hold, by name; `start` means nothing here.
     """
 

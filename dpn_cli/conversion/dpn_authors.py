@@ -45,9 +45,9 @@ def import_authors(config: dict[str, Any], weights: Weights, vision_tower: str |
     """Take a checkpoint of the authors.
 
     Args:
-        config: its config.json, which `validate_original` has accepted.
-        weights: of the checkpoint.
-        vision_tower: see `rewrite_original`.
+        config: the checkpoint's config.json, which `validate_original` has accepted.
+        weights: the checkpoint's tensors.
+        vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
 
     Raises:
         CheckpointError: if it is damaged or incomplete.

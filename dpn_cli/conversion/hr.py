@@ -48,8 +48,8 @@ class HrTower:
         """Read the tower's sizes from its tensors.
 
         Args:
-            weights: of the checkpoint.
-            original: its config.json.
+            weights: the checkpoint's tensors.
+            original: the checkpoint's config.json.
             vision_tower: folder or hub id of the CLIP model that the fast tower's config comes from; OpenAI's models
                 need none.
 
