@@ -43,14 +43,14 @@ class Table:
         """Open a data set.
 
         Args:
-            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or of the hub
-                owner/name[:configuration[:split]]; without a split, `train` or else the first one.
-            image_root: where the paths of images that are not in the table start.
-            reading: how its rows are read.
+            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or a data set of the
+                hub as owner/name[:configuration[:split]]; without a split, `train` or else the first one.
+            image_root: the folder that paths of images outside the table start in.
+            reading: how rows are read.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
-            MissingExtraError: without the package.
+            MissingExtraError: if the package `datasets` is not installed.
         """
         kind, dataset = _open(name)
         if len(dataset) == 0:
@@ -180,7 +180,7 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, str | None]]:
     """Return the rows below the header, cells as the texts that they are, None for empty ones.
 
     Raises:
-        ValueError: for names that come twice, or a row with more cells than there are names.
+        ValueError: if a name comes twice, or a row has more cells than there are names.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)

@@ -40,7 +40,7 @@ def image_path(root: Path, value: Any) -> Path:
     """Return the file that a row names.
 
     Args:
-        root: where relative paths start.
+        root: the folder that relative paths start in.
         value: a path, with slashes or backslashes, a file:// URI, or an object with one of them as `path` or `url`.
 
     Raises:
@@ -87,7 +87,7 @@ def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: for messages.
+        name: what messages call the image.
 
     Raises:
         RowError: as `check_image`.
@@ -101,7 +101,7 @@ def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: for messages.
+        name: what messages call the image.
 
     Raises:
         RowError: as `check_image`.
