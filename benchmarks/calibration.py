@@ -85,13 +85,15 @@ class Row:
     """A contender at a budget: means over the samples.
 
     Attributes:
-        budget: asked for.
+        budget: the budget that was asked for.
         contender: how routes are chosen.
-        fraction: FLOPs of the prefill.
+        fraction: fraction of the prefill FLOPs.
         distortion: KL from the teacher, nats per answer token.
         agreement: fraction of answer tokens on which the most likely token is the teacher's.
-        distortion_above_routed: 95% interval of what `distortion` has over the routed model's; None of that itself.
-        agreement_below_routed: 95% interval of what `agreement` lacks of the routed model's; likewise.
+        distortion_above_routed: 95% interval of how far `distortion` is above the routed model's; None for that model
+            itself.
+        agreement_below_routed: 95% interval of how far `agreement` is below the routed model's; None for that model
+            itself.
     """
 
     budget: float

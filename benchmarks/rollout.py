@@ -41,8 +41,8 @@ class Job:
 
     Attributes:
         model: a converted folder.
-        data: see `load_data`.
-        samples: of it.
+        data: the data, as `--data` of `dpn calibrate` takes it.
+        samples: number of samples to read.
         batch_size: samples per forward pass.
     """
 
@@ -66,9 +66,9 @@ class Result:
     """A contender's figures.
 
     Attributes:
-        name: of the contender.
-        ms_per_sample: of every round.
-        peak_mib: the most memory that its process held.
+        name: the method's name.
+        ms_per_sample: milliseconds per sample, in every round.
+        peak_mib: the most memory that its process held, in MiB.
     """
 
     name: str

@@ -136,7 +136,7 @@ def contender_names(against: str) -> tuple[str, ...]:
     """Read the names of contenders in an `--against`.
 
     Raises:
-        UsageError: for one that is unknown.
+        UsageError: if a name is unknown.
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
     for name in names:

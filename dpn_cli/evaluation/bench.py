@@ -30,9 +30,10 @@ class SyntheticPrompts:
     """Prompts of noise and random words.
 
     Attributes:
-        images: of a sample.
+        images: number of images per sample.
         image_size: their height and width in pixels.
-        text_tokens: of a batch's samples, in turn; None for as many as in the calibration data, or else `TEXT_TOKENS`.
+        text_tokens: text tokens of the samples of a batch, in turn; None for as many as in the calibration data, or
+            else `TEXT_TOKENS`.
     """
 
     images: int = 1
@@ -45,12 +46,13 @@ class BenchOptions:
     """What is measured, and how often.
 
     Attributes:
-        budgets: mean fractions of the prefill FLOPs; with no routes either, none for what the checkpoint is set to.
-        routes: each the same for all samples, as texts that `parse_route` reads.
-        against: of `BASELINES`.
-        batch_sizes: each measured by itself.
-        new_tokens: to generate for every sample.
-        rounds: to time after one warm-up round.
+        budgets: mean fractions of the prefill FLOPs; with neither budgets nor routes, what the checkpoint is set to is
+            measured.
+        routes: routes, each the same for all samples, as `parse_route` reads them.
+        against: names from `BASELINES` to compare with.
+        batch_sizes: batch sizes, each measured separately.
+        new_tokens: number of tokens to generate for every sample.
+        rounds: number of timed rounds after one warm-up round.
     """
 
     budgets: Sequence[float] = ()
@@ -66,10 +68,10 @@ class Bench:
     """What was measured.
 
     Attributes:
-        folder: the checkpoint.
+        folder: the checkpoint folder.
         has_data: whether the prompts were real.
-        results: of every batch size.
-        lineups: who was measured, likewise.
+        results: the measurements at every batch size.
+        lineups: what was measured at every batch size.
     """
 
     folder: Path
@@ -92,14 +94,14 @@ def bench_folder(
     """Measure a converted or exported checkpoint beside the original and other methods, in turns in one process.
 
     Args:
-        folder: the checkpoint.
-        prompts: the data to take prompts from, of the demo the held-out pictures; or what synthetic ones are like.
+        folder: the checkpoint folder.
+        prompts: the data to take prompts from (of the demo, the held-out pictures), or what synthetic prompts are like.
         options: what is measured.
-        reporter: told what a reader of the figures should know, and the progress.
+        reporter: told what a reader of the figures should know, and about the progress.
 
     Raises:
         DataError: if there are too few samples with an image.
-        UsageError: if a budget or a route is not to be had.
+        UsageError: if a budget or a route is not possible here.
     """
     data = prompts if isinstance(prompts, DataOptions) else None
     with in_use(folder):

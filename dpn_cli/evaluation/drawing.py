@@ -14,9 +14,9 @@ def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] =
     """Draw the KL of every contender over the FLOPs that it spent, with intervals.
 
     Args:
-        path: of the picture.
-        evaluations: of the first all contenders are drawn, of the others the pyramid alone.
-        names: of the evaluations' pyramids.
+        path: the picture's file.
+        evaluations: what to draw: all methods of the first evaluation, the pyramid alone of the others.
+        names: what to call the evaluations' pyramids.
     """
     first, *_ = evaluations
     others = dict.fromkeys(standing.contender for standing in first.standings)
@@ -29,8 +29,8 @@ def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None
     """Draw the prefill time of every contender, one panel per batch, against its fidelity or else its FLOPs.
 
     Args:
-        path: of the picture.
-        results: by batch size.
+        path: the picture's file.
+        results: what to draw, one panel per batch size.
         has_data: whether the prompts were real, so that fidelity says something.
     """
 

@@ -87,7 +87,7 @@ class Evaluation:
     """All standings: the original's first, then those of every budget, the pyramid's first.
 
     Attributes:
-        questions: all of them, as far as figures need them.
+        questions: what was asked, as far as figures need it.
         standings: see above.
         left_out: why a contender is missing at a budget.
     """
@@ -132,13 +132,13 @@ def evaluate(
     cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
 
     Args:
-        evaluator: the model and how it is asked.
-        samples: each with at least one image.
+        evaluator: the model, and how it is asked.
+        samples: the samples, each with at least one image.
         options: what is compared, and how.
-        reporter: told the progress.
+        reporter: told about the progress.
 
     Raises:
-        DataError: without samples.
+        DataError: if there are no samples.
         UsageError: if the pyramid can spend none of the budgets.
     """
     if not samples:

@@ -31,7 +31,7 @@ class Accuracy:
     """How well the labels are met.
 
     Attributes:
-        count: samples with a label.
+        count: number of samples with a label.
         score: mean score of the contender.
         teacher: mean score of the teacher.
         change: the contender's score less the teacher's, sample by sample.
@@ -67,14 +67,14 @@ class Figures:
     """What a contender reached on a group of samples.
 
     Attributes:
-        count: samples.
+        count: number of samples.
         fraction: mean FLOPs of the prefill, as a fraction of the unpooled one's.
-        fraction_spread: its standard deviation over the samples.
-        visual_tokens: mean over samples and layers.
+        fraction_spread: standard deviation of that fraction over the samples.
+        visual_tokens: visual tokens, the mean over samples and layers.
         distortion: KL from the teacher, nats per answer token.
         agreement: share of answer tokens whose most likely token is the teacher's.
         same_answer: share of greedy answers that are the teacher's, word for word.
-        accuracy: by the labels, where there are any.
+        accuracy: accuracy by the labels; None if there are none.
     """
 
     count: int

@@ -26,11 +26,11 @@ class Outcome:
     """What one contender makes of one sample.
 
     Attributes:
-        answer: greedy.
+        answer: the greedy answer.
         distortion: KL from the teacher, nats, the mean over the answer tokens.
         agreement: fraction of the answer tokens on which the most likely token is the teacher's.
         fraction: FLOPs of the prompt's prefill, as a fraction of the unpooled one's.
-        visual_tokens: the mean over the decoder's layers.
+        visual_tokens: visual tokens, the mean over the decoder's layers.
         route: the experts that a pyramid took; None of a contender that has no routes.
     """
 
@@ -53,12 +53,12 @@ class Evaluator:
     """The model, and how it is asked.
 
     Attributes:
-        model: in eval mode.
-        processor: of its checkpoint.
+        model: the model, in eval mode.
+        processor: the checkpoint's processor.
         batch_size: samples per forward pass.
-        answer_tokens: per answer, at most.
+        answer_tokens: the most tokens in an answer.
         kept: results of an earlier run, and where new ones go; None to keep nothing.
-        processes: that share the work, each with the same evaluator.
+        processes: the processes that share the work, each with the same evaluator.
     """
 
     model: PyramidGenerationMixin
@@ -95,9 +95,9 @@ class Evaluator:
         """Return what every contender makes of every sample.
 
         Args:
-            contenders: fitted.
-            samples: each with at least one image.
-            teacher: its answers, which are the target where the data has none.
+            contenders: the contenders, fitted to what they may spend.
+            samples: the samples, each with at least one image.
+            teacher: the teacher's answers, which are the target where the data has none.
             advance: called with the number of samples done after each batch.
 
         Raises:

@@ -77,13 +77,13 @@ def keeping(
     Args:
         depends_on: plain data that changes with the results.
         say: told if another evaluation's results are not used, or if none can be kept.
-        root: what all of them are kept in.
+        root: the folder for the results of all evaluations.
 
     Yields:
-        None where nothing can be written.
+        The results; None if nothing can be written.
 
     Raises:
-        UsageError: if another run is at the same evaluation.
+        UsageError: if another run is doing the same evaluation.
     """
     kept = KeptResults(depends_on, root)
     refusal = (

@@ -31,12 +31,13 @@ class Phase:
     """One phase of a generation over all rounds, in seconds.
 
     Attributes:
-        median_s: of the rounds.
-        low_s: their lower quartile.
-        high_s: their upper quartile.
+        median_s: median over the rounds.
+        low_s: lower quartile.
+        high_s: upper quartile.
         speedup: the original's time over this one's, the median of the paired ratios.
-        speedup_low: of a distribution-free interval of that median, of 95% or, in fewer than six rounds, their range.
-        speedup_high: its other end.
+        speedup_low: lower end of that median's distribution-free interval: of 95%, or in fewer than six rounds the
+            whole range.
+        speedup_high: upper end of that interval.
     """
 
     median_s: float
@@ -53,14 +54,14 @@ class Measured:
 
     Attributes:
         name: what tables call it.
-        fraction: of the original's prefill FLOPs that its samples need; padding is not needed.
-        flops: the same in FLOPs, of the language model for one batch; the mean over the rounds.
-        kv_bytes: of the KV cache at the end of a batch, the mean over the rounds.
-        peak_bytes: the highest of all rounds, or None where it cannot be known.
+        fraction: fraction of the original's prefill FLOPs that the samples need; padding does not count.
+        flops: prefill FLOPs of the language model for one batch, the mean over the rounds.
+        kv_bytes: bytes of the KV cache at the end of a batch, the mean over the rounds.
+        peak_bytes: peak memory in bytes, the highest of all rounds; None if it cannot be known.
         kernels: fused attention kernels of the language model; none for plain matrix products.
         distortion: KL from the original's distribution of the first token, in nats; the mean over the samples.
         agreement: share of the samples whose most likely first token is the original's.
-        phases: by their names in `PHASES`; `vision` only with images and `decode` only with several tokens.
+        phases: phases by their names in `PHASES`; `vision` only with images and `decode` only with several tokens.
     """
 
     name: str
@@ -84,14 +85,14 @@ class Latency:
     """Contenders on the same prompts.
 
     Attributes:
-        device: in words.
-        dtype: of the weights.
-        attention: implementation in transformers, such as `sdpa`.
-        threads: that torch uses on the CPU.
-        batch_size: samples of a batch.
-        prompt_tokens: of the longest prompt.
-        new_tokens: generated for every sample.
-        rounds: timed rounds after the warm-up round.
+        device: the device's name.
+        dtype: dtype of the weights.
+        attention: attention implementation in transformers, such as `sdpa`.
+        threads: number of threads that torch uses on the CPU.
+        batch_size: samples per batch.
+        prompt_tokens: tokens of the longest prompt.
+        new_tokens: number of tokens generated for every sample.
+        rounds: number of timed rounds after the warm-up round.
         contenders: the original first.
     """
 
@@ -130,10 +131,10 @@ def measure_latency(
     """Measure all contenders in turns, one round per batch.
 
     Args:
-        model: in eval mode.
-        contenders: by name, `ORIGINAL` among them.
-        batches: of one size, as `generate` takes them, on the model's device.
-        new_tokens: to generate for every sample; the answers are not ended by an end-of-sequence token.
+        model: the model, in eval mode.
+        contenders: what to measure, by name, `ORIGINAL` among them.
+        batches: batches of one size, as `generate` takes them, on the model's device.
+        new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.
         clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.
     """
@@ -179,9 +180,10 @@ def synthetic_inputs(
 
     Args:
         model: says which token stands for an image.
-        images: of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels and sizes.
-        text_tokens: of every sample, at least two.
-        seed: of the words, which are random.
+        images: the images of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels
+            and sizes.
+        text_tokens: text tokens of each sample, at least two.
+        seed: random seed for the words.
     """
     config, longest = model.config, max(text_tokens)
     generator = torch.Generator().manual_seed(seed)

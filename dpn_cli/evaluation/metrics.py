@@ -75,8 +75,8 @@ class Metric:
     """A way to score answers.
 
     Attributes:
-        description: for help texts.
-        score: of an answer by its label, from 0 to 1.
+        description: what help texts say about it.
+        score: returns an answer's score by its label, from 0 to 1.
     """
 
     description: str

@@ -50,8 +50,8 @@ def check_plot(path: Path) -> None:
     """Find out, before anything is measured, whether a picture can be drawn there.
 
     Raises:
-        MissingExtraError: without matplotlib.
-        UsageError: for another format, or a folder that is not there.
+        MissingExtraError: if matplotlib is not installed.
+        UsageError: if the format is unknown, or the folder is missing.
     """
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
@@ -64,10 +64,10 @@ def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool
     """Draw what every contender keeps at every budget, with intervals.
 
     Args:
-        path: of the picture; its suffix says the format.
-        series: x is the FLOPs fraction that was spent, y the quantity.
+        path: the picture's file; its suffix says the format.
+        series: the methods; x is the FLOPs fraction that was spent, y the quantity.
         quantity: what y is, with its unit.
-        log: a logarithmic y axis, for divergences over several orders of magnitude.
+        log: whether the y axis is logarithmic, for divergences over several orders of magnitude.
     """
     with _figure(path, 1) as (figure, [axes]):
         for style, each in zip(_styles(), series, strict=False):
@@ -94,8 +94,8 @@ def plot_latency_flops(path: Path, panels: Mapping[str, Sequence[Series]]) -> No
     """Draw prefill time against FLOPs, both relative to the original, one panel beside another.
 
     Args:
-        path: of the picture.
-        panels: by title; x is the FLOPs fraction, y the fraction of the original's prefill time.
+        path: the picture's file.
+        panels: the methods by panel title; x is the FLOPs fraction, y the fraction of the original's prefill time.
     """
     with _figure(path, len(panels)) as (figure, all_axes):
         for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
@@ -112,8 +112,8 @@ def plot_latency_fidelity(path: Path, panels: Mapping[str, Sequence[Series]], qu
     """Draw what every contender keeps against the prefill time it takes, one panel beside another.
 
     Args:
-        path: of the picture.
-        panels: by title; x is the fraction of the original's prefill time, y the quantity.
+        path: the picture's file.
+        panels: the methods by panel title; x is the fraction of the original's prefill time, y the quantity.
         quantity: what y is, with its unit.
     """
     with _figure(path, len(panels)) as (figure, all_axes):

@@ -36,11 +36,12 @@ def evaluate_folder(
     Results are kept in `.dpn/evaluation` while it runs, so that the same call goes on after a kill.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint folder.
         data: the samples to ask about; of the demo, the held-out pictures.
         options: what is compared, and how samples are asked.
-        reporter: told what goes on, and the progress.
-        processes: that evaluate together, each with this call; by default those that a launcher has started.
+        reporter: told what goes on, and about the progress.
+        processes: the processes that evaluate together, each with this call; by default those that a launcher has
+            started.
 
     Returns:
         The evaluation; None in all processes but the main one.

@@ -39,13 +39,13 @@ class Export:
     Attributes:
         source: the converted folder.
         output: the exported folder.
-        pyramid: as stored in its config.json.
-        files: its shards.
-        num_tensors: in them.
-        nbytes: of the tensors.
-        dtype: the one that the tensors were converted to, or None where they were left as they were.
-        scheme: that the decoder's linear layers were quantised by, or None.
-        num_verified: how many tensors were compared with the source, or None where none were.
+        pyramid: the pyramid, as stored in its config.json.
+        files: the shards.
+        num_tensors: number of tensors in the shards.
+        nbytes: bytes of those tensors.
+        dtype: the dtype that the tensors were converted to; None if they were left as they were.
+        scheme: how the decoder's linear layers were quantised; None if they were not.
+        num_verified: number of tensors compared with the source; None if that was not asked for.
         notes: what the user should know about the processor, and about what was left out.
     """
 

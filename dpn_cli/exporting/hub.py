@@ -10,8 +10,8 @@ def check_push(repo_id: str) -> None:
     """Check, before any work, that a folder can be uploaded at the end of it.
 
     Raises:
-        UsageError: if the id is none.
-        DpnError: without a token, or where the hub is switched off.
+        UsageError: if it is not a repository id.
+        DpnError: if there is no token, or the hub is switched off.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -31,9 +31,9 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a folder, complete as it is, to a model repository, which is made if there is none.
 
     Args:
-        folder: that `export` wrote.
-        repo_id: NAME or OWNER/NAME.
-        private: of a repository that is made.
+        folder: a folder that `export` wrote.
+        repo_id: the repository, as NAME or OWNER/NAME.
+        private: whether a new repository is private.
 
     Returns:
         The repository's address.

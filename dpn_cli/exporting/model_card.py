@@ -20,10 +20,10 @@ def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: 
     """Return the card's text.
 
     Args:
-        name: of the exported folder.
-        config: its config.json.
-        layout: of its decoder.
-        pyramid: as exported.
+        name: name of the exported folder.
+        config: the export's config.json.
+        layout: the decoder's layout.
+        pyramid: the exported pyramid.
     """
     parts = [_front_matter(config), f"# {name}", _summary(config, layout, pyramid), _pyramid(pyramid, layout)]
     if pyramid.static_route is None:

@@ -25,10 +25,10 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     """Return the pyramid as an export has it.
 
     Args:
-        pyramid: of the converted checkpoint.
+        pyramid: the converted checkpoint's pyramid.
         grid: visual tokens of one image.
-        budget: see `export`.
-        static: see `export`.
+        budget: mean fraction of the prefill FLOPs to spend; None keeps what calibration chose.
+        static: a fixed route for every sample, in place of the routers; None for the routers.
 
     Raises:
         UsageError: if the budget or the route is not one of this pyramid's.

@@ -27,9 +27,9 @@ def fingerprint(checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRec
     """Return plain data that changes with whatever the measurements of a calibration depend on.
 
     Args:
-        checkpoint: the converted one; of its shards the size, the header and both ends are looked at.
-        data_digest: of the samples to be measured, see `Dataset`.
-        recipe: of it the settings that matter before the routers are fitted.
+        checkpoint: the converted checkpoint; size, header and both ends of its shards are looked at.
+        data_digest: digest of the samples to measure, see `Dataset`.
+        recipe: the recipe; only settings that matter before the routers are fitted count.
     """
     trains = recipe.heal.method != "none" or recipe.objective == "paper"
     fitted = {tensor.file for tensor in checkpoint.tensors.values() if _ROUTERS in tensor.name}
@@ -51,9 +51,9 @@ def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Lora | None, data_di
     """Return plain data that changes with whatever the results of an evaluation depend on, its settings apart.
 
     Args:
-        checkpoint: converted or exported.
-        adapter: of a healed one.
-        data_digest: of the samples, see `Dataset`.
+        checkpoint: a converted or exported checkpoint.
+        adapter: the adapter of a healed checkpoint, or None.
+        data_digest: digest of the samples, see `Dataset`.
     """
     return {
         **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
@@ -104,7 +104,7 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
     """Check that all processes have the same input.
 
     Raises:
-        UsageError: naming the first one that has not, and what of it differs.
+        UsageError: if one has not; names it, and what differs.
     """
     for process, each in enumerate(fingerprints):
         if changed := differences(fingerprints[0], each):

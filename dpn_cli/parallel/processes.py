@@ -61,8 +61,8 @@ class Processes:
     """This process among those that work together.
 
     Attributes:
-        index: of this process; the first, 0, is the main one.
-        count: of all.
+        index: number of this process; the first, 0, is the main one.
+        count: number of all processes.
     """
 
     index: int = 0
@@ -149,9 +149,9 @@ class Processes:
         """Do pieces of work, each in one process, as many at a time as there are processes.
 
         Args:
-            count: pieces.
+            count: number of pieces.
             work: makes a piece, from its number alone.
-            take: given every piece once; called in the main process only.
+            take: called once with every piece, in the main process only.
             kept: brings back the pieces of an earlier run and keeps new ones as they are made; the main process's.
         """
         missing: list[int] = []
