@@ -7,7 +7,7 @@ the same fractions of the depth (a quarter, a half, three quarters) as in the re
 random ones would decide nothing sensible. Routes are those nearest to a budget and, in the ragged batch, others for
 every sample whose mean is about the budget; rates go up to 4×4, without which such a pyramid cannot spend 0.35. FastV
 and PyramidDrop spend what these routes spend. All are measured in turns (see `dpn bench`); what counts is the paired
-speed-up of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
+speedup of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
 takes the CPU time of one thread for the clock.
 """
 
@@ -95,7 +95,7 @@ def measure(
     rounds: int,
     clock: Callable[[], float],
 ) -> Latency:
-    """Measure all contenders on one batch."""
+    """Measure all methods on one batch."""
     text_tokens = TEXT_TOKENS[batch_size]
     images = {"input_ids": torch.full((1, num_tokens([GRID])), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(1, 3, 336, 336, dtype=model.dtype)

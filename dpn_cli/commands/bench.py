@@ -11,8 +11,8 @@ from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import (
     Fraction,
     Size,
+    baseline_names,
     checkpoint_folder,
-    contender_names,
     ignore_fields_option,
     model_option,
     takes_data,
@@ -101,7 +101,7 @@ def command(
     Without --budget and --route the checkpoint runs as it is set. Synthetic prompts are noise to the routers: they
     run, but routes that spend the budget are given. With --data they choose, and others get what they spend.
     """
-    names = contender_names(against)
+    names = baseline_names(against)
     if names and not budgets:
         raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
     wanted = {"images": images, "image_size": image_size, "text_tokens": text_tokens}

@@ -13,8 +13,8 @@ from dpn_cli import console
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
+    baseline_names,
     checkpoint_folder,
-    contender_names,
     data_options,
     model_option,
     processes_option,
@@ -101,7 +101,7 @@ def command(
     With --tasks, lmms-eval asks the questions: once of the teacher, and once of the pyramid at every budget.
     """
     with together():
-        names = contender_names(against)
+        names = baseline_names(against)
         _check_request(data, tasks, names, by)
         folder = checkpoint_folder(model)
         if data is not None and plot is not None:

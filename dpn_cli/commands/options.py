@@ -132,8 +132,8 @@ def checkpoint_folder(model: Path | None) -> Path:
     return folder
 
 
-def contender_names(against: str) -> tuple[str, ...]:
-    """Read the names of contenders in an `--against`.
+def baseline_names(against: str) -> tuple[str, ...]:
+    """Read the names of baselines in an `--against`.
 
     Raises:
         UsageError: if a name is unknown.

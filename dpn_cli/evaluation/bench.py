@@ -1,4 +1,4 @@
-"""Measuring the latency of a checkpoint's folder: prompts in, every contender's figures out."""
+"""Measuring the latency of a checkpoint's folder: prompts in, every method's figures out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Public benchmarks through lmms-eval: it is run as a program, once per contender, and its results are read. No torch.
+"""Public benchmarks through lmms-eval: it is run as a program, once per method, and its results are read. No torch.
 
 Source of the ten tasks: paper, section 4.1; their names are lmms-eval's.
 """

@@ -1,8 +1,8 @@
 """Latency of several ways to run one model, measured in turns in one process.
 
-After a warm-up, every round runs every contender once on the same prompts, in an order that moves on from round to
-round: what else the machine does falls on all of them alike. What is reported as a speed-up is the median, over the
-rounds, of the original's time divided by the contender's in the same round.
+After a warm-up, every round runs every method once on the same prompts, in an order that moves on from round to
+round: what else the machine does falls on all of them alike. What is reported as a speedup is the median, over the
+rounds, of the original's time divided by the method's in the same round.
 """
 
 import math
@@ -49,8 +49,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One contender over all rounds.
+class Measurement:
+    """One method over all rounds.
 
     Attributes:
         name: what tables call it.
@@ -82,7 +82,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Latency:
-    """Contenders on the same prompts.
+    """Methods, measured on the same prompts.
 
     Attributes:
         device: the device's name.
@@ -93,7 +93,7 @@ class Latency:
         prompt_tokens: tokens of the longest prompt.
         new_tokens: number of tokens generated for every sample.
         rounds: number of timed rounds after the warm-up round.
-        contenders: the original first.
+        measurements: the methods' figures, the original's first.
     """
 
     device: str
@@ -104,12 +104,12 @@ class Latency:
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    contenders: list[Measured]
+    measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        rows = [{**asdict(each), "ideal_speedup": each.ideal_speedup} for each in self.contenders]
-        return {**asdict(self), "contenders": rows}
+        rows = [{**asdict(each), "ideal_speedup": each.ideal_speedup} for each in self.measurements]
+        return {**asdict(self), "measurements": rows}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measure_latency(
     advance: Callable[[int], None] = lambda done: None,
     clock: Clock = time.perf_counter,
 ) -> Latency:
-    """Measure all contenders in turns, one round per batch.
+    """Measure all methods in turns, one round per batch.
 
     Args:
         model: the model, in eval mode.
@@ -160,7 +160,7 @@ def measure_latency(
         prompt_tokens=max(batch["input_ids"].shape[1] for batch in batches),
         new_tokens=new_tokens,
         rounds=len(batches),
-        contenders=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
+        measurements=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
     )
 
 
@@ -235,11 +235,11 @@ def _run(
     return _Run(timing, logits.float(), spent / sum(full), spent)
 
 
-def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measured:
+def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measurement:
     mine, theirs = (torch.cat([run.logits for run in each]).log_softmax(-1) for each in (runs, originals))
     distortion = (theirs.exp() * (theirs - mine)).sum(-1).mean()
     peaks = [run.timing.peak_bytes for run in runs]
-    return Measured(
+    return Measurement(
         name=name,
         fraction=sum(run.flops for run in runs) / sum(run.flops for run in originals),
         flops=sum(run.flops for run in runs) / len(runs),

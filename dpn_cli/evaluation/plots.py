@@ -1,6 +1,6 @@
 """Pictures of what was measured: one style, for print and for readers who cannot tell all colours apart.
 
-Every contender has a colour of its own, and a marker and a line style too.
+Every method has a colour of its own, and a marker and a line style too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """What one contender reached."""
+    """What one method reached."""
 
     name: str
     points: Sequence[Point]
@@ -61,7 +61,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool = False) -> None:
-    """Draw what every contender keeps at every budget, with intervals.
+    """Draw what every method keeps at every budget, with intervals.
 
     Args:
         path: the picture's file; its suffix says the format.
@@ -79,7 +79,7 @@ def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool
 
 
 def plot_tokens_per_layer(path: Path, tokens: Mapping[str, Sequence[float]]) -> None:
-    """Draw the visual tokens that every decoder layer sees, by contender or by kind of question."""
+    """Draw the visual tokens that every decoder layer sees, by method or by kind of question."""
     with _figure(path, 1) as (figure, [axes]):
         for i, (style, (name, counts)) in enumerate(zip(_styles(), tokens.items(), strict=False)):
             every = max(1, len(counts) // 6)
@@ -109,7 +109,7 @@ def plot_latency_flops(path: Path, panels: Mapping[str, Sequence[Series]]) -> No
 
 
 def plot_latency_fidelity(path: Path, panels: Mapping[str, Sequence[Series]], quantity: str) -> None:
-    """Draw what every contender keeps against the prefill time it takes, one panel beside another.
+    """Draw what every method keeps against the prefill time it takes, one panel beside another.
 
     Args:
         path: the picture's file.
@@ -150,7 +150,7 @@ def _figure(path: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Yield colour, marker and line style of one contender after another; their cycles differ in length."""
+    """Yield colour, marker and line style of one method after another; their cycles differ in length."""
     for colour, marker, line in zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False):
         yield {"color": colour, "marker": marker, "linestyle": line}
 

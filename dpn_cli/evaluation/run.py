@@ -84,7 +84,7 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
     if pyramid.is_imported:
         yield "Note: the pyramid came with its source, and the original, without it, is not how the model was trained."
     if model.is_adapted:
-        yield "Note: the checkpoint is healed: its pyramid runs with the adapter, teacher and contenders without."
+        yield "Note: the checkpoint is healed: the pyramid runs with its adapter, teacher and other methods without it."
     elif pyramid.calibration.get("training"):
         yield (
             "Note: this export is healed: its teacher is its own weights without pooling. Evaluate the converted "

@@ -112,7 +112,7 @@ def test_it_is_measured_beside_its_original(
     folder = convert(str(make_hr().original.folder), output=tmp_path / "out").output
     line = ["bench", "--model", str(folder), "--route", "1,1,0", "--rounds", "1", "--new-tokens", "2", "--json"]
     assert main(line) == 0
-    fixed = json.loads(capsys.readouterr().out)["runs"][0]["contenders"][1]
+    fixed = json.loads(capsys.readouterr().out)["runs"][0]["measurements"][1]
     route = next(each for each in inspect_checkpoint(folder).routes if each.route == (1, 1, 0))
     assert fixed["fraction"] == pytest.approx(route.fraction, abs=0.02)  # of the same 64 words and 64 patches
 

@@ -31,9 +31,9 @@ def test_a_call_is_silent_unless_a_reporter_listens(
 
     told = bench_folder(folder, prompts, options, Reporter(said.append, counted))
     assert [line for found in told.lineups for line in found.remarks] == said and "routes nearest to 0.6" in said[0]
-    assert steps == {"batch of 1": (6, [1] * 6), "batch of 2": (6, [1] * 6)}, "three contenders, warm-up and round"
-    assert [[each.fraction for each in result.contenders] for result in quiet.results] == [
-        [each.fraction for each in result.contenders] for result in told.results
+    assert steps == {"batch of 1": (6, [1] * 6), "batch of 2": (6, [1] * 6)}, "three methods, warm-up and round"
+    assert [[each.fraction for each in result.measurements] for result in quiet.results] == [
+        [each.fraction for each in result.measurements] for result in told.results
     ]
     assert quiet.to_dict()["checkpoint"] == str(folder) and not quiet.has_data
 
