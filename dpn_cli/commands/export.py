@@ -9,6 +9,7 @@ import click
 from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
+from dpn_cli.exporting.options import DEFAULT_SHARD_SIZE, ExportOptions
 
 if TYPE_CHECKING:
     from dpn_cli.exporting.export import Export
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--max-shard-size",
-    default="2GB",
+    default=DEFAULT_SHARD_SIZE,
     show_default=True,
     metavar="SIZE",
     help="Largest size of one file, such as 500MB or 2GB.",
@@ -91,10 +92,11 @@ def command(
     folder = checkpoint_folder(model)
     if output is None:
         output = Path(f"{resolve_source(str(folder)).name.removesuffix('-dpn')}-dpn-export")
-    done = export(
-        folder, output, dtype, max_shard_size, budget, force,
-        cast("Scheme | None", quantize), static, drop_unused, check_values, verify, uncalibrated,
+    options = ExportOptions(
+        dtype=dtype, max_shard_size=max_shard_size, budget=budget, quantize=cast("Scheme | None", quantize),
+        static=static, drop_unused=drop_unused, check_values=check_values, verify=verify, uncalibrated=uncalibrated,
     )  # fmt: skip
+    done = export(folder, output, options, force)
     for note in done.notes:
         console.note(note)
     url = hub.push(output, push, private) if push else None

@@ -15,6 +15,7 @@ from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
 
@@ -186,7 +187,7 @@ def test_what_the_config_implies_is_completed(
     earlier = whole.output  # what dpn has written before it looked at the processor
     harm(earlier)
     assert_same(encoded(earlier), expected)
-    exported = export(earlier, tmp_path / "exported", uncalibrated=True)
+    exported = export(earlier, tmp_path / "exported", ExportOptions(uncalibrated=True))
     for notes in (inspect_checkpoint(earlier).notes, exported.notes):
         assert all(key in notes[-1] for key in keys)
     for complete in (done.output, exported.output):
@@ -247,7 +248,7 @@ def test_what_contradicts_the_config_is_named_before_the_work(
         lambda: convert(str(source), output=tmp_path / "again"),
         lambda: inspect_checkpoint(source),
         lambda: load_processor(earlier),
-        lambda: export(earlier, tmp_path / "exported", uncalibrated=True),
+        lambda: export(earlier, tmp_path / "exported", ExportOptions(uncalibrated=True)),
     ):
         with pytest.raises(CheckpointError) as error:
             act()
