@@ -109,14 +109,15 @@ def bench_folder(
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
         processor = load_opened_processor(checkpoint, layout)
-        drawn = {size: _draw(data, size, options.rounds) for size in options.batch_sizes} if data else {}
+        drawn = _draw(data, max(options.batch_sizes), options.rounds) if data else []
         model = load_opened(checkpoint, pyramid, device_map=default_device())
     results, lineups = [], []
     for batch_size in options.batch_sizes:
         if isinstance(prompts, SyntheticPrompts):
             batches = [_synthetic(prompts, model, processor, batch_size)] * options.rounds
         else:
-            batches = [encode_prompts(samples, processor, model.device) for samples in drawn[batch_size]]
+            rounds = _in_batches(drawn, batch_size, options.rounds)
+            batches = [encode_prompts(samples, processor, model.device) for samples in rounds]
         found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)
@@ -138,8 +139,8 @@ def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, process
     return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
 
 
-def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[list[Sample]]:
-    """Return other samples for every round."""
+def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[Sample]:
+    """Draw samples with an image, enough for all rounds of the largest batch size."""
     needed = batch_size * rounds
     samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
     if len(samples) < needed:
@@ -147,4 +148,11 @@ def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[list[Sample]]
             f"--data {data.name} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
             f"{needed}"
         )
-    return [samples[start : start + batch_size] for start in range(0, needed, batch_size)]
+    return samples[:needed]
+
+
+def _in_batches(samples: Sequence[Sample], batch_size: int, rounds: int) -> list[Sequence[Sample]]:
+    """Return other samples for every round; a smaller batch size takes its own from all over what was drawn."""
+    needed = batch_size * rounds
+    spread = samples[:: len(samples) // needed][:needed]
+    return [spread[start : start + batch_size] for start in range(0, needed, batch_size)]
