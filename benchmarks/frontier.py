@@ -72,7 +72,7 @@ def table(plain: Evaluation, healed: Evaluation | None) -> list[tuple[str, ...]]
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
-@click.option("--healed", type=click.Path(path_type=Path), help="The same, calibrated with --heal lora.")
+@click.option("--healed", type=click.Path(path_type=Path), help="The same model, calibrated with --heal lora.")
 @click.option("--data", default="demo", show_default=True)
 @click.option("--samples", default=700, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)

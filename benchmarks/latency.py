@@ -116,7 +116,7 @@ def measure(
 
 
 @click.command()
-@click.option("--layers", default=8, show_default=True, help="Of the decoder; the 7B model has 32.")
+@click.option("--layers", default=8, show_default=True, help="Decoder layers; the 7B model has 32.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--batch-size", "batch_sizes", type=click.Choice(["1", "4"]), multiple=True, default=("1", "4"))
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.35), show_default=True)

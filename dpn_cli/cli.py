@@ -34,8 +34,8 @@ COMMANDS = {
     "export": "Write one compact folder that stock transformers loads.",
     "inspect": "Show sites, rates, budgets, and tokens and FLOPs per layer.",
     "run": "Answer a question about an image and show the route taken.",
-    "eval": "Compare it with the original, and with other methods at equal FLOPs.",
-    "bench": "Measure latency, memory and FLOPs beside the original's.",
+    "eval": "Compare the pyramid with the original, and other methods at equal FLOPs.",
+    "bench": "Measure latency, memory and FLOPs, compared with the original.",
     "recipes": "List and show the recipes.",
     "demo": "Convert, calibrate, export and evaluate a small embedded LLaVA.",
 }

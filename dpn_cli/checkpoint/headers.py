@@ -223,7 +223,7 @@ def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
         (length,) = struct.unpack("<Q", prefix[:8])
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
+                f"{path} is truncated or not a safetensors file: its header should take {length} bytes, "
                 f"the file has {size}: download it again"
             )
         stream.seek(8)

@@ -73,7 +73,7 @@ class LlavaLayout:
         token: int = config.get("image_token_index", config.get("image_token_id", -1))
         if not 0 <= token < layout.shape.vocab_size:
             raise CheckpointError(
-                f"{where}: config.json has the image_token_index {token}, the vocabulary ends at "
+                f"{where}: config.json has the image_token_index {token}, but the vocabulary ends at "
                 f"{layout.shape.vocab_size - 1}"
             )
         return layout
@@ -225,8 +225,8 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
     limit = min(window, positions) if type(positions) is int else window
     text = text | {"sliding_window": None, "max_position_embeddings": limit, **record.full_attention}
     note = (
-        f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: attention is full now, "
-        f"which is the same up to {limit} tokens, and that is all the positions it has."
+        f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: it has full "
+        f"attention now, which is the same up to {limit} tokens, and no positions beyond them."
     )
     return config | {"text_config": text}, (note,)
 
@@ -302,7 +302,7 @@ def _text_prefix(checkpoint: Checkpoint) -> str:
             return prefix
     if found := unwrap(checkpoint.tensors)[1]:
         remedy = (
-            "save the model inside of the wrapper again"
+            "save the model inside the wrapper again"
             if is_converted(checkpoint.config)
             else f"`dpn convert {checkpoint.path}` takes it off"
         )

@@ -179,8 +179,8 @@ class _Files:
             images, self.images_place = read_json_if_there(folder / IMAGES_FILE), (IMAGES_FILE,)
         if not images:
             raise CheckpointError(
-                f"{folder} has neither {IMAGES_FILE} nor an image_processor in {PROCESSOR_FILE}, so nobody knows how "
-                "its images are prepared: copy them from the model that it was made from"
+                f"{folder} has neither {IMAGES_FILE} nor an image_processor in {PROCESSOR_FILE}, so it is unknown "
+                "how its images are prepared: copy them from the model that it was made from"
             )
         tokenizer = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
         self.data: dict[Place, dict[str, Any]] = {

@@ -77,7 +77,7 @@ def left_behind(folder: Path, written: Collection[str] = ()) -> tuple[str, ...]:
     if not names:
         return ()
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return (f"Left behind, as no part of a model that dpn knows: {', '.join(names[:_NAMED])}{more}.",)
+    return (f"Left behind, since dpn does not know them as parts of a model: {', '.join(names[:_NAMED])}{more}.",)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
             size = min(left, piece_bytes)
             piece = file.read(size)
             if len(piece) < size:
-                raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the same line again")
+                raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the command again")
             left -= size
             yield piece
 
@@ -94,7 +94,7 @@ def verify_bytes(
                 if any(reader.read(len(piece)) != piece for piece in original(tensor)):
                     raise DpnError(
                         f"the tensor {tensor.name!r} reads back from {file} with other bytes than it was written with: "
-                        "check the disk and the memory, then run the same line again"
+                        "check the disk and the memory, then run the command again"
                     )
 
 

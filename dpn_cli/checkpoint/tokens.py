@@ -79,14 +79,14 @@ class Tokens:
         last, i = max(self.ids.items(), key=lambda item: item[1], default=("", -1))
         if i >= num_rows:
             raise CheckpointError(
-                f"{self.folder / self.file} gives {last!r} the id {i}, the embedding ends at {num_rows - 1}: resize "
-                "the model's embedding, or take the tokenizer that belongs to it"
+                f"{self.folder / self.file} gives {last!r} the id {i}, but the embedding ends at {num_rows - 1}: "
+                "resize the model's embedding, or take the tokenizer that belongs to it"
             )
         for file, key, value in self._noted_ids(config):
             if value >= num_rows:
                 raise CheckpointError(
-                    f"{self.folder / file} has the {key} {value}, the embedding ends at {num_rows - 1}: they do not "
-                    "belong together"
+                    f"{self.folder / file} has the {key} {value}, but the embedding ends at {num_rows - 1}: they do "
+                    "not belong together"
                 )
 
     def image_token(self, config: Mapping[str, Any], stated: Any) -> tuple[str, bool]:
@@ -125,8 +125,8 @@ class Tokens:
             yield (self.special_file, "eos_token"), eos
         if self.is_whole and eos not in self.ids:
             raise CheckpointError(
-                f"{self.folder / self.special_file} has the eos_token {eos!r}, which {self.file} has not: say which "
-                "token ends an answer"
+                f"{self.folder / self.special_file} has the eos_token {eos!r}, which is not in {self.file}: name the "
+                "token that ends an answer"
             )
         pad = self.special.get("pad_token")
         if pad is None or pad == image_token or (self.is_whole and pad not in self.ids):

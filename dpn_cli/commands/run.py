@@ -45,10 +45,10 @@ def command(
 ) -> None:
     """Answer QUESTION about one or several images, greedily.
 
-    The answer goes to stdout as it is generated; its route, tokens, FLOPs and time to stderr.
+    The answer goes to stdout as it is generated; its route, tokens, FLOPs and time go to stderr.
     """
     if budget is not None and route is not None:
-        raise UsageError("--budget asks the routers and --route goes past them: give one of them")
+        raise UsageError("--budget lets the routers choose, --route overrides them: give one of the two")
     question = question.replace("<image>", "").strip()  # the chat template says where the images go
     if not question:
         raise UsageError("the question is empty")
@@ -106,5 +106,5 @@ def _cost_line(done: "Answer") -> str:
     speed = f", {done.tokens_per_s:.1f} tokens/s" if done.tokens_per_s else ""
     return (
         f"Route {route}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
-        f"{done.first_token_s:.2f} s, {done.new_tokens} in {done.total_s:.2f} s{speed}"
+        f"{done.first_token_s:.2f} s, {done.new_tokens} tokens in {done.total_s:.2f} s{speed}"
     )

@@ -19,7 +19,7 @@ PHASE_NAMES = {
     "vision": "vision tower",
     "prefill": "prefill",
     "first_token": "first token",
-    "decode": "decode, a token",
+    "decode": "decode, per token",
 }
 BUDGETS_SHOWN = 10
 ROUTES_PER_KIND = 3
@@ -118,7 +118,7 @@ def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
     """Print the metrics of public benchmarks, teacher and pyramid side by side, each with its FLOPs."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     console.table(
-        "Benchmarks, by lmms-eval, in its units; beside each figure the fraction of the prefill FLOPs that it took",
+        "Benchmarks by lmms-eval, in its units; after each figure, the fraction of the prefill FLOPs that it took",
         ["task", "metric", "samples", *(column for name in names for column in (name, "FLOPs"))],
         [
             (
@@ -143,7 +143,7 @@ def print_latency(result: "Latency", has_data: bool) -> None:
     )
     fidelity = ["KL (nats)", "same first token"] if has_data else []
     console.table(
-        "What it takes" + (", and what the first token keeps of the original's" if has_data else ""),
+        "Cost" + (", and fidelity of the first token to the original's" if has_data else ""),
         [
             "method",
             "FLOPs",

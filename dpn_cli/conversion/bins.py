@@ -89,7 +89,7 @@ def _load(path: Path) -> "dict[str, torch.Tensor]":
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is damaged or holds Python objects beside tensors, which could run code: nothing of it was read; "
+            f"{path} is damaged or holds Python objects besides tensors, which could run code: nothing of it was read; "
             "get the model as safetensors"
         ) from None
     except Exception as error:

@@ -173,7 +173,7 @@ def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template
     if template is not None:
         template.validate(IMAGE_TOKEN, {})
         if opened.pyramid is not None and opened.pyramid.router.token_id is not None:
-            raise UsageError(f"{source} has routers that read a token of its own chat template: leave the option out")
+            raise UsageError(f"the routers of {source} read a token of its chat template: leave --chat-template out")
     return Completion(template=template)
 
 

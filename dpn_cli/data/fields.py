@@ -158,7 +158,7 @@ def validate_media(fields: Fields) -> None:
     """
     for name, value in fields.items():
         if _normalise(name) in _OTHER_MEDIA and any(True for _ in _leaves(value)):
-            raise RowError("neither image nor text", f"`{name}` is filled: only images and text are read")
+            raise RowError("neither image nor text", f"`{name}` is not empty: only images and text are read")
 
 
 def validate_all_read(fields: Fields, read: Collection[str], **found: bool) -> None:

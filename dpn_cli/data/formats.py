@@ -107,5 +107,6 @@ def open_source(request: Request) -> "Source":
         if (source := each.open(request)) is not None:
             return source
     path = request.path
-    what = f"is a {path.suffix or 'file without a suffix'}" if path.exists() else "does not exist"
+    kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+    what = f"is {kind}" if path.exists() else "does not exist"
     raise DataError(f"--data {request.data} {what}: expected {describe_formats()}")

@@ -63,7 +63,7 @@ class Table:
         columns = [column for column in dataset.column_names if column not in reading.ignored]
         if not is_readable(columns):
             raise DataError(
-                f"{name} has the columns {', '.join(columns)}: none is known as images or text. "
+                f"{name} has the columns {', '.join(columns)}: none is known to hold images or text. "
                 f"Known are {known_names()}"
             )
         self.images_alone = not asks(columns)
@@ -156,8 +156,8 @@ def _open(name: str) -> tuple[str, Any]:
     try:
         import datasets
     except ImportError:
-        known = "a table" if path.exists() else "no file or folder here; a data set of the hub"
-        raise MissingExtraError(f"--data {name} is {known}, which", "datasets", "data") from None
+        what = "a table" if path.exists() else "there is no such file or folder here, and a data set of the hub"
+        raise MissingExtraError(f"--data {name}: {what}", "datasets", "data") from None
     try:
         if is_saved_dataset(path):
             return _one_split(datasets.load_from_disk(str(path)), "saved data set")
@@ -172,7 +172,7 @@ def _open(name: str) -> tuple[str, Any]:
         loaded = datasets.load_dataset(repository, config or None, split=split or None)
         return _one_split(loaded, f"data set {name} of the hub")
     except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
-        what = "cannot be opened" if path.exists() else "is no file or folder here, and cannot be had from the hub"
+        what = "cannot be opened" if path.exists() else "is not a file or folder here, and cannot be read from the hub"
         raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
 
 

@@ -173,4 +173,4 @@ def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> s
         return f"{what} Rename these fields, or leave them unread with --ignore-fields. Known are {known_names()}"
     if skip_bad:
         return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
-    return f"{what} Mend them, or leave them out with --on-bad-row skip"
+    return f"{what} Fix them, or leave them out with --on-bad-row skip"

@@ -145,7 +145,7 @@ def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[Sample]:
     samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
     if len(samples) < needed:
         raise DataError(
-            f"--data {data.name} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
+            f"--data {data.name} has {len(samples)} samples with an image, but {rounds} rounds of {batch_size} need "
             f"{needed}"
         )
     return samples[:needed]

@@ -169,7 +169,7 @@ def _run(model_args: str, options: Sequence[str], say: Callable[[str], None]) ->
                 say(line.rstrip())
         found = sorted(Path(folder).rglob("*_results.json"))
         if process.returncode or not found:
-            raise DpnError("lmms-eval ended without results; the last that it said:\n" + "\n".join(tail))
+            raise DpnError("lmms-eval ended without results; its last lines:\n" + "\n".join(tail))
         data = json.loads(found[-1].read_text(encoding="utf-8"))
         fractions = json.loads(record.read_text()) if record.exists() else {}
     return _read(data, fractions)

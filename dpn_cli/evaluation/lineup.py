@@ -113,9 +113,9 @@ def _given_routes(name: str, dpn: GivenRoutes, pyramid: PyramidConfig, spending:
     """Say that routes are given, and which."""
     rates = ", ".join(FixedRoute(pyramid, route).rates for route in dict.fromkeys(dpn.given))
     return (
-        f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are given "
+        f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are set "
         f"({rates}: {spending.spent:.3f} of the prefill FLOPs); the routers run too, so that their time counts. With "
-        "--data they choose."
+        "--data the routers choose."
     )
 
 

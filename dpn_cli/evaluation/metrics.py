@@ -84,7 +84,7 @@ class Metric:
 
 
 METRICS = {
-    "exact": Metric("normalised exact match, as VQA's", exact_match),
+    "exact": Metric("exact match, normalised as in VQA", exact_match),
     "choice": Metric("letter of the option", multiple_choice),
     "anls": Metric("edit distance", anls),
 }

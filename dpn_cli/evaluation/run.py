@@ -82,7 +82,7 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
     if dataset.digest == pyramid.calibration.get("data_digest"):
         yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
     if pyramid.is_imported:
-        yield "Note: the pyramid came with its source, and the original, without it, is not how the model was trained."
+        yield "Note: the pyramid came with its source: the model was trained with it, and the original runs without it."
     if model.is_adapted:
         yield "Note: the checkpoint is healed: the pyramid runs with its adapter, teacher and other methods without it."
     elif pyramid.calibration.get("training"):

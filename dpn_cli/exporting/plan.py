@@ -105,7 +105,9 @@ def plan_export(
     """
     named = {_name(tensor, source): tensor for tensor in source.tensors.values() if not tensor.name.endswith(COMPUTED)}
     if lora and (unknown := lora.targets.difference(named)):
-        raise CheckpointError(f"{lora.folder} changes {min(unknown)}, which {source.path} has not: calibrate it again")
+        raise CheckpointError(
+            f"{lora.folder} changes {min(unknown)}, which is not in {source.path}: calibrate it again"
+        )
     kept = [name for name in sorted(named, key=_natural) if not name.startswith(left_out)]
     moves = [_move(named[name], name, dtype, scheme, lora) for name in kept]
     return Plan(source, _fill_shards(moves, max_shard_bytes))
@@ -119,7 +121,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"{size!r} is no size: expected bytes, or a number with KB, MB or GB, such as 2GB")
+        raise UsageError(f"{size!r} is not a size: expected bytes, or a number with KB, MB or GB, such as 2GB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

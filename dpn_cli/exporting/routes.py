@@ -37,7 +37,7 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     if static is None:
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
-        raise UsageError("a static route leaves the routers no choice to meet a budget by: leave one of the two out")
+        raise UsageError("a static route leaves no choice by which to meet a budget: leave one of the two out")
     route = parse_route(static, pyramid.sites)
     try:
         pyramid.walk(route, [grid])

@@ -104,7 +104,7 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
     """Check that all processes have the same input.
 
     Raises:
-        UsageError: if one has not; names it, and what differs.
+        UsageError: if one has another; names it, and what differs.
     """
     for process, each in enumerate(fingerprints):
         if changed := differences(fingerprints[0], each):

@@ -81,13 +81,13 @@ class Processes:
                 raise UsageError(
                     f"the configuration of accelerate asks for {name}, which dpn cannot use: every process "
                     "holds the whole frozen model and training averages gradients; choose multi-GPU or multi-CPU "
-                    "(dpn calibrate --num-processes), and --load-in 4bit where the model is too large"
+                    "(dpn calibrate --num-processes), and --load-in 4bit if the model is too large"
                 )
         if place()[1] == 1:
             return cls()
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if 0 < gpus < here:
-            raise UsageError(f"{here} processes take a GPU each, this machine has {gpus}: start at most {gpus}")
+            raise UsageError(f"{here} processes need a GPU each, but this machine has {gpus}: start at most {gpus}")
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -195,7 +195,7 @@ class Processes:
 
         The main process says it, or where that one is lost, it has said why, or its launcher does.
         """
-        return self._error("another process of this run ended, as when memory runs out: run the same command again")
+        return self._error("another process of this run ended, as when memory runs out: run the command again")
 
 
 ALONE = Processes()

@@ -21,7 +21,7 @@ def test_methods_at_a_budget(
     assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
-    assert all("routes nearest to 0.6 are given" in run["remarks"][0] for run in data["runs"])
+    assert all("routes nearest to 0.6 are set" in run["remarks"][0] for run in data["runs"])
     assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
     for run in data["runs"]:
         original, dpn, fastv, prepool, fixed = run["measurements"]
@@ -39,7 +39,7 @@ def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys
     folder = make_converted()
     assert main(["bench", "--model", str(folder), "--data", "demo", *QUICK]) == 0
     out = capsys.readouterr().out
-    for text in ("KL (nats)", "same first token", "vision tower", "decode, a token", "100.0%", "dpn"):
+    for text in ("KL (nats)", "same first token", "vision tower", "decode, per token", "100.0%", "dpn"):
         assert text in out
 
 

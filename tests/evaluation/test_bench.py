@@ -47,7 +47,7 @@ def test_every_round_needs_samples_of_its_own(
     monkeypatch.setattr("dpn_cli.evaluation.bench.load_opened", None)  # said before the model is loaded
     (tmp_path / "pictures").mkdir()
     pictures = DataOptions(str(noise_pictures(tmp_path / "pictures", 3)))
-    with pytest.raises(DataError, match="has 3 samples with an image, 2 rounds of 2 need 4"):
+    with pytest.raises(DataError, match="has 3 samples with an image, but 2 rounds of 2 need 4"):
         bench_folder(make_converted(), pictures, BenchOptions(batch_sizes=(1, 2), rounds=2))
 
 

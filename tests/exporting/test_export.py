@@ -343,7 +343,7 @@ def test_sizes(size: int | str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "2 parsecs", "1e9", 0])
 def test_what_is_no_size(size: int | str) -> None:
-    with pytest.raises(UsageError, match="no size"):
+    with pytest.raises(UsageError, match="not a size"):
         parse_size(size)
 
 
