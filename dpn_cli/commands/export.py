@@ -107,8 +107,6 @@ def command(
     _show(done, budget)
     if done.num_verified is not None:
         console.note(f"{done.num_verified} tensors equal the checkpoint's, byte for byte.")
-    for note in done.notes:
-        console.note(note)
     if url:
         console.note(f"Uploaded to {url}.")
     console.note(f"Wrote {output}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with")

@@ -49,6 +49,12 @@ def test_json_says_what_was_written(here: Path, capsys: pytest.CaptureFixture[st
     assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_stays_behind_is_said_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tiny-dpn" / "notes.txt").write_text("mine")
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", "--uncalibrated"]) == 0
+    assert capsys.readouterr().err.count("notes.txt") == 1
+
+
 def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--quantize", "nf4", "--static", "1x2,1x1,2x2", "--drop-unused", "--verify", "--max-shard-size", "200KB"]
     assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
