@@ -42,11 +42,15 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 
 @click.command("bench")
 @model_option
-@click.option("--budget", "budgets", type=Fraction(), multiple=True, help="Mean fraction of prefill FLOPs; repeatable.")
+@click.option(
+    "--budget", "budgets", type=Fraction(), multiple=True,
+    help="Mean fraction of the original's prefill FLOPs to spend; repeatable.",
+)  # fmt: skip
 @click.option(
     "--route",
     "routes",
     multiple=True,
+    metavar="ROUTE",
     help="One route for all samples: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
 )
 @click.option(
@@ -67,7 +71,10 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     help="Text tokens of the synthetic samples of a batch, in turn; default: as in the calibration data, else "
     f"{TEXT_TOKENS}.",
 )  # fmt: skip
-@click.option("--data", help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.")
+@click.option(
+    "--data", metavar="DATA",
+    help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.",
+)  # fmt: skip
 @click.option(
     "--image-root", type=click.Path(path_type=Path, file_okay=False), help="The folder that its image paths start in."
 )

@@ -63,8 +63,8 @@ def command(
     """Fit the routers to the model itself, with forward passes only.
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
-    After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
-    For several machines: `accelerate launch --no_python dpn calibrate ...` on each.
+    After a kill or Ctrl-C, run the same command line again to go on, with any number of processes.
+    For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
     Budgets are means over the calibration data. If your data spend more or less than you ask for, --budgets-only
     solves the budgets on your data; the checkpoint may also be an export.

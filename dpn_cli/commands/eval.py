@@ -95,8 +95,8 @@ def command(
 ) -> None:
     """Compare the pyramid with its teacher, the model that pools nothing, and with other methods at equal FLOPs.
 
-    Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
-    command line goes on where it stopped, with any number of processes.
+    Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, run the
+    same command line again to go on, with any number of processes.
 
     With --tasks, lmms-eval asks the questions: the teacher once, and the pyramid once at every budget.
     """

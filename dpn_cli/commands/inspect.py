@@ -40,8 +40,9 @@ SAMPLE_FROM = {
     "data, else 672x672.",
 )  # fmt: skip
 @click.option(
-    "--route", "routes", multiple=True, help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable."
-)
+    "--route", "routes", multiple=True, metavar="ROUTE",
+    help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     name: str | None,

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
-    "--route", help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice."
-)
+    "--route", metavar="ROUTE",
+    help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice.",
+)  # fmt: skip
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
