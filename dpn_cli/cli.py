@@ -172,7 +172,7 @@ def _closed_stdout() -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Let the command tidy up and leave; who asks once more does not wait for that."""
+    """Let the command tidy up and leave; a second signal ends it at once."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _leave_at_once)
     raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from dpn_cli.pyramid.config import Shapes
 
 
 def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:
-    """Hold the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
+    """Check the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
 
     Args:
         checkpoint: the LLaVA, as it is stored or as it will be.

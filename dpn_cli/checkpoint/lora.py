@@ -58,7 +58,7 @@ class Lora:
                 raise CheckpointError(f"{folder / file} is missing, yet the checkpoint was healed: calibrate it again")
         config = read_json(folder / CONFIG_FILE)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-            raise CheckpointError(f"{folder} holds an adapter that is not plain LoRA: calibrate the checkpoint again")
+            raise CheckpointError(f"{folder} holds another adapter than plain LoRA: calibrate the checkpoint again")
         names = [name for name in read_header(folder / WEIGHTS_FILE) if name.endswith(_DOWN)]
         targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in names)
         alpha, rank = config.get("lora_alpha"), config.get("r")

@@ -121,7 +121,7 @@ class _Setting:
 
 
 def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
-    """Hold the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
+    """Check the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
 
     Args:
         checkpoint: the checkpoint in Hugging Face's layout, converted or not.

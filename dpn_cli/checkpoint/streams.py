@@ -75,7 +75,7 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
 def verify_bytes(
     folder: Path, tensors: Iterable[TensorInfo], original: Callable[[TensorInfo], Iterable[Piece]]
 ) -> None:
-    """Read tensors back from the disk and hold them against what they were made from, byte by byte.
+    """Read tensors back from the disk and compare them with what they were made from, byte by byte.
 
     Args:
         folder: the folder that was written.

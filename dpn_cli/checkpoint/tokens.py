@@ -1,4 +1,4 @@
-"""The tokens of a folder's tokenizer, held against its model's config. No torch, and no tokenizer is loaded."""
+"""The tokens of a folder's tokenizer, checked against its model's config. No torch, and no tokenizer is loaded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

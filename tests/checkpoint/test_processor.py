@@ -261,7 +261,9 @@ def test_a_token_beyond_the_embedding_is_named(make_source: Callable[[str], Path
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(source)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json gives '\[PAD\]' the id 304, the embedding ends at 303"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json gives '\[PAD\]' the id 304, but the embedding ends at 303"
+    ):
         convert(str(source), output=tmp_path / "out")
 
 

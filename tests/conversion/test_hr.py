@@ -219,7 +219,7 @@ def test_a_converted_one_is_not_converted_again(make_hr: Callable[..., Hr], tmp_
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"input_image_size": None}, "None as input_image_size"),
     "size in words": ({"input_image_size": "1024"}, "'1024' as input_image_size"),
-    "size of no whole grid": ({"input_image_size": 250}, "250 as input_image_size, expected a multiple of 32"),
+    "size of no whole grid": ({"input_image_size": 250}, "250 as input_image_size, expected 32 times a number"),
     "size of an odd grid": ({"input_image_size": 96}, "at least 4 or divides it"),
     "frozen": ({"freeze_vision": True}, r"vision_tower\.adapters\.0\."),
     "another fast tower": ({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "siglip-so400m"),
