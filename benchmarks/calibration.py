@@ -5,7 +5,7 @@ Run it on a calibrated folder:
     python benchmarks/calibration.py --model dpn-demo/demo-dpn --data demo --samples 600
 
 The samples are of the data's held-out split, which calibration has never seen; every one is sent down every route, so
-that all contenders are judged on the same measurements. A fixed route is the best of the cheapest that spend as much as
+that all methods are judged on the same measurements. A fixed route is the best of the cheapest that spend as much as
 the routers, or more. Intervals are 95%, of a paired bootstrap over the samples.
 """
 
@@ -30,7 +30,7 @@ BUDGETS = (0.8, 0.65, 0.55, 0.5, 0.44, 0.4)  # and the cheapest
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """One way to choose routes, on every sample: FLOPs fraction, KL and agreement, each [N]."""
 
     name: str
@@ -39,13 +39,13 @@ class Contender:
     agreement: torch.Tensor
 
 
-def take(table: RouteTable, name: str, routes: torch.Tensor) -> Contender:
-    """Return the contender that takes `routes`, [N] indices."""
+def take(table: RouteTable, name: str, routes: torch.Tensor) -> Method:
+    """Return the method that takes `routes`, [N] indices."""
     rows = torch.arange(len(routes))
-    return Contender(name, table.fraction[rows, routes], table.distortion[rows, routes], table.agreement[rows, routes])
+    return Method(name, table.fraction[rows, routes], table.distortion[rows, routes], table.agreement[rows, routes])
 
 
-def best_fixed(table: RouteTable, fraction: float) -> Contender:
+def best_fixed(table: RouteTable, fraction: float) -> Method:
     """Return the fixed route with the least KL among those of `fraction` or more, or the next cheaper one."""
     fixed = fixed_routes(table)
     dear = {route: o for route, o in fixed.items() if o.fraction >= fraction}
@@ -54,16 +54,16 @@ def best_fixed(table: RouteTable, fraction: float) -> Contender:
     return take(table, f"fixed {route}", torch.full((len(table.fraction),), table.tree.routes.index(route)))
 
 
-def random_routing(table: RouteTable, routes: torch.Tensor) -> Contender:
+def random_routing(table: RouteTable, routes: torch.Tensor) -> Method:
     """Return the expectation of routing with the same shares and no look at the samples."""
     shares = routes.bincount(minlength=len(table.tree.routes)).float() / len(routes)
-    return Contender(
+    return Method(
         "random, same shares",
         table.fraction @ shares, table.distortion.nan_to_num() @ shares, table.agreement.nan_to_num() @ shares,
     )  # fmt: skip
 
 
-def oracle(table: RouteTable, fraction: float) -> Contender:
+def oracle(table: RouteTable, fraction: float) -> Method:
     """Return the routes of least D + λ·FLOPs per sample, λ solved for `fraction`."""
     low, high = 0.0, 1e3
     for _ in range(60):
@@ -82,20 +82,22 @@ def interval(differences: torch.Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at a budget: means over the samples.
+    """A method at a budget: means over the samples.
 
     Attributes:
-        budget: asked for.
-        contender: how routes are chosen.
-        fraction: FLOPs of the prefill.
+        budget: the budget that was asked for.
+        method: how routes are chosen.
+        fraction: fraction of the prefill FLOPs.
         distortion: KL from the teacher, nats per answer token.
         agreement: fraction of answer tokens on which the most likely token is the teacher's.
-        distortion_above_routed: 95% interval of what `distortion` has over the routed model's; None of that itself.
-        agreement_below_routed: 95% interval of what `agreement` lacks of the routed model's; likewise.
+        distortion_above_routed: 95% interval of how far `distortion` is above the routed model's; None for that model
+            itself.
+        agreement_below_routed: 95% interval of how far `agreement` is below the routed model's; None for that model
+            itself.
     """
 
     budget: float
-    contender: str
+    method: str
     fraction: float
     distortion: float
     agreement: float
@@ -103,8 +105,8 @@ class Row:
     agreement_below_routed: tuple[float, float] | None
 
     @classmethod
-    def of(cls, budget: float, other: Contender, routed: Contender) -> "Row":
-        """Average one contender and compare it with the routed model, sample by sample."""
+    def of(cls, budget: float, other: Method, routed: Method) -> "Row":
+        """Average one method and compare it with the routed model, sample by sample."""
         means = (each.mean().item() for each in (other.fraction, other.distortion, other.agreement))
         if other is routed:
             return cls(budget, other.name, *means, None, None)
@@ -115,7 +117,7 @@ class Row:
         """Return the row of the printed table."""
         gaps = (self.distortion_above_routed, self.agreement_below_routed)
         return (
-            f"{self.budget:.3f}", self.contender, f"{self.fraction:.3f}", f"{self.distortion:.4f}",
+            f"{self.budget:.3f}", self.method, f"{self.fraction:.3f}", f"{self.distortion:.4f}",
             f"{self.agreement:.3f}", *("" if gap is None else f"{gap[0]:+.4f} … {gap[1]:+.4f}" for gap in gaps),
         )  # fmt: skip
 
@@ -154,7 +156,7 @@ def main(model: Path, data: str, samples: int, batch_size: int, budgets: tuple[f
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    columns = ["budget", "contender", "FLOPs", "KL", "top-1", "KL above the routed, 95%", "top-1 below it, 95%"]
+    columns = ["budget", "method", "FLOPs", "KL", "top-1", "KL above the routed, 95%", "top-1 below it, 95%"]
     title = f"{len(table.fraction)} held-out samples, {len(table.tree.routes)} routes"
     console.table(title, columns, [row.cells() for row in rows])
 

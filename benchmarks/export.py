@@ -44,7 +44,9 @@ def row(name: str, done: Run, folder: Path | None = None) -> str:
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Repeatable; default: all.")
-@click.option("--load/--no-load", default=True, show_default=True, help="Load every export: takes its size in memory.")
+@click.option(
+    "--load/--no-load", default=True, show_default=True, help="Load every export, which takes its size in memory."
+)
 def main(source: Path, kinds: tuple[str, ...], load: bool) -> None:
     """Measure exports of SOURCE, which has to be on a disk with room for it once more."""
     converted, output = (source.with_name(f"{source.name}.benchmark-{what}") for what in ("dpn", "export"))

@@ -1,12 +1,12 @@
-"""What would another method have given for the same compute? The pyramid and every contender, budget by budget.
+"""What would another method have given for the same compute? The pyramid and other methods, budget by budget.
 
 Run it on a calibrated folder, and on one that was healed from the same model if there is one:
 
     python benchmarks/frontier.py --model dpn-demo/demo-dpn --healed healed-dpn --data demo --samples 700
 
-All contenders answer the same held-out samples and spend what the pyramid spends on them; where one cannot, the verdict
-says so. The teacher is the original, and contenders run on its weights. Intervals are 95%, of a paired bootstrap over
-the samples.
+All methods answer the same held-out samples and spend what the pyramid spends on them; where one cannot, the verdict
+says so. The teacher is the original, and the other methods run on its weights. Intervals are 95%, of a paired bootstrap
+over the samples.
 """
 
 import json
@@ -19,7 +19,7 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.baselines.contender import TOLERANCE
 from dpn_cli.evaluation.drawing import plot_evaluation
-from dpn_cli.evaluation.evaluate import Evaluation, Standing
+from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.intervals import Estimate, bootstrap_mean
@@ -28,17 +28,17 @@ from dpn_cli.parallel.processes import ALONE
 BUDGETS = (0.8, 0.65, 0.5, 0.44, 0.36)
 
 
-def over(standing: Standing, pyramid: Standing) -> Estimate:
-    """Return how much more KL a contender has than the pyramid, sample by sample."""
-    pairs = zip(standing.outcomes, pyramid.outcomes, strict=True)
+def over(result: Result, pyramid: Result) -> Estimate:
+    """Return how much more KL a method has than the pyramid, sample by sample."""
+    pairs = zip(result.per_sample, pyramid.per_sample, strict=True)
     return bootstrap_mean([theirs.distortion - ours.distortion for theirs, ours in pairs])
 
 
-def verdict(standing: Standing, pyramid: Standing | None) -> str:
-    """Say whether a contender is better or worse than the pyramid, or tied with it, and if it spent more or less."""
-    if pyramid is None or standing is pyramid:
+def verdict(result: Result, pyramid: Result | None) -> str:
+    """Say whether a method is better or worse than the pyramid, or tied with it, and if it spent more or less."""
+    if pyramid is None or result is pyramid:
         return ""
-    difference, flops = over(standing, pyramid), standing.figures.fraction - pyramid.figures.fraction
+    difference, flops = over(result, pyramid), result.figures.fraction - pyramid.figures.fraction
     word = "tied" if not difference.excludes_zero else "worse" if difference.low > 0 else "better"
     return word if abs(flops) <= TOLERANCE else f"{word}, for {flops:+.3f} of the FLOPs"
 
@@ -49,30 +49,30 @@ def show(estimate: Estimate, scale: float, digits: int) -> str:
     return f"{value} ({low} … {high})"
 
 
-def row(budget: float, name: str, standing: Standing, pyramid: Standing | None) -> tuple[str, ...]:
+def row(budget: float, name: str, result: Result, pyramid: Result | None) -> tuple[str, ...]:
     """Return a line of the table."""
-    figures = standing.figures
+    figures = result.figures
     accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, 100, 1)
     kl = show(figures.distortion, 1, 4)
-    return (f"{budget:g}", name, f"{figures.fraction:.3f}", kl, accuracy, verdict(standing, pyramid))
+    return (f"{budget:g}", name, f"{figures.fraction:.3f}", kl, accuracy, verdict(result, pyramid))
 
 
 def table(plain: Evaluation, healed: Evaluation | None) -> list[tuple[str, ...]]:
     """Return one block of rows per budget, the pyramids first."""
-    rows = [row(1.0, "original", plain.standings[0], None)]
+    rows = [row(1.0, "original", plain.results[0], None)]
     for budget in BUDGETS:
-        here = [standing for standing in plain.standings if standing.budget == budget]
-        pyramid = next((standing for standing in here if standing.contender == "dpn"), None)
+        here = [result for result in plain.results if result.budget == budget]
+        pyramid = next((result for result in here if result.method == "dpn"), None)
         after = [s for s in healed.of("dpn") if s.budget == budget] if healed else []
         rows += [row(budget, "dpn", pyramid, None)] if pyramid else []
-        rows += [row(budget, "dpn, healed", standing, pyramid) for standing in after]
-        rows += [row(budget, standing.label, standing, pyramid) for standing in here if standing is not pyramid]
+        rows += [row(budget, "dpn, healed", result, pyramid) for result in after]
+        rows += [row(budget, result.label, result, pyramid) for result in here if result is not pyramid]
     return rows
 
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
-@click.option("--healed", type=click.Path(path_type=Path), help="The same, calibrated with --heal lora.")
+@click.option("--healed", type=click.Path(path_type=Path), help="The same model, calibrated with --heal lora.")
 @click.option("--data", default="demo", show_default=True)
 @click.option("--samples", default=700, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
@@ -95,9 +95,9 @@ def main(
         options = EvaluationOptions(
             BUDGETS, against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
         )
-        result = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
-        assert result is not None, "alone, this process is the main one"
-        return result
+        evaluation = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
+        assert evaluation is not None, "alone, this process is the main one"
+        return evaluation
 
     plain = run(model, BASELINES)
     after = run(healed, ()) if healed else None
@@ -107,8 +107,8 @@ def main(
     if plot:
         pair = (plain, after) if after else (plain,)
         plot_evaluation(plot, *pair, names=("dpn", "dpn, healed")[: len(pair)])
-    columns = ["budget", "contender", "FLOPs", "KL, nats (95%)", "accuracy, % (95%)", "KL beside dpn"]
-    console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after), texts=["contender"])
+    columns = ["budget", "method", "FLOPs", "KL, nats (95%)", "accuracy, % (95%)", "KL beside dpn"]
+    console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after), texts=["method"])
     for reason in plain.left_out:
         console.note(f"Left out: {reason}")
 

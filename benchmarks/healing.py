@@ -38,9 +38,9 @@ def main(models: tuple[Path, ...], data: str, questions: int, budgets: tuple[flo
     figures: dict[tuple[str, float], Figures] = {}
     options = EvaluationOptions(budgets, samples=questions, answer_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
     for folder in models:
-        result = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
-        assert result is not None, "alone, this process is the main one"
-        figures |= {(str(folder), standing.budget or 1.0): standing.figures for standing in result.of("dpn")}
+        evaluation = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
+        assert evaluation is not None, "alone, this process is the main one"
+        figures |= {(str(folder), result.budget or 1.0): result.figures for result in evaluation.of("dpn")}
     if as_json:
         click.echo(json.dumps([{"model": m, "budget": b, **asdict(f)} for (m, b), f in figures.items()], indent=2))
         return

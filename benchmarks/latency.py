@@ -7,7 +7,7 @@ the same fractions of the depth (a quarter, a half, three quarters) as in the re
 random ones would decide nothing sensible. Routes are those nearest to a budget and, in the ragged batch, others for
 every sample whose mean is about the budget; rates go up to 4×4, without which such a pyramid cannot spend 0.35. FastV
 and PyramidDrop spend what these routes spend. All are measured in turns (see `dpn bench`); what counts is the paired
-speed-up of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
+speedup of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
 takes the CPU time of one thread for the clock.
 """
 
@@ -97,7 +97,7 @@ def measure(
     rounds: int,
     clock: Callable[[], float],
 ) -> Latency:
-    """Measure all contenders on one batch."""
+    """Measure all methods on one batch."""
     text_tokens = TEXT_TOKENS[batch_size]
     images = {"input_ids": torch.full((1, num_tokens([GRID])), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(1, 3, 336, 336, dtype=model.dtype)
@@ -118,7 +118,7 @@ def measure(
 
 
 @click.command()
-@click.option("--layers", default=8, show_default=True, help="Of the decoder; the 7B model has 32.")
+@click.option("--layers", default=8, show_default=True, help="Decoder layers; the 7B model has 32.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--batch-size", "batch_sizes", type=click.Choice(["1", "4"]), multiple=True, default=("1", "4"))
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.35), show_default=True)

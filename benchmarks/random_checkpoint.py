@@ -48,11 +48,11 @@ def make(
     """Write a random checkpoint; equal arguments give equal bytes.
 
     Args:
-        folder: to write; it must not exist.
+        folder: the folder to write, which must not exist.
         layout: one of `LAYOUTS`.
         text: changes of text_config, for a smaller model.
         vision: changes of vision_config.
-        shard_bytes: the most that a shard's tensors take.
+        shard_bytes: the most bytes of tensors in a shard.
 
     Returns:
         The folder.

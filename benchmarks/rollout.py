@@ -37,12 +37,12 @@ Measure = Callable[[], torch.Tensor]  # returns the distortion of every sample d
 
 @dataclass(frozen=True)
 class Job:
-    """What both contenders do.
+    """What both methods do.
 
     Attributes:
         model: a converted folder.
-        data: see `load_data`.
-        samples: of it.
+        data: the data, as `--data` of `dpn calibrate` takes it.
+        samples: number of samples to read.
         batch_size: samples per forward pass.
     """
 
@@ -63,12 +63,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's figures.
+    """A method's figures.
 
     Attributes:
-        name: of the contender.
-        ms_per_sample: of every round.
-        peak_mib: the most memory that its process held.
+        name: the method's name.
+        ms_per_sample: milliseconds per sample, in every round.
+        peak_mib: the most memory that its process held, in MiB.
     """
 
     name: str
@@ -119,7 +119,7 @@ BASELINES = {"rollout": rollout, "two models": two_models}
 
 
 def serve(name: str, job: Job, pipe: Connection) -> None:
-    """Be one contender: measure whenever told to, and answer with the seconds; in the end, with all else."""
+    """Be one of the methods: measure whenever told to, and answer with the seconds; in the end, with all else."""
     measure_all = BASELINES[name](job)
     distortion = measure_all()  # warms up
     pipe.send(len(distortion))
@@ -131,7 +131,7 @@ def serve(name: str, job: Job, pipe: Connection) -> None:
 
 
 def compete(job: Job, rounds: int) -> tuple[list[Result], float]:
-    """Let the contenders take turns; also return the largest difference of their distortions."""
+    """Let the methods take turns; also return the largest difference of their distortions."""
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name in BASELINES:

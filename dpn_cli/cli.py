@@ -34,8 +34,8 @@ COMMANDS = {
     "export": "Write one compact folder that stock transformers loads.",
     "inspect": "Show sites, rates, budgets, and tokens and FLOPs per layer.",
     "run": "Answer a question about an image and show the route taken.",
-    "eval": "Compare it with the original, and with other methods at equal FLOPs.",
-    "bench": "Measure latency, memory and FLOPs beside the original's.",
+    "eval": "Compare the pyramid with the original, and other methods at equal FLOPs.",
+    "bench": "Measure latency, memory and FLOPs, compared with the original.",
     "recipes": "List and show the recipes.",
     "demo": "Convert, calibrate, export and evaluate a small embedded LLaVA.",
 }
@@ -172,7 +172,7 @@ def _closed_stdout() -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Let the command tidy up and leave; who asks once more does not wait for that."""
+    """Let the command tidy up and leave; a second signal ends it at once."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _leave_at_once)
     raise KeyboardInterrupt

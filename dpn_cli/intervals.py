@@ -31,8 +31,8 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     For a paired comparison the values are the differences, sample by sample.
 
     Args:
-        values: at least one.
-        seed: of the resamples.
+        values: the values, at least one.
+        seed: random seed for the resamples.
     """
     data = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
@@ -49,8 +49,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Return the two-sided p-value of the exact McNemar test: are two raters equally often right?
 
     Args:
-        first: whether the one is right, per sample.
-        second: the same of the other.
+        first: whether the first rater is right, per sample.
+        second: whether the second rater is right, per sample.
 
     Source: McNemar 1947, with the binomial distribution in place of χ².
     """
@@ -65,8 +65,8 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a proportion (Wilson 1927).
 
     Args:
-        successes: how many of `count`; a sum of per-sample shares is allowed.
-        count: independent trials, at least one.
+        successes: number of successes; a sum of per-sample shares is allowed.
+        count: number of independent trials, at least one.
     """
     p, z2 = successes / count, Z_95**2
     centre = (p + z2 / (2 * count)) / (1 + z2 / count)

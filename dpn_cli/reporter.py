@@ -10,7 +10,7 @@ class Reporter:
     """Takes messages and progress; by itself it drops them. The console's is `console.REPORTER`.
 
     Attributes:
-        note: takes one message.
+        note: takes a message.
         progress: takes a description and a total; the context yields `advance`, to be called with the number of steps
             done since the last call.
     """

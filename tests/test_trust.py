@@ -325,7 +325,7 @@ def test_what_no_model_needs_stays_behind_and_is_named(source: Path, capsys: pyt
         (source / name).write_text("{}")
     assert main(["convert", str(source), "-o", "out"]) == 0
     left = "LICENSE.py, evil.py, id_rsa, notes.txt, trainer_state.json"
-    assert f"Left behind, as no part of a model that dpn knows: {left}.\n" in capsys.readouterr().err
+    assert f"Left behind, since dpn does not know them as parts of a model: {left}.\n" in capsys.readouterr().err
     kept = {path.name for path in Path("out").iterdir()}
     assert kept >= {"LICENSE", "NOTICE.txt", "USE_POLICY.md", "chat_template.jinja", "vocab.json"}
     assert not kept & {*left.split(", "), "README.md", ".env", "optimizer.pt", "logo.png"}

@@ -12,16 +12,16 @@ from dpn_cli.pyramid.config import Shapes
 
 
 def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:
-    """Hold the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
+    """Check the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
 
     Args:
-        checkpoint: in safetensors, or as it will be.
-        layout: of the checkpoint.
+        checkpoint: the LLaVA, as it is stored or as it will be.
+        layout: the checkpoint's layout.
         added: the pyramid's tensors, where it has one.
 
     Raises:
-        CheckpointError: with the first one that is missing, there twice, not known, of another shape, or not of
-            floating-point numbers.
+        CheckpointError: if a tensor is missing, stored twice, unknown, of another shape, or not of floating-point
+            numbers.
     """
     config = checkpoint.config | {"text_config": layout.text_config, "vision_config": _vision(checkpoint)}
     expected = {memory_name(name) or name: shape for name, shape in (llava_tensors(config) | added).items()}

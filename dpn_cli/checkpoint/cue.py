@@ -14,7 +14,7 @@ def answer_cue(folder: Path) -> tuple[int, ...]:
     Empty where the template writes nothing there, or the tokenizer is one that only its own library reads.
 
     Args:
-        folder: of a checkpoint whose processor is complete.
+        folder: a checkpoint whose processor is complete.
 
     Raises:
         CheckpointError: if tokenizer.json is damaged.

@@ -38,12 +38,12 @@ class TensorInfo:
     """One tensor, as its file's header describes it.
 
     Attributes:
-        name: as stored; never use it as a path.
+        name: the stored name; never use it as a path.
         file: the shard, as a path inside the checkpoint folder.
-        dtype: in safetensors' words (`F32`, `BF16`).
-        shape: of the tensor.
-        start: its first byte in the file.
-        nbytes: its size in the file.
+        dtype: the dtype, as safetensors spells it (`F32`, `BF16`).
+        shape: the tensor's shape.
+        start: the offset of its first byte in the file.
+        nbytes: its size in the file, in bytes.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: config.json.
-        tensors: what a loader takes, by name.
+        config: the content of config.json.
+        tensors: the tensors that a loader takes, by name.
         files: the shards, in order.
     """
 
@@ -80,11 +80,11 @@ class Checkpoint:
         """Read and check a folder: config, index and every shard's header.
 
         Args:
-            folder: of the checkpoint.
+            folder: the checkpoint folder.
             config: its config.json, where that has been read already.
 
         Raises:
-            CheckpointError: naming the file at fault and what to do.
+            CheckpointError: if the folder is damaged; names the file at fault and what to do.
             UsageError: if another run is replacing the folder.
         """
         with in_use(folder):
@@ -205,7 +205,7 @@ def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
     """Read and check the header of one safetensors file.
 
     Args:
-        path: of the file.
+        path: the safetensors file.
         file: its path inside the checkpoint folder, by default its name.
 
     Raises:
@@ -223,7 +223,7 @@ def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
         (length,) = struct.unpack("<Q", prefix[:8])
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header should take {length} bytes, "
+                f"{path} is truncated or not a safetensors file: its header should take {length} bytes, "
                 f"the file has {size}: download it again"
             )
         stream.seek(8)
@@ -290,8 +290,8 @@ def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str,
 
     Args:
         path: the index.
-        suffix: of a shard.
-        beside: where in the folder the index is; shards are there, or at the top.
+        suffix: how the names of shards end.
+        beside: the index's folder inside the checkpoint; shards are there, or at the top.
 
     Raises:
         CheckpointError: if it is damaged or leads out of the folder.

@@ -50,16 +50,16 @@ class Inspection:
     """What `inspect_checkpoint` found.
 
     Attributes:
-        path: the folder.
+        path: the checkpoint folder.
         config: its config.json.
-        layout: of its decoder.
-        pyramid: without sites when the model is not converted.
-        parts: where the parameters are.
+        layout: the decoder's layout.
+        pyramid: the pyramid; without sites if the model is not converted.
+        parts: the parts of the model, with their parameters.
         grids: visual tokens of the sample that `routes` were computed for.
-        text_tokens: of that sample.
-        sample_from: who chose that sample: the caller, at least in part (`options`), the `calibration`, whose typical
-            one it is, or nobody (`default`).
-        routes: full, each uniform one, the cheapest, and those that were asked for.
+        text_tokens: text tokens of that sample.
+        sample_from: what that sample comes from: the caller's `options`, at least in part; the `calibration`, of whose
+            data it is typical; or neither (`default`).
+        routes: the full route, each uniform one, the cheapest, and those that were asked for.
         notes: what the user should know about the processor.
     """
 
@@ -112,9 +112,10 @@ def inspect_checkpoint(
         folder: the checkpoint.
         text_tokens: text tokens of the sample whose cost is shown; None for those that are typical of the calibration
             data, or 64 where they are not known.
-        images: images of that sample; None, with no `image_size`, likewise, or one.
-        image_size: their height and width in pixels, which only matter where images are cut into tiles.
-        asked: more routes, see `parse_route`.
+        images: images of that sample; None for those that are typical, or for one if `image_size` is given or nothing
+            is known.
+        image_size: their height and width in pixels, which matter only if images are cut into tiles.
+        asked: more routes, as `parse_route` reads them.
 
     Raises:
         CheckpointError: if it is missing, damaged, or no LLaVA, or its processor belongs to another model.

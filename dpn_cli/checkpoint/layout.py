@@ -32,13 +32,13 @@ class LlavaLayout:
     """A LLaVA's decoder as convert and inspect need it.
 
     Attributes:
-        text_prefix: what stands before `layers.0…` in tensor names.
-        text_config: with transformers' defaults filled in.
-        shape: sizes of the decoder.
-        pixels: side of an image, or of a tile.
+        text_prefix: the prefix of the decoder's tensor names, before `layers.0…`.
+        text_config: the text_config, with transformers' defaults filled in.
+        shape: the decoder's sizes.
+        pixels: side of an image, or of a tile, in pixels.
         patch: side of the square that becomes one visual token, in pixels.
         grid: visual tokens of a whole image.
-        tiling: how images are cut into tiles beside that, or None where they are not.
+        tiling: how images are cut into tiles as well; None if they are not.
     """
 
     text_prefix: str
@@ -74,7 +74,7 @@ class LlavaLayout:
         token: int = config.get("image_token_index", config.get("image_token_id", -1))
         if not 0 <= token < layout.shape.vocab_size:
             raise CheckpointError(
-                f"{where}: config.json has the image_token_index {token}, the vocabulary ends at "
+                f"{where}: config.json has the image_token_index {token}, but the vocabulary ends at "
                 f"{layout.shape.vocab_size - 1}"
             )
         return layout
@@ -181,7 +181,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
     """Check that a config describes a LLaVA whose decoder can become a pyramid.
 
     Raises:
-        CheckpointError: with the first reason why not.
+        CheckpointError: if it does not; gives the first reason.
     """
     model_type = config.get("model_type")
     if "mm_vision_tower" in config or any(each in str(config.get("architectures")) for each in ORIGINALS):
@@ -226,8 +226,8 @@ def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
     limit = min(window, positions) if type(positions) is int else window
     text = text | {"sliding_window": None, "max_position_embeddings": limit, **record.full_attention}
     note = (
-        f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: attention is full now, "
-        f"which is the same up to {limit} tokens, and that is all the positions it has."
+        f"Its attention has a sliding window of {window} tokens, which a pyramid cannot have: it has full "
+        f"attention now, which is the same up to {limit} tokens, and no positions beyond them."
     )
     return config | {"text_config": text}, (note,)
 
@@ -303,7 +303,7 @@ def _text_prefix(checkpoint: Checkpoint) -> str:
             return prefix
     if found := unwrap(checkpoint.tensors)[1]:
         remedy = (
-            "save the model inside of the wrapper again"
+            "save the model inside the wrapper again"
             if is_converted(checkpoint.config)
             else f"`dpn convert {checkpoint.path}` takes it off"
         )

@@ -25,7 +25,7 @@ def check_links(folder: Path) -> None:
     Other folders than `_FOLDERS` are never entered, whatever they lead to.
 
     Raises:
-        CheckpointError: naming what leads out of it, or is neither a file nor a folder.
+        CheckpointError: if something leads out of it, or is neither a file nor a folder; names it.
     """
     real = Path(os.path.realpath(folder))
     inside = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]

@@ -147,7 +147,7 @@ def _open_lock(path: Path) -> int:
     if stat.S_ISREG(found.st_mode) and not found.st_size:
         return descriptor
     os.close(descriptor)
-    raise DpnError(f"{path} is in the way of a lock and none of dpn's: move it elsewhere")
+    raise DpnError(f"{path} is not a lock of dpn's, but has the name of one: move it elsewhere")
 
 
 def _flock(descriptor: int, kind: int) -> None:

@@ -23,8 +23,8 @@ class Lora:
     """An adapter in peft's format.
 
     Attributes:
-        folder: where it is.
-        scale: alpha / rank.
+        folder: the adapter's folder.
+        scale: the factor alpha / rank.
         targets: the names of the weights that it changes, as transformers 5 has them in memory.
     """
 

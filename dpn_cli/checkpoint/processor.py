@@ -61,8 +61,8 @@ class Completion:
     """What a folder's processor lacks.
 
     Attributes:
-        settings: the values that config.json implies, by their place.
-        template: the chat template that it is to have, where it does not find its own.
+        settings: the values that config.json implies, by place.
+        template: the chat template to write; None if the processor finds its own.
     """
 
     settings: Mapping[Place, Any] = field(default_factory=dict)
@@ -106,11 +106,11 @@ class _Setting:
     """A value of the processor that config.json implies, or that transformers needs.
 
     Attributes:
-        place: where it belongs.
-        expected: the value.
-        assumed: by transformers, where the key is missing.
-        fits: says of another value whether it will do.
-        needs: what will do, in words, where config.json does not imply it.
+        place: the file, and the keys that lead to the value.
+        expected: the value that belongs there.
+        assumed: the value that transformers assumes if the key is missing.
+        fits: says whether another value will do.
+        needs: what will do, in words; empty if config.json implies the value.
     """
 
     place: Place
@@ -121,18 +121,18 @@ class _Setting:
 
 
 def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: ChatTemplate | None = None) -> Completion:
-    """Hold the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
+    """Check the processor, tokenizer and chat template of a folder against its config, before anything is done with it.
 
     Args:
-        checkpoint: of the folder, in Hugging Face's layout, converted or not.
-        layout: of the checkpoint.
-        template: in the place of the folder's own.
+        checkpoint: the checkpoint in Hugging Face's layout, converted or not.
+        layout: the checkpoint's layout.
+        template: a template to use in place of the folder's own.
 
     Returns:
-        What is missing and config.json implies.
+        What is missing and follows from config.json.
 
     Raises:
-        CheckpointError: naming the file and the key that contradict config.json, or cannot be completed.
+        CheckpointError: if a key contradicts config.json, or cannot be completed; names the file and the key.
         UsageError: if the template that is given does not show images.
     """
     template = template or ChatTemplate.find(checkpoint.path)
@@ -167,8 +167,8 @@ class _Files:
     """The JSON files of a folder's processor; a file that is not there is empty.
 
     Attributes:
-        images_place: where the image processor's settings are.
-        data: the settings by the place of their group, in the order in which transformers asks for the class.
+        images_place: the place of the image processor's settings.
+        data: settings by the place of their group, in the order in which transformers asks for the class.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,8 +179,8 @@ class _Files:
             images, self.images_place = read_json_if_there(folder / IMAGES_FILE), (IMAGES_FILE,)
         if not images:
             raise CheckpointError(
-                f"{folder} has neither {IMAGES_FILE} nor an image_processor in {PROCESSOR_FILE}, so nobody knows how "
-                "its images are prepared: copy them from the model that it was made from"
+                f"{folder} has neither {IMAGES_FILE} nor an image_processor in {PROCESSOR_FILE}, so it is unknown "
+                "how its images are prepared: copy them from the model that it was made from"
             )
         tokenizer = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
         self.data: dict[Place, dict[str, Any]] = {

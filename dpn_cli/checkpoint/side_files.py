@@ -70,14 +70,14 @@ def left_behind(folder: Path, written: Collection[str] = ()) -> tuple[str, ...]:
     """Return a sentence about the files that somebody may miss in a copy, or nothing if there are none.
 
     Args:
-        folder: that was copied.
-        written: names of files that the copy has of its own.
+        folder: the folder that was copied.
+        written: names of the files that the copy has of its own.
     """
     names = [path.name for path in _files(folder) if path.name not in written and _is_unknown(path)]
     if not names:
         return ()
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return (f"Left behind, as no part of a model that dpn knows: {', '.join(names[:_NAMED])}{more}.",)
+    return (f"Left behind, since dpn does not know them as parts of a model: {', '.join(names[:_NAMED])}{more}.",)
 
 
 def _files(folder: Path) -> list[Path]:

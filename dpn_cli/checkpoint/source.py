@@ -24,10 +24,10 @@ class Source:
     """A model on disk.
 
     Attributes:
-        path: its folder.
-        name: short, for the output's name.
+        path: the model's folder.
+        name: a short name, from which the output's name is made.
         origin: what to record as the base model: the hub id, `demo`, or the folder's name.
-        revision: the commit, for a model of the hub.
+        revision: the commit, if the model is from the hub.
     """
 
     path: Path
@@ -107,14 +107,14 @@ def _download(repo_id: str, patterns: list[str]) -> Path:
         raise CheckpointError(f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repo_id} is no local folder and no public model on the hub (private: run `hf auth login`)"
+            f"{repo_id} is neither a local folder nor a public model on the hub (a private one needs `hf auth login`)"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             raise
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
         raise CheckpointError(
-            f"{repo_id} is no local folder, is not in the hub's local cache, and {reason}: download it where "
+            f"{repo_id} is not a local folder, is not in the hub's local cache, and {reason}: download it where "
             f"you are online (`hf download {repo_id} --local-dir DIR`) and pass that folder"
         ) from error
 

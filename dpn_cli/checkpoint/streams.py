@@ -26,9 +26,9 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
     """Yield a tensor's bytes.
 
     Args:
-        folder: of its file.
-        tensor: from the file's header.
-        piece_bytes: the most that a piece has.
+        folder: the folder of the tensor's file.
+        tensor: the tensor, as the file's header describes it.
+        piece_bytes: the most bytes in a piece.
 
     Raises:
         CheckpointError: if the file has become shorter than its header says.
@@ -40,7 +40,7 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
             size = min(left, piece_bytes)
             piece = file.read(size)
             if len(piece) < size:
-                raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the same line again")
+                raise CheckpointError(f"{folder / tensor.file} became shorter meanwhile: run the command again")
             left -= size
             yield piece
 
@@ -49,9 +49,9 @@ def only_finite(pieces: Iterable[Piece], tensor: TensorInfo, file: Path) -> Iter
     """Pass a tensor's bytes on, and stop at a NaN or an infinite value.
 
     Args:
-        pieces: of whole values.
-        tensor: whose bytes they are.
-        file: it comes from.
+        pieces: the tensor's bytes, in pieces of whole values.
+        tensor: the tensor that the bytes belong to.
+        file: the file that they come from, for messages.
 
     Raises:
         CheckpointError: at the first piece with such a value.
@@ -75,12 +75,12 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
 def verify_bytes(
     folder: Path, tensors: Iterable[TensorInfo], original: Callable[[TensorInfo], Iterable[Piece]]
 ) -> None:
-    """Read tensors back from the disk and hold them against what they were made from, byte by byte.
+    """Read tensors back from the disk and compare them with what they were made from, byte by byte.
 
     Args:
-        folder: that was written.
-        tensors: of its headers.
-        original: gives the bytes of one of them again.
+        folder: the folder that was written.
+        tensors: the written tensors, from its headers.
+        original: returns the bytes that a tensor was made from.
 
     Raises:
         DpnError: if a byte differs.
@@ -94,7 +94,7 @@ def verify_bytes(
                 if any(reader.read(len(piece)) != piece for piece in original(tensor)):
                     raise DpnError(
                         f"the tensor {tensor.name!r} reads back from {file} with other bytes than it was written with: "
-                        "check the disk and the memory, then run the same line again"
+                        "check the disk and the memory, then run the command again"
                     )
 
 

@@ -20,10 +20,10 @@ class ChatTemplate:
     """A Jinja template that writes conversations.
 
     Attributes:
-        text: of the template.
-        path: the file that it is from.
+        text: the template itself.
+        path: the file that it comes from.
         is_found: whether transformers finds it there for a processor.
-        fault: what is raised where it is of no use.
+        fault: the error to raise if it is of no use.
     """
 
     text: str
@@ -61,7 +61,7 @@ class ChatTemplate:
 
         Args:
             image_token: the placeholder of an image.
-            special_tokens: of the tokenizer, which templates use by name (`bos_token`).
+            special_tokens: the tokenizer's special tokens, which templates use by name (`bos_token`).
 
         Raises:
             CheckpointError, UsageError: if it does not.
@@ -75,8 +75,8 @@ class ChatTemplate:
                 return
             found = f"writes {text[:200]!r}"
         raise self.fault(
-            f"the chat template in {self.path} does not show images: of an image and a question it {found}, expected "
-            f"{image_token} once and the question: pass one that does, with `dpn convert --chat-template FILE`"
+            f"the chat template in {self.path} does not show images: for an image and a question it {found}, expected "
+            f"{image_token} once and the question; pass one that does, with `dpn convert --chat-template FILE`"
         )
 
     def prompt(self, special_tokens: Mapping[str, str]) -> str:
@@ -114,4 +114,4 @@ def _read_text(path: Path, fault: type[DpnError]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise fault(f"{path} is no text in UTF-8, expected a Jinja template") from None
+        raise fault(f"{path} is not UTF-8 text, expected a Jinja template") from None

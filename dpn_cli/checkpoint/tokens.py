@@ -1,4 +1,4 @@
-"""The tokens of a folder's tokenizer, held against its model's config. No torch, and no tokenizer is loaded."""
+"""The tokens of a folder's tokenizer, checked against its model's config. No torch, and no tokenizer is loaded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Tokens:
     """What a tokenizer's files say.
 
     Attributes:
-        folder: that they are in.
-        file: the one that has the ids.
-        ids: of the tokens; without those of a vocabulary that only its own library reads.
-        is_whole: whether that is every token.
-        special: the special tokens, by what they are for (`eos_token`).
-        special_file: where these are.
+        folder: the tokenizer's folder.
+        file: the file that has the ids.
+        ids: ids by token, without those of a vocabulary that only its own library reads.
+        is_whole: whether `ids` has every token.
+        special: the special tokens, by purpose (`eos_token`).
+        special_file: the file that names the special tokens.
     """
 
     folder: Path
@@ -70,31 +70,31 @@ class Tokens:
         """Check that every token has its row in the embedding.
 
         Args:
-            config: of the model.
-            num_rows: of the embedding.
+            config: the model's config.json.
+            num_rows: number of rows of the embedding.
 
         Raises:
-            CheckpointError: naming a token, or a key of a config, that has none.
+            CheckpointError: if a token, or a key of a config, has none; names it.
         """
         last, i = max(self.ids.items(), key=lambda item: item[1], default=("", -1))
         if i >= num_rows:
             raise CheckpointError(
-                f"{self.folder / self.file} gives {last!r} the id {i}, the embedding ends at {num_rows - 1}: resize "
-                "the model's embedding, or take the tokenizer that belongs to it"
+                f"{self.folder / self.file} gives {last!r} the id {i}, but the embedding ends at {num_rows - 1}: "
+                "resize the model's embedding, or take the tokenizer that belongs to it"
             )
         for file, key, value in self._noted_ids(config):
             if value >= num_rows:
                 raise CheckpointError(
-                    f"{self.folder / file} has the {key} {value}, the embedding ends at {num_rows - 1}: they do not "
-                    "belong together"
+                    f"{self.folder / file} has the {key} {value}, but the embedding ends at {num_rows - 1}: they do "
+                    "not belong together"
                 )
 
     def image_token(self, config: Mapping[str, Any], stated: Any) -> tuple[str, bool]:
         """Return the placeholder of an image, and whether it has yet to be stated.
 
         Args:
-            config: of the model, which has its id.
-            stated: by the processor; the tokenizer's own wins.
+            config: the model's config.json, which has the token's id.
+            stated: the token that the processor states; the tokenizer's own wins.
 
         Raises:
             CheckpointError: if the tokenizer has it not, or under another id.
@@ -125,8 +125,8 @@ class Tokens:
             yield (self.special_file, "eos_token"), eos
         if self.is_whole and eos not in self.ids:
             raise CheckpointError(
-                f"{self.folder / self.special_file} has the eos_token {eos!r}, which {self.file} has not: say which "
-                "token ends an answer"
+                f"{self.folder / self.special_file} has the eos_token {eos!r}, which is not in {self.file}: name the "
+                "token that ends an answer"
             )
         pad = self.special.get("pad_token")
         if pad is None or pad == image_token or (self.is_whole and pad not in self.ids):

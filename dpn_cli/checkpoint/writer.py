@@ -106,10 +106,10 @@ def write_shard(
     """Write a safetensors file from a stream, so that no more than a piece of it is ever in memory.
 
     Args:
-        path: of the file.
+        path: the file to write.
         tensors: dtype (in safetensors' words) and shape of every tensor, in the order of their bytes.
         content: the bytes of all tensors, in pieces of any size.
-        metadata: for the header; `format` tells transformers the framework.
+        metadata: the header's metadata; `format` tells transformers the framework.
     """
     with path.open("xb") as file:
         file.write(_header(tensors, metadata)[0])
@@ -125,10 +125,10 @@ def write_named_pieces(
     """Write a safetensors file as `write_shard` does, from pieces that come in another order than the tensors.
 
     Args:
-        path: of the file.
-        tensors: see `write_shard`.
-        content: pieces by the tensor's name; those of one tensor in order.
-        metadata: see `write_shard`.
+        path: the file to write.
+        tensors: dtype and shape of every tensor, as in `write_shard`.
+        content: pieces by tensor name; those of one tensor in order.
+        metadata: the header's metadata, as in `write_shard`.
 
     Raises:
         DpnError: if the pieces are not exactly the tensors' bytes.

@@ -11,8 +11,8 @@ from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import (
     Fraction,
     Size,
+    baseline_names,
     checkpoint_folder,
-    contender_names,
     ignore_fields_option,
     model_option,
     takes_data,
@@ -36,22 +36,26 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
         except ValueError:
             numbers = ()
         if not numbers or min(numbers) < 2:
-            self.fail(f"{value!r} is none: expected numbers of 2 or more, such as 64 or 32,64,128", param, ctx)
+            self.fail(f"{value!r} is not valid: expected numbers of 2 or more, such as 64 or 32,64,128", param, ctx)
         return numbers
 
 
 @click.command("bench")
 @model_option
-@click.option("--budget", "budgets", type=Fraction(), multiple=True, help="Mean fraction of prefill FLOPs; repeatable.")
+@click.option(
+    "--budget", "budgets", type=Fraction(), multiple=True,
+    help="Mean fraction of the original's prefill FLOPs to spend; repeatable.",
+)  # fmt: skip
 @click.option(
     "--route",
     "routes",
     multiple=True,
-    help="The same experts for all samples, such as keep,1x2,2x2 (or 0,1,2); repeatable.",
+    metavar="ROUTE",
+    help="One route for all samples: an expert per site, such as keep,1x2,exit (or 0,1,2); repeatable.",
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Other methods, at what dpn spends for every --budget: {', '.join(list(BASELINES)[1:])}, or all.",
+    help=f"Other methods to measure, at what dpn spends for each --budget: {', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
     "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
@@ -64,11 +68,16 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )  # fmt: skip
 @click.option(
     "--text-tokens", type=TextTokens(), metavar="N[,N…]",
-    help="Text tokens of a batch's synthetic samples, in turn; default: as in the calibration data, else "
+    help="Text tokens of the synthetic samples of a batch, in turn; default: as in the calibration data, else "
     f"{TEXT_TOKENS}.",
 )  # fmt: skip
-@click.option("--data", help="Time prompts of this data, as `dpn calibrate` reads it, in place of synthetic ones.")
-@click.option("--image-root", type=click.Path(path_type=Path, file_okay=False), help="Where its image paths start.")
+@click.option(
+    "--data", metavar="DATA",
+    help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.",
+)  # fmt: skip
+@click.option(
+    "--image-root", type=click.Path(path_type=Path, file_okay=False), help="The folder that its image paths start in."
+)
 @ignore_fields_option
 @click.option(
     "--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Tokens to generate per sample."
@@ -96,14 +105,14 @@ def command(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure time to the first token, decoding, memory and FLOPs beside the original's, in turns in one process.
+    """Measure time to the first token, decoding, memory and FLOPs, in turns with the original in one process.
 
-    Without --budget and --route the checkpoint runs as it is set. Synthetic prompts are noise to the routers: they
-    run, but routes that spend the budget are given. With --data they choose, and others get what they spend.
+    Without --budget and --route, the checkpoint runs as it is set. Synthetic prompts tell the routers nothing: they
+    run, but the routes are set to spend the budget. With --data the routers choose, and other methods spend as much.
     """
-    names = contender_names(against)
+    names = baseline_names(against)
     if names and not budgets:
-        raise UsageError("--against compares at equal FLOPs: say at which, with --budget")
+        raise UsageError("--against compares at equal FLOPs: say how many, with --budget")
     wanted = {"images": images, "image_size": image_size, "text_tokens": text_tokens}
     synthetic: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     if data is not None and synthetic:

@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     type=Fraction(),
-    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, with --budgets-only the one "
-    "that the checkpoint is set to.",
+    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only the "
+    "one that the checkpoint is set to.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
-    "--heal", type=Choice(["none", "lora"]), help="Train an adapter for pooled tokens first; default: the recipe's."
+    "--heal", type=Choice(["none", "lora"]), help="First train an adapter for pooled tokens; default: the recipe's."
 )
 @click.option(
-    "--load-in", type=Choice(["4bit", "8bit"]), help="Hold the frozen model quantised; default: the recipe's."
+    "--load-in", type=Choice(["4bit", "8bit"]), help="Load the frozen model quantised; default: the recipe's."
 )
 @click.option(
     "--budgets-only", is_flag=True,
-    help="Keep the routers and solve the budget table anew, so that budgets are met on this data.",
+    help="Keep the routers and only solve the budget table again, so that budgets are met on these data.",
 )  # fmt: skip
 @processes_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
-@click.option("--restart", is_flag=True, help="Drop what an unfinished calibration has measured and begin anew.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path | None,
@@ -63,11 +63,11 @@ def command(
     """Fit the routers to the model itself, with forward passes only.
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
-    After a kill or Ctrl-C, the same command line goes on where it stopped, with any number of processes.
-    For several machines: `accelerate launch --no_python dpn calibrate ...` on each.
+    After a kill or Ctrl-C, run the same command line again to go on, with any number of processes.
+    For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
-    Budgets are means over the calibration data. Where your data spend more, or less, than you ask for,
-    --budgets-only solves them on your data; the checkpoint may be an exported one, too.
+    Budgets are means over the calibration data. If your data spend more or less than you ask for, --budgets-only
+    solves the budgets on your data; the checkpoint may also be an export.
     """
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 

@@ -30,17 +30,17 @@ PLACEMENTS = {
 @click.option(
     "--vision-tower",
     metavar="PATH|ID",
-    help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that it names.",
+    help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that its config.json names.",
 )
 @click.option(
     "--chat-template", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
-    help="A Jinja template that writes the prompts, images as MODEL's image token; default: MODEL's own.",
+    help="A Jinja template for prompts, with MODEL's image token for every image; default: MODEL's own.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
 @click.option(
     "--link", is_flag=True,
-    help="Let the weights share their bytes with MODEL's files (reflinks, else hard links) in place of a copy. A hard "
-    "link is the same file: whoever edits one of the two in place changes both; dpn never does.",
+    help="Share the weights with MODEL's files (reflinks, else hard links) in place of a copy. A hard link is the same "
+    "file: to edit one of the two in place changes both, which dpn never does.",
 )  # fmt: skip
 @click.option(
     "--check-values/--no-check-values", default=False, show_default=True,

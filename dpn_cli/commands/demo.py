@@ -18,7 +18,9 @@ BATCH_SIZE = 32
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("dpn-demo"), show_default=True,
     help="The folder to work in.",
 )  # fmt: skip
-@click.option("--budget", type=Fraction(), default=0.5, show_default=True, help="Mean fraction of prefill FLOPs.")
+@click.option(
+    "--budget", type=Fraction(), default=0.5, show_default=True, help="Mean fraction of prefill FLOPs to spend."
+)
 @click.option("--samples", type=click.IntRange(min=16), help="Calibration samples; default: the recipe's.")
 @click.option(
     "--questions",

@@ -13,8 +13,8 @@ from dpn_cli import console
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
+    baseline_names,
     checkpoint_folder,
-    contender_names,
     data_options,
     model_option,
     processes_option,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @partial(data_options, required=False)
 @click.option(
     "--tasks", metavar="TASK,TASK,…",
-    help=f"In place of --data: public benchmarks, by their names in lmms-eval; paper for {', '.join(PAPER_TASKS)}.",
+    help=f"Public benchmarks in place of --data, by their names in lmms-eval; paper for {', '.join(PAPER_TASKS)}.",
 )  # fmt: skip
 @click.option(
     "--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -47,17 +47,17 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
-    help=f"Let other methods answer for the same FLOPs: {', '.join(BASELINES)}, or all.",
+    help=f"Ask other methods too, at equal FLOPs: {', '.join(BASELINES)}, or all.",
 )  # fmt: skip
 @click.option(
     "--metric", type=Choice(list(METRICS)), default="exact", show_default=True,
-    help="How answers are scored by labels: "
+    help="How answers are scored against labels: "
     + ", ".join(f"{name} ({metric.description})" for name, metric in METRICS.items()) + ".",
 )  # fmt: skip
 @click.option(
     "--by",
     metavar="FIELD",
-    help="The data's field to group figures by; default: kind, where there is one.",
+    help="The field of the data to group figures by; default: kind, if there is one.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all (512 of the demo).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for sampling.")
@@ -95,13 +95,13 @@ def command(
 ) -> None:
     """Compare the pyramid with its teacher, the model that pools nothing, and with other methods at equal FLOPs.
 
-    Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, the same
-    command line goes on where it stopped, with any number of processes.
+    Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, run the
+    same command line again to go on, with any number of processes.
 
-    With --tasks, lmms-eval asks the questions: once of the teacher, and once of the pyramid at every budget.
+    With --tasks, lmms-eval asks the questions: the teacher once, and the pyramid once at every budget.
     """
     with together():
-        names = contender_names(against)
+        names = baseline_names(against)
         _check_request(data, tasks, names, by)
         folder = checkpoint_folder(model)
         if data is not None and plot is not None:
@@ -122,7 +122,7 @@ def command(
     try:
         result = evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER)
     except KeyboardInterrupt:
-        console.note("What was found is kept: the same command line goes on from there.")
+        console.note("What was measured is kept: the same command line goes on from there.")
         raise
     if result is None:
         return
@@ -145,7 +145,7 @@ def _check_request(data: "DataOptions | None", tasks: str | None, against: Seque
         UsageError: if they do not.
     """
     if (data is None) == (tasks is None):
-        raise UsageError("say what is to be asked: --data for questions of your own, or --tasks for public benchmarks")
+        raise UsageError("say what to ask: --data for questions of your own, or --tasks for public benchmarks")
     if tasks is not None and against:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
     if tasks is not None and by is not None:

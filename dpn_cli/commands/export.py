@@ -9,6 +9,7 @@ import click
 from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
+from dpn_cli.exporting.options import DEFAULT_SHARD_SIZE, ExportOptions
 
 if TYPE_CHECKING:
     from dpn_cli.exporting.export import Export
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype", type=Choice(["bf16", "fp16", "fp32"]),
-    help="Convert the tensors, the routers' excepted; default: leave them as they are.",
+    help="Convert all tensors except the routers'; default: leave them as they are.",
 )  # fmt: skip
 @click.option(
     "--max-shard-size",
-    default="2GB",
+    default=DEFAULT_SHARD_SIZE,
     show_default=True,
     metavar="SIZE",
     help="Largest size of one file, such as 500MB or 2GB.",
@@ -40,16 +41,17 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--static", metavar="ROUTE",
-    help="One fixed route for every image, without routers unless their gate scales tokens: a rate per site, such as "
-    "1x1,1x2,2x2 (or 0,1,2).",
+    help="One fixed route for every image: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2). The routers are left out, "
+    "unless their gate scales tokens.",
 )  # fmt: skip
 @click.option(
     "--uncalibrated", is_flag=True,
-    help="Export although the routers are not calibrated: the model answers as the original does, and pools nothing.",
+    help="Export even if the routers are not calibrated: the model answers as the original does, and pools nothing.",
 )  # fmt: skip
 @click.option(
-    "--drop-unused", is_flag=True, help="Leave out the vision layers after the last one that is used; same outputs."
-)
+    "--drop-unused", is_flag=True,
+    help="Leave out the vision layers after the last one that is used; outputs stay the same.",
+)  # fmt: skip
 @click.option(
     "--check-values/--no-check-values", default=True, show_default=True,
     help="Stop at NaN and infinite values.",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     help="Read the tensors that no option changes back from the disk and compare them with the checkpoint's.",
 )  # fmt: skip
 @click.option("--push", metavar="REPO", help="Upload the finished folder to this model repository on the hub.")
-@click.option("--private", is_flag=True, help="Make that repository a private one, where it does not exist yet.")
+@click.option("--private", is_flag=True, help="Make that repository private, if it does not exist yet.")
 @click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
@@ -85,16 +87,17 @@ def command(
     from dpn_cli.exporting.export import export
 
     if private and not push:
-        raise UsageError("--private is about the repository of --push, which is not given")
+        raise UsageError("--private makes the repository of --push private: give --push too")
     if push:
         hub.check_push(push)
     folder = checkpoint_folder(model)
     if output is None:
         output = Path(f"{resolve_source(str(folder)).name.removesuffix('-dpn')}-dpn-export")
-    done = export(
-        folder, output, dtype, max_shard_size, budget, force,
-        cast("Scheme | None", quantize), static, drop_unused, check_values, verify, uncalibrated,
+    options = ExportOptions(
+        dtype=dtype, max_shard_size=max_shard_size, budget=budget, quantize=cast("Scheme | None", quantize),
+        static=static, drop_unused=drop_unused, check_values=check_values, verify=verify, uncalibrated=uncalibrated,
     )  # fmt: skip
+    done = export(folder, output, options, force)
     for note in done.notes:
         console.note(note)
     url = hub.push(output, push, private) if push else None
@@ -103,9 +106,7 @@ def command(
         return
     _show(done, budget)
     if done.num_verified is not None:
-        console.note(f"{done.num_verified} tensors are the checkpoint's, byte for byte.")
-    for note in done.notes:
-        console.note(note)
+        console.note(f"{done.num_verified} tensors equal the checkpoint's, byte for byte.")
     if url:
         console.note(f"Uploaded to {url}.")
     console.note(f"Wrote {output}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with")

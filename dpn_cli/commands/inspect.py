@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 SAMPLE_FROM = {
     "options": "",
-    "calibration": ", as is typical of the calibration data",
-    "default": ", a length that is assumed (--text-tokens)",
+    "calibration": ", typical of the calibration data",
+    "default": ", an assumed length (--text-tokens sets it)",
 }
 
 
@@ -27,21 +27,22 @@ SAMPLE_FROM = {
 @model_option
 @click.option(
     "--text-tokens", type=click.IntRange(1),
-    help=f"Text tokens of a sample; default: as is typical of the calibration data, else {TEXT_TOKENS}.",
+    help=f"Text tokens of a sample; default: typical of the calibration data, else {TEXT_TOKENS}.",
 )  # fmt: skip
 @click.option(
     "--images",
     type=click.IntRange(0),
-    help="Images of a sample; default: as is typical of the calibration data, else 1.",
+    help="Images of a sample; default: typical of the calibration data, else 1.",
 )
 @click.option(
     "--image-size", type=Size(),
-    help="Height and width of the images, for models that cut them into tiles; default: as is typical of the "
-    "calibration data, else 672x672.",
+    help="Height and width of the images, for models that cut them into tiles; default: typical of the calibration "
+    "data, else 672x672.",
 )  # fmt: skip
 @click.option(
-    "--route", "routes", multiple=True, help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable."
-)
+    "--route", "routes", multiple=True, metavar="ROUTE",
+    help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     name: str | None,
@@ -52,9 +53,9 @@ def command(
     routes: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Show sites, rates, budgets, and per layer tokens, FLOPs and KV bytes, without loading the model.
+    """Show sites, rates and budgets, and tokens, FLOPs and KV bytes per layer, without loading the model.
 
-    MODEL may be all that `dpn convert` takes, converted or not.
+    MODEL is anything that `dpn convert` takes, converted or not.
     """
     from dpn_cli.checkpoint.inspection import inspect_checkpoint
     from dpn_cli.checkpoint.source import resolve_source

@@ -71,12 +71,12 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
             ),
             click.option(
                 "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-                help="Where the image paths of the data start; default: the folder of the file that has them.",
+                help="The folder that image paths of the data start in; default: that of the file that names them.",
             ),
             ignore_fields_option,
             click.option(
                 "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
-                help="Rows that cannot be used stop the run, or are left out.",
+                help="Whether rows that cannot be used stop the run or are left out.",
             ),
             click.option(
                 "--max-bad", type=Percent(), default="5%", show_default=True,
@@ -93,7 +93,7 @@ def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
-        help="Share the work among processes of this machine, one per GPU where there are GPUs.",
+        help="Processes on this machine that share the work, one per GPU if there are GPUs.",
     )  # fmt: skip
     @wraps(command)
     def launched(*args: Any, num_processes: int, **kwargs: Any) -> Any:
@@ -132,11 +132,11 @@ def checkpoint_folder(model: Path | None) -> Path:
     return folder
 
 
-def contender_names(against: str) -> tuple[str, ...]:
-    """Read the names of contenders in an `--against`.
+def baseline_names(against: str) -> tuple[str, ...]:
+    """Read the names of baselines in an `--against`.
 
     Raises:
-        UsageError: for one that is unknown.
+        UsageError: if a name is unknown.
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
     for name in names:
@@ -184,7 +184,7 @@ class Percent(click.ParamType[float]):
         except ValueError:
             share = math.nan
         if not 0 <= share <= 1:
-            self.fail(f"{value!r} is no share: expected something like 5% or 0.05", param, ctx)
+            self.fail(f"{value!r} is not a share: expected something like 5% or 0.05", param, ctx)
         return share
 
 
@@ -197,10 +197,10 @@ class Size(click.ParamType[tuple[int, int]]):
         """Return both, or fail."""
         match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(value))
         if match is None:
-            self.fail(f"{value!r} is no size: expected height and width in pixels, such as 480x640", param, ctx)
+            self.fail(f"{value!r} is not a size: expected height and width in pixels, such as 480x640", param, ctx)
         from dpn_cli.data.images import size_fault
 
         height, width = int(match[1]), int(match[2])
         if fault := size_fault(width, height):
-            self.fail(f"{value!r} is a size of images that are not read: {fault.detail}", param, ctx)
+            self.fail(f"images of {value} are not read: {fault.detail}", param, ctx)
         return height, width

@@ -24,7 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         console.echo(f"{recipe.name:{width}}{recipe.description}")
 
 
-@command.command("show")
+@command.command("show", short_help="Print one recipe in full.")
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value first; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

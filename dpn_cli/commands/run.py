@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
-    "--route", help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice."
-)
+    "--route", metavar="ROUTE",
+    help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice.",
+)  # fmt: skip
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -45,10 +46,10 @@ def command(
 ) -> None:
     """Answer QUESTION about one or several images, greedily.
 
-    The answer goes to stdout as it is generated; its route, tokens, FLOPs and time to stderr.
+    The answer goes to stdout as it is generated; its route, tokens, FLOPs and time go to stderr.
     """
     if budget is not None and route is not None:
-        raise UsageError("--budget asks the routers and --route goes past them: give one of them")
+        raise UsageError("--budget lets the routers choose, --route overrides them: give one of the two")
     question = question.replace("<image>", "").strip()  # the chat template says where the images go
     if not question:
         raise UsageError("the question is empty")
@@ -105,5 +106,5 @@ def _cost_line(done: "Answer") -> str:
     speed = f", {done.tokens_per_s:.1f} tokens/s" if done.tokens_per_s else ""
     return (
         f"Route {done.experts}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
-        f"{done.first_token_s:.2f} s, {done.new_tokens} in {done.total_s:.2f} s{speed}"
+        f"{done.first_token_s:.2f} s, {done.new_tokens} tokens in {done.total_s:.2f} s{speed}"
     )

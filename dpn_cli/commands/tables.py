@@ -9,17 +9,17 @@ from dpn_cli import console
 if TYPE_CHECKING:
     from dpn_cli.calibration.policy import Outcome
     from dpn_cli.calibration.reporting.report import Report
-    from dpn_cli.evaluation.evaluate import Evaluation, Standing
+    from dpn_cli.evaluation.evaluate import Evaluation, Result
     from dpn_cli.evaluation.figures import Figures
     from dpn_cli.evaluation.harness import Benchmark
-    from dpn_cli.evaluation.latency import Latency, Measured
+    from dpn_cli.evaluation.latency import Latency, Measurement
     from dpn_cli.pyramid.config import Route
 
 PHASE_NAMES = {
     "vision": "vision tower",
     "prefill": "prefill",
     "first_token": "first token",
-    "decode": "decode, a token",
+    "decode": "decode, per token",
 }
 BUDGETS_SHOWN = 10
 ROUTES_PER_KIND = 3
@@ -66,33 +66,31 @@ def print_fidelity(title: str, groups: dict[str, "Figures"]) -> None:
     console.table(title, columns, rows)
 
 
-def print_evaluation(result: "Evaluation") -> None:
-    """Print every contender's standing, then the pyramid's by kind of question."""
-    scored = result.standings[0].figures.accuracy is not None
-    columns = ["budget", "contender", "FLOPs", "KL (nats)", "over dpn, 95%", "top-1", "same answer"]
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Print every method's result, then the pyramid's by kind of question."""
+    scored = evaluation.results[0].figures.accuracy is not None
+    columns = ["budget", "method", "FLOPs", "KL (nats)", "over dpn, 95%", "top-1", "same answer"]
     columns += ["accuracy", "change, 95%", "McNemar p"] if scored else []
-    rows = [_standing(standing) for standing in result.standings]
-    console.table(
-        f"{len(result.questions)} samples; the teacher is the original, and all others are set to spend what dpn does",
-        columns, rows, texts=["contender"],
-    )  # fmt: skip
-    pyramids = result.of("dpn")
-    for standing in pyramids:
-        if len(standing.kinds) > 1:
-            budget = f" at budget {standing.budget:g}" if len(pyramids) > 1 else ""
-            print_fidelity(f"dpn{budget}, by kind of question", {**standing.kinds, "all": standing.figures})
-    for reason in result.left_out:
+    rows = [_result_row(result) for result in evaluation.results]
+    title = f"{len(evaluation.questions)} samples; the teacher is the original, and other methods spend what dpn spends"
+    console.table(title, columns, rows, texts=["method"])
+    pyramids = evaluation.of("dpn")
+    for result in pyramids:
+        if len(result.kinds) > 1:
+            budget = f" at budget {result.budget:g}" if len(pyramids) > 1 else ""
+            print_fidelity(f"dpn{budget}, by kind of question", {**result.kinds, "all": result.figures})
+    for reason in evaluation.left_out:
         console.note(f"Left out: {reason}")
-    for remark in result.not_equal:
+    for remark in evaluation.not_equal:
         console.note(f"Not equal: {remark}")
 
 
-def _standing(standing: "Standing") -> tuple[str, ...]:
-    figures, accuracy = standing.figures, standing.figures.accuracy
-    budget = "" if standing.budget is None else f"{standing.budget:g}"
-    over = standing.distortion_over_dpn
+def _result_row(result: "Result") -> tuple[str, ...]:
+    figures, accuracy = result.figures, result.figures.accuracy
+    budget = "" if result.budget is None else f"{result.budget:g}"
+    over = result.distortion_over_dpn
     row = (
-        budget, standing.label, f"{figures.fraction:.3f} ± {figures.fraction_spread:.3f}",
+        budget, result.label, f"{figures.fraction:.3f} ± {figures.fraction_spread:.3f}",
         f"{figures.distortion.value:.4f}", "" if over is None else f"{over.low:+.4f} … {over.high:+.4f}",
         f"{figures.agreement.value:.1%}", f"{figures.same_answer.value:.1%}",
     )  # fmt: skip
@@ -102,14 +100,14 @@ def _standing(standing: "Standing") -> tuple[str, ...]:
     return (*row, f"{accuracy.score.value:.1%}", change, f"{accuracy.mcnemar:.2g}")
 
 
-def print_routes(result: "Evaluation") -> None:
+def print_routes(evaluation: "Evaluation") -> None:
     """Print which routes every kind of question takes, the most frequent ones first."""
-    kinds = dict.fromkeys(question.kind for question in result.questions)
+    kinds = dict.fromkeys(question.kind for question in evaluation.questions)
     rows = []
-    for standing in result.of("dpn"):
+    for result in evaluation.of("dpn"):
         for kind in kinds:
-            pairs = zip(result.questions, standing.outcomes, strict=True)
-            routes = Counter(outcome.route or () for question, outcome in pairs if question.kind == kind)
+            pairs = zip(evaluation.questions, result.per_sample, strict=True)
+            routes = Counter(sample.route or () for question, sample in pairs if question.kind == kind)
             shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
             rows.append((kind, "   ".join(shares)))
     columns = ["kind of question", "experts per site, most frequent first"]
@@ -120,7 +118,7 @@ def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
     """Print the metrics of public benchmarks, teacher and pyramid side by side, each with its FLOPs."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     console.table(
-        "Benchmarks, by lmms-eval, in its units; beside each figure the fraction of the prefill FLOPs that it took",
+        "Benchmarks by lmms-eval, in its units; after each figure, the fraction of the prefill FLOPs that it took",
         ["task", "metric", "samples", *(column for name in names for column in (name, "FLOPs"))],
         [
             (
@@ -139,15 +137,15 @@ def print_latency(result: "Latency", has_data: bool) -> None:
     console.table(
         f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
         f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
-        ["contender", "phase", "median, ms", "quartiles, ms", "speedup", "95% interval", "ideal speedup", "efficiency"],
-        [row for each in result.contenders for row in _phase_rows(each)],
+        ["method", "phase", "median, ms", "quartiles, ms", "speedup", "95% interval", "ideal speedup", "efficiency"],
+        [row for each in result.measurements for row in _phase_rows(each)],
         texts=["phase"],
     )
     fidelity = ["KL (nats)", "same first token"] if has_data else []
     console.table(
-        "What it takes" + (", and what the first token keeps of the original's" if has_data else ""),
+        "Cost" + (", and fidelity of the first token to the original's" if has_data else ""),
         [
-            "contender",
+            "method",
             "FLOPs",
             "prefill GFLOPs",
             "tokens/s",
@@ -156,12 +154,12 @@ def print_latency(result: "Latency", has_data: bool) -> None:
             *fidelity,
             "attention kernels",
         ],
-        [_cost_row(each, result.batch_size, has_data) for each in result.contenders],
+        [_cost_row(each, result.batch_size, has_data) for each in result.measurements],
         texts=["attention kernels"],
     )
 
 
-def _phase_rows(each: "Measured") -> list[tuple[str, ...]]:
+def _phase_rows(each: "Measurement") -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, phase in each.phases.items():
         ideal, reached = f"{each.ideal_speedup:.2f}", f"{phase.speedup / each.ideal_speedup:.0%}"
@@ -176,7 +174,7 @@ def _phase_rows(each: "Measured") -> list[tuple[str, ...]]:
     return rows
 
 
-def _cost_row(each: "Measured", batch_size: int, has_data: bool) -> list[str]:
+def _cost_row(each: "Measurement", batch_size: int, has_data: bool) -> list[str]:
     decode = each.phases.get("decode")
     return [
         each.name,

@@ -31,7 +31,7 @@ class BinWeights:
     """The tensors of a folder's .bin shards.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         tensors: what the shards hold, by name; `start` means nothing here.
     """
 
@@ -89,7 +89,7 @@ def _load(path: Path) -> "dict[str, torch.Tensor]":
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is damaged or holds Python objects beside tensors, which could run code: nothing of it was read; "
+            f"{path} is damaged or holds Python objects besides tensors, which could run code: nothing of it was read; "
             "get the model as safetensors"
         ) from None
     except Exception as error:

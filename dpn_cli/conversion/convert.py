@@ -40,16 +40,16 @@ class Conversion:
     """What `convert` did, or would do.
 
     Attributes:
-        source: the model.
-        output: the folder.
+        source: the model that is converted.
+        output: the folder to write.
         recipe: the recipe's name, or `imported` where the source had a pyramid.
-        pyramid: as stored in config.json.
-        layout: of the source's decoder.
-        added: shapes of the new tensors, by their full name.
+        pyramid: the pyramid, as stored in config.json.
+        layout: the layout of the source's decoder.
+        added: shapes of the new tensors, by full name.
         base_bytes: bytes of the model's tensors without the pyramid.
-        placement: how they came, or would come, into the output: as the source's files, `copied`, hard-`linked` or
-            `cloned` (reflinks), or `rewritten` in Hugging Face's layout.
-        notes: what the user should know about that.
+        placement: how those tensors come into the output: as the source's files, `copied`, hard-`linked` or `cloned`
+            (reflinks), or `rewritten` in Hugging Face's layout.
+        notes: what the user should know about the conversion.
     """
 
     source: Source
@@ -95,7 +95,7 @@ def convert(
         link: let shards share their bytes with the source (reflinks, else hard links) where the file system can.
         check_values: search the source for NaN and infinite values first.
         verify: afterwards read everything back from the disk and compare it with the source, byte by byte.
-        chat_template: a file with a Jinja template, in the place of the source's.
+        chat_template: a file with a Jinja template, to use in place of the source's.
 
     Raises:
         CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid, or its processor
@@ -173,7 +173,7 @@ def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template
     if template is not None:
         template.validate(IMAGE_TOKEN, {})
         if opened.pyramid is not None and opened.pyramid.router.token_id is not None:
-            raise UsageError(f"{source} has routers that read a token of its own chat template: leave the option out")
+            raise UsageError(f"the routers of {source} read a token of its chat template: leave --chat-template out")
     return Completion(template=template)
 
 

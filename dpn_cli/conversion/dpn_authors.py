@@ -46,9 +46,9 @@ def import_authors(config: dict[str, Any], weights: Weights, vision_tower: str |
     """Take a checkpoint of the authors.
 
     Args:
-        config: its config.json, which `validate_original` has accepted.
-        weights: of the checkpoint.
-        vision_tower: see `rewrite_original`.
+        config: the checkpoint's config.json, which `validate_original` has accepted.
+        weights: the checkpoint's tensors.
+        vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
 
     Raises:
         CheckpointError: if it is damaged or incomplete.
@@ -74,7 +74,7 @@ def import_authors(config: dict[str, Any], weights: Weights, vision_tower: str |
     dpe = _dpe(weights, options, pyramid, hidden_size)
     if unused := apart.difference(planned.name for planned in dpe.values()):
         raise CheckpointError(
-            f"{folder} holds {len(unused)} tensors of routers or experts that pooling of config.json does not name, "
+            f"{folder} holds {len(unused)} tensors of routers or experts that `pooling` in config.json does not name, "
             f"such as {min(unused)}: config and weights do not belong together"
         )
     return rewritten.with_pyramid(pyramid, dpe, _notes(options, pyramid))
@@ -85,25 +85,25 @@ def _import_plain(config: dict[str, Any], weights: Weights, vision_tower: str | 
     options = config["pooling"]
     if options.get("prepooling"):
         raise CheckpointError(
-            f"{weights.folder}: pooling of config.json has prepooling and no layers: expected both, or neither as a "
+            f"{weights.folder}: `pooling` in config.json has prepooling and no layers: expected both, or neither as a "
             "plain LLaVA"
         )
     special = ROUTER_TOKEN if options.get("use_special_token") else None
     rewritten, _ = rewrite_original(config, weights, vision_tower, special)
-    note = "Its config.json names no layer to pool after, so it is a plain LLaVA: its pyramid is the recipe's."
+    note = "Its config.json names no layer to pool after, so it is a plain LLaVA, and gets the recipe's pyramid."
     return replace(rewritten, notes=(*rewritten.notes, note))
 
 
 def _options(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found = config["pooling"]
     if not isinstance(found, dict):
-        raise CheckpointError(f"{folder}: the key pooling of config.json holds {found!r}, expected an object")
+        raise CheckpointError(f"{folder}: `pooling` in config.json is {found!r}, expected an object")
     options = _DEFAULTS | found
     for key, known in _OPTIONS.items():
         if options.get(key) not in known:
             expected = " or ".join(map(str, known))
             raise CheckpointError(
-                f"{folder}: pooling.{key} of config.json is {options.get(key)!r}, expected {expected}"
+                f"{folder}: pooling.{key} in config.json is {options.get(key)!r}, expected {expected}"
             )
     if options["pooling_type"] == "static" and options["pooling_function"] == "conv":
         raise CheckpointError(f"{folder} asks for static pooling by convolution, which the authors' code cannot do")
@@ -121,10 +121,10 @@ def _pyramid(options: Mapping[str, Any], folder: Path) -> PyramidConfig:
         layers = sorted(options["pooling_layers"], key=lambda layer: layer["index"])
         sites = [Site(layer["index"] - shift, pool(*_rates(layer, adaptive, folder))) for layer in layers]
     except (KeyError, TypeError, ValueError, IndexError):
-        raise CheckpointError(f"{folder}: pooling.pooling_layers of config.json is damaged") from None
+        raise CheckpointError(f"{folder}: pooling.pooling_layers in config.json is damaged") from None
     if not sites or sites[0].after_layer < 0 or any(a.after_layer >= b.after_layer for a, b in pairwise(sites)):
         raise CheckpointError(
-            f"{folder}: pooling.pooling_layers of config.json pools at {[layer['index'] for layer in layers]} "
+            f"{folder}: pooling.pooling_layers in config.json pools at {[layer['index'] for layer in layers]} "
             f"({options['pooling_location']}): expected different layers, and none before the first"
         )
     return PyramidConfig(

@@ -48,8 +48,8 @@ class HrTower:
         """Read the tower's sizes from its tensors.
 
         Args:
-            weights: of the checkpoint.
-            original: its config.json.
+            weights: the checkpoint's tensors.
+            original: the checkpoint's config.json.
             vision_tower: folder or hub id of the CLIP model that the fast tower's config comes from; OpenAI's models
                 need none.
 
@@ -61,8 +61,8 @@ class HrTower:
         own = fast["image_size"] // fast["patch_size"]
         if type(size) is not int or size < _STRIDE or size % _STRIDE or not _fits(size, own):
             raise CheckpointError(
-                f"{weights.folder}: config.json has {size!r} as input_image_size, expected a multiple of {_STRIDE} "
-                f"whose {_STRIDE}th part is at least {own} or divides it, such as 768 or 1024"
+                f"{weights.folder}: config.json has {size!r} as input_image_size, expected {_STRIDE} times a number "
+                f"that is at least {own} or divides it, such as 768 or 1024"
             )
         config = {
             "model_type": HR_TOWER,

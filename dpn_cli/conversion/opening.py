@@ -55,7 +55,7 @@ class Opened(Protocol):
         """Write everything but config and index into a folder.
 
         Args:
-            stage: the folder.
+            stage: the folder to write into.
             link: let shards that stay as they are share their bytes with the source, where the file system can.
         """
 
@@ -105,7 +105,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     """Open a LLaVA that has no pyramid yet.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         vision_tower: folder or hub id of a CLIP model, for a checkpoint in the original LLaVA layout.
 
     Raises:
@@ -132,7 +132,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         return rewrite_weights(original, config, open_weights(folder, original), notes)
     if DPE_FILE in checkpoint.files:
         raise CheckpointError(
-            f"{folder} has a shard {DPE_FILE}, a name that the pyramid's own takes: rename it, in the index too"
+            f"{folder} has a shard {DPE_FILE}, the name of the pyramid's own: rename it, in the index too"
         )
     return Copied(original, checkpoint, notes)
 

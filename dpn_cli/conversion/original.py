@@ -77,13 +77,13 @@ def rewrite_original(
     """Take a LLaVA in the original layout.
 
     Args:
-        original: its config.json, which `validate_original` has accepted.
-        weights: of the checkpoint.
+        original: the checkpoint's config.json, which `validate_original` has accepted.
+        weights: the checkpoint's tensors.
         vision_tower: folder or hub id of the CLIP model; by default the one that config.json names.
         router_token: the last token of the vocabulary, which makes room for `<image>`: it moves after the new ones
             and ends every question about an image.
         prepooling: side of the squares of tower features that become one visual token.
-        apart: names of tensors that LLaVA does not have and somebody else sees to.
+        apart: names of tensors that LLaVA does not have and the caller takes care of.
 
     Returns:
         The checkpoint, and its tokenizer.
@@ -138,7 +138,7 @@ def validate_original(config: Mapping[str, Any], folder: Path) -> None:
     """Check that a config.json of the original layout is a LLaVA's.
 
     Raises:
-        CheckpointError: with the first reason why not.
+        CheckpointError: if it is not; gives the first reason.
     """
     if _architecture(config) not in ORIGINALS:
         raise CheckpointError(

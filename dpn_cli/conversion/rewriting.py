@@ -23,11 +23,11 @@ class Planned:
     """A tensor that will be written.
 
     Attributes:
-        name: of what it is made from, as stored.
-        dtype: in safetensors' words.
-        shape: of the tensor.
-        file: that it comes from; what comes from one file goes into one shard.
-        read: gives it.
+        name: the stored name of the tensor that it is made from.
+        dtype: the dtype, as safetensors spells it.
+        shape: the tensor's shape.
+        file: the file that it comes from; what comes from one file goes into one shard.
+        read: returns the tensor.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Rewritten:
 
     Attributes:
         source_config: the source's config.json.
-        checkpoint: in Hugging Face's layout; its files are those to be written.
-        planned: its tensors, and those of its pyramid.
+        checkpoint: the checkpoint in Hugging Face's layout; its files are those to be written.
+        planned: the checkpoint's tensors, and those of its pyramid.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
         notes: what the user should know about the change of layout.
-        pyramid: that the source has already, or None.
-        dpe: the tensors of that pyramid as the source has them, by their new names.
+        pyramid: the pyramid that the source already has, or None.
+        dpe: the tensors of that pyramid as the source has them, by new name.
     """
 
     source_config: Mapping[str, Any]
@@ -96,12 +96,12 @@ class Rewritten:
         """Give every source file a shard of its own.
 
         Args:
-            folder: of the source.
-            source_config: its config.json.
+            folder: the source's folder.
+            source_config: the source's config.json.
             config: the new config.json.
-            planned: the tensors, by their new names.
-            write_side_files: see the class.
-            notes: see the class.
+            planned: the tensors, by new name.
+            write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
+            notes: what the user should know about the change of layout.
         """
         sources = sorted({tensor.file for tensor in planned.values()})
         shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
@@ -113,9 +113,9 @@ class Rewritten:
         """Return it with a pyramid that the source has.
 
         Args:
-            pyramid: of the source.
-            dpe: its tensors, in float32, by their new names.
-            notes: what the user should know about it.
+            pyramid: the source's pyramid.
+            dpe: the pyramid's tensors, in float32, by new name.
+            notes: what the user should know about the pyramid.
         """
         infos = {name: TensorInfo(t.name, t.file.name, t.dtype, t.shape, 0, t.nbytes) for name, t in dpe.items()}
         planned, notes = {**self.planned, **dpe}, (*self.notes, *notes)

@@ -55,9 +55,9 @@ class Words:
 
     Attributes:
         file: the vocabulary: tokenizer.json or tokenizer.model.
-        legacy: of `LlamaTokenizer`; without it no blank is put before what follows a special token.
+        legacy: the option of `LlamaTokenizer`; without it no blank is put before what follows a special token.
         added: tokens that were added to the vocabulary, by id.
-        max_length: of a sequence.
+        max_length: the most tokens in a sequence; None if not stated.
     """
 
     file: Path
@@ -101,7 +101,7 @@ class Words:
         """Build the tokenizer, with special tokens of consecutive ids after its own words.
 
         Args:
-            added: in the order of their ids; `<image>` and `<pad>` must be among them.
+            added: the special tokens, in the order of their ids; `<image>` and `<pad>` must be among them.
 
         Raises:
             MissingExtraError: if it can only be read with packages that are not installed.
@@ -159,7 +159,7 @@ def chat_template(router_token: str | None = None) -> str:
     """Return the chat template of the conversation format v1.
 
     Args:
-        router_token: ends every question of a conversation with images.
+        router_token: a token that ends every question of a conversation with images; None for none.
     """
     end = "' '" if router_token is None else f"'{router_token} ' if about.images else ' '"
     return _CHAT_TEMPLATE.replace("SYSTEM_PROMPT", SYSTEM_PROMPT.replace("'", "\\'")).replace("END_OF_QUESTION", end)
@@ -178,14 +178,14 @@ def write_processor(
     """Write tokenizer, image processor and chat template.
 
     Args:
-        stage: the folder.
-        tokenizer: from `Words`.
-        template: from `chat_template`.
-        side: of an image, in pixels.
-        patch_size: of the square that becomes one visual token, in pixels.
-        normalisation: `image_mean` and `image_std`; CLIP's where they are left out.
+        stage: the folder to write into.
+        tokenizer: the tokenizer, as `Words.tokenizer` builds it.
+        template: the template, as `chat_template` returns it.
+        side: side of an image, in pixels.
+        patch_size: side of the square that becomes one visual token, in pixels.
+        normalisation: `image_mean` and `image_std`; CLIP's if they are left out.
         pad_to_square: fill an image up with the mean colour, as LLaVA-1.5 does, or cut its middle out, as CLIP does.
-        strategy: `default` where the tower's features have a class token, which is left out, or `full`.
+        strategy: `default` if the tower's features have a class token, which is left out, or `full`.
     """
     from transformers import LlavaImageProcessorPil, LlavaProcessor
 

@@ -48,10 +48,10 @@ class ClipTower:
     """A CLIP model.
 
     Attributes:
-        folder: of the model.
-        stored: its config.json.
-        config: of its vision part, complete.
-        unused: see `Tower`.
+        folder: the model's folder.
+        stored: the model's config.json.
+        config: the config of its vision part, complete.
+        unused: names of the original's tensors that nothing reads.
     """
 
     folder: Path

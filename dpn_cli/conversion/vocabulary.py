@@ -18,9 +18,9 @@ class Vocabulary:
     """The rows of the new embedding.
 
     Attributes:
-        size: all rows, a multiple of 64.
-        kept: so many first rows stay as they are.
-        moved: old row by new row, for the others that stay.
+        size: number of rows, a multiple of 64.
+        kept: number of first rows that stay as they are.
+        moved: old row by new row, for the other rows that stay.
     """
 
     size: int
@@ -36,9 +36,9 @@ class Vocabulary:
         models on the hub.
 
         Args:
-            read: gives the old matrix.
-            read_embedding: gives the old embedding.
-            seed: of the draw; the same one gives the same rows.
+            read: returns the old matrix.
+            read_embedding: returns the old embedding.
+            seed: random seed for the new rows; the same seed gives the same rows.
         """
         import torch
 
@@ -58,12 +58,12 @@ def draw_rows(embedding: "torch.Tensor", count: int, seed: int) -> "torch.Tensor
     is made or factored, and one pass in pieces will do.
 
     Args:
-        embedding: [n, D].
-        count: rows to draw.
-        seed: of the weights.
+        embedding: the embedding, [n, D].
+        count: number of rows to draw.
+        seed: random seed for the weights.
 
     Returns:
-        [count, D] in float64.
+        The new rows, [count, D], in float64.
 
     Source: the distribution is that of transformers' convert_llava_weights_to_hf.py; the way to draw is ours.
     """

@@ -35,9 +35,9 @@ class Weights:
     """The tensors of a checkpoint, by the names that the model itself has for them.
 
     Attributes:
-        folder: of the checkpoint.
-        tensors: which there are, in which file, of which dtype and shape.
-        notes: what the user should know about their names.
+        folder: the checkpoint folder.
+        tensors: file, dtype and shape of every tensor, by name.
+        notes: what the user should know about the names.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -74,7 +74,7 @@ class SafetensorsWeights:
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)
             if file.readinto(values) < info.nbytes:
-                raise CheckpointError(f"{self.folder / info.file} became shorter meanwhile: run the same line again")
+                raise CheckpointError(f"{self.folder / info.file} became shorter meanwhile: run the command again")
         return torch.frombuffer(values, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(info.shape)
 
 
@@ -82,8 +82,8 @@ def open_weights(folder: Path, config: dict[str, Any]) -> Weights:
     """Open what a folder holds; a pickle is not looked at where there are safetensors.
 
     Args:
-        folder: of the checkpoint.
-        config: its config.json.
+        folder: the checkpoint folder.
+        config: the checkpoint's config.json.
 
     Raises:
         CheckpointError: if it holds nothing, or what it holds is damaged.

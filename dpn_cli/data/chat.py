@@ -23,7 +23,7 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
     """
     messages = records(messages)
     if not isinstance(messages, list):
-        raise RowError("no list of messages", f"expected a list of messages, found {type(messages).__name__}")
+        raise RowError("not a list of messages", f"expected a list of messages, found {type(messages).__name__}")
     system: list[str] = []
     turns: list[Turn] = []
     inline: list[Any] = []
@@ -98,7 +98,7 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
             expected = ", ".join(("text", *_IMAGE_PARTS))
             raise RowError("unknown content", f"a part of type {kind!r:.50} with the keys {keys}, expected {expected}")
     if images and len(images) != placeholders:
-        raise RowError("images and placeholders", f"a message has {placeholders} places for {len(images)} images")
+        raise RowError("images and placeholders", f"a message has {placeholders} placeholders for {len(images)} images")
     return role, "\n".join(filter(None, texts)), placeholders, images
 
 

@@ -20,8 +20,9 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
     """Return the choices of a row in the order of their letters, and the names of the fields that hold them.
 
     Args:
-        fields: of the row.
-        field: with all choices, a list, or an object by letters; None if they may stand in fields of their own.
+        fields: the row's fields.
+        field: the field with all choices, as a list or as an object by letters; None if each may stand in a field of
+            its own.
 
     Raises:
         RowError: if they cannot be told apart, or are no texts.
@@ -54,8 +55,8 @@ def answer_letter(answer: Any, choices: Sequence[Any]) -> str:
     """Return the letter of the right choice.
 
     Args:
-        answer: its place, counted from 0, as a number or in digits; its letter; or the choice itself.
-        choices: in the order of their letters.
+        answer: the right choice: its place, counted from 0, as a number or in digits; its letter; or its text.
+        choices: the choices, in the order of their letters.
 
     Raises:
         RowError: if that names none of them, or one in one way and another in another.

@@ -29,11 +29,11 @@ class Example:
     """An encoded sample.
 
     Attributes:
-        input_ids: [L].
-        labels: [L].
+        input_ids: token ids, [L].
+        labels: labels, [L].
         visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
             [images, tiles, 3, H, W] with the sizes of the images; empty without images.
-        name: for messages.
+        name: what messages call the sample.
     """
 
     input_ids: torch.Tensor
@@ -76,9 +76,9 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
     image are context and no labels: a router decides when it has seen all images.
 
     Args:
-        sample: every turn of it answered.
-        processor: the checkpoint's.
-        answer_tokens: at most so many per labelled answer; what follows a shortened answer is left out.
+        sample: a conversation whose every turn has an answer.
+        processor: the checkpoint's processor.
+        answer_tokens: the most tokens of a labelled answer; what follows a shortened answer is left out.
 
     Raises:
         DataError: if the chat template does not render turns one after another, or an image cannot be read.
@@ -112,10 +112,10 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
     """Return a check that refuses samples of more tokens than the model takes, for `load_data`.
 
     Args:
-        processor: the checkpoint's.
-        layout: likewise.
+        processor: the checkpoint's processor.
+        layout: the checkpoint's layout.
         max_tokens: positions of the language model.
-        answer_tokens: as for `encode`; also left free for answers to come.
+        answer_tokens: the most tokens of an answer, as in `encode`; as many are left free for an answer to come.
     """
 
     def check(sample: Sample) -> None:
@@ -125,12 +125,14 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
             raise RowError("chat template", str(error)) from None
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
             shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
-            raise RowError("image tokens", f"its text has {shown} image tokens, the row {len(sample.images)} images")
+            raise RowError(
+                "image tokens", f"its text has {shown} image tokens, the row has {len(sample.images)} images"
+            )
         visual = num_tokens(expected_grids(sample, layout))
         total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
         total += answer_tokens if sample.turns[-1].answer is None else 0
         if total > max_tokens:
-            raise RowError("over-long", f"{total} tokens with its images, the model takes {max_tokens}")
+            raise RowError("over-long", f"{total} tokens with its images, but the model takes {max_tokens}")
 
     return check
 
@@ -152,9 +154,9 @@ class _Piece:
     """A stretch of a conversation that is tokenised on its own.
 
     Attributes:
-        text: of a question, or empty.
-        tokens: with one placeholder per image.
-        images: shown in it.
+        text: the question, or the empty string.
+        tokens: token ids, with one placeholder per image.
+        images: number of images shown in the question.
         labelled: whether the model is to predict it.
     """
 

@@ -84,7 +84,7 @@ def assign(names: Iterable[str]) -> dict[str, str]:
     """Return which field is read in which role.
 
     Args:
-        names: of the fields that a row or a table has.
+        names: names of the fields of a row or a table.
     """
     known = {_normalise(name): name for name in names}
     roles = {}
@@ -141,7 +141,7 @@ def validate_ignored(ignored: Collection[str], names: Collection[str], data: str
     """Check that the fields to leave unread exist.
 
     Raises:
-        DataError: naming the first that does not.
+        DataError: if one does not; names it.
     """
     for name in ignored:
         if name not in names:
@@ -154,23 +154,23 @@ def validate_media(fields: Fields) -> None:
     """Check that a row is about images and text alone.
 
     Raises:
-        RowError: naming a field with a video or a sound.
+        RowError: if a field has a video or a sound; names it.
     """
     for name, value in fields.items():
         if _normalise(name) in _OTHER_MEDIA and any(True for _ in _leaves(value)):
-            raise RowError("neither image nor text", f"`{name}` is filled: only images and text are read")
+            raise RowError("neither image nor text", f"`{name}` is not empty: only images and text are read")
 
 
 def validate_all_read(fields: Fields, read: Collection[str], **found: bool) -> None:
     """Check that no text and no image of a row is left unread.
 
     Args:
-        fields: of the row.
-        read: the names of those that were read.
-        found: see `_unread`.
+        fields: the row's fields.
+        read: names of the fields that were read.
+        found: what was read, as keywords of `_unread`.
 
     Raises:
-        RowError: naming the fields.
+        RowError: if any is; names the fields.
     """
     if unread := _unread(fields, read, **found):
         of = f", of the fields {', '.join(fields)}" if len(fields) > len(unread) else ""
@@ -181,7 +181,7 @@ def validate_object(value: Fields, read: Collection[str], what: str) -> None:
     """Check that an object inside of a row, such as a message, holds no text and no image but what is read.
 
     Raises:
-        RowError: naming the keys.
+        RowError: if it holds more; names the keys.
     """
     if unread := _unread(value, read, has_image=False, has_question=False, has_answer=False):
         keys = ", ".join(f"`{name}`" for name in unread)
@@ -194,11 +194,11 @@ def _unread(
     """Return the names of the fields with text or images that are left unread.
 
     Args:
-        fields: of a row, or of an object in it.
-        read: the names of those that were read.
-        has_image: whether an image was.
-        has_question: whether a question was, not only a caption.
-        has_answer: whether an answer was, or a caption.
+        fields: fields of a row, or of an object in it.
+        read: names of the fields that were read.
+        has_image: whether an image was read.
+        has_question: whether a question was read, not only a caption.
+        has_answer: whether an answer or a caption was read.
     """
     spare = {*(_SPARE["image"] if has_image else ()), *(_SPARE["answer"] if has_question and has_answer else ())}
     seen = [leaf for name in read for leaf in _leaves(fields.get(name))]

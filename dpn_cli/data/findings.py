@@ -48,10 +48,10 @@ class Scan:
         """Count.
 
         Args:
-            form: see `format`.
-            available: rows in the data.
-            samples: the good ones.
-            faults: the bad ones, in any order.
+            form: what the data was taken for.
+            available: number of rows in the data.
+            samples: the good rows.
+            faults: the bad rows, in any order.
         """
         return cls(
             format=form,

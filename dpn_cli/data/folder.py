@@ -33,7 +33,7 @@ class ImageFolder:
             raise DataError(
                 f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: nothing but images is read "
                 "from a folder of images. Move other files out of it to have every image asked a stock prompt; to have "
-                "their text read, give a JSON, parquet or CSV file with one row for every image"
+                "their text read, give a JSON, parquet or CSV file with one row per image"
             )
 
     def __len__(self) -> int:

@@ -18,11 +18,11 @@ class Request:
     """Data to be opened.
 
     Attributes:
-        data: as the user names it.
-        image_root: where relative image paths start; by default the folder of the file that names them.
+        data: the data, as the user names it.
+        image_root: the folder that relative image paths start in; by default that of the file that names them.
         reading: how rows are read.
-        split: of the demo data.
-        limit: samples to draw, of the demo data.
+        split: which split of the demo data to open.
+        limit: number of samples to draw from the demo data.
     """
 
     data: str
@@ -47,9 +47,9 @@ class Format:
     """A format of data.
 
     Attributes:
-        description: for help texts and messages.
-        opener: the function that opens it, by module of this package. It takes a `Request`, and returns None for data
-            of another format.
+        description: what help texts and messages call it.
+        opener: the function that opens it, as `module.function` of this package. It takes a `Request`, and returns None
+            for data of another format.
     """
 
     description: str
@@ -107,5 +107,6 @@ def open_source(request: Request) -> "Source":
         if (source := each.open(request)) is not None:
             return source
     path = request.path
-    what = f"is a {path.suffix or 'file without a suffix'}" if path.exists() else "does not exist"
+    kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+    what = f"is {kind}" if path.exists() else "does not exist"
     raise DataError(f"--data {request.data} {what}: expected {describe_formats()}")

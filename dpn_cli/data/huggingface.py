@@ -43,14 +43,14 @@ class Table:
         """Open a data set.
 
         Args:
-            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or of the hub
-                owner/name[:configuration[:split]]; without a split, `train` or else the first one.
-            image_root: where the paths of images that are not in the table start.
-            reading: how its rows are read.
+            name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or a data set of the
+                hub as owner/name[:configuration[:split]]; without a split, `train` or else the first one.
+            image_root: the folder that paths of images outside the table start in.
+            reading: how rows are read.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
-            MissingExtraError: without the package.
+            MissingExtraError: if the package `datasets` is not installed.
         """
         kind, dataset = _open(name)
         if len(dataset) == 0:
@@ -63,7 +63,7 @@ class Table:
         columns = [column for column in dataset.column_names if column not in reading.ignored]
         if not is_readable(columns):
             raise DataError(
-                f"{name} has the columns {', '.join(columns)}: none is known as images or text. "
+                f"{name} has the columns {', '.join(columns)}: none is known to hold images or text. "
                 f"Known are {known_names()}"
             )
         self.images_alone = not asks(columns)
@@ -156,8 +156,8 @@ def _open(name: str) -> tuple[str, Any]:
     try:
         import datasets
     except ImportError:
-        known = "a table" if path.exists() else "no file or folder here; a data set of the hub"
-        raise MissingExtraError(f"--data {name} is {known}, which", "datasets", "data") from None
+        what = "a table" if path.exists() else "there is no such file or folder here, and a data set of the hub"
+        raise MissingExtraError(f"--data {name}: {what}", "datasets", "data") from None
     try:
         if is_saved_dataset(path):
             return _one_split(datasets.load_from_disk(str(path)), "saved data set")
@@ -172,7 +172,7 @@ def _open(name: str) -> tuple[str, Any]:
         loaded = datasets.load_dataset(repository, config or None, split=split or None)
         return _one_split(loaded, f"data set {name} of the hub")
     except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
-        what = "cannot be opened" if path.exists() else "is no file or folder here, and cannot be had from the hub"
+        what = "cannot be opened" if path.exists() else "is not a file or folder here, and cannot be read from the hub"
         raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
 
 
@@ -180,7 +180,7 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, str | None]]:
     """Return the rows below the header, cells as the texts that they are, None for empty ones.
 
     Raises:
-        ValueError: for names that come twice, or a row with more cells than there are names.
+        ValueError: if a name comes twice, or a row has more cells than there are names.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)

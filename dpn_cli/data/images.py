@@ -40,7 +40,7 @@ def image_path(root: Path, value: Any) -> Path:
     """Return the file that a row names.
 
     Args:
-        root: where relative paths start.
+        root: the folder that relative paths start in.
         value: a path, with slashes or backslashes, a file:// URI, or an object with one of them as `path` or `url`.
 
     Raises:
@@ -52,9 +52,9 @@ def image_path(root: Path, value: Any) -> Path:
         expected = f"expected the path of an image, or an object with one as {' or '.join(PATH_KEYS)}"
         raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
     if _ELSEWHERE.match(path) and not _FILE_URI.match(path):
-        raise RowError("image not in a file", f"{path!r:.100} is no file: expected a path or a file:// URI")
+        raise RowError("image not in a file", f"{path!r:.100} is not a file: expected a path or a file:// URI")
     if _BASE64.fullmatch(path):
-        raise RowError("image not in a file", "base64 text is no path: expected a file, or bytes in a parquet table")
+        raise RowError("image not in a file", "base64 text is not a path: expected a file, or bytes in a parquet table")
     path = unquote(_FILE_URI.sub("", path)) if _FILE_URI.match(path) else path
     return root / (path if "\\" not in path or _is_file(root / path) else path.replace("\\", "/"))
 
@@ -87,7 +87,7 @@ def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: for messages.
+        name: what messages call the image.
 
     Raises:
         RowError: as `check_image`.
@@ -101,7 +101,7 @@ def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: for messages.
+        name: what messages call the image.
 
     Raises:
         RowError: as `check_image`.
@@ -134,7 +134,7 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
             if fault := size_fault(*opened.size):
                 raise RowError(fault.reason, f"{name} has {fault.detail}")
             if opened.mode in _UNSCALED:
-                raise RowError("32-bit image", f"{name} has 32 bits a pixel, of no known range: expected 8 or 16")
+                raise RowError("32-bit image", f"{name} has 32 bits per pixel, of unknown range: expected 8 or 16")
             yield opened
     except RowError:
         raise
@@ -186,4 +186,4 @@ def _formats() -> tuple[str, ...]:
 
 def _reason(error: BaseException) -> str:
     """Return what Pillow says, without the address of the buffer that it read."""
-    return "no known image format" if "cannot identify" in str(error) else str(error) or type(error).__name__
+    return "not a known image format" if "cannot identify" in str(error) else str(error) or type(error).__name__

@@ -132,7 +132,7 @@ class LlavaFile:
         """Yield (number, start, end) of every row of the list at `start`, bad ones too where they can be told apart.
 
         Raises:
-            DataError: where no end of a row can be found.
+            DataError: if no end of a row can be found.
         """
         number, position = 0, _skip_space(self.text, start + 1)
         while self.text[position : position + 1] != "]":

@@ -28,11 +28,11 @@ def load_data(
     Args:
         data: which data, and how to read them.
         prompts: the questions for images that come without one, in turn.
-        split: of the demo data.
-        limit: samples with an image to read, drawn over all of the data; None for all.
-        seed: of the draw.
+        split: which split of the demo data to read.
+        limit: number of samples with an image to read, drawn over all of the data; None for all.
+        seed: random seed for sampling.
         check: raises RowError for a sample that is of no use.
-        reporter: told the progress and the findings.
+        reporter: told about the progress and the findings.
 
     Raises:
         DataError: if the data is in none of `FORMATS`, or naming the bad rows.

@@ -16,7 +16,7 @@ class DataOptions:
         name: `demo`; a LLaVA .json or .jsonl file, a .csv or .tsv file, or a folder with one; a folder of images; a
             parquet or arrow file, or a folder of them; a folder from `save_to_disk`; or
             owner/name[:configuration[:split]] of the hub.
-        image_root: where relative image paths start; by default the folder of the file that names them.
+        image_root: the folder that relative image paths start in; by default that of the file that names them.
         ignored: fields of the rows that are left unread, as if they were not there.
         on_bad_row: `fail`, or `skip` up to `max_bad`.
         max_bad: the largest share of the rows read that may be bad.

@@ -32,7 +32,7 @@ class Reading:
 
     Attributes:
         prompts: questions for captions and for images alone, in turn.
-        kind_field: holds a sample's group, see `group`.
+        kind_field: the field that holds a sample's group, see `group`.
         ignored: fields that are left unread.
     """
 
@@ -51,8 +51,8 @@ class _Text:
     """What the text of a row says.
 
     Attributes:
-        read: the names of the fields that hold it; none for a stock prompt.
-        turns: at least one.
+        read: names of the fields that hold it; none for a stock prompt.
+        turns: the questions and answers, at least one.
         system: the system message, or the empty string.
         inline: images that stand in the messages.
         has_question: whether the question is the row's own.
@@ -69,10 +69,10 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     """Read a row of a table.
 
     Args:
-        row: an object; `fields.ROLES` says what its fields are read as.
-        number: from 1, names a row that has no id.
-        open_image: called for every image.
-        reading: how.
+        row: the row, an object; `fields.ROLES` says what its fields are read as.
+        number: the row's number, from 1; it names a row without an id.
+        open_image: turns what stands for an image into a source, see `OpenImage`.
+        reading: how the row is read.
         images_alone: whether no row has text, so that every image is asked a stock prompt.
 
     Raises:

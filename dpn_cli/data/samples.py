@@ -14,7 +14,7 @@ class StoredImage:
     """An encoded image inside a table, fetched when it is needed.
 
     Attributes:
-        name: for messages.
+        name: what messages call the image.
         read: returns the encoded bytes.
     """
 
@@ -30,9 +30,9 @@ class Turn:
     """A question and, where the data has one, its answer.
 
     Attributes:
-        question: without image placeholders.
-        answer: never empty.
-        images: how many of the sample's images stand before this question.
+        question: the question, without image placeholders.
+        answer: the answer, never empty; None if the data has none.
+        images: number of the sample's images that stand before this question.
     """
 
     question: str
@@ -45,13 +45,13 @@ class Sample:
     """One conversation, about its images if it has any.
 
     Attributes:
-        id: names the sample in reports.
+        id: the sample's name in reports.
         images: files, images in a table, or pictures in memory, in the order of the turns that show them.
-        turns: at least one; only the last may lack an answer. Where none says how many images it shows, the first
-            shows them all.
+        turns: the questions and answers, at least one; only the last may lack an answer. If no turn says how many
+            images it shows, the first shows them all.
         kind: the group that figures are reported by, where the data has groups.
-        system: what stands before the conversation, or the empty string.
-        row: where the sample stands in its data, from 1; 0 where there are no rows.
+        system: the text before the conversation, or the empty string.
+        row: the number of the sample's row, from 1; 0 if the data has no rows.
     """
 
     id: str

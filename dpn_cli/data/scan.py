@@ -56,9 +56,9 @@ class Dataset:
     """Samples that were checked, in the order of their rows.
 
     Attributes:
-        samples: the good ones.
-        scan: what there was.
-        digest: of the samples' texts and image bytes: the same data gives the same digest anywhere.
+        samples: the good samples.
+        scan: what the scan found.
+        digest: a digest of the samples' texts and image bytes: the same data gives the same digest anywhere.
     """
 
     samples: Sequence[Sample]
@@ -79,14 +79,14 @@ def scan(
     """Read rows until there are enough good ones with an image.
 
     Args:
-        source: of rows.
+        source: the rows to read.
         skip_bad: leave bad rows out rather than fail.
         max_bad: the share of bad rows that may be left out.
-        limit: samples with an image to read, drawn over all of the data; None for all rows. Text-only samples that
-            are met on the way come in addition.
-        seed: of the draw.
+        limit: number of samples with an image to read, drawn over all of the data; None for all rows. Text-only samples
+            that are met on the way come in addition.
+        seed: random seed for sampling.
         check: raises RowError for samples that are of no use, called for one at a time.
-        reporter: told the progress.
+        reporter: told about the progress.
 
     Raises:
         DataError: if there is no usable row, or naming the bad ones.
@@ -173,4 +173,4 @@ def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> s
         return f"{what} Rename these fields, or leave them unread with --ignore-fields. Known are {known_names()}"
     if skip_bad:
         return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
-    return f"{what} Mend them, or leave them out with --on-bad-row skip"
+    return f"{what} Fix them, or leave them out with --on-bad-row skip"

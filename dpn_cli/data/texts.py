@@ -18,8 +18,8 @@ def read_text(value: Any, what: str) -> str:
     """Return a text without the space around it.
 
     Args:
-        value: of a row.
-        what: it is, for messages.
+        value: a value from a row.
+        what: what messages call the text.
 
     Raises:
         RowError: if it is no text, or one that cannot be encoded.

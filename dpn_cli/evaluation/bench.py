@@ -1,4 +1,4 @@
-"""Measuring the latency of a checkpoint's folder: prompts in, every contender's figures out."""
+"""Measuring the latency of a checkpoint's folder: prompts in, every method's figures out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +30,10 @@ class SyntheticPrompts:
     """Prompts of noise and random words.
 
     Attributes:
-        images: of a sample.
+        images: number of images per sample.
         image_size: their height and width in pixels.
-        text_tokens: of a batch's samples, in turn; None for as many as in the calibration data, or else `TEXT_TOKENS`.
+        text_tokens: text tokens of the samples of a batch, in turn; None for as many as in the calibration data, or
+            else `TEXT_TOKENS`.
     """
 
     images: int = 1
@@ -45,12 +46,13 @@ class BenchOptions:
     """What is measured, and how often.
 
     Attributes:
-        budgets: mean fractions of the prefill FLOPs; with no routes either, none for what the checkpoint is set to.
-        routes: each the same for all samples, as texts that `parse_route` reads.
-        against: of `BASELINES`.
-        batch_sizes: each measured by itself.
-        new_tokens: to generate for every sample.
-        rounds: to time after one warm-up round.
+        budgets: mean fractions of the prefill FLOPs; with neither budgets nor routes, what the checkpoint is set to is
+            measured.
+        routes: routes, each the same for all samples, as `parse_route` reads them.
+        against: names from `BASELINES` to compare with.
+        batch_sizes: batch sizes, each measured separately.
+        new_tokens: number of tokens to generate for every sample.
+        rounds: number of timed rounds after one warm-up round.
     """
 
     budgets: Sequence[float] = ()
@@ -66,10 +68,10 @@ class Bench:
     """What was measured.
 
     Attributes:
-        folder: the checkpoint.
+        folder: the checkpoint folder.
         has_data: whether the prompts were real.
-        results: of every batch size.
-        lineups: who was measured, likewise.
+        results: the measurements at every batch size.
+        lineups: what was measured at every batch size.
     """
 
     folder: Path
@@ -92,14 +94,14 @@ def bench_folder(
     """Measure a converted or exported checkpoint beside the original and other methods, in turns in one process.
 
     Args:
-        folder: the checkpoint.
-        prompts: the data to take prompts from, of the demo the held-out pictures; or what synthetic ones are like.
+        folder: the checkpoint folder.
+        prompts: the data to take prompts from (of the demo, the held-out pictures), or what synthetic prompts are like.
         options: what is measured.
-        reporter: told what a reader of the figures should know, and the progress.
+        reporter: told what a reader of the figures should know, and about the progress.
 
     Raises:
         DataError: if there are too few samples with an image.
-        UsageError: if a budget or a route is not to be had.
+        UsageError: if a budget or a route is not possible here.
     """
     data = prompts if isinstance(prompts, DataOptions) else None
     with in_use(folder):
@@ -107,14 +109,15 @@ def bench_folder(
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
         processor = load_opened_processor(checkpoint, layout)
-        drawn = {size: _draw(data, size, options.rounds) for size in options.batch_sizes} if data else {}
+        drawn = _draw(data, max(options.batch_sizes), options.rounds) if data else []
         model = load_opened(checkpoint, pyramid, device_map=default_device())
     results, lineups = [], []
     for batch_size in options.batch_sizes:
         if isinstance(prompts, SyntheticPrompts):
             batches = [_synthetic(prompts, model, processor, batch_size)] * options.rounds
         else:
-            batches = [encode_prompts(samples, processor, model.device) for samples in drawn[batch_size]]
+            rounds = _in_batches(drawn, batch_size, options.rounds)
+            batches = [encode_prompts(samples, processor, model.device) for samples in rounds]
         found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)
@@ -136,13 +139,20 @@ def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, process
     return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
 
 
-def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[list[Sample]]:
-    """Return other samples for every round."""
+def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[Sample]:
+    """Draw samples with an image, enough for all rounds of the largest batch size."""
     needed = batch_size * rounds
     samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
     if len(samples) < needed:
         raise DataError(
-            f"--data {data.name} has {len(samples)} samples with an image, {rounds} rounds of {batch_size} need "
+            f"--data {data.name} has {len(samples)} samples with an image, but {rounds} rounds of {batch_size} need "
             f"{needed}"
         )
-    return [samples[start : start + batch_size] for start in range(0, needed, batch_size)]
+    return samples[:needed]
+
+
+def _in_batches(samples: Sequence[Sample], batch_size: int, rounds: int) -> list[Sequence[Sample]]:
+    """Return other samples for every round; a smaller batch size takes its own from all over what was drawn."""
+    needed = batch_size * rounds
+    spread = samples[:: len(samples) // needed][:needed]
+    return [spread[start : start + batch_size] for start in range(0, needed, batch_size)]

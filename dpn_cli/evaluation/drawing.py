@@ -3,38 +3,38 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpn_cli.evaluation.evaluate import Evaluation, Standing
-from dpn_cli.evaluation.latency import Latency, Measured
+from dpn_cli.evaluation.evaluate import Evaluation, Result
+from dpn_cli.evaluation.latency import Latency, Measurement
 from dpn_cli.evaluation.plots import Point, Series, plot_frontier, plot_latency_fidelity, plot_latency_flops
 
 SMALLEST = 1e-6  # nats: what a logarithmic axis can still show
 
 
 def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] = ("dpn",)) -> None:
-    """Draw the KL of every contender over the FLOPs that it spent, with intervals.
+    """Draw the KL of every method over the FLOPs that it spent, with intervals.
 
     Args:
-        path: of the picture.
-        evaluations: of the first all contenders are drawn, of the others the pyramid alone.
-        names: of the evaluations' pyramids.
+        path: the picture's file.
+        evaluations: what to draw: all methods of the first evaluation, the pyramid alone of the others.
+        names: what to call the evaluations' pyramids.
     """
     first, *_ = evaluations
-    others = dict.fromkeys(standing.contender for standing in first.standings)
+    others = dict.fromkeys(result.method for result in first.results)
     series = [Series(name, _points(each.of("dpn"))) for name, each in zip(names, evaluations, strict=True)]
     series += [Series(name, _points(first.of(name))) for name in others if name not in ("original", "dpn")]
     plot_frontier(path, series, "KL from the original, nats per answer token", log=True)
 
 
 def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None:
-    """Draw the prefill time of every contender, one panel per batch, against its fidelity or else its FLOPs.
+    """Draw the prefill time of every method, one panel per batch, against its fidelity or else its FLOPs.
 
     Args:
-        path: of the picture.
-        results: by batch size.
+        path: the picture's file.
+        results: what to draw, one panel per batch size.
         has_data: whether the prompts were real, so that fidelity says something.
     """
 
-    def point(each: Measured) -> Point:
+    def point(each: Measurement) -> Point:
         prefill = each.phases["prefill"]
         time, interval = 1 / prefill.speedup, (1 / prefill.speedup_high, 1 / prefill.speedup_low)
         if has_data:
@@ -43,8 +43,8 @@ def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None
 
     panels = {}
     for result in results:
-        points: dict[str, list[Point]] = {}  # a contender's at several budgets belong together
-        for each in result.contenders:
+        points: dict[str, list[Point]] = {}  # a method's at several budgets belong together
+        for each in result.measurements:
             points.setdefault(each.name.partition(" at ")[0], []).append(point(each))
         panels[f"batch of {result.batch_size}"] = [Series(*item) for item in points.items()]
     if has_data:
@@ -53,9 +53,9 @@ def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None
         plot_latency_flops(path, panels)
 
 
-def _points(standings: Sequence[Standing]) -> list[Point]:
+def _points(results: Sequence[Result]) -> list[Point]:
     points = []
-    for figures in (standing.figures for standing in standings):
+    for figures in (result.figures for result in results):
         low, value, high = (
             max(number, SMALLEST)
             for number in (figures.distortion.low, figures.distortion.value, figures.distortion.high)

@@ -11,7 +11,7 @@ from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.contender import Contender, Prompt, unequal
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
-from dpn_cli.evaluation.judging import Evaluator, Outcome
+from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
@@ -21,52 +21,52 @@ Entry = tuple[float | None, Contender]  # a budget, and who is to spend it
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A contender at a budget.
+class Result:
+    """What a method reached at a budget.
 
     Attributes:
-        contender: its name.
-        label: its name and settings.
-        budget: asked for, or what the checkpoint is set to; None where that is no limit.
-        figures: of all samples.
-        kinds: of every kind of question.
-        fraction_over_dpn: its FLOPs fraction less the pyramid's at the same budget, where there is one.
-        distortion_over_dpn: its KL less the pyramid's, sample by sample, likewise.
-        outcomes: of every sample.
+        method: the method's name.
+        label: the method's name and settings.
+        budget: the budget that was asked for, or that the checkpoint is set to; None if there is no limit.
+        figures: figures over all samples.
+        kinds: figures by kind of question.
+        fraction_over_dpn: the FLOPs fraction less the pyramid's at the same budget; None if it is not compared.
+        distortion_over_dpn: the KL less the pyramid's, sample by sample; None if it is not compared.
+        per_sample: the result of every sample.
     """
 
-    contender: str
+    method: str
     label: str
     budget: float | None
     figures: Figures
     kinds: dict[str, Figures]
     fraction_over_dpn: float | None
     distortion_over_dpn: Estimate | None
-    outcomes: tuple[Outcome, ...]
+    per_sample: tuple[SampleResult, ...]
 
     @classmethod
     def of(
         cls,
         entry: Entry,
-        outcomes: Sequence[Outcome],
+        samples: Sequence[SampleResult],
         questions: Sequence[Question],
         metric: str,
-        dpn: "Standing | None" = None,
-    ) -> "Standing":
-        """Sum up what a contender made of all samples, beside the pyramid at the same budget."""
+        dpn: "Result | None" = None,
+    ) -> "Result":
+        """Sum up what a method made of all samples, beside the pyramid at the same budget."""
         budget, contender = entry
-        pairs = () if dpn is None else zip(outcomes, dpn.outcomes, strict=True)
+        pairs = () if dpn is None else zip(samples, dpn.per_sample, strict=True)
         over = [theirs.distortion - ours.distortion for theirs, ours in pairs]
-        figures = Figures.of(outcomes, questions, metric)
+        figures = Figures.of(samples, questions, metric)
         return cls(
-            contender=contender.name,
+            method=contender.name,
             label=contender.label,
             budget=budget,
             figures=figures,
-            kinds=by_kind(outcomes, questions, metric),
+            kinds=by_kind(samples, questions, metric),
             fraction_over_dpn=None if dpn is None else figures.fraction - dpn.figures.fraction,
             distortion_over_dpn=bootstrap_mean(over) if over else None,
-            outcomes=tuple(outcomes),
+            per_sample=tuple(samples),
         )
 
     @property
@@ -77,39 +77,39 @@ class Standing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without the single samples."""
-        data = asdict(replace(self, outcomes=()))
-        del data["outcomes"]
+        data = asdict(replace(self, per_sample=()))
+        del data["per_sample"]
         return data
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All standings: the original's first, then those of every budget, the pyramid's first.
+    """The results of all methods at all budgets.
 
     Attributes:
-        questions: all of them, as far as figures need them.
-        standings: see above.
-        left_out: why a contender is missing at a budget.
+        questions: what was asked, as far as figures need it.
+        results: the original's result, then those of every budget, the pyramid's first.
+        left_out: why a method is missing at a budget.
     """
 
     questions: tuple[Question, ...]
-    standings: tuple[Standing, ...]
+    results: tuple[Result, ...]
     left_out: tuple[str, ...]
 
-    def of(self, contender: str) -> list[Standing]:
-        """Return the standings of one contender, in the order of the budgets."""
-        return [standing for standing in self.standings if standing.contender == contender]
+    def of(self, method: str) -> list[Result]:
+        """Return the results of one method, in the order of the budgets."""
+        return [result for result in self.results if result.method == method]
 
     @property
     def spendings(self) -> list[Spending]:
         """What the pyramid has spent at every budget."""
-        found = [(standing.budget, standing.figures) for standing in self.of(Routed.name)]
+        found = [(result.budget, result.figures) for result in self.of(Routed.name)]
         return [Spending(budget, figures.fraction, figures.count) for budget, figures in found if budget is not None]
 
     @property
     def not_equal(self) -> list[str]:
-        """Say which contenders do not spend what the pyramid does."""
-        found = [(standing.budget, standing.inequality) for standing in self.standings]
+        """Say which methods do not spend what the pyramid does."""
+        found = [(result.budget, result.inequality) for result in self.results]
         return [remark if budget is None else f"at {budget:g}, {remark}" for budget, remark in found if remark]
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Evaluation:
         return {
             "samples": len(self.questions),
             "budgets": [each.to_dict() for each in self.spendings],
-            "standings": [standing.to_dict() for standing in self.standings],
+            "results": [result.to_dict() for result in self.results],
             "left_out": list(self.left_out),
             "not_equal": self.not_equal,
         }
@@ -132,13 +132,13 @@ def evaluate(
     cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
 
     Args:
-        evaluator: the model and how it is asked.
-        samples: each with at least one image.
+        evaluator: the model, and how it is asked.
+        samples: the samples, each with at least one image.
         options: what is compared, and how.
-        reporter: told the progress.
+        reporter: told about the progress.
 
     Raises:
-        DataError: without samples.
+        DataError: if there are no samples.
         UsageError: if the pyramid can spend none of the budgets.
     """
     if not samples:
@@ -148,18 +148,18 @@ def evaluate(
     with reporter.progress("asking the teacher", len(samples)) as advance:
         teacher = evaluator.ask(Original(), samples, advance)
     comparison = _Comparison(evaluator, samples, teacher, options.metric, reporter)
-    routed = comparison.stand("asking the pyramid", pyramids)
-    spent = {standing.budget: standing for standing in routed}
+    routed = comparison.measure("asking the pyramid", pyramids)
+    spent = {result.budget: result for result in routed}
     asked: list[float | None] = [*budgets] or list(spent)
     entries, out_of_reach = _baselines(evaluator, comparison.sizes, options.against, asked, spent)
-    baselines = _best(comparison.stand("asking the others", entries, spent))
-    order = [standing for budget in asked for standing in (*routed, *baselines) if standing.budget == budget]
+    baselines = _best(comparison.measure("asking the others", entries, spent))
+    order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
     return Evaluation(comparison.questions, (comparison.original(), *order), (*refused, *out_of_reach))
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What all standings of an evaluation are compared by."""
+    """What all results of an evaluation are compared by."""
 
     evaluator: Evaluator
     samples: Sequence[Sample]
@@ -181,23 +181,23 @@ class _Comparison:
         """What the prefill of every prompt depends on."""
         return self.evaluator.sizes(self.samples)
 
-    def original(self) -> Standing:
-        """Return the standing of the teacher, which loses nothing and needs not be asked again."""
+    def original(self) -> Result:
+        """Return the teacher's result, which loses nothing and need not be asked again."""
         pairs = zip(self.teacher, self.sizes, strict=True)
-        outcomes = [Outcome(answer, 0.0, 1.0, 1.0, size.visual_tokens) for answer, size in pairs]
-        return Standing.of((None, Original()), outcomes, self.questions, self.metric)
+        samples = [SampleResult(answer, 0.0, 1.0, 1.0, size.visual_tokens) for answer, size in pairs]
+        return Result.of((None, Original()), samples, self.questions, self.metric)
 
-    def stand(
-        self, what: str, entries: Sequence[Entry], dpn: dict[float | None, Standing] | None = None
-    ) -> list[Standing]:
-        """Let contenders answer; compare them with the pyramid's standings by budget, if given."""
+    def measure(
+        self, what: str, entries: Sequence[Entry], dpn: dict[float | None, Result] | None = None
+    ) -> list[Result]:
+        """Let contenders answer; compare them with the pyramid's results by budget, if given."""
         if not entries:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
             judged = self.evaluator.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
         return [
-            Standing.of(entry, outcomes, self.questions, self.metric, (dpn or {}).get(entry[0]))
-            for entry, outcomes in zip(entries, judged, strict=True)
+            Result.of(entry, samples, self.questions, self.metric, (dpn or {}).get(entry[0]))
+            for entry, samples in zip(entries, judged, strict=True)
         ]
 
 
@@ -224,7 +224,7 @@ def _baselines(
     sizes: Sequence[Prompt],
     against: Sequence[str],
     budgets: Sequence[float | None],
-    spent: dict[float | None, Standing],
+    spent: dict[float | None, Result],
 ) -> tuple[list[Entry], list[str]]:
     """Return every contender at what the pyramid has spent, and why some are missing."""
     shape = evaluator.model.text_model.shape
@@ -247,11 +247,11 @@ def _baselines(
     return entries, out_of_reach
 
 
-def _best(standings: Iterable[Standing]) -> list[Standing]:
+def _best(results: Iterable[Result]) -> list[Result]:
     """Return of every contender at every budget its settings of least KL."""
-    best: dict[tuple[str, float | None], Standing] = {}
-    for standing in standings:
-        key = (standing.contender, standing.budget)
-        if key not in best or standing.figures.distortion.value < best[key].figures.distortion.value:
-            best[key] = standing
+    best: dict[tuple[str, float | None], Result] = {}
+    for result in results:
+        key = (result.method, result.budget)
+        if key not in best or result.figures.distortion.value < best[key].figures.distortion.value:
+            best[key] = result
     return list(best.values())

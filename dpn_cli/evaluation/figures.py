@@ -1,10 +1,10 @@
-"""From outcomes to figures: means with their 95% intervals, and paired comparisons."""
+"""From the results of samples to figures: means with their 95% intervals, and paired comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
-from dpn_cli.evaluation.judging import Outcome
+from dpn_cli.evaluation.judging import SampleResult
 from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.intervals import Estimate, bootstrap_mean, mcnemar
 
@@ -13,7 +13,7 @@ RIGHT = 0.5  # a score from here on counts as a right answer
 
 @dataclass(frozen=True)
 class Question:
-    """What figures of a sample need, besides outcomes.
+    """What figures of a sample need, besides results.
 
     Attributes:
         kind: the sample's group.
@@ -31,10 +31,10 @@ class Accuracy:
     """How well the labels are met.
 
     Attributes:
-        count: samples with a label.
-        score: mean score of the contender.
+        count: number of samples with a label.
+        score: mean score of the method.
         teacher: mean score of the teacher.
-        change: the contender's score less the teacher's, sample by sample.
+        change: the method's score less the teacher's, sample by sample.
         mcnemar: p-value of both being right equally often.
     """
 
@@ -45,13 +45,13 @@ class Accuracy:
     mcnemar: float
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> "Accuracy | None":
+    def of(cls, results: Sequence[SampleResult], questions: Sequence[Question], metric: str) -> "Accuracy | None":
         """Score the answers to labelled questions; None if there are none."""
         score = METRICS[metric].score
-        pairs = [(o, q) for o, q in zip(outcomes, questions, strict=True) if q.label is not None]
+        pairs = [(r, q) for r, q in zip(results, questions, strict=True) if q.label is not None]
         if not pairs:
             return None
-        mine = [score(o.answer, q.label or "") for o, q in pairs]
+        mine = [score(r.answer, q.label or "") for r, q in pairs]
         theirs = [score(q.teacher, q.label or "") for _, q in pairs]
         return cls(
             count=len(pairs),
@@ -64,17 +64,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contender reached on a group of samples.
+    """What a method reached on a group of samples.
 
     Attributes:
-        count: samples.
+        count: number of samples.
         fraction: mean FLOPs of the prefill, as a fraction of the unpooled one's.
-        fraction_spread: its standard deviation over the samples.
-        visual_tokens: mean over samples and layers.
+        fraction_spread: standard deviation of that fraction over the samples.
+        visual_tokens: visual tokens, the mean over samples and layers.
         distortion: KL from the teacher, nats per answer token.
         agreement: share of answer tokens whose most likely token is the teacher's.
         same_answer: share of greedy answers that are the teacher's, word for word.
-        accuracy: by the labels, where there are any.
+        accuracy: accuracy by the labels; None if there are none.
     """
 
     count: int
@@ -87,27 +87,27 @@ class Figures:
     accuracy: Accuracy | None
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> "Figures":
+    def of(cls, results: Sequence[SampleResult], questions: Sequence[Question], metric: str) -> "Figures":
         """Average over at least one sample."""
-        same = [float(o.answer == q.teacher) for o, q in zip(outcomes, questions, strict=True)]
+        same = [float(r.answer == q.teacher) for r, q in zip(results, questions, strict=True)]
         return cls(
-            count=len(outcomes),
-            fraction=fmean(o.fraction for o in outcomes),
-            fraction_spread=pstdev(o.fraction for o in outcomes),
-            visual_tokens=fmean(o.visual_tokens for o in outcomes),
-            distortion=bootstrap_mean([o.distortion for o in outcomes]),
-            agreement=bootstrap_mean([o.agreement for o in outcomes]),
+            count=len(results),
+            fraction=fmean(r.fraction for r in results),
+            fraction_spread=pstdev(r.fraction for r in results),
+            visual_tokens=fmean(r.visual_tokens for r in results),
+            distortion=bootstrap_mean([r.distortion for r in results]),
+            agreement=bootstrap_mean([r.agreement for r in results]),
             same_answer=bootstrap_mean(same),
-            accuracy=Accuracy.of(outcomes, questions, metric),
+            accuracy=Accuracy.of(results, questions, metric),
         )
 
 
-def by_kind(outcomes: Sequence[Outcome], questions: Sequence[Question], metric: str) -> dict[str, Figures]:
+def by_kind(results: Sequence[SampleResult], questions: Sequence[Question], metric: str) -> dict[str, Figures]:
     """Return the figures of every kind of question, in order of appearance."""
     rows: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         rows.setdefault(question.kind, []).append(i)
     return {
-        kind: Figures.of([outcomes[i] for i in chosen], [questions[i] for i in chosen], metric)
+        kind: Figures.of([results[i] for i in chosen], [questions[i] for i in chosen], metric)
         for kind, chosen in rows.items()
     }

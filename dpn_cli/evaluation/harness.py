@@ -1,4 +1,4 @@
-"""Public benchmarks through lmms-eval: it is run as a program, once per contender, and its results are read. No torch.
+"""Public benchmarks through lmms-eval: it is run as a program, once per method, and its results are read. No torch.
 
 Source of the ten tasks: paper, section 4.1; their names are lmms-eval's.
 """
@@ -33,11 +33,11 @@ class Benchmark:
     """One metric of one task.
 
     Attributes:
-        task: as lmms-eval calls it.
-        metric: as lmms-eval calls it.
-        samples: how many were asked.
-        scores: by contender, the teacher's first; in the metric's own unit.
-        fractions: of the prefill FLOPs, by contender.
+        task: the task's name in lmms-eval.
+        metric: the metric's name in lmms-eval.
+        samples: number of samples that were asked.
+        scores: scores by method, the teacher's first, in the metric's own unit.
+        fractions: fractions of the prefill FLOPs, by method.
     """
 
     task: str
@@ -79,16 +79,16 @@ def run_benchmarks(
     """Let the teacher and the pyramid at every budget answer benchmarks.
 
     Args:
-        checkpoint: converted or exported.
-        tasks: names of lmms-eval.
-        budgets: of the pyramid; none for what the checkpoint is set to.
+        checkpoint: a converted or exported folder.
+        tasks: names of tasks in lmms-eval.
+        budgets: budgets of the pyramid; empty for what the checkpoint is set to.
         batch_size: samples per forward pass.
         limit: samples per task; None for all.
         include_path: a folder with tasks of one's own.
-        say: takes the lines that lmms-eval prints.
+        say: called with every line that lmms-eval prints.
 
     Raises:
-        MissingExtraError: without lmms-eval.
+        MissingExtraError: if lmms-eval is not installed.
         UsageError: if lmms-eval could not be told the path.
         DpnError: if a run of it ends without results.
     """
@@ -113,8 +113,8 @@ def spendings(rows: Sequence[Benchmark], budgets: Sequence[float], own: float | 
     """Return what the pyramid has spent on every task, which may have several metrics.
 
     Args:
-        rows: from `run_benchmarks`.
-        budgets: likewise.
+        rows: what `run_benchmarks` returned.
+        budgets: the budgets that it was given.
         own: the budget that the checkpoint is set to, or None.
     """
     asked: dict[str, float | None] = {_name(budget): budget for budget in budgets}
@@ -169,7 +169,7 @@ def _run(model_args: str, options: Sequence[str], say: Callable[[str], None]) ->
                 say(line.rstrip())
         found = sorted(Path(folder).rglob("*_results.json"))
         if process.returncode or not found:
-            raise DpnError("lmms-eval ended without results; the last that it said:\n" + "\n".join(tail))
+            raise DpnError("lmms-eval ended without results; its last lines:\n" + "\n".join(tail))
         data = json.loads(found[-1].read_text(encoding="utf-8"))
         fractions = json.loads(record.read_text()) if record.exists() else {}
     return _read(data, fractions)

@@ -22,16 +22,16 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one contender makes of one sample.
+class SampleResult:
+    """What one method makes of one sample.
 
     Attributes:
-        answer: greedy.
+        answer: the greedy answer.
         distortion: KL from the teacher, nats, the mean over the answer tokens.
         agreement: fraction of the answer tokens on which the most likely token is the teacher's.
         fraction: FLOPs of the prompt's prefill, as a fraction of the unpooled one's.
-        visual_tokens: the mean over the decoder's layers.
-        route: the experts that a pyramid took; None of a contender that has no routes.
+        visual_tokens: visual tokens, the mean over the decoder's layers.
+        route: the experts that a pyramid took; None of a method that has no routes.
     """
 
     answer: str
@@ -42,8 +42,8 @@ class Outcome:
     route: tuple[int, ...] | None = None
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Outcome":
-        """Read what `asdict` made of an outcome."""
+    def from_dict(cls, data: dict[str, Any]) -> "SampleResult":
+        """Read what `asdict` made of a result."""
         route = data["route"]
         return cls(**{**data, "route": None if route is None else tuple(route)})
 
@@ -53,12 +53,12 @@ class Evaluator:
     """The model, and how it is asked.
 
     Attributes:
-        model: in eval mode.
-        processor: of its checkpoint.
+        model: the model, in eval mode.
+        processor: the checkpoint's processor.
         batch_size: samples per forward pass.
-        answer_tokens: per answer, at most.
+        answer_tokens: the most tokens in an answer.
         kept: results of an earlier run, and where new ones go; None to keep nothing.
-        processes: that share the work, each with the same evaluator.
+        processes: the processes that share the work, each with the same evaluator.
     """
 
     model: PyramidGenerationMixin
@@ -91,13 +91,13 @@ class Evaluator:
 
     def judge(
         self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
-    ) -> list[list[Outcome]]:
+    ) -> list[list[SampleResult]]:
         """Return what every contender makes of every sample.
 
         Args:
-            contenders: fitted.
-            samples: each with at least one image.
-            teacher: its answers, which are the target where the data has none.
+            contenders: the contenders, fitted to what they may spend.
+            samples: the samples, each with at least one image.
+            teacher: the teacher's answers, which are the target where the data has none.
             advance: called with the number of samples done after each batch.
 
         Raises:
@@ -106,16 +106,18 @@ class Evaluator:
 
         def judge_batch(pairs: Sequence[tuple[Sample, str]]) -> list[list[dict[str, Any]]]:
             judged = self._judge_batch(contenders, [sample for sample, _ in pairs], [answer for _, answer in pairs])
-            return [[asdict(outcome) for outcome in outcomes] for outcomes in judged]
+            return [[asdict(result) for result in results] for results in judged]
 
         pairs = list(zip(samples, teacher, strict=True))
-        batches = self._each_batch(f"outcomes of {list(contenders)}", pairs, judge_batch, advance)
-        return [[Outcome.from_dict(o) for batch in batches for o in batch[i]] for i in range(len(contenders))]
+        batches = self._each_batch(f"results of {list(contenders)}", pairs, judge_batch, advance)
+        return [
+            [SampleResult.from_dict(each) for batch in batches for each in batch[i]] for i in range(len(contenders))
+        ]
 
     def _judge_batch(
         self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str]
-    ) -> Iterator[list[Outcome]]:
-        """Yield every contender's outcomes on one batch; the teacher runs once for all."""
+    ) -> Iterator[list[SampleResult]]:
+        """Yield every contender's results on one batch; the teacher runs once for all."""
         complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
         examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
@@ -127,9 +129,9 @@ class Evaluator:
             with torch.inference_mode(), contender.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
                 answers = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-            yield self._outcomes(contender, answers, ours, theirs, batch["labels"], sizes)
+            yield self._results(contender, answers, ours, theirs, batch["labels"], sizes)
 
-    def _outcomes(
+    def _results(
         self,
         contender: Contender,
         answers: Sequence[str],
@@ -137,7 +139,7 @@ class Evaluator:
         theirs: torch.Tensor,
         labels: torch.Tensor,
         sizes: Sequence[Prompt],
-    ) -> list[Outcome]:
+    ) -> list[SampleResult]:
         """Compare the log-probabilities [A, V] of a contender with the teacher's, row by row."""
         row, num_layers = answer_positions(labels)[0], self.model.text_model.shape.num_layers
         columns: tuple[Sequence[Any], ...] = (
@@ -148,7 +150,7 @@ class Evaluator:
             [sum(layers) / num_layers for layers in contender.visual_tokens(self.model, sizes)],
             contender.routes(self.model) or [None for _ in labels],
         )
-        return [Outcome(*values) for values in zip(*columns, strict=True)]
+        return [SampleResult(*values) for values in zip(*columns, strict=True)]
 
     def _each_batch(
         self, what: str, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]], advance: Advance

@@ -54,7 +54,7 @@ class KeptResults:
                 found = read_json(record)
                 if all(found.get(key) == self.depends_on.get(key) for key in ("weights", "data")):
                     where, changed = record.with_suffix(""), differences(found, self.depends_on)
-                    return f"Begun anew: the unfinished evaluation in {where} had other values of {changed}."
+                    return f"Started again: the unfinished evaluation in {where} had other values of {changed}."
         return None
 
     def drop(self) -> None:
@@ -77,13 +77,13 @@ def keeping(
     Args:
         depends_on: plain data that changes with the results.
         say: told if another evaluation's results are not used, or if none can be kept.
-        root: what all of them are kept in.
+        root: the folder for the results of all evaluations.
 
     Yields:
-        None where nothing can be written.
+        The results; None if nothing can be written.
 
     Raises:
-        UsageError: if another run is at the same evaluation.
+        UsageError: if another run is doing the same evaluation.
     """
     kept = KeptResults(depends_on, root)
     refusal = (
@@ -92,7 +92,7 @@ def keeping(
     try:
         with ExitStack() as held:
             try:
-                held.enter_context(locked(kept.folder, refusal, "no results are kept for after a kill"))
+                held.enter_context(locked(kept.folder, refusal, "no results are kept, so a killed run begins anew"))
             except NotWritableError as error:
                 say(f"Note: {error}.")
                 yield None

@@ -1,8 +1,8 @@
 """Latency of several ways to run one model, measured in turns in one process.
 
-After a warm-up, every round runs every contender once on the same prompts, in an order that moves on from round to
-round: what else the machine does falls on all of them alike. What is reported as a speed-up is the median, over the
-rounds, of the original's time divided by the contender's in the same round.
+After a warm-up, every round runs every method once on the same prompts, in an order that moves on from round to
+round: what else the machine does falls on all of them alike. What is reported as a speedup is the median, over the
+rounds, of the original's time divided by the method's in the same round.
 """
 
 import math
@@ -31,12 +31,13 @@ class Phase:
     """One phase of a generation over all rounds, in seconds.
 
     Attributes:
-        median_s: of the rounds.
-        low_s: their lower quartile.
-        high_s: their upper quartile.
+        median_s: median over the rounds.
+        low_s: lower quartile.
+        high_s: upper quartile.
         speedup: the original's time over this one's, the median of the paired ratios.
-        speedup_low: of a distribution-free interval of that median, of 95% or, in fewer than six rounds, their range.
-        speedup_high: its other end.
+        speedup_low: lower end of that median's distribution-free interval: of 95%, or in fewer than six rounds the
+            whole range.
+        speedup_high: upper end of that interval.
     """
 
     median_s: float
@@ -48,19 +49,19 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One contender over all rounds.
+class Measurement:
+    """One method over all rounds.
 
     Attributes:
         name: what tables call it.
-        fraction: of the original's prefill FLOPs that its samples need; padding is not needed.
-        flops: the same in FLOPs, of the language model for one batch; the mean over the rounds.
-        kv_bytes: of the KV cache at the end of a batch, the mean over the rounds.
-        peak_bytes: the highest of all rounds, or None where it cannot be known.
+        fraction: fraction of the original's prefill FLOPs that the samples need; padding does not count.
+        flops: prefill FLOPs of the language model for one batch, the mean over the rounds.
+        kv_bytes: bytes of the KV cache at the end of a batch, the mean over the rounds.
+        peak_bytes: peak memory in bytes, the highest of all rounds; None if it cannot be known.
         kernels: fused attention kernels of the language model; none for plain matrix products.
         distortion: KL from the original's distribution of the first token, in nats; the mean over the samples.
         agreement: share of the samples whose most likely first token is the original's.
-        phases: by their names in `PHASES`; `vision` only with images and `decode` only with several tokens.
+        phases: phases by their names in `PHASES`; `vision` only with images and `decode` only with several tokens.
     """
 
     name: str
@@ -81,18 +82,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Latency:
-    """Contenders on the same prompts.
+    """Methods, measured on the same prompts.
 
     Attributes:
-        device: in words.
-        dtype: of the weights.
-        attention: implementation in transformers, such as `sdpa`.
-        threads: that torch uses on the CPU.
-        batch_size: samples of a batch.
-        prompt_tokens: of the longest prompt.
-        new_tokens: generated for every sample.
-        rounds: timed rounds after the warm-up round.
-        contenders: the original first.
+        device: the device's name.
+        dtype: dtype of the weights.
+        attention: attention implementation in transformers, such as `sdpa`.
+        threads: number of threads that torch uses on the CPU.
+        batch_size: samples per batch.
+        prompt_tokens: tokens of the longest prompt.
+        new_tokens: number of tokens generated for every sample.
+        rounds: number of timed rounds after the warm-up round.
+        measurements: the methods' figures, the original's first.
     """
 
     device: str
@@ -103,12 +104,12 @@ class Latency:
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    contenders: list[Measured]
+    measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        rows = [{**asdict(each), "ideal_speedup": each.ideal_speedup} for each in self.contenders]
-        return {**asdict(self), "contenders": rows}
+        rows = [{**asdict(each), "ideal_speedup": each.ideal_speedup} for each in self.measurements]
+        return {**asdict(self), "measurements": rows}
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ def measure_latency(
     advance: Callable[[int], None] = lambda done: None,
     clock: Clock = time.perf_counter,
 ) -> Latency:
-    """Measure all contenders in turns, one round per batch.
+    """Measure all methods in turns, one round per batch.
 
     Args:
-        model: in eval mode.
-        contenders: by name, `ORIGINAL` among them.
-        batches: of one size, as `generate` takes them, on the model's device.
-        new_tokens: to generate for every sample; the answers are not ended by an end-of-sequence token.
+        model: the model, in eval mode.
+        contenders: what to measure, by name, `ORIGINAL` among them.
+        batches: batches of one size, as `generate` takes them, on the model's device.
+        new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.
         clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.
     """
@@ -159,7 +160,7 @@ def measure_latency(
         prompt_tokens=max(batch["input_ids"].shape[1] for batch in batches),
         new_tokens=new_tokens,
         rounds=len(batches),
-        contenders=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
+        measurements=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
     )
 
 
@@ -179,9 +180,10 @@ def synthetic_inputs(
 
     Args:
         model: says which token stands for an image.
-        images: of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels and sizes.
-        text_tokens: of every sample, at least two.
-        seed: of the words, which are random.
+        images: the images of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels
+            and sizes.
+        text_tokens: text tokens of each sample, at least two.
+        seed: random seed for the words.
     """
     config, longest = model.config, max(text_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -233,11 +235,11 @@ def _run(
     return _Run(timing, logits.float(), spent / sum(full), spent)
 
 
-def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measured:
+def _summary(name: str, runs: Sequence[_Run], originals: Sequence[_Run], kernels: Sequence[str]) -> Measurement:
     mine, theirs = (torch.cat([run.logits for run in each]).log_softmax(-1) for each in (runs, originals))
     distortion = (theirs.exp() * (theirs - mine)).sum(-1).mean()
     peaks = [run.timing.peak_bytes for run in runs]
-    return Measured(
+    return Measurement(
         name=name,
         fraction=sum(run.flops for run in runs) / sum(run.flops for run in originals),
         flops=sum(run.flops for run in runs) / len(runs),

@@ -20,9 +20,9 @@ class Lineup:
     """Who is measured, and what a reader should know about it.
 
     Attributes:
-        contenders: by the names that tables use.
+        contenders: what is measured, by the names in tables.
         spendings: what the pyramid spends at every budget, the mean over the samples.
-        remarks: sentences.
+        remarks: what a reader should know, in sentences.
     """
 
     contenders: dict[str, Contender] = field(default_factory=lambda: {ORIGINAL: Original()})
@@ -44,15 +44,16 @@ def line_up(
     and the routers run so that their time counts.
 
     Args:
-        model: in eval mode.
-        batches: that are to be measured, every sample with an image; all the same where prompts are synthetic.
-        budgets: mean fractions of the prefill FLOPs; none, and no routes, for what the checkpoint is set to.
-        routes: measured too, each the same for all samples.
-        against: of `BASELINES`.
+        model: the model, in eval mode.
+        batches: the batches to measure, every sample with an image; all the same if prompts are synthetic.
+        budgets: mean fractions of the prefill FLOPs; with neither budgets nor routes, the pyramid spends what it is set
+            to.
+        routes: routes to measure too, each the same for all samples.
+        against: names from `BASELINES` to compare with.
         has_data: whether the prompts are real.
 
     Raises:
-        UsageError: if a budget or a route is not to be had on these prompts.
+        UsageError: if a budget or a route is not possible with these prompts.
     """
     found, pyramid = Lineup(), model.pyramid
     different = batches if has_data else batches[:1]
@@ -112,9 +113,9 @@ def _given_routes(name: str, dpn: GivenRoutes, pyramid: PyramidConfig, spending:
     """Say that routes are given, and which."""
     experts = "; ".join(FixedRoute(pyramid, route).experts for route in dict.fromkeys(dpn.given))
     return (
-        f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are given "
+        f"{name}: synthetic prompts tell routers nothing, so the routes nearest to {spending.asked:g} are set "
         f"({experts}: {spending.spent:.3f} of the prefill FLOPs); the routers run too, so that their time counts. With "
-        "--data they choose."
+        "--data the routers choose."
     )
 
 

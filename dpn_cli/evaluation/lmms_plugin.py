@@ -28,11 +28,11 @@ class DpnLlava(lmms):
     """Answers the requests of lmms-eval in batches.
 
     Args:
-        pretrained: the checkpoint.
+        pretrained: the checkpoint's folder.
         budget: mean fraction of the prefill FLOPs to spend; None for what the checkpoint is set to.
-        teacher: answer with the pyramid off.
+        teacher: whether to answer with the pyramid off.
         batch_size: samples per forward pass.
-        device: None for the first GPU, or this process's in a launch of several, else the CPU.
+        device: the device; None for the first GPU, or this process's in a launch of several, else the CPU.
         record: a JSON file that takes the mean FLOPs fraction of every task.
     """
 

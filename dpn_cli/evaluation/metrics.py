@@ -75,8 +75,8 @@ class Metric:
     """A way to score answers.
 
     Attributes:
-        description: for help texts.
-        score: of an answer by its label, from 0 to 1.
+        description: what help texts say about it.
+        score: returns an answer's score by its label, from 0 to 1.
     """
 
     description: str
@@ -84,7 +84,7 @@ class Metric:
 
 
 METRICS = {
-    "exact": Metric("normalised exact match, as VQA's", exact_match),
+    "exact": Metric("exact match, normalised as in VQA", exact_match),
     "choice": Metric("letter of the option", multiple_choice),
     "anls": Metric("edit distance", anls),
 }

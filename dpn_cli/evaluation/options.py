@@ -9,12 +9,12 @@ class EvaluationOptions:
     """What is compared, on how many samples, and how they are asked.
 
     Attributes:
-        budgets: mean fractions of the prefill FLOPs; none for what the checkpoint is set to.
-        against: of `BASELINES`.
-        metric: of `METRICS`, scores answers by their labels.
-        samples: the number to draw; None for all.
+        budgets: mean fractions of the prefill FLOPs; empty for what the checkpoint is set to.
+        against: names from `BASELINES` to compare with.
+        metric: name from `METRICS`; scores answers by their labels.
+        samples: number of samples to draw; None for all.
         seed: random seed for sampling.
-        answer_tokens: the most tokens of an answer.
+        answer_tokens: the most tokens in an answer.
         batch_size: samples per forward pass.
     """
 

@@ -1,6 +1,6 @@
 """Pictures of what was measured: one style, for print and for readers who cannot tell all colours apart.
 
-Every contender has a colour of its own, and a marker and a line style too.
+Every method has a colour of its own, and a marker and a line style too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """What one contender reached."""
+    """What one method reached."""
 
     name: str
     points: Sequence[Point]
@@ -50,8 +50,8 @@ def check_plot(path: Path) -> None:
     """Find out, before anything is measured, whether a picture can be drawn there.
 
     Raises:
-        MissingExtraError: without matplotlib.
-        UsageError: for another format, or a folder that is not there.
+        MissingExtraError: if matplotlib is not installed.
+        UsageError: if the format is unknown, or the folder is missing.
     """
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
@@ -61,13 +61,13 @@ def check_plot(path: Path) -> None:
 
 
 def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool = False) -> None:
-    """Draw what every contender keeps at every budget, with intervals.
+    """Draw what every method keeps at every budget, with intervals.
 
     Args:
-        path: of the picture; its suffix says the format.
-        series: x is the FLOPs fraction that was spent, y the quantity.
+        path: the picture's file; its suffix says the format.
+        series: the methods; x is the FLOPs fraction that was spent, y the quantity.
         quantity: what y is, with its unit.
-        log: a logarithmic y axis, for divergences over several orders of magnitude.
+        log: whether the y axis is logarithmic, for divergences over several orders of magnitude.
     """
     with _figure(path, 1) as (figure, [axes]):
         for style, each in zip(_styles(), series, strict=False):
@@ -79,7 +79,7 @@ def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool
 
 
 def plot_tokens_per_layer(path: Path, tokens: Mapping[str, Sequence[float]]) -> None:
-    """Draw the visual tokens that every decoder layer sees, by contender or by kind of question."""
+    """Draw the visual tokens that every decoder layer sees, by method or by kind of question."""
     with _figure(path, 1) as (figure, [axes]):
         for i, (style, (name, counts)) in enumerate(zip(_styles(), tokens.items(), strict=False)):
             every = max(1, len(counts) // 6)
@@ -94,8 +94,8 @@ def plot_latency_flops(path: Path, panels: Mapping[str, Sequence[Series]]) -> No
     """Draw prefill time against FLOPs, both relative to the original, one panel beside another.
 
     Args:
-        path: of the picture.
-        panels: by title; x is the FLOPs fraction, y the fraction of the original's prefill time.
+        path: the picture's file.
+        panels: the methods by panel title; x is the FLOPs fraction, y the fraction of the original's prefill time.
     """
     with _figure(path, len(panels)) as (figure, all_axes):
         for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
@@ -109,11 +109,11 @@ def plot_latency_flops(path: Path, panels: Mapping[str, Sequence[Series]]) -> No
 
 
 def plot_latency_fidelity(path: Path, panels: Mapping[str, Sequence[Series]], quantity: str) -> None:
-    """Draw what every contender keeps against the prefill time it takes, one panel beside another.
+    """Draw what every method keeps against the prefill time it takes, one panel beside another.
 
     Args:
-        path: of the picture.
-        panels: by title; x is the fraction of the original's prefill time, y the quantity.
+        path: the picture's file.
+        panels: the methods by panel title; x is the fraction of the original's prefill time, y the quantity.
         quantity: what y is, with its unit.
     """
     with _figure(path, len(panels)) as (figure, all_axes):
@@ -150,7 +150,7 @@ def _figure(path: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Yield colour, marker and line style of one contender after another; their cycles differ in length."""
+    """Yield colour, marker and line style of one method after another; their cycles differ in length."""
     for colour, marker, line in zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False):
         yield {"color": colour, "marker": marker, "linestyle": line}
 

@@ -36,11 +36,12 @@ def evaluate_folder(
     Results are kept in `.dpn/evaluation` while it runs, so that the same call goes on after a kill.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint folder.
         data: the samples to ask about; of the demo, the held-out pictures.
         options: what is compared, and how samples are asked.
-        reporter: told what goes on, and the progress.
-        processes: that evaluate together, each with this call; by default those that a launcher has started.
+        reporter: told what goes on, and about the progress.
+        processes: the processes that evaluate together, each with this call; by default those that a launcher has
+            started.
 
     Returns:
         The evaluation; None in all processes but the main one.
@@ -81,9 +82,9 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
     if dataset.digest == pyramid.calibration.get("data_digest"):
         yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
     if pyramid.is_imported:
-        yield "Note: the pyramid came with its source, and the original, without it, is not how the model was trained."
+        yield "Note: the pyramid came with its source: the model was trained with it, and the original runs without it."
     if model.is_adapted:
-        yield "Note: the checkpoint is healed: its pyramid runs with the adapter, teacher and contenders without."
+        yield "Note: the checkpoint is healed: the pyramid runs with its adapter, teacher and other methods without it."
     elif pyramid.calibration.get("training"):
         yield (
             "Note: this export is healed: its teacher is its own weights without pooling. Evaluate the converted "

@@ -19,9 +19,9 @@ class Spending:
     """A budget and what came of it.
 
     Attributes:
-        asked: mean fraction of the prefill FLOPs.
-        spent: the same, over the samples.
-        samples: how many there were.
+        asked: the budget: a mean fraction of the prefill FLOPs.
+        spent: the mean fraction that the samples spent.
+        samples: number of samples.
     """
 
     asked: float
@@ -48,10 +48,10 @@ def unmet(
     """Say which budgets the data did not meet, and the command that solves λ on them.
 
     Args:
-        spendings: asked for and spent.
-        pyramid: of the checkpoint.
-        model: its folder.
-        data: what the samples are from; None where it is no data set.
+        spendings: what was asked for, and what was spent.
+        pyramid: the checkpoint's pyramid.
+        model: the checkpoint's folder.
+        data: the data that the samples are from; None if it is not a data set.
     """
     missed = [spending for spending in spendings if not spending.is_met]
     for each in missed:

@@ -24,11 +24,11 @@ class Timing:
     """One generation for a batch, from encoded prompts on.
 
     Attributes:
-        vision_s: vision tower and projector; 0 without images.
-        prefill_s: from there to the first token of every sample: the language model's prefill and `lm_head`.
-        decode_s: mean per token after the first, for the whole batch; None if there was no other.
-        kv_bytes: of the KV cache at the end.
-        peak_bytes: the most that was allocated on the GPU, or resident in memory; None where the system cannot tell.
+        vision_s: seconds in vision tower and projector; 0 without images.
+        prefill_s: seconds from there to the first token of every sample: the language model's prefill and `lm_head`.
+        decode_s: seconds per token after the first, the mean for the whole batch; None if there is no other token.
+        kv_bytes: bytes of the KV cache at the end.
+        peak_bytes: the most bytes allocated on the GPU, or resident in memory; None if the system cannot tell.
     """
 
     vision_s: float
@@ -49,13 +49,13 @@ def time_generation(
     """Generate exactly `new_tokens` tokens, greedily, and measure it.
 
     Args:
-        model: in eval mode.
+        model: the model, in eval mode.
         inputs: what `generate` takes, on the model's device.
-        new_tokens: at least one.
+        new_tokens: number of tokens to generate, at least one.
         clock: returns seconds.
 
     Returns:
-        What it took, and the logits of the first token [B, vocabulary].
+        The timing, and the logits of the first token, [B, vocabulary].
     """
     now = partial(_now, model.device, clock)
     tokens = _TokenClock(now)

@@ -18,9 +18,9 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
 
     Args:
         source: the converted checkpoint.
-        layout: of its decoder.
-        pyramid: as exported.
-        dtype: that the tensors are converted to, or None.
+        layout: the decoder's layout.
+        pyramid: the exported pyramid.
+        dtype: the dtype that tensors are converted to; None if they stay as they are.
     """
     family = Family.of(source.config)
     config = {key: value for key, value in without_code(source.config).items() if key != WEIGHTS_KEY} | {
@@ -49,7 +49,7 @@ def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[d
     CLIP's `post_layernorm` stays: no feature passes it, but transformers builds it and would draw it at random.
 
     Returns:
-        The config, and the beginnings of the names of the tensors that go.
+        The config, and the prefixes of the names of the tensors to leave out.
 
     Raises:
         CheckpointError: if config.json does not say which layers are used.

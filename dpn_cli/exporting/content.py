@@ -28,13 +28,13 @@ def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values:
     """Write the shards of an export, and their index where there are several.
 
     Args:
-        stage: the folder.
+        stage: the folder to write into.
         plan: what to write.
-        pyramid: noted in the shards' metadata.
-        check_values: stop at NaN and infinite values.
+        pyramid: the pyramid to note in the shards' metadata.
+        check_values: whether to stop at NaN and infinite values.
 
     Raises:
-        CheckpointError: if a value is none, or too large for its new dtype.
+        CheckpointError: if a value is NaN, infinite, or too large for its new dtype.
     """
     metadata = {"format": "pt", "pyramid": json.dumps(pyramid.to_dict(), ensure_ascii=False)}
     for file, moves in plan.shards.items():
@@ -51,7 +51,7 @@ def verify_untouched(stage: Path, plan: Plan) -> int:
     """Read every tensor that no option changes back from the disk and compare it with the source.
 
     Returns:
-        How many tensors that are.
+        The number of tensors compared.
 
     Raises:
         DpnError: if a byte differs.

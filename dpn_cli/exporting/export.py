@@ -22,14 +22,13 @@ from dpn_cli.errors import DpnError, UsageError
 from dpn_cli.exporting.config import export_config, stored_dtype, without_unused_layers
 from dpn_cli.exporting.content import verify_untouched, write_weights
 from dpn_cli.exporting.model_card import model_card
+from dpn_cli.exporting.options import DEFAULTS, ExportOptions
 from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
 from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.pyramid.config import PyramidConfig
-
-DEFAULT_SHARD_SIZE = "2GB"
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,13 @@ class Export:
     Attributes:
         source: the converted folder.
         output: the exported folder.
-        pyramid: as stored in its config.json.
-        files: its shards.
-        num_tensors: in them.
-        nbytes: of the tensors.
-        dtype: the one that the tensors were converted to, or None where they were left as they were.
-        scheme: that the decoder's linear layers were quantised by, or None.
-        num_verified: how many tensors were compared with the source, or None where none were.
+        pyramid: the pyramid, as stored in its config.json.
+        files: the shards.
+        num_tensors: number of tensors in the shards.
+        nbytes: bytes of those tensors.
+        dtype: the dtype that the tensors were converted to; None if they were left as they were.
+        scheme: how the decoder's linear layers were quantised; None if they were not.
+        num_verified: number of tensors compared with the source; None if that was not asked for.
         notes: what the user should know about the processor, and about what was left out.
     """
 
@@ -61,54 +60,29 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export(
-    checkpoint: Path,
-    output: Path,
-    dtype: str | None = None,
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    budget: float | None = None,
-    force: bool = False,
-    quantize: Scheme | None = None,
-    static: str | None = None,
-    drop_unused: bool = False,
-    check_values: bool = True,
-    verify: bool = False,
-    uncalibrated: bool = False,
-) -> Export:
+def export(checkpoint: Path, output: Path, options: ExportOptions = DEFAULTS, force: bool = False) -> Export:
     """Write a converted checkpoint as one compact folder: weights, code, processor and model card.
 
     Args:
         checkpoint: a folder that `dpn convert` wrote.
         output: the folder to write.
-        dtype: `bf16`, `fp16` or `fp32` for all floating-point tensors but the routers', which stay float32; None
-            leaves every tensor as it is, byte for byte.
-        max_shard_size: in bytes, or as `2GB`, `500MB`.
-        budget: mean fraction of the original's prefill FLOPs to spend; None keeps what calibration chose.
-        force: replace an output that dpn wrote before.
-        quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
-        static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
-            an expert index or a rate per site, such as `0,1,2` or `1x1,1x2,2x2`.
-        drop_unused: leave out the vision layers after the one whose features are used.
-        check_values: stop at NaN and infinite values.
-        verify: read the tensors that no option changes back from the disk and compare them with the source.
-        uncalibrated: export also where the routers are not calibrated, and so pool nothing.
+        options: what the export holds, and what is checked.
+        force: whether to replace an output that dpn wrote before.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged, or not converted, or its processor another model's.
         UsageError: if the output exists or overlaps the checkpoint, or an option makes no sense for it.
     """
     with in_use(checkpoint):
-        draft = _draft(
-            checkpoint, dtype, parse_size(max_shard_size), budget, quantize, static, drop_unused, uncalibrated
-        )
+        draft = _draft(checkpoint, options)
         plan = draft.plan
         check_target(output, force, CONVERTED, plan.source.path)
         check_space(output, plan.nbytes)
         with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
             _write_side_files(stage, draft, output.resolve().name)
-            write_weights(stage, plan, draft.pyramid, check_values)
+            write_weights(stage, plan, draft.pyramid, options.check_values)
             _reopen(stage, plan, output)
-            num_verified = verify_untouched(stage, plan) if verify else None
+            num_verified = verify_untouched(stage, plan) if options.verify else None
     return Export(
         source=checkpoint,
         output=output,
@@ -116,8 +90,8 @@ def export(
         files=tuple(plan.shards),
         num_tensors=len(plan.stored),
         nbytes=plan.nbytes,
-        dtype=dtype,
-        scheme=quantize,
+        dtype=options.dtype,
+        scheme=options.quantize,
         num_verified=num_verified,
         notes=(*draft.completion.notes(), *left_behind(checkpoint, written=(CODE_FILE,))),
     )
@@ -134,16 +108,8 @@ class _Draft:
     completion: Completion
 
 
-def _draft(
-    checkpoint: Path,
-    dtype: str | None,
-    max_shard_bytes: int,
-    budget: float | None,
-    scheme: Scheme | None,
-    static: str | None,
-    drop_unused: bool,
-    uncalibrated: bool,
-) -> _Draft:
+def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
+    dtype, scheme, max_shard_bytes = options.dtype, options.quantize, parse_size(options.max_shard_size)
     source, layout, pyramid = open_converted(checkpoint)
     refuse_quantised(source)
     check_complete(source, layout, layout.added_tensors(pyramid))
@@ -151,13 +117,13 @@ def _draft(
         if choice is not None and choice not in known:
             raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")
     completion = complete_processor(source, layout)
-    if not uncalibrated and static is None and pools_nothing(source, layout, pyramid):
+    if not options.uncalibrated and options.static is None and pools_nothing(source, layout, pyramid):
         raise UsageError(
             f"{checkpoint} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` first, "
             "or pass --static ROUTE for a fixed route, or --uncalibrated"
         )
     lora = Lora.of(checkpoint, pyramid)
-    pyramid = exported_pyramid(pyramid, layout.grid, budget, static)
+    pyramid = exported_pyramid(pyramid, layout.grid, options.budget, options.static)
     if not pyramid.answer_cue:  # as in folders that earlier versions converted
         pyramid = replace(pyramid, answer_cue=answer_cue(checkpoint))
     if scheme and dtype is None:  # as on loading, where a weight is cast before it is quantised
@@ -165,7 +131,7 @@ def _draft(
         dtype = names.get(str(stored_dtype(source, layout)))
     config = export_config(source, layout, pyramid, dtype)
     left_out = [] if pyramid.has_routers else [ROUTERS]
-    if drop_unused:
+    if options.drop_unused:
         config, unused = without_unused_layers(config, source)
         left_out += unused
     plan = plan_export(source, dtype, scheme, lora, max_shard_bytes, tuple(left_out))

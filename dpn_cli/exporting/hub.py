@@ -10,8 +10,8 @@ def check_push(repo_id: str) -> None:
     """Check, before any work, that a folder can be uploaded at the end of it.
 
     Raises:
-        UsageError: if the id is none.
-        DpnError: without a token, or where the hub is switched off.
+        UsageError: if it is not a repository id.
+        DpnError: if there is no token, or the hub is switched off.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -20,7 +20,7 @@ def check_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise UsageError(f"{repo_id!r} is no repository id: expected NAME or OWNER/NAME") from None
+        raise UsageError(f"{repo_id!r} is not a repository id: expected NAME or OWNER/NAME") from None
     if constants.HF_HUB_OFFLINE:
         raise DpnError(f"HF_HUB_OFFLINE is set, so nothing can be uploaded to {repo_id}: unset it, or leave --push out")
     if get_token() is None:
@@ -31,9 +31,9 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a folder, complete as it is, to a model repository, which is made if there is none.
 
     Args:
-        folder: that `export` wrote.
-        repo_id: NAME or OWNER/NAME.
-        private: of a repository that is made.
+        folder: a folder that `export` wrote.
+        repo_id: the repository, as NAME or OWNER/NAME.
+        private: whether a new repository is private.
 
     Returns:
         The repository's address.
@@ -49,7 +49,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload a dpn export")
     except Exception as error:
         raise DpnError(
-            f"{folder} is complete, but not uploaded: {_reason(error)}; once that is mended, run  "
+            f"{folder} is complete, but not uploaded: {_reason(error)}; once that is fixed, run  "
             f"hf upload {repo_id} {os.fspath(folder)}"
         ) from error
     return str(repo)

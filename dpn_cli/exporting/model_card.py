@@ -21,10 +21,10 @@ def model_card(name: str, config: dict[str, Any], layout: LlavaLayout, pyramid: 
     """Return the card's text.
 
     Args:
-        name: of the exported folder.
-        config: its config.json.
-        layout: of its decoder.
-        pyramid: as exported.
+        name: name of the exported folder.
+        config: the export's config.json.
+        layout: the decoder's layout.
+        pyramid: the exported pyramid.
     """
     parts = [_front_matter(config), f"# {name}", _summary(config, layout, pyramid), _pyramid(pyramid, layout)]
     if pyramid.static_route is None:
@@ -56,9 +56,9 @@ def _summary(config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig
     rates = "small routers pick for every question" if pyramid.static_route is None else "are the same for every image"
     licence = f" ({config['license']})" if "license" in config else ""
     return (
-        f"`{_base(config)}`, its language model made a dynamic pyramid: the {height}×{width} = {height * width} visual "
-        f"tokens of an image{tiles} are reduced at a few depths of the {layout.shape.num_layers} decoder layers, by "
-        f"experts that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
+        f"`{_base(config)}` with its language model made a dynamic pyramid: the {height}×{width} = {height * width} "
+        f"visual tokens of an image{tiles} are reduced at a few depths of the {layout.shape.num_layers} decoder layers, "
+        f"by experts that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
         f"licence is the base model's{licence}; the code's is Apache-2.0."
     )
 
@@ -136,7 +136,7 @@ def _videos(config: dict[str, Any]) -> str:
     """Say what a processor with a part for videos needs, as a paragraph; nothing for another."""
     if Family.of(config).video_processor is None:
         return ""
-    return "\n`AutoProcessor` needs torchvision here, for images alone too: `pip install torchvision`.\n"
+    return "\n`AutoProcessor` needs torchvision here, even for images alone: `pip install torchvision`.\n"
 
 
 def _quantised(config: dict[str, Any]) -> str:
@@ -146,8 +146,8 @@ def _quantised(config: dict[str, Any]) -> str:
         return ""
     kind = f"4 bits ({found['bnb_4bit_quant_type']})" if found["load_in_4bit"] else "8 bits"
     return (
-        f"\nThe decoder's linear layers are stored in {kind}: `pip install bitsandbytes accelerate`, and nothing more "
-        "to say on loading. Everything else (vision tower, projector, embeddings, `lm_head`) is not quantised.\n"
+        f"\nThe decoder's linear layers are stored in {kind}: `pip install bitsandbytes accelerate`. Loading "
+        "needs no further options. Everything else (vision tower, projector, embeddings, `lm_head`) is not quantised.\n"
     )
 
 

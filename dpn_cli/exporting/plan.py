@@ -23,10 +23,10 @@ class Move:
     """A tensor of the source, and what becomes of it.
 
     Attributes:
-        tensor: of the source.
-        name: in the output.
-        dtype: in safetensors' words, before any quantisation.
-        scheme: of its quantisation, or None.
+        tensor: the tensor in the source.
+        name: the tensor's name in the output.
+        dtype: the dtype, as safetensors spells it, before any quantisation.
+        scheme: how it is quantised, or None.
         lora: the adapter that is merged into it, or None.
     """
 
@@ -95,17 +95,19 @@ def plan_export(
     Args:
         source: the converted checkpoint.
         dtype: `bf16`, `fp16` or `fp32` for all but the routers; None leaves every tensor as it is.
-        scheme: of the decoder's linear layers, or None.
+        scheme: how the decoder's linear layers are quantised, or None.
         lora: an adapter to merge, or None.
-        max_shard_bytes: of one file, unless a single tensor has more.
-        left_out: the beginnings of new names that the export does without.
+        max_shard_bytes: the most bytes in a file, unless a single tensor has more.
+        left_out: prefixes of the new names of tensors to leave out.
 
     Raises:
         CheckpointError: if the checkpoint has a tensor that the model has not, or lacks one of the adapter.
     """
     named = {_name(tensor, source): tensor for tensor in source.tensors.values() if not tensor.name.endswith(COMPUTED)}
     if lora and (unknown := lora.targets.difference(named)):
-        raise CheckpointError(f"{lora.folder} changes {min(unknown)}, which {source.path} has not: calibrate it again")
+        raise CheckpointError(
+            f"{lora.folder} changes {min(unknown)}, which is not in {source.path}: calibrate it again"
+        )
     kept = [name for name in sorted(named, key=_natural) if not name.startswith(left_out)]
     moves = [_move(named[name], name, dtype, scheme, lora) for name in kept]
     return Plan(source, _fill_shards(moves, max_shard_bytes))
@@ -115,11 +117,11 @@ def parse_size(size: int | str) -> int:
     """Return a size in bytes from a number or from words such as `2GB`.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if it is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"{size!r} is no size: expected bytes, or a number with KB, MB or GB, such as 2GB")
+        raise UsageError(f"{size!r} is not a size: expected bytes, or a number with KB, MB or GB, such as 2GB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

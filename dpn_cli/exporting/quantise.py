@@ -37,10 +37,10 @@ def stored_tensors(
     """Return dtype (in safetensors' words) and shape of the tensors that stand for a quantised weight.
 
     Args:
-        scheme: of its quantisation.
-        name: of the weight.
-        dtype: torch's name for what it is computed in.
-        shape: of the weight, [out, in].
+        scheme: how the weight is quantised.
+        name: the weight's name.
+        dtype: torch's name of the dtype that it is computed in.
+        shape: the weight's shape, [out, in].
     """
     if scheme == "int8":
         stem = name.removesuffix("weight")
@@ -61,10 +61,10 @@ def quantised(
     """Yield the tensors that stand for a weight, by name; the quantised values in pieces.
 
     Args:
-        scheme: of the quantisation.
-        name: of the weight.
-        shape: of the weight, [out, in].
-        pieces: its values, flat: whole rows in float16 for int8, whole blocks for nf4.
+        scheme: how the weight is quantised.
+        name: the weight's name.
+        shape: the weight's shape, [out, in].
+        pieces: the weight's values, flat: whole rows in float16 for int8, whole blocks for nf4.
     """
     return _int8(name, shape, pieces) if scheme == "int8" else _nf4(name, shape, pieces)
 
@@ -73,8 +73,8 @@ def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict
     """Return what config.json tells transformers.
 
     Args:
-        scheme: of the quantisation.
-        dtype: torch's name for what is computed in.
+        scheme: how weights are quantised.
+        dtype: torch's name of the dtype to compute in.
         left: names of the decoder's linear weights that are not quantised.
     """
     _bitsandbytes()

@@ -26,10 +26,10 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     """Return the pyramid as an export has it.
 
     Args:
-        pyramid: of the converted checkpoint.
+        pyramid: the converted checkpoint's pyramid.
         grid: visual tokens of one image.
-        budget: see `export`.
-        static: see `export`.
+        budget: mean fraction of the prefill FLOPs to spend; None keeps what calibration chose.
+        static: a fixed route for every sample, in place of the routers; None for the routers.
 
     Raises:
         UsageError: if the budget or the route is not one of this pyramid's.
@@ -38,7 +38,7 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
     if static is None:
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
-        raise UsageError("a static route leaves the routers no choice to meet a budget by: leave one of the two out")
+        raise UsageError("a static route leaves no choice by which to meet a budget: leave one of the two out")
     route = parse_route(static, pyramid.sites)
     try:
         pyramid.walk(route, [grid])

@@ -13,16 +13,17 @@ class Family:
     """A family of models.
 
     Attributes:
-        model_type: of the originals.
-        stem: what the names of our classes for it start with.
-        select_strategy: the `vision_feature_select_strategy` of its configs where they say nothing.
-        feature_layer: their `vision_feature_layer`, likewise.
-        image_processor: the class that prepares its images where nothing says which.
-        video_processor: the class that its processors have for videos, or None; stock ones do not load without.
+        model_type: model type of the originals.
+        stem: how the names of our classes for it begin.
+        select_strategy: the `vision_feature_select_strategy` of configs that do not state it.
+        feature_layer: the `vision_feature_layer` of configs that do not state it.
+        image_processor: the class that prepares images if nothing says which.
+        video_processor: the class that its processors have for videos, or None; stock processors do not load without
+            it.
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
-        recipe: for its models that have none of their own.
-        aliases: short names of models of the hub, and their ids.
+        recipe: name of the recipe for models that have none of their own.
+        aliases: hub ids by short name.
     """
 
     model_type: str

@@ -19,15 +19,15 @@ class TextModel:
     """A text model.
 
     Attributes:
-        model_type: of its configs.
+        model_type: model type of its configs.
         class_name: transformers' class of the model without a head.
-        defaults: what transformers' config class assumes for the keys that matter here and are left out.
+        defaults: what transformers' config class assumes for the keys that matter here, if they are left out.
         biased: the linear layers that always have a bias.
         biased_where: the linear layers that have a bias where a key of the config is true.
         head_norms: whether the queries and keys of every head are normalised (`q_norm`, `k_norm`).
         full_attention: the values of the config's keys with which attention has no sliding window; empty if it never
             has one.
-        original: the architecture of a LLaVA with this text model in the original layout, if there is one.
+        original: the architecture of a LLaVA with this text model in the original layout; None if there is none.
     """
 
     model_type: str

@@ -14,11 +14,11 @@ class VisionTower:
     """A vision tower.
 
     Attributes:
-        model_type: of its configs.
+        model_type: model type of its configs.
         select_strategy: the `vision_feature_select_strategy` that leaves exactly the grid.
-        defaults: what its config class assumes for the keys that matter here and are left out.
+        defaults: what its config class assumes for the keys that matter here, if they are left out.
         tensors: returns the shapes of its tensors from a complete vision_config, by their names inside the tower.
-        prefix: what stands before those names in files of the hub.
+        prefix: the prefix of those names in files of the hub.
         is_stock: whether transformers has it, so that checkpoints in Hugging Face's layout come with it.
     """
 

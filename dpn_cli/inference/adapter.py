@@ -25,17 +25,17 @@ def add_adapter(
     """Put a fresh adapter, which changes nothing yet, on the layers after the first site; freeze all else.
 
     Args:
-        model: converted, possibly in 4 or 8 bit.
-        rank: of the adapter.
+        model: a converted model, possibly in 4 or 8 bits.
+        rank: the adapter's rank.
         alpha: the adapter's output is scaled by alpha / rank.
         target_modules: names of linear layers, such as `q_proj`.
-        seed: of the initial values.
+        seed: random seed for the initial values.
 
     Returns:
         The trainable parameters by name, in float32.
 
     Raises:
-        MissingExtraError: without peft.
+        MissingExtraError: if peft is not installed.
     """
     peft = _peft()
     text_model: Any = model.text_model
@@ -81,7 +81,7 @@ def load_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
 
     Raises:
         CheckpointError: if it is not this model's.
-        MissingExtraError: without peft.
+        MissingExtraError: if peft is not installed.
     """
     peft = _peft()
     try:

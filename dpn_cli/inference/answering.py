@@ -22,15 +22,15 @@ class Answer:
     """An answer and its cost.
 
     Attributes:
-        text: without special tokens.
-        route: the expert taken at every site.
-        experts: the same by name.
-        flops_fraction: of the unpooled LLM's prefill FLOPs, routers included.
-        visual_tokens: in every segment of the decoder, over all images.
-        text_tokens: of the prompt.
-        new_tokens: generated.
+        text: the answer, without special tokens.
+        route: the expert taken at every site, by index.
+        experts: the experts of that route, by name.
+        flops_fraction: fraction of the original LLM's prefill FLOPs, routers included.
+        visual_tokens: visual tokens in every segment of the decoder, over all images.
+        text_tokens: text tokens of the prompt.
+        new_tokens: number of generated tokens.
         first_token_s: seconds from the encoded prompt to the first token, the vision tower included.
-        total_s: seconds to the last.
+        total_s: seconds to the last token.
     """
 
     text: str
@@ -64,10 +64,10 @@ def answer(
     """Answer the first question of a sample, greedily.
 
     Args:
-        model: in eval mode, with its budget or route set.
-        processor: the checkpoint's.
+        model: the model, in eval mode, with its budget or route set.
+        processor: the checkpoint's processor.
         sample: one question and its images.
-        max_new_tokens: at most so many.
+        max_new_tokens: the most tokens to generate.
         on_text: called with every piece of the answer as soon as it is certain.
 
     Raises:

@@ -41,10 +41,10 @@ def load_model(
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:
-        folder: the checkpoint.
-        dtype: `auto` for the checkpoint's own, or a torch dtype or its name; routers are float32 all the same.
-        healed: with the adapter, where the checkpoint was healed.
-        **kwargs: for `from_pretrained`, e.g. `device_map`, `attn_implementation`.
+        folder: the checkpoint folder.
+        dtype: `auto` for the checkpoint's own, or a torch dtype or its name; routers stay float32.
+        healed: whether to load the adapter too, if the checkpoint was healed.
+        **kwargs: arguments of `from_pretrained`, such as `device_map` and `attn_implementation`.
 
     Raises:
         CheckpointError: if it is missing, damaged or not converted, or its tensors are not exactly the model's.

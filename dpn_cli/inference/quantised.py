@@ -27,12 +27,12 @@ def load_frozen(
     """Load a converted checkpoint, as it was before any healing, its decoder quantised if asked.
 
     Args:
-        source: from `dpn convert`.
-        pyramid: its own.
-        load_in: bits per weight; None leaves the weights alone.
-        dtype: of what is not quantised, and of the computation.
-        healed: load what healing has trained, too.
-        **kwargs: for `load_opened`.
+        source: a checkpoint that `dpn convert` wrote.
+        pyramid: the checkpoint's pyramid.
+        load_in: bits per weight; None leaves the weights as they are.
+        dtype: dtype of the computation, and of what is not quantised.
+        healed: whether to load what healing has trained, too.
+        **kwargs: arguments of `load_opened`.
 
     Raises:
         CheckpointError: as `load_model`.

@@ -30,10 +30,10 @@ def fingerprint(
     """Return plain data that changes with whatever the measurements of a calibration depend on.
 
     Args:
-        checkpoint: the converted one; of its shards the size, the header and both ends are looked at.
-        data_digest: of the samples to be measured, see `Dataset`.
-        recipe: of it the settings that matter before the routers are fitted.
-        pyramid: that is calibrated, or whose sites and experts are the candidates of a survey.
+        checkpoint: the converted checkpoint; size, header and both ends of its shards are looked at.
+        data_digest: digest of the samples to measure, see `Dataset`.
+        recipe: the recipe; only settings that matter before the routers are fitted count.
+        pyramid: the pyramid to calibrate, or the candidates of a survey.
     """
     trains = recipe.heal.method != "none" or recipe.objective == "paper"
     fitted = {tensor.file for tensor in checkpoint.tensors.values() if _ROUTERS in tensor.name}
@@ -55,9 +55,9 @@ def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Lora | None, data_di
     """Return plain data that changes with whatever the results of an evaluation depend on, its settings apart.
 
     Args:
-        checkpoint: converted or exported.
-        adapter: of a healed one.
-        data_digest: of the samples, see `Dataset`.
+        checkpoint: a converted or exported checkpoint.
+        adapter: the adapter of a healed checkpoint, or None.
+        data_digest: digest of the samples, see `Dataset`.
     """
     return {
         **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
@@ -108,7 +108,7 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
     """Check that all processes have the same input.
 
     Raises:
-        UsageError: naming the first one that has not, and what of it differs.
+        UsageError: if one has another; names it, and what differs.
     """
     for process, each in enumerate(fingerprints):
         if changed := differences(fingerprints[0], each):

@@ -15,10 +15,10 @@ class KeptFiles(Generic[T]):
     """Batches on disk.
 
     Attributes:
-        folder: that they are in.
-        name: of a batch's file, a format of its number.
-        read: returns what a file holds.
-        write: makes a file.
+        folder: the folder of the files.
+        name: the name of a batch's file, a format of its number.
+        read: reads a batch from a file.
+        write: writes a batch into a file.
         first: the number of the first batch.
     """
 

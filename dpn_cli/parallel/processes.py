@@ -61,8 +61,8 @@ class Processes:
     """This process among those that work together.
 
     Attributes:
-        index: of this process; the first, 0, is the main one.
-        count: of all.
+        index: number of this process; the first, 0, is the main one.
+        count: number of all processes.
     """
 
     index: int = 0
@@ -81,13 +81,13 @@ class Processes:
                 raise UsageError(
                     f"the configuration of accelerate asks for {name}, which dpn cannot use: every process "
                     "holds the whole frozen model and training averages gradients; choose multi-GPU or multi-CPU "
-                    "(dpn calibrate --num-processes), and --load-in 4bit where the model is too large"
+                    "(dpn calibrate --num-processes), and --load-in 4bit if the model is too large"
                 )
         if place()[1] == 1:
             return cls()
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if 0 < gpus < here:
-            raise UsageError(f"{here} processes take a GPU each, this machine has {gpus}: start at most {gpus}")
+            raise UsageError(f"{here} processes need a GPU each, but this machine has {gpus}: start at most {gpus}")
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -149,9 +149,9 @@ class Processes:
         """Do pieces of work, each in one process, as many at a time as there are processes.
 
         Args:
-            count: pieces.
+            count: number of pieces.
             work: makes a piece, from its number alone.
-            take: given every piece once; called in the main process only.
+            take: called once with every piece, in the main process only.
             kept: brings back the pieces of an earlier run and keeps new ones as they are made; the main process's.
         """
         missing: list[int] = []
@@ -195,7 +195,7 @@ class Processes:
 
         The main process says it, or where that one is lost, it has said why, or its launcher does.
         """
-        return self._error("another process of this run ended, as when memory runs out: run the same command again")
+        return self._error("another process of this run ended, as when memory runs out: run the command again")
 
 
 ALONE = Processes()

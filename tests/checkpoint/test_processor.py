@@ -15,6 +15,7 @@ from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
 
@@ -186,7 +187,7 @@ def test_what_the_config_implies_is_completed(
     earlier = whole.output  # what dpn has written before it looked at the processor
     harm(earlier)
     assert_same(encoded(earlier), expected)
-    exported = export(earlier, tmp_path / "exported", uncalibrated=True)
+    exported = export(earlier, tmp_path / "exported", ExportOptions(uncalibrated=True))
     for notes in (inspect_checkpoint(earlier).notes, exported.notes):
         assert all(key in notes[-1] for key in keys)
     for complete in (done.output, exported.output):
@@ -247,7 +248,7 @@ def test_what_contradicts_the_config_is_named_before_the_work(
         lambda: convert(str(source), output=tmp_path / "again"),
         lambda: inspect_checkpoint(source),
         lambda: load_processor(earlier),
-        lambda: export(earlier, tmp_path / "exported", uncalibrated=True),
+        lambda: export(earlier, tmp_path / "exported", ExportOptions(uncalibrated=True)),
     ):
         with pytest.raises(CheckpointError) as error:
             act()
@@ -260,7 +261,9 @@ def test_a_token_beyond_the_embedding_is_named(make_source: Callable[[str], Path
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(source)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json gives '\[PAD\]' the id 304, the embedding ends at 303"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json gives '\[PAD\]' the id 304, but the embedding ends at 303"
+    ):
         convert(str(source), output=tmp_path / "out")
 
 

@@ -12,7 +12,7 @@ QUICK = ("--rounds", "2", "--new-tokens", "2")
 SHORT = (*QUICK, "--text-tokens", "4")
 
 
-def test_contenders_at_a_budget(
+def test_methods_at_a_budget(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, picture = make_converted(), tmp_path / "latency.svg"
@@ -21,10 +21,10 @@ def test_contenders_at_a_budget(
     assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
-    assert all("routes nearest to 0.6 are given" in run["remarks"][0] for run in data["runs"])
+    assert all("routes nearest to 0.6 are set" in run["remarks"][0] for run in data["runs"])
     assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
     for run in data["runs"]:
-        original, dpn, fastv, prepool, fixed = run["contenders"]
+        original, dpn, fastv, prepool, fixed = run["measurements"]
         assert (original["name"], original["fraction"], original["ideal_speedup"]) == ("original", 1.0, 1.0)
         assert (dpn["name"], fixed["name"]) == ("dpn at 0.6", "fixed 2×2 · 1×1 · 1×2")
         assert dpn["fraction"] == pytest.approx(0.6, abs=0.02), "the routers are not left to noise"
@@ -39,7 +39,7 @@ def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys
     folder = make_converted()
     assert main(["bench", "--model", str(folder), "--data", "demo", *QUICK]) == 0
     out = capsys.readouterr().out
-    for text in ("KL (nats)", "same first token", "vision tower", "decode, a token", "100.0%", "dpn"):
+    for text in ("KL (nats)", "same first token", "vision tower", "decode, per token", "100.0%", "dpn"):
         assert text in out
 
 
@@ -51,7 +51,7 @@ def test_on_real_prompts_others_spend_what_the_routers_spend(
     assert main([*line, *QUICK, "--batch-size", "2", "--json"]) == 0
     captured = capsys.readouterr()
     [run] = json.loads(captured.out)["runs"]
-    _, dpn, fastv, random, fixed = run["contenders"]
+    _, dpn, fastv, random, fixed = run["measurements"]
     [budget] = run["budgets"]
     assert (budget["asked"], budget["samples"]) == (0.8, 4)
     assert dpn["fraction"] == pytest.approx(budget["spent"], abs=0.02)
@@ -80,7 +80,7 @@ def test_a_checkpoint_runs_at_its_own_budget_and_on_prompts_of_the_calibrations_
     [run] = json.loads(capsys.readouterr().out)["runs"]
     assert run["prompt_tokens"] == 144 + 10
     assert [budget["asked"] for budget in run["budgets"]] == [0.7], "λ = 2 is half way from 0.8 to 0.6"
-    assert run["contenders"][1]["fraction"] == pytest.approx(0.7, abs=0.03)
+    assert run["measurements"][1]["fraction"] == pytest.approx(0.7, abs=0.03)
 
 
 def test_a_method_that_cannot_spend_so_little_is_left_out(
@@ -97,7 +97,7 @@ def test_a_method_that_cannot_spend_so_little_is_left_out(
     assert main([*line, "--json"]) == 0
     captured = capsys.readouterr()
     assert "Left out, fastv at 0.2: fastv cannot spend less than" in captured.err
-    names = [each["name"] for each in json.loads(captured.out)["runs"][0]["contenders"]]
+    names = [each["name"] for each in json.loads(captured.out)["runs"][0]["measurements"]]
     assert names[:2] == ["original", "dpn at 0.2"]
     assert [name.split()[0] for name in names[2:]] == ["prepool"]
     assert main([*line, "--text-tokens", "64"]) == 2, "no route spends so little on longer prompts"
@@ -139,6 +139,6 @@ def test_larger_images_have_more_tiles_to_prefill(
         options = ["--image-size", size, "--rounds", "1", "--new-tokens", "2", "--json"]
         assert main(["bench", "--model", str(tmp_path / "out"), *options]) == 0
         [run] = json.loads(capsys.readouterr().out)["runs"]
-        return float(run["contenders"][0]["flops"])
+        return float(run["measurements"][0]["flops"])
 
     assert flops("24x24") < flops("48x48")

@@ -48,20 +48,20 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_contenders_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(data)
     assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--json") == 0
     assert digests(data) == before, "nothing is written into the checkpoint, and nothing is left in .dpn"
     result = json.loads(capsys.readouterr().out)
-    original, *others = result["standings"]
-    assert (original["contender"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
+    original, *others = result["results"]
+    assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
     assert original["figures"]["accuracy"]["mcnemar"] == 1.0
-    names = [standing["contender"] for standing in others if standing["budget"] == 0.6]
+    names = [each["method"] for each in others if each["budget"] == 0.6]
     assert names == ["dpn", "fixed", "random", "downsample", "prepool", "fastv", "pyramiddrop", "visionzip"]
     for budget in (0.8, 0.6):
-        dpn, *rivals = [standing for standing in others if standing["budget"] == budget]
+        dpn, *rivals = [each for each in others if each["budget"] == budget]
         for rival in rivals:
-            near = 0.25 if rival["contender"] == "fixed" else 0.04
+            near = 0.25 if rival["method"] == "fixed" else 0.04
             assert rival["figures"]["fraction"] == pytest.approx(dpn["figures"]["fraction"], abs=near)
             over = rival["figures"]["distortion"]["value"] - dpn["figures"]["distortion"]["value"]
             assert rival["distortion_over_dpn"]["value"] == pytest.approx(over)
@@ -71,7 +71,7 @@ def test_what_was_asked_and_what_was_spent(data: Path, capsys: pytest.CaptureFix
     assert evaluate("--budget", "0.8", "--against", "fixed,fastv", "--json") == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    _, dpn, *rivals = result["standings"]
+    _, dpn, *rivals = result["results"]
     spent = dpn["figures"]["fraction"]
     assert result["budgets"] == [{"asked": 0.8, "spent": spent, "samples": 8}]
     assert abs(spent - 0.8) > 0.05, "these routers are random: the budget cannot be met"
@@ -100,8 +100,8 @@ def test_the_table_names_what_is_out_of_reach(data: Path, capsys: pytest.Capture
 
 def test_figures_are_grouped_by_a_field_of_the_data(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--json", "--by", "level") == 0
-    for standing in json.loads(capsys.readouterr().out)["standings"]:
-        assert {kind: figures["count"] for kind, figures in standing["kinds"].items()} == {"0": 3, "1": 3, "2": 2}
+    for found in json.loads(capsys.readouterr().out)["results"]:
+        assert {kind: figures["count"] for kind, figures in found["kinds"].items()} == {"0": 3, "1": 3, "2": 2}
     assert evaluate("--by", "level") == 0
     assert "dpn, by kind of question" in capsys.readouterr().out
 
@@ -130,7 +130,7 @@ def test_rows_without_the_field_are_a_group_of_their_own(data: Path, capsys: pyt
     del rows[2]["level"]
     (data / "data.json").write_text(json.dumps(rows))
     assert evaluate("--by", "level", "--json") == 0
-    kinds = json.loads(capsys.readouterr().out)["standings"][0]["kinds"]
+    kinds = json.loads(capsys.readouterr().out)["results"][0]["kinds"]
     assert {kind: figures["count"] for kind, figures in kinds.items()} == {
         "0.5": 1, "without": 1, "2": 2, "0": 2, "1": 2,
     }  # fmt: skip
@@ -143,7 +143,7 @@ def test_without_labels_the_teacher_is_the_measure(data: Path, capsys: pytest.Ca
     table = capsys.readouterr().out
     assert "same answer" in table and "accuracy" not in table and "McNemar" not in table
     assert main([*line, "--json"]) == 0
-    original, dpn = json.loads(capsys.readouterr().out)["standings"]
+    original, dpn = json.loads(capsys.readouterr().out)["results"]
     assert original["figures"]["accuracy"] is dpn["figures"]["accuracy"] is None
     assert original["figures"]["same_answer"]["value"] == 1.0 and dpn["figures"]["distortion"]["value"] > 0
 
@@ -204,7 +204,7 @@ def test_what_was_found_with_other_files_is_not_used(
     capsys.readouterr()
     assert evaluate("--json") == 0
     error = capsys.readouterr().err
-    assert re.search(rf"Begun anew: the unfinished evaluation in \S+ had other values of {file}", error), error
+    assert re.search(rf"Started again: the unfinished evaluation in \S+ had other values of {file}", error), error
     assert "asking the teacher: 8/8" in error
 
 
@@ -266,7 +266,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
     undisturbed = capsys.readouterr().out
     line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3"]
     command = [sys.executable, "-m", "dpn_cli", *line, "--json", "--batch-size", "1", "--against", "random,fastv"]
-    for wanted in (3, 11, 17):  # while the teacher, the pyramid and its contenders are asked
+    for wanted in (3, 11, 17):  # while the teacher, the pyramid and the other methods are asked
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list(Path(".dpn", "evaluation").glob("*/*.json"))) < wanted:
             assert process.poll() is None, "it ended before it could be killed"

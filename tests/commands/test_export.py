@@ -49,12 +49,18 @@ def test_json_says_what_was_written(here: Path, capsys: pytest.CaptureFixture[st
     assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_stays_behind_is_said_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tiny-dpn" / "notes.txt").write_text("mine")
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", "--uncalibrated"]) == 0
+    assert capsys.readouterr().err.count("notes.txt") == 1
+
+
 def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--quantize", "nf4", "--static", "1x2,1x1,2x2", "--drop-unused", "--verify", "--max-shard-size", "200KB"]
     assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
     captured = capsys.readouterr()
     assert "fixed, 1×2 → 1×1 → 2×2" in captured.out and "nf4" in captured.out
-    assert "tensors are the checkpoint's, byte for byte" in captured.err
+    assert "tensors equal the checkpoint's, byte for byte" in captured.err
     assert main(["inspect", "out"]) == 0
     assert "static route (1, 0, 2)" in capsys.readouterr().out
     config = json.loads((here / "out" / "config.json").read_text())
@@ -81,7 +87,7 @@ def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, caps
         ("--model tiny-dpn --output taken --force", 2, "not written by dpn"),
         ("--model tiny-dpn --output tiny-dpn/inside", 2, "overlaps"),
         ("--model tiny-dpn --dtype int8", 2, "not one of bf16, fp16, fp32"),
-        ("--model tiny-dpn --max-shard-size lots", 2, "no size"),
+        ("--model tiny-dpn --max-shard-size lots", 2, "not a size"),
         ("--model tiny-dpn --budget 0.5", 2, "not calibrated"),
         ("--model tiny-dpn --budget 1.5", 2, "1.5"),
         ("--model tiny-dpn --quantize nf", 2, "Did you mean 'nf4'?"),

@@ -22,7 +22,7 @@ def test_the_current_checkpoint_is_shown(converted: Path, capsys: pytest.Capture
     for text in ("after layer 3", "2×2 wherever offered", "vision_tower", "6–7", "144 · "):
         assert text in captured.out
     assert "Budgets" not in captured.out
-    assert "64 text tokens, a length that is assumed (--text-tokens)" in captured.out
+    assert "64 text tokens, an assumed length (--text-tokens sets it)" in captured.out
 
 
 def test_budgets_are_shown_once_measured(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:

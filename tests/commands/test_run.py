@@ -118,7 +118,7 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
     ("args", "code", "complaint"),
     [
         ("--image gone.png", 4, "gone.png"),
-        ("--image notes.txt", 4, "image cannot be decoded: notes.txt: no known image format"),
+        ("--image notes.txt", 4, "image cannot be decoded: notes.txt: not a known image format"),
         ("--image .", 4, "no image file ."),
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),
@@ -127,7 +127,7 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
         ("--image picture.png --route 0,1,7", 2, "'7' is no rate of site 2"),
         ("--image picture.png --route 2,2,2", 2, "min_visual_tokens"),
         ("--image picture.png --route fast", 2, "expected a rate for each"),
-        ("--image picture.png --route 0,0,0 --budget 0.7", 2, "give one of them"),
+        ("--image picture.png --route 0,0,0 --budget 0.7", 2, "give one of the two"),
         ("--image picture.png --budget 0.1", 2, "out of reach"),
         ("--image picture.png --model {source}", 3, "run `dpn convert"),
         ("", 2, "--image"),

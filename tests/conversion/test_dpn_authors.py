@@ -22,6 +22,7 @@ from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.conftest import CHAT_TEMPLATE
 from tests.originals import Original
@@ -289,7 +290,7 @@ def test_a_static_export_takes_the_routers_route_as_the_routers_do(
     expected = routed(**inputs).logits
     [route] = routed.last_routes
     assert any(route)
-    export(folder, tmp_path / "export", static=",".join(map(str, route)))
+    export(folder, tmp_path / "export", ExportOptions(static=",".join(map(str, route))))
     static = dpn_cli.load(tmp_path / "export")(**inputs).logits
     torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
 
@@ -408,7 +409,7 @@ def test_a_chat_template_can_be_given_unless_routers_read_a_token_of_its_own(
     shutil.rmtree(original.folder)
     shutil.rmtree(original.clip)
     original, _ = make_dpn(make_original)
-    with pytest.raises(UsageError, match="routers that read a token of its own chat template"):
+    with pytest.raises(UsageError, match="read a token of its chat template"):
         convert(str(original.folder), output=tmp_path / "again", vision_tower=tower, chat_template=file)
 
 

@@ -112,7 +112,7 @@ def test_it_is_measured_beside_its_original(
     folder = convert(str(make_hr().original.folder), output=tmp_path / "out").output
     line = ["bench", "--model", str(folder), "--route", "1,1,0", "--rounds", "1", "--new-tokens", "2", "--json"]
     assert main(line) == 0
-    fixed = json.loads(capsys.readouterr().out)["runs"][0]["contenders"][1]
+    fixed = json.loads(capsys.readouterr().out)["runs"][0]["measurements"][1]
     route = next(each for each in inspect_checkpoint(folder).routes if each.route == (1, 1, 0))
     assert fixed["fraction"] == pytest.approx(route.fraction, abs=0.02)  # of the same 64 words and 64 patches
 
@@ -219,7 +219,7 @@ def test_a_converted_one_is_not_converted_again(make_hr: Callable[..., Hr], tmp_
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"input_image_size": None}, "None as input_image_size"),
     "size in words": ({"input_image_size": "1024"}, "'1024' as input_image_size"),
-    "size of no whole grid": ({"input_image_size": 250}, "250 as input_image_size, expected a multiple of 32"),
+    "size of no whole grid": ({"input_image_size": 250}, "250 as input_image_size, expected 32 times a number"),
     "size of an odd grid": ({"input_image_size": 96}, "at least 4 or divides it"),
     "frozen": ({"freeze_vision": True}, r"vision_tower\.adapters\.0\."),
     "another fast tower": ({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "siglip-so400m"),

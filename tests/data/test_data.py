@@ -204,7 +204,7 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(conversations=[*chat(), chat()[1]]), "an answer without a question"),
         (llava_row(conversations=[{"from": "system", "value": "be brief"}]), "no question"),
         (llava_row(conversations=[{"role": "user", "content": [{"type": "video"}]}]), "unknown content"),
-        (llava_row(conversations="hm"), "no list of messages"),
+        (llava_row(conversations="hm"), "not a list of messages"),
         (llava_row(conversations=None), "no text"),
         ("hm", "not an object"),
     ]
@@ -232,7 +232,7 @@ def test_rows_are_grouped_by_another_field_than_kind(tmp_path: Path, picture: Pa
 def test_bad_rows_are_skipped_up_to_a_share(tmp_path: Path, picture: Path) -> None:
     rows = [llava_row()] * 19 + [llava_row(image="gone.png")]
     path = write(tmp_path / "data.jsonl", rows)
-    with pytest.raises(DataError, match=r"row 20: missing image file \(no image file .*gone\.png\)\. Mend them, or"):
+    with pytest.raises(DataError, match=r"row 20: missing image file \(no image file .*gone\.png\)\. Fix them, or"):
         load(path)
     assert len(load(path, on_bad_row="skip").samples) == 19
     with pytest.raises(DataError, match=r"5\.0%, more than --max-bad 0\.04"):
@@ -277,7 +277,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.txt", "", r"is a \.txt: expected .*a LLaVA \.json"),
+        ("data.txt", "", r"is a \.txt file: expected .*a LLaVA \.json"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],
@@ -335,5 +335,5 @@ def test_demo_samples_are_the_first_of_their_stream() -> None:
 def test_an_image_that_changed_after_the_scan_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("GIF89a")
-    with pytest.raises(DataError, match=r"image cannot be decoded: .*a\.png: no known image format"):
+    with pytest.raises(DataError, match=r"image cannot be decoded: .*a\.png: not a known image format"):
         Sample("x", (path,), (Turn("what ?", "red"),)).open_images()

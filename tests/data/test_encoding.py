@@ -158,7 +158,7 @@ def test_the_token_limit_counts_what_is_encoded(processor: Any, layout: LlavaLay
     sample = Sample("x", (RED, BLUE), (Turn("what ?", "red", 1), Turn("which ?", answer, 1)), system="say")
     length = len(encode(sample.answered("red green blue") if answer is None else sample, processor, 2).input_ids)
     token_limit(processor, layout, length, 2)(sample)
-    with pytest.raises(RowError, match=f"{length} tokens with its images, the model takes {length - 1}"):
+    with pytest.raises(RowError, match=f"{length} tokens with its images, but the model takes {length - 1}"):
         token_limit(processor, layout, length - 1, 2)(sample)
 
 
@@ -168,7 +168,7 @@ def test_text_that_reads_as_an_image_token_is_refused(processor: Any, layout: Ll
         Sample("x", (RED,), (Turn("what is <image> ?", "red"),)),
         Sample("x", (RED,), (Turn("what ?", "an <image>"),)),
     ):
-        with pytest.raises(RowError, match="2 image tokens, the row 1 images"):
+        with pytest.raises(RowError, match="2 image tokens, the row has 1 images"):
             check(sample)
 
 

@@ -207,13 +207,13 @@ def test_bad_tables_are_named(datasets: Any, tmp_path: Path) -> None:
     for name, message in [("x.parquet", "has the columns x: none is known"), ("bad.parquet", "cannot be opened")]:
         with pytest.raises(DataError, match=message):
             load_data(DataOptions(str(tmp_path / name)))
-    with pytest.raises(DataError, match="is no file or folder here, and cannot be had from the hub"):
+    with pytest.raises(DataError, match="is not a file or folder here, and cannot be read from the hub"):
         load_data(DataOptions("no-such-owner/no-such-data"))
 
 
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    for name, message in [(str(tmp_path / "data.parquet"), "is a table"), ("some/where", "no file or folder here")]:
+    for name, message in [(str(tmp_path / "data.parquet"), "a table"), ("some/where", "no such file or folder here")]:
         with pytest.raises(MissingExtraError, match=rf"{message}.* needs .*pip install 'dpn-cli\[data\]'"):
             load_data(DataOptions(name))

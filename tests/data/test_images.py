@@ -60,7 +60,7 @@ def test_16_bits_of_grey_are_scaled_to_8(mode: str, kind: str) -> None:
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_of_grey_are_refused_by_every_reader(mode: str) -> None:
     for read in (open_image, image_size):
-        with pytest.raises(RowError, match="x has 32 bits a pixel, of no known range"):
+        with pytest.raises(RowError, match="x has 32 bits per pixel, of unknown range"):
             read(Image.new(mode, (2, 1)), "x")
 
 

@@ -359,10 +359,10 @@ def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
     [
         ({"base64": "aGk="}, r"found dict with 'base64'"),
         (7, "found int"),
-        ("https://example.org/a.png", r"'https://example.org/a.png' is no file: expected a path or a file:// URI"),
-        ("s3://bucket/a.png", "is no file"),
-        ("data:image/png;base64,aGk=", "is no file"),
-        ("/9j/4AAQ" + "Sk+Z/" * 9 + "\n==", "base64 text is no path"),
+        ("https://example.org/a.png", r"'https://example.org/a.png' is not a file: expected a path or a file:// URI"),
+        ("s3://bucket/a.png", "is not a file"),
+        ("data:image/png;base64,aGk=", "is not a file"),
+        ("/9j/4AAQ" + "Sk+Z/" * 9 + "\n==", "base64 text is not a path"),
     ],
 )
 def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Outcomes against stock transformers, batches against single samples, and going on after a kill."""
+"""Results against stock transformers, batches against single samples, and going on after a kill."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
-from dpn_cli.evaluation.judging import Evaluator, Outcome
+from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.loading import load_model
 
@@ -41,15 +41,15 @@ def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None
     return Evaluator(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
 
 
-def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list[Outcome]]:
+def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list[SampleResult]]:
     teacher = asked.ask(Original(), samples, lambda done: None)
     return asked.judge(contenders, samples, teacher, lambda done: None)
 
 
-def test_outcomes_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
+def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
     asked, sample = evaluator(folder), questions()[0]
     contender = FixedRoute(asked.model.pyramid, (1, 0, 1))
-    [[outcome]] = judge(asked, [contender], [sample])
+    [[result]] = judge(asked, [contender], [sample])
 
     stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
     inputs = prompts([sample], asked.processor)
@@ -64,18 +64,18 @@ def test_outcomes_are_those_of_stock_transformers(folder: Path, tiny_llava: Path
         generated = asked.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     ours = ours[0, -count - 1 : -1].log_softmax(-1)
     expected = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
-    assert outcome.distortion == pytest.approx(expected, rel=1e-3) and expected > 0.01
-    assert outcome.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+    assert result.distortion == pytest.approx(expected, rel=1e-3) and expected > 0.01
+    assert result.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
     text = asked.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert outcome.answer == text.strip()
-    assert outcome.visual_tokens == (144 * 2 + 72 * 4 + 36 * 2) / 8
+    assert result.answer == text.strip()
+    assert result.visual_tokens == (144 * 2 + 72 * 4 + 36 * 2) / 8
 
 
 def test_the_teacher_loses_nothing(folder: Path) -> None:
     asked = evaluator(folder)
-    [outcomes] = judge(asked, [Original()], questions())
-    assert [(o.distortion, o.agreement, o.fraction) for o in outcomes] == [(0.0, 1.0, 1.0)] * 5
-    assert [o.answer for o in outcomes] == asked.ask(Original(), questions(), lambda done: None)
+    [results] = judge(asked, [Original()], questions())
+    assert [(r.distortion, r.agreement, r.fraction) for r in results] == [(0.0, 1.0, 1.0)] * 5
+    assert [r.answer for r in results] == asked.ask(Original(), questions(), lambda done: None)
 
 
 def test_batches_do_not_matter(folder: Path) -> None:

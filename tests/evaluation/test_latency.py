@@ -101,12 +101,12 @@ def test_speed_ups_are_medians_of_paired_ratios(make_pair: Any) -> None:
     result = measure_latency(
         model, {"late": Late(clock), ORIGINAL: Original()}, [words_only()] * 3, new_tokens=1, clock=clock
     )
-    assert [each.name for each in result.contenders] == [ORIGINAL, "late"]
-    original, late = (each.phases["prefill"] for each in result.contenders)
+    assert [each.name for each in result.measurements] == [ORIGINAL, "late"]
+    original, late = (each.phases["prefill"] for each in result.measurements)
     assert (original.median_s, original.speedup, original.speedup_high) == (1.0, 1.0, 1.0)
     assert (late.median_s, late.speedup) == (2.0, 0.5)
-    assert "decode" not in result.contenders[0].phases
-    assert "vision" not in result.contenders[0].phases
+    assert "decode" not in result.measurements[0].phases
+    assert "vision" not in result.measurements[0].phases
     assert len(clock.calls) == 4  # a warm-up and three rounds
 
 
@@ -117,7 +117,7 @@ def test_costs_and_fidelity_of_a_ragged_batch(make_pair: Any) -> None:
     contenders = {ORIGINAL: Original(), "fixed": fixed, "dpn": Routed()}
     result = measure_latency(model, contenders, [inputs] * 2, new_tokens=2, advance=advanced.append)
     assert sum(advanced) == 3 * (1 + 2)
-    original, cheap, _ = result.contenders
+    original, cheap, _ = result.measurements
     assert (original.fraction, original.distortion, original.agreement) == (1.0, 0.0, 1.0)
 
     shape, prompts = model.text_model.shape, prompts_of(model, inputs)
@@ -131,7 +131,7 @@ def test_costs_and_fidelity_of_a_ragged_batch(make_pair: Any) -> None:
     with torch.no_grad(), fixed.applied(model):
         mine = model(**inputs).logits[:, -1].log_softmax(-1)
     assert cheap.distortion == pytest.approx((theirs.exp() * (theirs - mine)).sum(-1).mean().item(), rel=1e-3)
-    assert result.to_dict()["contenders"][1]["ideal_speedup"] == cheap.ideal_speedup
+    assert result.to_dict()["measurements"][1]["ideal_speedup"] == cheap.ideal_speedup
 
 
 def test_prompts_are_told_from_a_batch(make_pair: Any) -> None:

@@ -25,7 +25,7 @@ DRAW: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", DRAW)
-def test_a_picture_names_every_contender_and_is_the_same_when_drawn_again(kind: str, tmp_path: Path) -> None:
+def test_a_picture_names_every_method_and_is_the_same_when_drawn_again(kind: str, tmp_path: Path) -> None:
     DRAW[kind](tmp_path / "first.svg")
     DRAW[kind](tmp_path / "again.svg")
     text = (tmp_path / "first.svg").read_text()
@@ -54,7 +54,7 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_contenders_look_unlike_each_other_in_more_than_colour() -> None:
+def test_methods_look_unlike_each_other_in_more_than_colour() -> None:
     styles = list(islice(plots._styles(), 12))
     assert len({(style["marker"], str(style["linestyle"])) for style in styles}) == 12
 

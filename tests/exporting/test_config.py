@@ -10,6 +10,7 @@ from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_model
 from tests.exports import question
 
@@ -21,7 +22,7 @@ def test_without_unused_layers_the_outputs_are_the_same(
     folder = make_converted()
     write_json(folder / "config.json", read_json(folder / "config.json") | {"vision_feature_layer": layer})
     export(folder, tmp_path / "whole")
-    done = export(folder, tmp_path / "out", drop_unused=True)
+    done = export(folder, tmp_path / "out", ExportOptions(drop_unused=True))
     config = read_json(tmp_path / "out" / "config.json")
     assert (config["vision_config"]["num_hidden_layers"], config["vision_feature_layer"]) == (kept, renumbered)
     whole = Checkpoint.open(tmp_path / "whole").tensors
@@ -38,4 +39,4 @@ def test_a_feature_layer_that_is_not_there_is_refused(make_converted: Callable[.
     folder = make_converted()
     write_json(folder / "config.json", read_json(folder / "config.json") | {"vision_feature_layer": -9})
     with pytest.raises(CheckpointError, match="has no feature layer -9"):
-        export(folder, tmp_path / "out", drop_unused=True)
+        export(folder, tmp_path / "out", ExportOptions(drop_unused=True))

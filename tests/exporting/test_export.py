@@ -21,6 +21,7 @@ from dpn_cli.errors import CheckpointError, DpnError, UsageError
 from dpn_cli.exporting.content import write_weights
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.model_card import TRANSFORMERS
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.plan import parse_size
 from dpn_cli.families.family import FAMILIES
 from dpn_cli.families.tensors import memory_name
@@ -109,7 +110,7 @@ def test_an_export_answers_alike_where_dpn_is_not_installed(
     folder = make_converted(text, layout, family=family)
     expected, routes = answer(load_model(folder), folder, picture)
     assert any(routes[0]), "the routers must pool for this test to mean something"
-    export(folder, tmp_path / "out", max_shard_size="500KB")
+    export(folder, tmp_path / "out", ExportOptions(max_shard_size="500KB"))
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
     assert found["keys"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     assert found["bare_missing"] == [] and found["bare"] == f"{FAMILIES[family].stem}Model"
@@ -163,7 +164,7 @@ def test_an_export_loads_whole_with_the_registered_classes(
 
 def test_tensors_stay_byte_for_byte_under_their_new_names(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     before = stored(make_converted("mistral", "hub", shards=2))
-    export(tmp_path / "tiny-dpn", tmp_path / "out", max_shard_size=300_000)
+    export(tmp_path / "tiny-dpn", tmp_path / "out", ExportOptions(max_shard_size=300_000))
     after = stored(tmp_path / "out")
     assert {memory_name(name): content for name, content in before.items()} == after
     assert sum(".routers." in name for name in after) == 18
@@ -174,14 +175,14 @@ def test_both_layouts_give_the_same_files(tiny_llava_factory: Callable[..., Path
     for layout, count in (("hub", 1), ("new", 2)):
         folder = tmp_path / f"{layout}-dpn"
         convert(str(tiny_llava_factory(layout=layout, shards=count)), output=folder)
-        done = export(folder, tmp_path / layout, max_shard_size="400KB", uncalibrated=True)
+        done = export(folder, tmp_path / layout, ExportOptions(max_shard_size="400KB", uncalibrated=True))
         shards[layout] = {file: (tmp_path / layout / file).read_bytes() for file in done.files}
     assert len(shards["hub"]) > 1
     assert shards["hub"] == shards["new"]
 
 
 def test_shards_are_small_and_indexed(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    done = export(make_converted(), tmp_path / "out", max_shard_size="400KB")
+    done = export(make_converted(), tmp_path / "out", ExportOptions(max_shard_size="400KB"))
     assert len(done.files) > 1 and not (tmp_path / "out" / "model.safetensors").exists()
     tensors = Checkpoint.open(tmp_path / "out").tensors
     assert (len(tensors), sum(t.nbytes for t in tensors.values())) == (done.num_tensors, done.nbytes)
@@ -214,7 +215,7 @@ def test_the_folder_is_complete_and_compact(make_converted: Callable[..., Path],
 
 
 def test_the_card_says_what_it_is(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    export(make_converted(calibrated=False), tmp_path / "plain", uncalibrated=True)
+    export(make_converted(calibrated=False), tmp_path / "plain", ExportOptions(uncalibrated=True))
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "torchvision" not in card
     assert "Not calibrated" in card and "12×12 = 144 visual tokens" in card
@@ -244,13 +245,13 @@ def test_the_card_names_the_releases_that_the_package_takes_and_is_tested_with()
 def test_a_budget_becomes_the_trade_off(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_converted()
     assert export(folder, tmp_path / "kept").pyramid.trade_off == 2.0
-    export(folder, tmp_path / "out", budget=0.7)
+    export(folder, tmp_path / "out", ExportOptions(budget=0.7))
     assert read_json(tmp_path / "out" / "config.json")["pyramid"]["lambda"] == pytest.approx(2.0)
-    export(folder, tmp_path / "out", budget=0.65, force=True)
+    export(folder, tmp_path / "out", ExportOptions(budget=0.65), force=True)
     assert read_json(tmp_path / "out" / "config.json")["pyramid"]["lambda"] == pytest.approx(2.5)
     assert read_json(folder / "config.json")["pyramid"]["lambda"] == 2.0
     with pytest.raises(UsageError, match="out of reach"):
-        export(folder, tmp_path / "cheap", budget=0.3)
+        export(folder, tmp_path / "cheap", ExportOptions(budget=0.3))
     assert not (tmp_path / "cheap").exists()
 
 
@@ -263,7 +264,7 @@ def test_a_dtype_converts_all_but_the_routers(
     from dpn_cli.inference.loading import load_model
 
     folder = make_converted()
-    export(folder, tmp_path / "out", dtype=dtype)
+    export(folder, tmp_path / "out", ExportOptions(dtype=dtype))
     original = load_model(folder).state_dict()
     model = load_model(tmp_path / "out")
     assert str(model.text_model.embed_tokens.weight.dtype) == f"torch.{name}"
@@ -282,7 +283,7 @@ def test_a_value_that_fp16_cannot_hold_is_refused(make_converted: Callable[..., 
     tensors["language_model.model.norm.weight"][3] = 70_000
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values above 65504"):
-        export(folder, tmp_path / "out", dtype="fp16")
+        export(folder, tmp_path / "out", ExportOptions(dtype="fp16"))
     assert not (tmp_path / "out").exists()
 
 
@@ -295,7 +296,7 @@ def test_what_cannot_be_exported_is_refused(
     with pytest.raises(CheckpointError, match="does not exist"):
         export(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(UsageError, match="unknown dtype 'int8'"):
-        export(folder, tmp_path / "out", dtype="int8")
+        export(folder, tmp_path / "out", ExportOptions(dtype="int8"))
     with pytest.raises(UsageError, match="overlaps"):
         export(folder, folder / "inside")
     (tmp_path / "mine").mkdir()
@@ -329,7 +330,7 @@ def test_buffers_of_old_versions_are_left_out(tiny_llava: Path, tmp_path: Path) 
     tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(145)[None]
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     convert(str(old), output=tmp_path / "old-dpn")
-    export(tmp_path / "old-dpn", tmp_path / "out", uncalibrated=True)
+    export(tmp_path / "old-dpn", tmp_path / "out", ExportOptions(uncalibrated=True))
     assert len(stored(tmp_path / "out")) == len(stored(tmp_path / "old-dpn")) - 2
 
 
@@ -342,7 +343,7 @@ def test_sizes(size: int | str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "2 parsecs", "1e9", 0])
 def test_what_is_no_size(size: int | str) -> None:
-    with pytest.raises(UsageError, match="no size"):
+    with pytest.raises(UsageError, match="not a size"):
         parse_size(size)
 
 
@@ -364,7 +365,7 @@ def test_licence_and_base_model_are_carried_over(
         lambda _: Source(source, "llava", "llava-hf/llava-1.5-7b-hf", "abc"),
     )
     convert("llava", output=tmp_path / "llava-dpn")
-    export(tmp_path / "llava-dpn", tmp_path / "out", quantize="int8", uncalibrated=True)
+    export(tmp_path / "llava-dpn", tmp_path / "out", ExportOptions(quantize="int8", uncalibrated=True))
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "llama2" and head["base_model"] == "llava-hf/llava-1.5-7b-hf"
@@ -384,18 +385,19 @@ def test_a_value_that_is_no_number_is_refused_unless_asked_for(
     save_file(tensors, file)
     expected = rf"{file.name}: the tensor 'vision_tower\.vision_model\.post_layernorm\.bias' holds NaN"
     with pytest.raises(CheckpointError, match=expected):
-        export(folder, tmp_path / "out", dtype=dtype)
+        export(folder, tmp_path / "out", ExportOptions(dtype=dtype))
     assert not (tmp_path / "out").exists()
-    export(folder, tmp_path / "out", dtype=dtype, check_values=False)
+    export(folder, tmp_path / "out", ExportOptions(dtype=dtype, check_values=False))
 
 
 def test_what_no_option_changes_is_verified(
     make_converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_converted()
-    done = export(folder, tmp_path / "out", verify=True)
+    done = export(folder, tmp_path / "out", ExportOptions(verify=True))
     assert done.num_verified == done.num_tensors
-    assert export(folder, tmp_path / "bf16", dtype="bf16", verify=True).num_verified == 18  # the routers'
+    cast = export(folder, tmp_path / "bf16", ExportOptions(dtype="bf16", verify=True))
+    assert cast.num_verified == 18, "the routers'"
 
     def write_badly(stage: Path, *_: Any) -> None:
         write_weights(stage, *_)
@@ -405,5 +407,5 @@ def test_what_no_option_changes_is_verified(
 
     monkeypatch.setattr("dpn_cli.exporting.export.write_weights", write_badly)
     with pytest.raises(DpnError, match="with other bytes than it was written with"):
-        export(folder, tmp_path / "bad", verify=True)
+        export(folder, tmp_path / "bad", ExportOptions(verify=True))
     assert not (tmp_path / "bad").exists()

@@ -59,8 +59,8 @@ def test_the_finished_folder_is_uploaded(
 @pytest.mark.parametrize(
     ("options", "code", "complaint"),
     [
-        (["--push", "not a repo"], 2, "no repository id"),
-        (["--private"], 2, "--push, which is not given"),
+        (["--push", "not a repo"], 2, "not a repository id"),
+        (["--private"], 2, "give --push too"),
         (["--push", "me/tiny", "--static", "9,9,9"], 2, "no rate of site"),
     ],
 )

@@ -15,6 +15,7 @@ from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.quantise import quantised, stored_tensors
 from dpn_cli.families.tensors import memory_name
 from dpn_cli.inference.loading import load_model
@@ -38,7 +39,9 @@ def test_it_equals_quantising_on_loading(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path, scheme: Any, dtype: str | None
 ) -> None:
     folder = make_converted()
-    done = export(folder, tmp_path / "out", quantize=scheme, dtype=dtype, max_shard_size="300KB", verify=True)
+    done = export(
+        folder, tmp_path / "out", ExportOptions(quantize=scheme, dtype=dtype, max_shard_size="300KB", verify=True)
+    )
     assert done.num_verified and len(done.files) > 1
     expected = quantised_on_loading(folder, scheme, "bfloat16" if dtype else "float32")
     expected.save_pretrained(tmp_path / "saved")
@@ -55,7 +58,7 @@ def test_it_equals_quantising_on_loading(
 def test_it_loads_where_dpn_is_not_installed(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path, scheme: Any
 ) -> None:
-    export(make_converted(), tmp_path / "out", quantize=scheme)
+    export(make_converted(), tmp_path / "out", ExportOptions(quantize=scheme))
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
     assert found["keys"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     assert found["piped"].strip() == found["text"]
@@ -65,7 +68,7 @@ def test_only_the_decoder_is_quantised_and_inspected_as_what_it_is(
     make_converted: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_converted("qwen2", "new")
-    export(folder, tmp_path / "out", quantize="nf4")
+    export(folder, tmp_path / "out", ExportOptions(quantize="nf4"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "stored in 4 bits (nf4)" in card and "pip install bitsandbytes" in card
     tensors = Checkpoint.open(tmp_path / "out").tensors
@@ -89,7 +92,7 @@ def test_what_4_bits_cannot_take_is_left_and_named(tiny_llava: Path, picture: Pa
     for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         (source / file).write_bytes((tiny_llava / file).read_bytes())
     folder = convert(str(source), output=tmp_path / "source-dpn").output
-    export(folder, tmp_path / "out", quantize="nf4", uncalibrated=True)
+    export(folder, tmp_path / "out", ExportOptions(quantize="nf4", uncalibrated=True))
     tensors = Checkpoint.open(tmp_path / "out").tensors
     skipped = read_json(tmp_path / "out" / "config.json")["quantization_config"]["llm_int8_skip_modules"]
     for i in range(8):
@@ -132,18 +135,18 @@ def test_an_adapter_is_merged_before(make_converted: Callable[..., Path], tmp_pa
     config["pyramid"]["calibration"]["adapter"] = "calibration/adapter"
     write_json(folder / "config.json", config)
     export(folder, tmp_path / "merged")
-    export(tmp_path / "merged", tmp_path / "twice", quantize=scheme)
-    export(folder, tmp_path / "once", quantize=scheme)
+    export(tmp_path / "merged", tmp_path / "twice", ExportOptions(quantize=scheme))
+    export(folder, tmp_path / "once", ExportOptions(quantize=scheme))
     assert stored(tmp_path / "once") == stored(tmp_path / "twice")
     up[5, 1] = torch.nan
     save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter has NaN or infinite values for .*layers\.2\.mlp\.down_proj"):
-        export(folder, tmp_path / "broken", quantize=scheme)
+        export(folder, tmp_path / "broken", ExportOptions(quantize=scheme))
 
 
 def test_a_quantised_export_is_no_source(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_converted()
-    export(folder, tmp_path / "out", quantize="int8")
+    export(folder, tmp_path / "out", ExportOptions(quantize="int8"))
     with pytest.raises(CheckpointError, match="is a quantised export: start from the folder"):
         export(tmp_path / "out", tmp_path / "again")
 
@@ -157,4 +160,4 @@ def test_a_value_that_8_bits_scales_cannot_hold_is_refused(make_converted: Calla
     tensors["language_model.model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has values above 65504.*nf4"):
-        export(folder, tmp_path / "out", quantize="int8")
+        export(folder, tmp_path / "out", ExportOptions(quantize="int8"))

@@ -11,6 +11,7 @@ from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.config import PyramidConfig, Site
@@ -24,7 +25,7 @@ def test_a_static_export_is_the_model_with_that_route_forced(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
     folder = make_converted()
-    done = export(folder, tmp_path / "out", static="1x2,1x1,2x2")
+    done = export(folder, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
     assert done.pyramid.static_route == (1, 0, 2) and not done.pyramid.budgets and not done.pyramid.calibration
     assert not any("routers" in name for name in Checkpoint.open(tmp_path / "out").tensors)
     inputs = question(folder, picture)
@@ -53,7 +54,7 @@ def test_a_static_export_of_a_gated_pyramid_keeps_the_gate(gated: Path, picture:
     expected = routed(**inputs).logits
     [route] = routed.last_routes
     assert any(route)
-    export(gated, tmp_path / "out", static=",".join(map(str, route)))
+    export(gated, tmp_path / "out", ExportOptions(static=",".join(map(str, route))))
     static = load_model(tmp_path / "out")
     assert torch.equal(static(**inputs).logits, expected) and static.last_routes == [route]
     shape, grids = static.text_model.shape, [(12, 12)]
@@ -66,7 +67,7 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
     """It was written without routers, and its config.json as the routed one's with the route."""
     config = read_json(gated / "config.json")
     write_json(gated / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "none"}})
-    export(gated, tmp_path / "out", static="1x2,1x1,2x2")
+    export(gated, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
     inputs = question(gated, picture)
     expected = load_model(tmp_path / "out")(**inputs).logits
     old = read_json(tmp_path / "out" / "config.json")
@@ -80,13 +81,13 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
 def test_a_static_export_loads_where_dpn_is_not_installed(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
-    export(make_converted(), tmp_path / "out", static="1x2,1x1,2x2")
+    export(make_converted(), tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
     assert not any(found["keys"].values()) and found["routes"] == [[1, 0, 2]]
 
 
 def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    export(make_converted(), tmp_path / "out", static="0,0,0")
+    export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Route: fixed, 1×1 → 1×1 → 1×1, which takes 1.000 of the original's prefill FLOPs" in card
     assert "Calibration" not in card and "set_budget" not in card and "small routers" not in card
@@ -96,9 +97,9 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     folder = make_converted()
     config = read_json(folder / "config.json")
     with pytest.raises(UsageError, match="leave one of the two out"):
-        export(folder, tmp_path / "out", static="0,0,0", budget=0.7)
+        export(folder, tmp_path / "out", ExportOptions(static="0,0,0", budget=0.7))
     with pytest.raises(UsageError, match="min_visual_tokens"):
-        export(folder, tmp_path / "out", static="2x2,2x2,2x2")
+        export(folder, tmp_path / "out", ExportOptions(static="2x2,2x2,2x2"))
     assert read_json(folder / "config.json") == config
 
 

@@ -64,7 +64,7 @@ HEADERS: dict[str, tuple[Harm, str]] = {
     "shard missing": (without(SHARD), "is missing: download"),
     "shard empty": (overwrite(SHARD, b""), "is truncated (0 bytes)"),
     "shard truncated": (cut(SHARD, -1), "truncated or damaged, download it again"),
-    "header truncated": (cut(SHARD, 100), "is truncated or no safetensors file"),
+    "header truncated": (cut(SHARD, 100), "is truncated or not a safetensors file"),
     "shard too long": (lambda f: (f / SHARD).open("ab").write(b"x"), "truncated or damaged"),
     "shard is an LFS pointer": (overwrite(SHARD, LFS_POINTER), "run `git lfs pull`"),
     "header of 2^40 bytes": (overwrite(SHARD, struct.pack("<Q", 1 << 40) + b"{}"), "should take 1099511627776 bytes"),

@@ -21,6 +21,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
@@ -137,7 +138,7 @@ def test_an_export_holds_the_adapter_in_its_weights(
     healed: Path, data: Path, tmp_path: Path, dtype: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logits(load_model(healed), healed, data)
-    done = export(healed, tmp_path / "out", dtype=dtype, max_shard_size="100KB")
+    done = export(healed, tmp_path / "out", ExportOptions(dtype=dtype, max_shard_size="100KB"))
     monkeypatch.setattr(adapter, "_peft", lambda: pytest.fail("an export needs no peft"))
     model = load_model(done.output)
     assert "adapter" not in json.loads((done.output / "config.json").read_text())["pyramid"]["calibration"]
