@@ -165,7 +165,7 @@ def survey(
     some = list(dict.fromkeys(grids))
     tried: Candidates | None = None
     parents: list[Route] = [full]
-    for number in range(min(MOST_EXPERTS, len(pyramid.sites))):
+    for _ in range(min(MOST_EXPERTS, len(pyramid.sites))):
         known: set[Route] = set(tried.routes) if tried else set()
         routes = [route for route in dict.fromkeys(_children(pyramid, parents)) if route not in known]
         routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]
