@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo.pictures import GRAINS, KINDS
 from tools.teacher.batches import Packer
-from tools.teacher.compression import Figures, figures, table
+from tools.teacher.compression import figures, table
 from tools.teacher.evaluate import accuracy, exact, held_out, in_two_turns
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -65,7 +65,7 @@ def write_card(folder: Path, records: list[dict[str, object]], per_kind: int, de
     (folder / "README.md").write_text(card)
 
 
-def summary(found: Figures) -> str:
+def summary(found: dict[str, dict[str, float]]) -> str:
     """Say in a few lines what the figures mean for each demand on a teacher that is hard to compress."""
     whole = found["whole"]
     lines = []
