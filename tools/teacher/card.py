@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpn_cli.demo.pictures import GRAINS, KINDS
@@ -49,6 +50,7 @@ def write_card(folder: Path, records: list[dict[str, object]], per_kind: int, de
         device=device,
         seed=start["seed"],
         versions=start["versions"],
+        measured=f"torch {torch.__version__}, transformers {transformers.__version__}",
         count=per_kind,
         two_turns_count=len(turns),
         two_turns=100 * turns.mean().item(),
