@@ -1,10 +1,14 @@
-"""The 5x7 pixel glyphs that the demo pictures carry as small marks."""
+"""The 5x7 pixel glyphs of everything that is written in the demo pictures."""
+
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 DIGITS = "0123456789"
-LETTERS = "ACEFHKLT"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+GLYPHS = DIGITS + LETTERS
+HEIGHT, WIDTH = 7, 5
 
 _ROWS = {
     "0": "01110 10001 10011 10101 11001 10001 01110",
@@ -18,25 +22,46 @@ _ROWS = {
     "8": "01110 10001 10001 01110 10001 10001 01110",
     "9": "01110 10001 10001 01111 00001 00010 01100",
     "A": "01110 10001 10001 11111 10001 10001 10001",
+    "B": "11110 10001 10001 11110 10001 10001 11110",
     "C": "01110 10001 10000 10000 10000 10001 01110",
+    "D": "11100 10010 10001 10001 10001 10010 11100",
     "E": "11111 10000 10000 11110 10000 10000 11111",
     "F": "11111 10000 10000 11110 10000 10000 10000",
+    "G": "01110 10001 10000 10111 10001 10001 01111",
     "H": "10001 10001 10001 11111 10001 10001 10001",
+    "I": "01110 00100 00100 00100 00100 00100 01110",
+    "J": "00111 00010 00010 00010 00010 10010 01100",
     "K": "10001 10010 10100 11000 10100 10010 10001",
     "L": "10000 10000 10000 10000 10000 10000 11111",
+    "M": "10001 11011 10101 10101 10001 10001 10001",
+    "N": "10001 10001 11001 10101 10011 10001 10001",
+    "O": "01110 10001 10001 10001 10001 10001 01110",
+    "P": "11110 10001 10001 11110 10000 10000 10000",
+    "Q": "01110 10001 10001 10001 10101 10010 01101",
+    "R": "11110 10001 10001 11110 10100 10010 10001",
+    "S": "01111 10000 10000 01110 00001 00001 11110",
     "T": "11111 00100 00100 00100 00100 00100 00100",
+    "U": "10001 10001 10001 10001 10001 10001 01110",
+    "V": "10001 10001 10001 10001 10001 01010 00100",
+    "W": "10001 10001 10001 10101 10101 10101 01010",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Y": "10001 10001 10001 01010 00100 00100 00100",
+    "Z": "11111 00001 00010 00100 01000 10000 11111",
 }
 
 
-def bitmap(character: str) -> NDArray[np.bool_]:
-    """Return the glyph of a digit or letter.
+@cache
+def bitmap(character: str, scale: int = 1) -> NDArray[np.bool_]:
+    """Return the glyph of a digit or capital letter, true where there is ink.
 
     Args:
-        character: One of ``DIGITS`` or ``LETTERS``.
+        character: One of ``GLYPHS``.
+        scale: How many pixels wide and high each dot is.
 
     Returns:
-        Array of shape (7, 5), true where there is ink.
+        Array of shape (7 * scale, 5 * scale).
 
     Source: the classic 5x7 dot-matrix character set.
     """
-    return np.array([[cell == "1" for cell in row] for row in _ROWS[character].split()])
+    dots = np.array([[cell == "1" for cell in row] for row in _ROWS[character].split()])
+    return dots.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -17,7 +17,7 @@ from dpn_cli.demo.pictures import PATCH, SIZE, corpus
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 MEAN, STD = 0.5, 0.5
-HIDDEN = 128
+WIDTH, TOWER_WIDTH = 128, 160
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% else %}{{ 'ASSISTANT: ' }}{% endif %}"
@@ -39,15 +39,17 @@ def prompt(question: str) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer in which every word of the demo is one token."""
+    """Train a byte-level BPE tokenizer: a word in small letters is one token, a capital or digit one of its own."""
     tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+:?| ?[0-9]| ?[^\sA-Za-z0-9]|\s"), behavior="isolated")
+    words = pre_tokenizers.Split(
+        Regex(r" ?(?:USER|ASSISTANT):| ?[A-Z]?[a-z]+| ?[A-Z]| ?[0-9]| ?[^\sA-Za-z0-9]|\s"), behavior="isolated"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=768,
+        vocab_size=1024,
         special_tokens=[PAD, BOS, EOS, IMAGE],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -87,21 +89,21 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Build the untrained teacher: CLIP vision tower, projector and an 8-layer Llama decoder, not yet grown."""
+    """Build the untrained teacher: CLIP vision tower, projector and Llama decoder."""
     vision = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=3 * TOWER_WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=5,
         image_size=SIZE,
         patch_size=PATCH,
-        projection_dim=HIDDEN,
+        projection_dim=TOWER_WIDTH,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
+        hidden_size=WIDTH,
         intermediate_size=352,
-        num_hidden_layers=8,
+        num_hidden_layers=12,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,

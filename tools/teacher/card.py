@@ -1,101 +1,105 @@
-"""The teacher's model card: every figure in it is measured or read from the log here."""
+"""Write the teacher's model card: ``python -m tools.teacher.card CHECKPOINT --log LOG --device "H100"``.
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-from dpn_cli.demo.pictures import GRAINS, KINDS, samples
-from dpn_cli.pyramid.experts import Rate
-from tools.teacher.evaluate import SITES, accuracy
-
-PER_KIND = 100
-ROUTES: tuple[tuple[Rate, Rate, Rate], ...] = (
-    ((1, 1), (1, 1), (1, 1)),
-    ((1, 1), (1, 1), (2, 2)),
-    ((1, 1), (2, 2), (1, 1)),
-    ((1, 2), (1, 1), (1, 1)),
-    ((1, 2), (2, 2), (1, 1)),
-    ((2, 2), (1, 1), (1, 1)),
-    ((2, 2), (1, 2), (1, 1)),
-)
-_LOG_LINES = 40
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
----
-# The dpn demo teacher
-
-A small LLaVA (CLIP vision tower, projector, Llama decoder of {layers} layers, {tokens} visual tokens) that
-answers one-word questions about generated pictures. `python -m tools.teacher.train --output DIR` trained it
-from nothing on pictures of `dpn_cli.demo.pictures` and wrote this card. It stands in for a real LLaVA where a
-download would be too much: in `dpn demo` and in the tests. It can do nothing else.
-
-- Parameters: {parameters:,}; weights {megabytes:.1f} MB in bfloat16.
-- Training: {seconds:.0f} s on the CPU, {steps}.
-- Held-out accuracy: greedy decoding of the stored weights, exact match, {count} samples per kind, pictures
-  that share no content with training or calibration.
-
-| kind | grain | accuracy |
-|---|---|---|
-{accuracy}
-
-## What pooling costs
-
-The same accuracy when the visual tokens are average-pooled (rows×columns) after layers
-{sites}, nothing retrained, on the same samples:
-
-| route | {kinds} |
-|---|{dashes}
-{pooled}
-
-## Training log, thinned
-
-```json
-{log}
-```
+Every figure in it is measured here, on the stored weights, or read from the log of the run that trained them.
 """
 
+import argparse
+import json
+from pathlib import Path
 
-def write_card(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    records: Sequence[dict[str, object]],
-    folder: Path,
-) -> None:
+import torch
+import transformers
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from dpn_cli.demo.pictures import GRAINS, KINDS
+from tools.teacher.batches import Packer
+from tools.teacher.compression import figures, table
+from tools.teacher.evaluate import accuracy, exact, held_out, in_two_turns
+
+TEMPLATE = Path(__file__).with_name("card.md")
+STORY = Path(__file__).with_name("story.md")
+_LOG_LINES = 24
+
+
+def write_card(folder: Path, records: list[dict[str, object]], per_kind: int, device: str) -> None:
     """Measure the stored teacher and write ``README.md`` into its folder.
 
     Args:
-        model: The teacher as stored.
-        processor: Its processor.
+        folder: The checkpoint.
         records: The training log.
-        folder: The checkpoint folder.
+        per_kind: Questions per kind, for accuracy and for compression each.
+        device: What the teacher was trained on.
     """
-    held_out = list(samples("heldout", PER_KIND * len(KINDS), seed=1))
-    whole = accuracy(model, processor, held_out)
-    pooled = {route: accuracy(model, processor, held_out, route) for route in ROUTES}
-    last = {str(record["stage"]): record["step"] for record in records}
-    thinned = [*records[:: max(1, len(records) // _LOG_LINES)], records[-1]]
-    card = _CARD.format(
-        layers=model.config.text_config.num_hidden_layers,
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    packer = Packer(LlavaProcessor.from_pretrained(folder).tokenizer)
+    whole = accuracy(model, packer, held_out(packer, per_kind, seed=1))
+    turns = torch.cat([exact(model, packer, asked) for asked in in_two_turns(packer, 2 * per_kind)]).float()
+    found = figures(model, packer, held_out(packer, per_kind, seed=2))
+    start, last = records[0], [record for record in records if "step" in record][-1]
+    depth = len(model.model.language_model.layers)
+    card = TEMPLATE.read_text().format(
+        tower=model.config.vision_config.num_hidden_layers,
+        layers=depth,
         tokens=model.config.image_seq_length,
         parameters=model.num_parameters(),
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        seconds=records[-1]["seconds"],
-        steps=" and ".join(f"{step} {stage} steps" for stage, step in last.items()),
-        count=PER_KIND,
-        accuracy="\n".join(f"| {kind} | {GRAINS[kind]} | {whole[kind]:.3f} |" for kind in KINDS),
-        sites=", ".join(map(str, SITES)),
-        kinds=" | ".join(KINDS),
-        dashes="---|" * len(KINDS),
-        pooled="\n".join(_row(route, pooled[route]) for route in ROUTES),
-        log="\n".join(str(record).replace("'", '"') for record in thinned),
+        arguments=start["arguments"],
+        seconds=last["seconds"],
+        steps=last["step"],
+        batch=start["batch"],
+        device=device,
+        seed=start["seed"],
+        versions=start["versions"],
+        measured=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        count=per_kind,
+        two_turns_count=len(turns),
+        two_turns=100 * turns.mean().item(),
+        accuracy=table({"accuracy": whole}),
+        count_compression=per_kind,
+        quarter=depth // 4,
+        half=depth // 2,
+        three_quarters=depth * 3 // 4,
+        compression=table(found),
+        summary=summary(found),
+        story=STORY.read_text().strip(),
+        log="\n".join(json.dumps(record) for record in _thinned(records)),
     )
     (folder / "README.md").write_text(card)
 
 
-def _row(route: tuple[Rate, Rate, Rate], found: dict[str, float]) -> str:
-    name = ", ".join(f"{rows}×{columns}" for rows, columns in route)
-    return f"| {name} | " + " | ".join(f"{found[kind]:.3f}" for kind in KINDS) + " |"
+def summary(found: dict[str, dict[str, float]]) -> str:
+    """Say in a few lines what the figures mean for each demand on a teacher that is hard to compress."""
+    whole = found["whole"]
+    lines = []
+    for name in ("none after a quarter", "none after half", "pooled 2×2", "pooled 4×4"):
+        losses = {kind: 100 * (whole[kind] - found[name][kind]) for kind in KINDS}
+        most = max(losses, key=lambda kind: losses[kind])
+        many = sum(loss >= 20 for loss in losses.values())
+        lines.append(
+            f"- {name}: costs most on {most}, {losses[most]:.0f} points, and at least 20 points on {many} kinds."
+        )
+    for name, misses in found.items():
+        if name.startswith("overlooked"):
+            fine = [misses[kind] for kind in KINDS if GRAINS[kind] == "fine"]
+            lines.append(f"- {name}: {100 * sum(fine) / len(fine):.0f}% of the fine questions.")
+    return "\n".join(lines)
+
+
+def _thinned(records: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [*records[: -1 : max(1, len(records) // _LOG_LINES)], records[-1]]
+
+
+def main() -> None:
+    """Read the command line, measure and write."""
+    parser = argparse.ArgumentParser(description="Write the model card of a trained teacher.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--log", type=Path, required=True, help="the training log, log.jsonl")
+    parser.add_argument("--device", required=True, help="what it was trained on")
+    parser.add_argument("--per-kind", type=int, default=100)
+    args = parser.parse_args()
+    records = [json.loads(line) for line in args.log.read_text().splitlines()]
+    write_card(args.checkpoint, records, args.per_kind, args.device)
+
+
+if __name__ == "__main__":
+    main()

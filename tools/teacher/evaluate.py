@@ -1,59 +1,89 @@
-"""What the teacher's model card says: held-out accuracy per kind, whole and under fixed pooling."""
+"""Held-out accuracy per kind of question.
 
-from collections.abc import Sequence
+Greedy decoding gives an answer exactly when every token of it is the most likely one after those before it, so that one
+pass over question and answer says what generating would.
+"""
 
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
 
-from dpn_cli.data.samples import Sample as Asked
-from dpn_cli.data.samples import Turn
-from dpn_cli.demo.pictures import KINDS, Sample
-from dpn_cli.evaluation.baselines.routes import FixedRoute
-from dpn_cli.evaluation.judging import Evaluator
-from dpn_cli.evaluation.metrics import exact_match
-from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.pyramid.config import PyramidConfig, Site
-from dpn_cli.pyramid.experts import Rate, pool
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
-SITES = (1, 4, 7)
-"""The layers at a quarter, a half and three quarters of the depth after which the card pools."""
+from dpn_cli.demo.pictures import KINDS, Scene, Turn, scenes
+from dpn_cli.demo.questions import ask, ask_on
+from tools.teacher.batches import IGNORE, Batch, Packer, drawn, pack
+from tools.teacher.network import Decoder, answer_logits, patch_features
 
-RATES: tuple[Rate, ...] = ((1, 1), (1, 2), (2, 2))
-WHOLE: tuple[Rate, Rate, Rate] = ((1, 1), (1, 1), (1, 1))
-PYRAMID = PyramidConfig(tuple(Site(layer, pool(*RATES)) for layer in SITES), min_visual_tokens=1, static_route=(0, 0, 0))
+LENGTH = 56
+"""More tokens than any question with its answer has."""
 
 
-def accuracy(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    samples: Sequence[Sample],
-    route: Sequence[Rate] = WHOLE,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Measure per kind how often greedy decoding gives the answer.
+@dataclass(frozen=True)
+class Asked:
+    """Held-out pictures with one question each, packed."""
 
-    Args:
-        model: The teacher.
-        processor: Its processor.
-        samples: Pictures with one question each.
-        route: Average pooling (rows, columns) of the visual tokens after each layer of ``SITES``.
-        batch_size: Samples per forward pass.
-
-    Returns:
-        Accuracy by kind, as a fraction.
-    """
-    asked = [Asked(s.id, (s.image,), (Turn(s.question, s.answer, images=1),), s.kind) for s in samples]
-    contender = FixedRoute(PYRAMID, tuple(RATES.index(rate) for rate in route))
-    evaluator = Evaluator(_pyramid_of(model), processor, batch_size, answer_tokens=4)
-    answers = evaluator.ask(contender, asked, lambda done: None)
-    scores = [(s.kind, exact_match(answer, s.answer)) for s, answer in zip(samples, answers, strict=True)]
-    by_kind = {kind: [score for other, score in scores if other == kind] for kind in KINDS}
-    return {kind: sum(found) / len(found) for kind, found in by_kind.items() if found}
+    batch: Batch
+    turns: list[Turn]
 
 
-def _pyramid_of(model: LlavaForConditionalGeneration) -> DpnLlavaForConditionalGeneration:
-    """Return a pyramid with a teacher's weights."""
-    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    pyramid = DpnLlavaForConditionalGeneration(DpnLlavaConfig(**settings, pyramid=PYRAMID.to_dict()))
-    pyramid.load_state_dict(model.state_dict())
-    return pyramid.to(model.dtype).eval()
+def held_out(packer: Packer, per_kind: int, seed: int = 1) -> list[Asked]:
+    """Draw the same number of questions of every kind."""
+    endless, rng = scenes("heldout", seed), Random(seed)
+    return _packed(packer, [(*_draw(kind, endless, rng), None) for _ in range(per_kind) for kind in KINDS])
+
+
+def in_two_turns(packer: Packer, count: int, seed: int = 1) -> list[Asked]:
+    """Draw conversations of two turns, the second of which can only be understood after the first."""
+    endless, rng = scenes("heldout", seed), Random(seed)
+    found: list[tuple[Scene, Turn, Turn | None]] = []
+    while len(found) < count:
+        scene, turn = _draw(KINDS[rng.randrange(len(KINDS))], endless, rng)
+        more = ask_on(turn, rng)
+        found += [(scene, turn, more)] if more else []
+    return _packed(packer, found)
+
+
+def _packed(packer: Packer, found: list[tuple[Scene, Turn, Turn | None]], size: int = 160) -> list[Asked]:
+    asked = []
+    for start in range(0, len(found), size):
+        chunk = found[start : start + size]
+        rows = [[turn for turn in turns if turn] for _, *turns in chunk]
+        length = LENGTH * max(map(len, rows))
+        asked.append(Asked(pack(drawn([scene for scene, *_ in chunk]), rows, packer, length), [row[0] for row in rows]))
+    return asked
+
+
+def _draw(kind: str, endless: Iterator[Scene], rng: Random) -> tuple[Scene, Turn]:
+    while True:
+        scene = next(endless)
+        turn = ask(kind, scene, rng)
+        if turn:
+            return scene, turn
+
+
+@torch.no_grad()
+def exact(model: LlavaForConditionalGeneration, packer: Packer, asked: Asked, decoder: Decoder | None = None) -> Tensor:
+    """Say for every question of a batch whether the whole answer comes out right."""
+    batch = asked.batch.to(next(model.parameters()).device)
+    features = patch_features(model, batch.pixels)
+    likeliest = answer_logits(model, packer.before, features, batch, decoder).argmax(-1)
+    wrong = (likeliest != batch.answers) & (batch.answers != IGNORE)
+    return (torch.bincount(batch.rows[wrong], minlength=len(batch.text)) == 0).cpu()
+
+
+def by_kind(asked: list[Asked], scores: list[Tensor]) -> dict[str, float]:
+    """Average the scores of batches per kind."""
+    kinds = [turn.kind for each in asked for turn in each.turns]
+    flat = torch.cat(scores).float().tolist()
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind, score in zip(kinds, flat, strict=True):
+        found[kind].append(score)
+    return {kind: sum(each) / len(each) for kind, each in found.items() if each}
+
+
+def accuracy(model: LlavaForConditionalGeneration, packer: Packer, asked: list[Asked]) -> dict[str, float]:
+    """Measure the accuracy per kind."""
+    return by_kind(asked, [exact(model, packer, each) for each in asked])

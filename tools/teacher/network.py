@@ -1,0 +1,81 @@
+"""The teacher as it is trained: the tower with dense classifiers, and the answers to packed conversations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration
+
+from tools.teacher.assembly import MEAN, STD, TOWER_WIDTH
+from tools.teacher.batches import Batch
+from tools.teacher.labels import CLASSES
+
+WRITTEN_WEIGHT = 4.0
+GLYPH = list(CLASSES).index("glyph")
+
+Decoder = Callable[[Tensor], Tensor]
+"""From embeddings to the last hidden states, both of shape (batch, length, width)."""
+
+
+class DenseHeads(nn.Module):
+    """One linear classifier per attribute on every patch feature; they are thrown away after training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(TOWER_WIDTH, elementwise_affine=False)
+        self.classify = nn.Linear(TOWER_WIDTH, sum(CLASSES.values()))
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy summed over the attributes; patches with writing count more."""
+        logits = self.classify(self.norm(features)).float().split(list(CLASSES.values()), dim=-1)
+        weight = 1 + (WRITTEN_WEIGHT - 1) * (labels[:, GLYPH].flatten() > 0)
+        losses = [
+            (weight * cross_entropy(each.flatten(0, 1), labels[:, i].flatten(), reduction="none")).sum()
+            for i, each in enumerate(logits)
+        ]
+        return torch.stack(losses).sum() / weight.sum()
+
+
+def tower_of(model: LlavaForConditionalGeneration) -> Any:
+    """Return what holds the layers of the vision tower, in any version of transformers."""
+    return getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+
+
+def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return what the projector gets for pictures in bytes: shape (batch, patches, width)."""
+    images = ((pixels.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous()
+    tower = tower_of(model)
+    embedded = tower.pre_layrnorm(tower.embeddings(images))
+    features: Tensor = tower.encoder(inputs_embeds=embedded).last_hidden_state[:, 1:]
+    return features
+
+
+def embed(model: LlavaForConditionalGeneration, before: Tensor, features: Tensor, text: Tensor) -> Tensor:
+    """Return the embeddings of whole prompts: what stands before the picture, the picture, the text after it."""
+    words = model.get_input_embeddings()
+    opening = words(before.to(text.device)).expand(len(text), -1, -1)
+    images = model.model.multi_modal_projector(features)
+    return torch.cat([opening.to(images.dtype), images, words(text).to(images.dtype)], dim=1)
+
+
+def decode(model: LlavaForConditionalGeneration, embeds: Tensor) -> Tensor:
+    """Run the decoder on whole sequences."""
+    language = model.model.language_model
+    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    rotary = language.rotary_emb(embeds, positions)
+    for layer in language.layers:
+        embeds = layer(embeds, position_ids=positions, position_embeddings=rotary)
+    hidden: Tensor = language.norm(embeds)
+    return hidden
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, before: Tensor, features: Tensor, batch: Batch, decoder: Decoder | None = None
+) -> Tensor:
+    """Return the logits that give each answer token, shape (answer tokens, vocabulary)."""
+    embeds = embed(model, before, features, batch.text)
+    hidden = decoder(embeds) if decoder else decode(model, embeds)
+    logits: Tensor = model.lm_head(hidden[:, -batch.text.shape[1] :].flatten(0, 1).index_select(0, batch.where))
+    return logits.float()
