@@ -12,6 +12,7 @@ from dpn_cli.pyramid.config import Budget
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
 HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
 BISECTIONS = 60
+MARGIN, LEAST_GAIN = 0.1, 0.002  # of the distortion, and in nats: less is not worth another rule
 TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those that are tried
 
 
@@ -20,8 +21,8 @@ def budget_table(
 ) -> tuple[Budget, ...]:
     """Solve λ for budgets from 1.0 to the cheapest, so that each is met in the mean over a table.
 
-    A row trusts the routers' predictions as far as it pays on the table: not at all, where one route for all samples
-    is as good.
+    A row trusts the routers' predictions less only where that is clearly better on the table, down to not at all, where
+    all samples take one route.
 
     Args:
         routers: fitted.
@@ -51,6 +52,14 @@ def budget_table(
     rows = [spend(0.0, 1.0)]
     while rows[-1].fraction > cheapest:
         wanted = max(rows[-1].fraction - STEP, cheapest)
-        found = [solve(wanted, rows[-1].trade_off, trust) for trust in trusts]
-        rows.append(min(found, key=lambda row: (row.distortion, row.fraction)))
+        rows.append(_better([solve(wanted, rows[-1].trade_off, trust) for trust in trusts]))
     return tuple(rows)
+
+
+def _better(rows: Sequence[Budget]) -> Budget:
+    """Return the row of least distortion; one that comes later only if it is better by more than chance would make it."""
+    best = rows[0]
+    for row in rows[1:]:
+        if row.distortion < (1 - MARGIN) * best.distortion - LEAST_GAIN:
+            best = row
+    return best
