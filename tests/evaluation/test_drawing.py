@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-from dpn_cli.evaluation.baselines.dropping import Dropping
-from dpn_cli.evaluation.baselines.fastv import FastV
-from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
 
 from dpn_cli.evaluation import drawing
 from dpn_cli.evaluation.baselines.contender import Contender
 from dpn_cli.evaluation.baselines.routes import Original, Routed
+from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.drawing import plot_evaluation, plot_latency
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.figures import Question
@@ -34,8 +32,8 @@ def evaluation(*contenders: Contender) -> Evaluation:
 def test_every_method_is_named_but_the_original(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"frontier{suffix}"
-    dropping: list[Dropping] = [RandomDropping(), FastV()]
-    plot_evaluation(path, evaluation(Routed(), *dropping), evaluation(Routed()), names=("dpn", "dpn, healed"))
+    others = [StaticPyramid("random"), StaticPyramid("fastv")]
+    plot_evaluation(path, evaluation(Routed(), *others), evaluation(Routed()), names=("dpn", "dpn, healed"))
     assert path.stat().st_size > 5000
     if suffix == ".svg":
         text = path.read_text()

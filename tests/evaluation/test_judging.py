@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from dpn_cli.evaluation.baselines.fastv import FastV
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.loading import load_model
@@ -48,7 +48,7 @@ def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list
 
 def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
     asked, sample = evaluator(folder), questions()[0]
-    contender = FixedRoute(asked.model.pyramid, (1, 0, 1))
+    contender = FixedRoute(asked.model.pyramid, (0, 1, 1, 0, 0))
     [[result]] = judge(asked, [contender], [sample])
 
     stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
@@ -56,7 +56,7 @@ def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path)
     answer = asked.processor.tokenizer(" red circle", add_special_tokens=False, return_tensors="pt").input_ids
     answer = torch.cat([answer, torch.tensor([[asked.processor.tokenizer.eos_token_id]])], 1)
     ids, count = torch.cat([inputs["input_ids"], answer], 1), answer.shape[1]
-    asked.model.set_route((1, 0, 1))
+    asked.model.set_route((0, 1, 1, 0, 0))
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
     with torch.no_grad():
         theirs = stock(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -count - 1 : -1].log_softmax(-1)
@@ -68,7 +68,7 @@ def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path)
     assert result.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
     text = asked.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result.answer == text.strip()
-    assert result.visual_tokens == (144 * 2 + 72 * 4 + 36 * 2) / 8
+    assert result.visual_tokens == (144 + 72 + 36 * 6) / 8
 
 
 def test_the_teacher_loses_nothing(folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
 
 
 def test_batches_do_not_matter(folder: Path) -> None:
-    contenders = [Routed(0.7), FastV(0.4)]
+    contenders = [Routed(0.7), StaticPyramid("fastv", 0.4)]
     alone, together = (judge(evaluator(folder, size), contenders, questions()) for size in (1, 5))
     for one, five in zip(alone, together, strict=True):
         for a, b in zip(one, five, strict=True):
@@ -98,7 +98,7 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 
 
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, contenders = questions(), [Routed(0.7), FastV(0.4)]
+    samples, contenders = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
     undisturbed = judge(evaluator(folder), contenders, samples)
     kept = KeptResults({"a": 1}, tmp_path / "kept")
 

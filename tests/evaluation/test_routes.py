@@ -36,7 +36,7 @@ def test_a_fixed_route_is_forced_for_the_duration(make_pair: Any) -> None:
         assert model.last_routes == [(1, 0, 1)]
     assert torch.equal(model(**sample).logits, routed)
     assert contender.visual_tokens(model, [Prompt(GRID, 9)]) == [[144, 144, 72, 72, 72, 72, 36, 36]]
-    assert contender.label == "fixed 1×2 · 1×1 · 1×2"
+    assert contender.label == "fixed pool:1x2, keep, pool:1x2"
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
 
 def test_candidates_are_the_cheapest_routes_that_spend_the_budget() -> None:
     offered, prompts = pyramid(min_visual_tokens=4), [Prompt(GRID, 9)]
-    everything = {route: FixedRoute(offered, route) for route in offered.routes(GRID)}
+    everything = {route: FixedRoute(offered, route) for route in offered.routes_for(GRID)}
     costs = {route: each.mean_fraction(SHAPE, prompts) for route, each in everything.items()}
     for budget in (0.9, 0.6, 0.45):
         found = everything[(0, 0, 0)].candidates(SHAPE, prompts, budget)

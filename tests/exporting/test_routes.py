@@ -20,20 +20,22 @@ from dpn_cli.pyramid.experts import pool
 from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
 
+ROUTE = "keep,1x2,2x2,keep,exit"
+
 
 def test_a_static_export_is_the_model_with_that_route_forced(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
     folder = make_converted()
-    done = export(folder, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
-    assert done.pyramid.static_route == (1, 0, 2) and not done.pyramid.budgets and not done.pyramid.calibration
+    done = export(folder, tmp_path / "out", ExportOptions(static=ROUTE))
+    assert done.pyramid.static_route == (0, 1, 2, 0, 1) and not done.pyramid.budgets and not done.pyramid.calibration
     assert not any("routers" in name for name in Checkpoint.open(tmp_path / "out").tensors)
     inputs = question(folder, picture)
     routed, static = load_model(folder), load_model(tmp_path / "out")
-    routed.set_route((1, 0, 2))
+    routed.set_route((0, 1, 2, 0, 1))
     with torch.no_grad():
         assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
-    assert [tuple(route) for route in static.last_routes] == [(1, 0, 2)]
+    assert [tuple(route) for route in static.last_routes] == [(0, 1, 2, 0, 1)]
     with pytest.raises(ValueError, match="route is fixed"):
         static.set_budget(0.7)
 
@@ -67,7 +69,7 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
     """It was written without routers, and its config.json as the routed one's with the route."""
     config = read_json(gated / "config.json")
     write_json(gated / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "none"}})
-    export(gated, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
+    export(gated, tmp_path / "out", ExportOptions(static=ROUTE))
     inputs = question(gated, picture)
     expected = load_model(tmp_path / "out")(**inputs).logits
     old = read_json(tmp_path / "out" / "config.json")
@@ -81,15 +83,15 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
 def test_a_static_export_loads_where_dpn_is_not_installed(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
-    export(make_converted(), tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
+    export(make_converted(), tmp_path / "out", ExportOptions(static=ROUTE))
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
-    assert not any(found["keys"].values()) and found["routes"] == [[1, 0, 2]]
+    assert not any(found["keys"].values()) and found["routes"] == [[0, 1, 2, 0, 1]]
 
 
 def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0"))
+    export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0,0,0"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Route: fixed, 1×1 → 1×1 → 1×1, which takes 1.000 of the original's prefill FLOPs" in card
+    assert "Route: fixed, keep, keep, keep, keep, keep, which takes 1.000 of the original's prefill FLOPs" in card
     assert "Calibration" not in card and "set_budget" not in card and "small routers" not in card
 
 
@@ -97,9 +99,9 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     folder = make_converted()
     config = read_json(folder / "config.json")
     with pytest.raises(UsageError, match="leave one of the two out"):
-        export(folder, tmp_path / "out", ExportOptions(static="0,0,0", budget=0.7))
-    with pytest.raises(UsageError, match="min_visual_tokens"):
-        export(folder, tmp_path / "out", ExportOptions(static="2x2,2x2,2x2"))
+        export(folder, tmp_path / "out", ExportOptions(static="0,0,0,0,0", budget=0.7))
+    with pytest.raises(UsageError, match="needs a grid of tokens"):
+        export(folder, tmp_path / "out", ExportOptions(static="diverse:0.5,1x2,keep,keep,keep"))
     assert read_json(folder / "config.json") == config
 
 
