@@ -20,6 +20,7 @@ from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
 from dpn_cli.pyramid.config import ROUTER_INPUTS, PyramidConfig, RouterConfig
+from dpn_cli.pyramid.presets import PRESETS
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import pyramid
@@ -82,6 +83,7 @@ def test_no_two_formats_claim_one_file(tmp_path: Path) -> None:
         *product(("eval", "calibrate"), [[each.description for each in FORMATS.values()]]),
         ("eval", [*BASELINES, *METRICS, *(metric.description for metric in METRICS.values())]),
         ("bench", BASELINES),
+        ("export", PRESETS),
     ],
 )
 def test_help_tells_of_all_that_is_registered(command: str, words: list[str]) -> None:

@@ -6,12 +6,13 @@ what it keeps: `pyramiddrop:0.5`, `divprune:0.25`, `fastv:K=3,R=0.5`.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP, Expert
 
+PRESET_KEY = "preset"  # in `calibration`: what a static pyramid was made from
 QUARTERS = (0.25, 0.5, 0.75)  # of the depth, PyramidDrop's
 _SHARE = re.compile(r"0?\.\d+")
 _FASTV = re.compile(r"K=(\d+),R=(0?\.\d+)")
@@ -118,6 +119,14 @@ def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
     elif preset.first_layers and (match := _FASTV.fullmatch(settings)):
         share, first_layers = round(1 - float(match[2]), 6), int(match[1])
     if 0 < share < 1 and (first_layers is None or 0 < first_layers < num_layers):
-        return preset.pyramid(share, num_layers, first_layers)
+        pyramid = preset.pyramid(share, num_layers, first_layers)
+        return replace(pyramid, calibration={PRESET_KEY: f"{name}:{settings}"})
     example = f"{name}:K=3,R=0.5 (drops half after layer 3 of {num_layers}) or " if preset.first_layers else ""
     raise UsageError(f"--static {text!r}: expected {example}{name}:0.5 (keeps half)")
+
+
+def preset_of(pyramid: PyramidConfig) -> tuple[str, Preset] | None:
+    """Return the preset that a pyramid was made from, and how it is written; None if it is none."""
+    text = str(pyramid.calibration.get(PRESET_KEY, ""))
+    preset = PRESETS.get(text.partition(":")[0])
+    return None if preset is None else (text, preset)

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.experts import pool
 from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
 
@@ -109,8 +108,9 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     ("data", "exported"),
     [("/home/me/secret/my.json", "my.json"), ("owner/data", "owner/data"), ("demo", "demo"), (None, None)],
 )
-def test_a_path_of_somebodys_disk_is_not_published(data: str | None, exported: str | None) -> None:
-    pyramid = PyramidConfig(
-        sites=(Site(1, pool((1, 1), (1, 2), (2, 2))),), calibration={"data": data, "agreement": 0.9}
-    )
-    assert exported_pyramid(pyramid, (12, 12), None, None).calibration == {"data": exported, "agreement": 0.9}
+def test_a_path_of_somebodys_disk_is_not_published(
+    make_converted: Callable[..., Path], data: str | None, exported: str | None
+) -> None:
+    _, layout, pyramid = open_converted(make_converted(calibrated=False))
+    pyramid = replace(pyramid, calibration={"data": data, "agreement": 0.9})
+    assert exported_pyramid(pyramid, layout, None, None).calibration == {"data": exported, "agreement": 0.9}
