@@ -17,7 +17,7 @@ import click
 from dpn_cli import console
 from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.baselines import BASELINES
-from dpn_cli.evaluation.baselines.contender import TOLERANCE
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE
 from dpn_cli.evaluation.drawing import plot_evaluation
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.options import EvaluationOptions

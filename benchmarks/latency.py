@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.baselines.routes import GivenRoutes, Original
 from dpn_cli.evaluation.drawing import plot_latency
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
@@ -105,16 +105,16 @@ def measure(
     shape, pyramid = model.text_model.shape, model.pyramid
     prompts = [Prompt((GRID,), count) for count in text_tokens]
     sites = tuple(site.after_layer for site in pyramid.sites)
-    contenders: dict[str, Contender] = {ORIGINAL: Original()}
+    baselines: dict[str, Baseline] = {ORIGINAL: Original()}
     for budget in budgets:
         routes = tuple(routes_near(shape, pyramid, text_tokens, budget))
         spent = fmean(flops_fraction(shape, pyramid, r, [GRID], n) for r, n in zip(routes, text_tokens, strict=True))
-        contenders[f"dpn at {budget:g}"] = GivenRoutes(given=routes)
+        baselines[f"dpn at {budget:g}"] = GivenRoutes(given=routes)
         console.note(f"batch of {batch_size}, dpn at {budget:g}: routes {' '.join(map(str, routes))} spend {spent:.3f}")
-        contenders[f"fastv at {budget:g}"] = FastV(first_layers=1).fit(shape, prompts, spent)
-        contenders[f"pyramiddrop at {budget:g}"] = PyramidDrop(sites=sites).fit(shape, prompts, spent)
-    with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
-        return measure_latency(model, contenders, [batch] * rounds, new_tokens=4, advance=advance, clock=clock)
+        baselines[f"fastv at {budget:g}"] = FastV(first_layers=1).fit(shape, prompts, spent)
+        baselines[f"pyramiddrop at {budget:g}"] = PyramidDrop(sites=sites).fit(shape, prompts, spent)
+    with console.progress(f"batch of {batch_size}", (rounds + 1) * len(baselines)) as advance:
+        return measure_latency(model, baselines, [batch] * rounds, new_tokens=4, advance=advance, clock=clock)
 
 
 @click.command()

@@ -15,7 +15,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError
 from dpn_cli.evaluation.baselines import BASELINES, make_baseline
-from dpn_cli.evaluation.baselines.contender import Prompt
+from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
@@ -58,10 +58,10 @@ def test_no_router_input_is_taken_that_is_not_registered() -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_contender_is_what_its_name_says(name: str) -> None:
-    contender = make_baseline(name, pyramid())
-    assert contender.name == name
-    assert contender.fit(SHAPE, [Prompt(((12, 12),), 9)], 0.6).label.startswith(name)
+def test_a_baseline_is_what_its_name_says(name: str) -> None:
+    baseline = make_baseline(name, pyramid())
+    assert baseline.name == name
+    assert baseline.fit(SHAPE, [Prompt(((12, 12),), 9)], 0.6).label.startswith(name)
 
 
 @pytest.mark.parametrize("name", METRICS)

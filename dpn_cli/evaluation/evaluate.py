@@ -8,7 +8,7 @@ from typing import Any
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.baselines import make_baseline
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt, unequal
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, unequal
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
@@ -17,7 +17,7 @@ from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.reporter import Reporter
 
-Entry = tuple[float | None, Contender]  # a budget, and who is to spend it
+Entry = tuple[float | None, Baseline]  # a budget, and who is to spend it
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Result:
         dpn: "Result | None" = None,
     ) -> "Result":
         """Sum up what a method made of all samples, beside the pyramid at the same budget."""
-        budget, contender = entry
+        budget, method = entry
         pairs = () if dpn is None else zip(samples, dpn.per_sample, strict=True)
         over = [theirs.distortion - ours.distortion for theirs, ours in pairs]
         figures = Figures.of(samples, questions, metric)
         return cls(
-            method=contender.name,
-            label=contender.label,
+            method=method.name,
+            label=method.label,
             budget=budget,
             figures=figures,
             kinds=by_kind(samples, questions, metric),
@@ -126,10 +126,10 @@ class Evaluation:
 def evaluate(
     evaluator: Evaluator, samples: Sequence[Sample], options: EvaluationOptions, reporter: Reporter
 ) -> Evaluation:
-    """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
+    """Let a pyramid and its baselines answer, and compare them at equal FLOPs.
 
-    Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
-    cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
+    Every baseline is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid cannot
+    spend so little, to the budget itself. Where a baseline has no setting near enough, the result says so.
 
     Args:
         evaluator: the model, and how it is asked.
@@ -190,11 +190,11 @@ class _Comparison:
     def measure(
         self, what: str, entries: Sequence[Entry], dpn: dict[float | None, Result] | None = None
     ) -> list[Result]:
-        """Let contenders answer; compare them with the pyramid's results by budget, if given."""
+        """Let methods answer; compare them with the pyramid's results by budget, if given."""
         if not entries:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
-            judged = self.evaluator.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
+            judged = self.evaluator.judge([method for _, method in entries], self.samples, self.teacher, advance)
         return [
             Result.of(entry, samples, self.questions, self.metric, (dpn or {}).get(entry[0]))
             for entry, samples in zip(entries, judged, strict=True)
@@ -226,7 +226,7 @@ def _baselines(
     budgets: Sequence[float | None],
     spent: dict[float | None, Result],
 ) -> tuple[list[Entry], list[str]]:
-    """Return every contender at what the pyramid has spent, and why some are missing."""
+    """Return every baseline at what the pyramid has spent, and why some are missing."""
     shape = evaluator.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
@@ -237,18 +237,18 @@ def _baselines(
         for name in names:
             try:
                 fitted = make_baseline(name, evaluator.model.pyramid).candidates(shape, sizes, fraction)
-                for contender in fitted:
-                    with contender.applied(evaluator.model):  # says whether this model is of a kind that it can handle
+                for baseline in fitted:
+                    with baseline.applied(evaluator.model):  # says whether this model is of a kind that it can handle
                         pass
             except (ValueError, UsageError) as error:
                 out_of_reach.append(f"{name} at {fraction:.3g}: {error}")
             else:
-                entries += [(budget, contender) for contender in fitted]
+                entries += [(budget, baseline) for baseline in fitted]
     return entries, out_of_reach
 
 
 def _best(results: Iterable[Result]) -> list[Result]:
-    """Return of every contender at every budget its settings of least KL."""
+    """Return of every baseline at every budget its settings of least KL."""
     best: dict[tuple[str, float | None], Result] = {}
     for result in results:
         key = (result.method, result.budget)

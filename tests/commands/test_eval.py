@@ -174,11 +174,11 @@ def test_an_interrupted_run_goes_on(
     batches: list[int] = []
     judge = Evaluator._judge_batch
 
-    def interrupted(self: Evaluator, contenders: Any, samples: Any, teacher: Any) -> Any:
+    def interrupted(self: Evaluator, methods: Any, samples: Any, teacher: Any) -> Any:
         batches.append(len(samples))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return judge(self, contenders, samples, teacher)
+        return judge(self, methods, samples, teacher)
 
     monkeypatch.setattr(Evaluator, "_judge_batch", interrupted)
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 130

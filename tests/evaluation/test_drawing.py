@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.evaluation import drawing
-from dpn_cli.evaluation.baselines.contender import Contender
+from dpn_cli.evaluation.baselines.baseline import Baseline
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.drawing import plot_evaluation, plot_latency
@@ -18,13 +18,13 @@ from dpn_cli.evaluation.plots import Point
 QUESTIONS = tuple(Question("all", "red", "red") for _ in range(4))
 
 
-def result(contender: Contender, budget: float | None, distortion: float) -> Result:
+def result(method: Baseline, budget: float | None, distortion: float) -> Result:
     samples = [SampleResult("red", distortion * i, 1.0, budget or 1.0, 100.0) for i in range(4)]
-    return Result.of((budget, contender), samples, QUESTIONS, "exact")
+    return Result.of((budget, method), samples, QUESTIONS, "exact")
 
 
-def evaluation(*contenders: Contender) -> Evaluation:
-    rows = [result(each, budget, distortion) for each in contenders for budget, distortion in ((0.8, 0.0), (0.5, 0.1))]
+def evaluation(*methods: Baseline) -> Evaluation:
+    rows = [result(each, budget, distortion) for each in methods for budget, distortion in ((0.8, 0.0), (0.5, 0.1))]
     return Evaluation(QUESTIONS, (result(Original(), None, 0.0), *rows), ())
 
 

@@ -41,15 +41,15 @@ def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None
     return Evaluator(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
 
 
-def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list[SampleResult]]:
+def judge(asked: Evaluator, methods: Any, samples: list[Sample]) -> list[list[SampleResult]]:
     teacher = asked.ask(Original(), samples, lambda done: None)
-    return asked.judge(contenders, samples, teacher, lambda done: None)
+    return asked.judge(methods, samples, teacher, lambda done: None)
 
 
 def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
     asked, sample = evaluator(folder), questions()[0]
-    contender = FixedRoute(asked.model.pyramid, (0, 1, 1, 0, 0))
-    [[result]] = judge(asked, [contender], [sample])
+    method = FixedRoute(asked.model.pyramid, (0, 1, 1, 0, 0))
+    [[result]] = judge(asked, [method], [sample])
 
     stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
     inputs = prompts([sample], asked.processor)
@@ -79,8 +79,8 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
 
 
 def test_batches_do_not_matter(folder: Path) -> None:
-    contenders = [Routed(0.7), StaticPyramid("fastv", 0.4)]
-    alone, together = (judge(evaluator(folder, size), contenders, questions()) for size in (1, 5))
+    methods = [Routed(0.7), StaticPyramid("fastv", 0.4)]
+    alone, together = (judge(evaluator(folder, size), methods, questions()) for size in (1, 5))
     for one, five in zip(alone, together, strict=True):
         for a, b in zip(one, five, strict=True):
             assert (a.answer, a.agreement, a.fraction, a.route) == (b.answer, b.agreement, b.fraction, b.route)
@@ -98,8 +98,8 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 
 
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, contenders = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
-    undisturbed = judge(evaluator(folder), contenders, samples)
+    samples, methods = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
+    undisturbed = judge(evaluator(folder), methods, samples)
     kept = KeptResults({"a": 1}, tmp_path / "kept")
 
     def interrupt(done: int) -> None:
@@ -108,9 +108,9 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     first = evaluator(folder, kept=kept)
     teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
-        first.judge(contenders, samples, teacher, interrupt)
+        first.judge(methods, samples, teacher, interrupt)
     files = sorted(kept.folder.iterdir())
-    assert len(files) == 3 + 1, "three batches of the teacher, one of the contenders"
+    assert len(files) == 3 + 1, "three batches of the teacher, one of the methods"
     first_answers = min(path for path in files if json.loads(path.read_text())["results"][0].__class__ is str)
     first_answers.write_text("{")  # a damaged one
 
@@ -120,10 +120,10 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(
         second.model, "generate", lambda **inputs: asked.append(len(inputs["input_ids"])) or generate(**inputs)
     )
-    resumed = judge(second, contenders, samples)
+    resumed = judge(second, methods, samples)
     assert resumed == undisturbed
     assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
-    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), contenders[:1], samples)
+    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), methods[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
     assert not kept.folder.exists()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Prompt
+from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.pyramid.presets import PRESETS
@@ -195,6 +195,14 @@ def test_fit_spends_the_budget(name: str, budget: float) -> None:
     prompts = [Prompt((GRID,), text) for text in (8, 20, 31)] + [Prompt((GRID,) * 2, 9), Prompt((), 40)]
     fitted = StaticPyramid(name).fit(SHAPE, prompts, budget)
     assert fitted.mean_fraction(SHAPE, prompts[:-1]) == pytest.approx(budget, abs=0.006)
+
+
+def test_who_pays_more_for_choosing_keeps_fewer_tokens() -> None:
+    """At equal FLOPs, all before the first layer: the choice is part of what is spent."""
+    prompts = [Prompt((GRID,), 9)]
+    fitted = {name: StaticPyramid(name).fit(SHAPE, prompts, 0.5) for name in ("random", "scope", "divprune")}
+    tokens = [each.layer_tokens(SHAPE, prompts[0])[0] for each in fitted.values()]
+    assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) == 3
 
 
 @pytest.mark.parametrize("name", PRESETS)

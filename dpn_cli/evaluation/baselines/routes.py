@@ -1,11 +1,11 @@
-"""The pyramid's own ways as contenders: nothing pooled, one route for all, or routed per sample."""
+"""The pyramid's own ways beside the baselines: nothing pooled, one route for all, or routed per sample."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fixed, Prompt, full_flops, with_images
 from dpn_cli.modeling.pyramid_text import Offer
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -107,7 +107,7 @@ class FixedRoute(Fixed):
 
 
 @dataclass(frozen=True)
-class Routed(Contender):
+class Routed(Baseline):
     """The pyramid at a budget: calibrated routers, and the adapter where it was healed.
 
     Attributes:

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
-from dpn_cli.evaluation.baselines.contender import Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
