@@ -83,18 +83,39 @@ class Result:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A method that is missing at a budget.
+
+    Attributes:
+        method: the method's name.
+        budget: the budget that was asked for; None for what the checkpoint is set to.
+        fraction: the fraction of the prefill FLOPs that the method was to spend.
+        reason: why it is missing.
+    """
+
+    method: str
+    budget: float | None
+    fraction: float
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it in a sentence."""
+        return f"{self.method} at {self.fraction:.3g}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of all methods at all budgets.
 
     Attributes:
         questions: what was asked, as far as figures need it.
         results: the original's result, then those of every budget, the pyramid's first.
-        left_out: why a method is missing at a budget.
+        left_out: the methods that are missing at a budget, and why.
     """
 
     questions: tuple[Question, ...]
     results: tuple[Result, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
     def of(self, method: str) -> list[Result]:
         """Return the results of one method, in the order of the budgets."""
@@ -118,7 +139,7 @@ class Evaluation:
             "samples": len(self.questions),
             "budgets": [each.to_dict() for each in self.spendings],
             "results": [result.to_dict() for result in self.results],
-            "left_out": list(self.left_out),
+            "left_out": list(map(str, self.left_out)),
             "not_equal": self.not_equal,
         }
 
@@ -201,21 +222,21 @@ class _Comparison:
         ]
 
 
-def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
+def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[LeftOut]]:
     """Return the pyramid at every budget that it can spend, and why not at the others."""
     if not budgets:
         return [(evaluator.model.pyramid.budget, Routed())], []
     entries: list[Entry] = []
-    refused: list[str] = []
+    refused: list[LeftOut] = []
     for budget in budgets:
         try:
             evaluator.model.pyramid.trade_off_for(budget)
         except ValueError as error:
-            refused.append(f"dpn at {budget:g}: {error}")
+            refused.append(LeftOut(Routed.name, budget, budget, str(error)))
         else:
             entries.append((budget, Routed(budget)))
     if not entries:
-        raise UsageError(refused[0].partition(": ")[2])
+        raise UsageError(refused[0].reason)
     return entries, refused
 
 
@@ -225,12 +246,12 @@ def _baselines(
     against: Sequence[str],
     budgets: Sequence[float | None],
     spent: dict[float | None, Result],
-) -> tuple[list[Entry], list[str]]:
+) -> tuple[list[Entry], list[LeftOut]]:
     """Return every baseline at what the pyramid has spent, and why some are missing."""
     shape = evaluator.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
-    out_of_reach: list[str] = []
+    out_of_reach: list[LeftOut] = []
     for budget in budgets:
         fraction = spent[budget].figures.fraction if budget in spent else budget
         assert fraction is not None
@@ -241,7 +262,7 @@ def _baselines(
                     with baseline.applied(evaluator.model):  # says whether this model is of a kind that it can handle
                         pass
             except (ValueError, UsageError) as error:
-                out_of_reach.append(f"{name} at {fraction:.3g}: {error}")
+                out_of_reach.append(LeftOut(name, budget, fraction, str(error)))
             else:
                 entries += [(budget, baseline) for baseline in fitted]
     return entries, out_of_reach
