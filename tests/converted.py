@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.calibration.survey import pruned
+from dpn_cli.checkpoint.headers import INDEX_FILE, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.pyramid.config import Budget, PyramidConfig
 from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.route import parse_route
+
+ROUTES = (  # of the shipped recipe
+    "diverse:0.5, keep, keep, keep, keep",
+    "diverse:0.5, keep, keep, attended:0.5, exit",
+    "keep, pool:1x2, pool:1x2, keep, keep",
+    "keep, pool:1x2, pool:2x2, keep, exit",
+    "keep, keep, pool:2x2, exit, keep",
+)
 
 
 @pytest.fixture
@@ -46,21 +56,28 @@ def make_converted(
 
 
 def pretend_calibration(folder: Path) -> None:
-    """Leave what calibration leaves: routers that pool, a budget table and its own folder."""
+    """Leave what calibration leaves: some routes, routers that choose among them, a budget table and its own folder."""
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(folder / "dpe.safetensors")
-    for name, tensor in tensors.items():
-        if "head" in name:
-            tensors[name] = np.random.default_rng(len(name)).normal(0, 1, tensor.shape).astype(np.float32)
-    save_file(tensors, folder / "dpe.safetensors", metadata={"format": "pt"})
     config = read_json(folder / "config.json")
+    found = PyramidConfig.from_dict(config["pyramid"])
     pyramid = replace(
-        PyramidConfig.from_dict(config["pyramid"]),
+        pruned(found, [found.full_route, *(parse_route(route, found.sites) for route in ROUTES)]),
         trade_off=2.0,
         budgets=(Budget(0.8, 1.0, 0.01), Budget(0.6, 3.0, 0.05)),
         calibration={"data": "mydata|2.json", "agreement": 0.98765, "agreement_interval": [0.9, 1.0]},
     )
     write_json(folder / "config.json", config | {"pyramid": pyramid.to_dict()})
+    tensors = load_file(folder / "dpe.safetensors")
+    for name in [name for name in tensors if int(name.split("routers.")[-1].split(".")[0]) >= len(pyramid.sites)]:
+        del tensors[name]
+    for name, tensor in tensors.items():
+        if "head" in name:
+            shape = (pyramid.num_routes, *tensor.shape[1:])
+            tensors[name] = np.random.default_rng(len(name)).normal(0, 1, shape).astype(np.float32)
+    save_file(tensors, folder / "dpe.safetensors", metadata={"format": "pt"})
+    index = read_json(folder / INDEX_FILE)
+    files = {name: file for name, file in index["weight_map"].items() if file != "dpe.safetensors" or name in tensors}
+    write_json(folder / INDEX_FILE, index | {"weight_map": files})
     (folder / "calibration").mkdir()
     (folder / "calibration" / "report.json").write_text("{}")

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -117,10 +116,10 @@ def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
     means = table.distortion.nanmean(0).nan_to_num(1.0)  # [R]
     for router in routers:
         bias = router.get_parameter("head.bias")
-        config: Any = router.config
-        start = means if config.output == "routes" else (means.mean() / len(routers)).expand(len(bias))
+        start = means if table.tree.is_listed else (means.mean() / len(routers)).expand(len(bias))
+        start = start.clamp(min=1e-4)
         with torch.no_grad():
-            bias.copy_(start.clamp(min=1e-4).expm1().log())
+            bias.copy_(start + (-(-start).expm1()).log())  # the inverse of softplus
 
 
 def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -6,7 +6,6 @@ Shapes: N samples, R routes, P prefixes, E scores of a router, C options at a pr
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,13 +21,12 @@ class Policy:
 
     Attributes:
         table: the measurements.
-        logits: [N, P, E] of every site's router at every prefix; -inf where there is no such score.
-        scores_routes: whether a score stands for a route of the table, rather than for an expert of the site.
+        logits: [N, P, E] scores of every site's router at every prefix, one per route where the pyramid lists them,
+            else one per expert of the site; -inf where there is no such score.
     """
 
     table: RouteTable
     logits: torch.Tensor
-    scores_routes: bool
 
     @classmethod
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
@@ -36,8 +34,7 @@ class Policy:
         columns = [routers[len(prefix)](table.features[:, node]) for node, prefix in enumerate(table.tree.prefixes)]
         widest = max(column.shape[1] for column in columns)
         padded = [nn.functional.pad(each, (0, widest - each.shape[1]), value=-torch.inf) for each in columns]
-        config: Any = routers[0].config
-        return cls(table, torch.stack(padded, dim=1), config.output == "routes")
+        return cls(table, torch.stack(padded, dim=1))
 
     @cached_property
     def _options(self) -> list[list[tuple[int, int, int]]]:
@@ -48,7 +45,7 @@ class Policy:
         for prefix in self.table.tree.prefixes:
             site = len(prefix)
             below = [(i, route[site]) for route, i in routes.items() if route[:site] == prefix]
-            if self.scores_routes:
+            if self.table.tree.is_listed:
                 options.append([(i, i, expert) for i, expert in below])
             else:  # an expert costs what it does with all tokens kept ever after
                 rest = (0,) * (num_sites - site - 1)
@@ -93,7 +90,7 @@ class Policy:
             for site, k in enumerate(route):
                 node = prefixes[route[:site]]
                 below[i, node] += (
-                    (self._score[node] == i) if self.scores_routes else (self._expert[node] == k)
+                    (self._score[node] == i) if self.table.tree.is_listed else (self._expert[node] == k)
                 ).float()
         return torch.einsum("nr,rpc->npc", self.table.measured.float(), below) > 0
 
@@ -136,14 +133,15 @@ class Policy:
         for site in range(routes.shape[1]):
             nodes = torch.tensor([prefixes[route[:site]] for route in self.table.tree.routes])
             there = self._expert[nodes] == routes[:, site, None]  # [R, C]
-            total = total + steps[:, nodes].masked_fill(~there, -torch.inf).logsumexp(-1)
+            # Finite where nothing leads there, so that gradients are, too.
+            total = total + steps[:, nodes].masked_fill(~there, -1e9).clamp(min=-1e9).logsumexp(-1)
         return total
 
     def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are."""
         reduced = self.table.measured.clone()
         reduced[:, 0] = False
-        if not self.scores_routes:  # what its experts add
+        if not self.table.tree.is_listed:  # what its experts add
             prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
             paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
             added = -self.logits[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)

@@ -35,10 +35,12 @@ class RouteTree:
     Attributes:
         routes: the leaves, the full route first.
         prefixes: the inner nodes where routers are asked, the empty one first.
+        is_listed: whether the pyramid lists the routes, and its routers score each.
     """
 
     routes: tuple[Route, ...]
     prefixes: tuple[Route, ...]
+    is_listed: bool = False
 
     @classmethod
     def of(cls, pyramid: PyramidConfig, grids: Sequence[Sequence[Grid]]) -> "RouteTree":
@@ -47,7 +49,7 @@ class RouteTree:
         if routes is None:
             routes = tuple(sorted({route for sample in set(map(tuple, grids)) for route in pyramid.routes_for(sample)}))
         prefixes = {route[:site] for route in routes for site in range(len(pyramid.sites))}
-        return cls(routes, tuple(sorted(prefixes, key=lambda prefix: (len(prefix), prefix))))
+        return cls(routes, tuple(sorted(prefixes, key=lambda each: (len(each), each))), pyramid.routes is not None)
 
     def offered(self, pyramid: PyramidConfig, grids: Sequence[Grid]) -> tuple[Route, ...]:
         """Return the routes that a sample with these grids can take."""

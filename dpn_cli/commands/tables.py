@@ -32,7 +32,7 @@ def print_calibration(report: "Report") -> None:
         route, share = next(iter(outcome.shares.items()))
         return (
             name, f"{outcome.fraction:.3f}", f"{outcome.distortion:.4f}", f"{outcome.agreement:.1%}",
-            "" if trade_off is None else f"{trade_off:.4g}", f"{route_name(route)} {share:.0%}",
+            "" if trade_off is None else f"{trade_off:.4g}", f"{report.experts(route)} ({share:.0%})",
         )  # fmt: skip
 
     named: list[tuple[str, Outcome, float | None]] = [(f"budget {report.budget:g}", report.routed, report.trade_off)]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dpn_cli.modeling.state import PyramidState, precise
+from dpn_cli.modeling.state import PyramidState, precise, put
 
 DROPPED = -1
 
@@ -76,7 +76,7 @@ def compact(
     stays = target == index
     lengths = stays.sum(1).tolist() if assignment.lengths is None else assignment.lengths
     longest = max(lengths)
-    shift = longest - torch.tensor(lengths, device=target.device)[:, None]  # [B, 1], left padding
+    shift = longest - put(lengths, target.device)[:, None]  # [B, 1], left padding
     column = stays.cumsum(1) - 1 + shift  # of a token that stays; elsewhere, of the one that stays before it
     column = column.gather(1, torch.where(target == DROPPED, index, target)).clamp(min=0)
 
@@ -99,6 +99,7 @@ def compact(
         valid=torch.arange(longest, device=target.device) >= shift if len(set(lengths)) > 1 else None,
         coords=new_coords[:trash].view(batch, longest, 3),
         columns=column if state.columns is None else column.gather(1, state.columns),
+        lengths=tuple(lengths),
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dpn_cli.modeling.state import put
+
 PASS_COST = {"cpu": 64, "cuda": 256}
 """Tokens whose work takes as long as reading a layer's weights once more, about, by type of device; ours."""
 
@@ -30,13 +32,13 @@ class Group:
     valid: torch.Tensor | None
 
     @classmethod
-    def of(cls, rows: Sequence[int], valid: torch.Tensor) -> "Group":
-        """Group some rows of a batch whose tokens are `valid`, [B, S] bool."""
-        index = torch.tensor(rows, device=valid.device)
+    def of(cls, rows: Sequence[int], valid: torch.Tensor, lengths: Sequence[int]) -> "Group":
+        """Group some rows of a batch whose tokens are `valid`, [B, S] bool, so many in each row."""
+        index = put(list(rows), valid.device)
         columns = valid[index].int().argsort(dim=1, stable=True)  # the padding, then the tokens in their order
-        columns = columns[:, -int(valid[index].sum(1).max()) :]
-        tokens = valid[index].gather(1, columns)
-        return cls(index[:, None], columns, None if tokens.all() else tokens)
+        own = [lengths[row] for row in rows]
+        columns = columns[:, -max(own) :]
+        return cls(index[:, None], columns, None if len(set(own)) == 1 else valid[index].gather(1, columns))
 
 
 def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:

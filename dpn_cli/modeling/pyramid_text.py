@@ -47,8 +47,8 @@ from dpn_cli.modeling.state import (
     PACKED,
     Choice,
     PyramidState,
-    visual_grids,
-    without_hidden,
+    put,
+    visible_tokens,
 )
 from dpn_cli.pyramid.config import Option, PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction
@@ -213,36 +213,32 @@ class PyramidTextMixin:
         valid = None
         if attention_mask is not None and attention_mask.ndim == 2:
             valid = attention_mask[:, -length:].to(inputs_embeds.device, torch.bool)
-            valid = None if valid.all() else valid
         if not current_call(self).pools or not self.pyramid.sites or visual_coords is None:
-            return PyramidState(inputs_embeds, positions, valid)
-        visual_coords, in_part = without_hidden(visual_coords, valid)
-        if (visual_coords < 0).all():
-            return PyramidState(inputs_embeds, positions, valid)
-
+            return PyramidState(inputs_embeds, positions, None if valid is None or valid.all() else valid)
         if self.pyramid.router.token_id is not None and router_tokens is None:
             raise ValueError("the routers of this model read a special token: router_tokens must say where it is")
-        grids = visual_grids(visual_coords)
         index = torch.arange(length, device=inputs_embeds.device).expand(batch, -1)
         if instruction is None:
             instruction = index[:, -1] if valid is None else torch.where(valid, index, 0).amax(1)
         instruction = instruction.to(index.device).expand(batch)
-        prompt = index <= instruction[:, None]
-        is_text = prompt & (visual_coords[..., 0] < 0)
-        text_tokens = (is_text if valid is None else is_text & valid).sum(1).tolist()
+        seen = visible_tokens(visual_coords, valid, index <= instruction[:, None])
+        valid = valid if seen.is_padded else None
+        if not any(seen.grids):
+            return PyramidState(inputs_embeds, positions, valid)
         return PyramidState(
             hidden_states=inputs_embeds,
             positions=positions.expand(batch, -1).float(),
             valid=valid,
-            coords=visual_coords,
+            coords=seen.coords,
             instruction=instruction,
             router_tokens=instruction[:, None] if router_tokens is None else router_tokens,
-            grids=grids,
-            coord_grids=grids,
-            text_tokens=tuple(text_tokens),
-            image_grids=grids,
+            grids=seen.grids,
+            coord_grids=seen.grids,
+            text_tokens=seen.text_tokens,
+            lengths=seen.lengths,
+            image_grids=seen.grids,
             routes=((),) * batch,
-            refusal=HIDDEN_IN_PART if in_part else "",
+            refusal=HIDDEN_IN_PART if seen.in_part else "",
         )
 
     def run(
@@ -321,7 +317,7 @@ class PyramidTextMixin:
         if state.valid is None or state.columns is None or not is_first or self._records(kwargs):
             return [list(range(len(state.hidden_states)))]
         pass_cost = PASS_COST.get(state.valid.device.type, PASS_COST["cuda"])
-        return split_by_length(state.valid.sum(1).tolist(), pass_cost)
+        return split_by_length(state.lengths, pass_cost)
 
     def _records(self, kwargs: dict[str, Any]) -> bool:
         """Say whether the outputs of every layer are wanted, which come from one call per layer."""
@@ -337,7 +333,7 @@ class PyramidTextMixin:
         assert state.valid is not None
         outputs, parts = [], []
         for rows in groups:
-            group = Group.of(rows, state.valid)
+            group = Group.of(rows, state.valid, state.lengths)
             own = None if cache is None else PyramidCache(self.config, len(self.segments))
             at = (group.rows, group.columns)
             part = PyramidState(state.hidden_states[at], state.positions[at], group.valid)
@@ -412,13 +408,13 @@ class PyramidTextMixin:
         """Return the probability gate [B] of the chosen experts (paper, eq. 4), or None without a gate."""
         if self.pyramid.gate == "none":
             return None
-        index = torch.tensor(experts, device=logits.device)[:, None]
+        index = put(experts, logits.device)[:, None]
         probability = (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
         return torch.where(self._taken(state).to(probability.device), probability, 1)
 
     def _taken(self, state: PyramidState) -> torch.Tensor:
         """Say which samples are pooled at all, [B] bool."""
-        return torch.tensor([self.pyramid.takes(grids) for grids in state.grids], device=state.hidden_states.device)
+        return put([self.pyramid.takes(grids) for grids in state.grids], state.hidden_states.device)
 
     def offers(self, state: PyramidState) -> list[Offer]:
         """Return, per sample, the options at the next site and the FLOPs fraction of each."""

@@ -3,6 +3,7 @@
 Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ class PyramidState:
         grids: per sample, the current sizes of its visual grids; one column after a selection.
         coord_grids: per sample, the sizes of the grids that `coords` refer to, which a selection leaves as they are.
         text_tokens: per sample, the tokens of the prompt that are not visual.
+        lengths: per sample, the tokens that are not padding.
         image_grids: per sample, the sizes of its grids before any pooling.
         routes: per sample, the experts taken so far.
         packed: [B, L] (or [1, L]) position ids that start anew where a row holds several samples, else None.
@@ -51,6 +53,7 @@ class PyramidState:
     grids: tuple[tuple[Grid, ...], ...] = ()
     coord_grids: tuple[tuple[Grid, ...], ...] = ()
     text_tokens: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     image_grids: tuple[tuple[Grid, ...], ...] = ()
     routes: tuple[Route, ...] = ()
     packed: torch.Tensor | None = None
@@ -65,21 +68,26 @@ class PyramidState:
         }
         return replace(self, **{**moved, "hidden_states": hidden_states})
 
-    def rows(self, index: torch.Tensor) -> "PyramidState":
+    def rows(self, rows: Sequence[int]) -> "PyramidState":
         """Return some samples of the batch, by their indices."""
-        batch = len(self.hidden_states)
+        batch, index = len(self.hidden_states), put(rows, self.hidden_states.device)
         chosen: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, torch.Tensor):
                 chosen[each.name] = value.expand(batch, *value.shape[1:])[index.to(value.device)]
             elif isinstance(value, tuple) and value:
-                chosen[each.name] = tuple(value[row] for row in index.tolist())
+                chosen[each.name] = tuple(value[row] for row in rows)
         return replace(self, **chosen)
 
     def now_at(self, original: torch.Tensor) -> torch.Tensor:
         """Return the current columns, [B, R], of some original columns of every sample."""
         return original if self.columns is None else self.columns.gather(1, original)
+
+
+def put(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return host values, a number or nested lists, on a device, without waiting for what it has still to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def precise(values: torch.Tensor) -> torch.Tensor:
@@ -95,20 +103,61 @@ class Choice:
     probability: torch.Tensor | None = None
 
 
-def without_hidden(coords: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
-    """Leave visual tokens out that the attention mask hides, as if they were padding.
+@dataclass(frozen=True)
+class Visible:
+    """What a pyramid has to know on the host of the tokens that a batch starts with.
+
+    Attributes:
+        coords: [B, S, 3] (grid, row, col) of the visual tokens that are not hidden, -1 elsewhere.
+        grids: per sample, the sizes of its visual grids.
+        lengths: per sample, the tokens that are not padding.
+        text_tokens: per sample, the tokens of the prompt that are not visual.
+        in_part: whether the attention mask hides a part of some grid, and not all of it.
+    """
+
+    coords: torch.Tensor
+    grids: tuple[tuple[Grid, ...], ...]
+    lengths: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+    in_part: bool
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some row has padding."""
+        return min(self.lengths) < self.coords.shape[1]
+
+
+def visible_tokens(coords: torch.Tensor, valid: torch.Tensor | None, prompt: torch.Tensor) -> Visible:
+    """Look at a batch, waiting for the device once.
 
     Args:
         coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere.
-        valid: [B, S] bool, or None when nothing is hidden.
+        valid: [B, S] bool, what the attention mask shows; None for all.
+        prompt: [B, S] bool, the tokens up to the end of the instruction.
+    """
+    shown = torch.ones_like(prompt) if valid is None else valid
+    host = torch.cat([coords, shown[..., None], prompt[..., None]], dim=-1).cpu()
+    places, is_shown, is_prompt = host[..., :3], host[..., 3] > 0, host[..., 4] > 0
+    in_part = False
+    if ((places[..., 0] >= 0) & ~is_shown).any():
+        places, in_part = _without_hidden(places, is_shown)
+        coords = places.to(coords.device)
+    return Visible(
+        coords=coords,
+        grids=visual_grids(places),
+        lengths=tuple(is_shown.sum(1).tolist()),
+        text_tokens=tuple((is_prompt & is_shown & (places[..., 0] < 0)).sum(1).tolist()),
+        in_part=in_part,
+    )
+
+
+def _without_hidden(coords: torch.Tensor, shown: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Leave visual tokens out that the attention mask hides, as if they were padding.
 
     Returns:
         The coordinates of what is left, its grids counted from 0 again; and whether some grid is left in part.
     """
-    is_visual = coords[..., 0] >= 0
-    if valid is None or not (is_visual & ~valid).any():
-        return coords, False
-    left = coords.masked_fill(~valid[..., None], -1)
+    left = coords.masked_fill(~shown[..., None], -1)
     in_part = False
     for whole, rest in zip(coords, left, strict=True):
         kept = rest[rest[:, 0] >= 0, 0].unique()
@@ -123,5 +172,5 @@ def visual_grids(coords: torch.Tensor) -> tuple[tuple[Grid, ...], ...]:
     for sample in coords.cpu():
         count = int(sample[:, 0].max()) + 1
         corners = [sample[sample[:, 0] == g][:, 1:].amax(0) + 1 for g in range(count)]
-        sizes.append(tuple((int(h), int(w)) for h, w in corners))
+        sizes.append(tuple((int(height), int(width)) for height, width in corners))
     return tuple(sizes)

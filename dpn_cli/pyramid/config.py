@@ -237,6 +237,8 @@ class PyramidConfig:
             raise ValueError("a pyramid needs a mean distortion for each of its routes, or none")
         if (self.router.output == "routes") != (self.routes is not None):
             raise ValueError("routers that score routes need a pyramid that lists them, and only they do")
+        if self.router.output == "routes" and self.gate != "none":
+            raise ValueError("a gate needs routers that score experts (router.output: logits or distortion)")
         return self
 
     def _check_site(self, site: Site) -> None:

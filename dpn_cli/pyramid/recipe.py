@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -90,11 +91,11 @@ def _check_menu(experts: tuple[Expert, ...], key: str) -> None:
 
 
 class RouterRecipe(_Section):
-    """The router's shape; see `RouterConfig`."""
+    """The router's shape; see `RouterConfig`. By default it scores routes, and experts where there is a gate."""
 
     hidden_ratio: Annotated[int, Field(ge=1)] = 4
     input: RouterInput = "with_summaries"
-    output: RouterOutput = "routes"
+    output: RouterOutput | None = None
 
 
 class PyramidRecipe(_Section):
@@ -116,6 +117,12 @@ class PyramidRecipe(_Section):
     rounding: Rounding = "ceil"
     min_visual_tokens: Annotated[int, Field(ge=1)] = 16
     router: RouterRecipe = RouterRecipe()
+
+    @property
+    def router_config(self) -> RouterConfig:
+        """The router's shape, resolved."""
+        by_default = "routes" if self.gate == "none" else "distortion"
+        return RouterConfig(**{**self.router.model_dump(), "output": self.router.output or by_default})
 
 
 class TrainingRecipe(_Section):
@@ -263,7 +270,7 @@ class Recipe(_Section):
     @property
     def surveys(self) -> bool:
         """Whether calibration finds the routes, among all that the sites allow."""
-        return self.pyramid.router.output == "routes" and self.pyramid.routes is None
+        return self.pyramid.router_config.output == "routes" and self.pyramid.routes is None
 
     def pyramid_config(self, num_layers: int) -> PyramidConfig:
         """Place the sites in a decoder of `num_layers`.
@@ -277,17 +284,17 @@ class Recipe(_Section):
                 f"recipe {self.name}: sites after layers {layers} do not fit a decoder of {num_layers} "
                 f"layers (-1, which is before the first, to {num_layers - 2} are possible)"
             )
-        if any(a >= b for a, b in pairwise(layers)):
+        if any(a > b or (a == b and not self.surveys) for a, b in pairwise(layers)):
             raise RecipeError(f"recipe {self.name}: sites after layers {layers} of {num_layers} must differ and ascend")
         default = _menu(self.pyramid.experts)
-        pairs = zip(layers, self.pyramid.sites, strict=True)
-        sites = tuple(Site(layer, site.menu(default)) for layer, site in pairs)
+        pairs = dict(zip(reversed(layers), reversed(self.pyramid.sites), strict=True))  # of candidates that meet, one
+        sites = tuple(Site(layer, site.menu(default)) for layer, site in sorted(pairs.items(), key=itemgetter(0)))
         options = self.pyramid.model_dump(exclude={"sites", "experts", "routes", "router"})
         try:
             return PyramidConfig(
                 sites=sites,
                 routes=self._routes(sites),
-                router=RouterConfig(**self.pyramid.router.model_dump()),
+                router=self.pyramid.router_config,
                 **options,
             ).checked()
         except (UsageError, ValueError) as error:
@@ -295,7 +302,7 @@ class Recipe(_Section):
 
     def _routes(self, sites: tuple[Site, ...]) -> tuple[Route, ...] | None:
         """Return the routes that the pyramid starts with: the full one alone where they are to be surveyed."""
-        if self.pyramid.router.output != "routes":
+        if self.pyramid.router_config.output != "routes":
             return None
         full = (0,) * len(sites)
         asked = [parse_route(text, sites) for text in self.pyramid.routes or ()]

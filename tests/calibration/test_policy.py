@@ -92,9 +92,8 @@ def test_the_policy_follows_the_decision_rule_of_the_model() -> None:
             route: tuple[int, ...] = ()
             for site in range(3):
                 logits = routers[site](table.features[sample, table.tree.prefixes.index(route)][None])[0].tolist()
-                children = {k: (*route, k, *(0,) * (2 - site)) for k in range(3)}
-                offered = [k for k, child in children.items() if child in costs]
-                route = (*route, decide(logits, [costs[children[k]] for k in offered], offered, trade_off))
+                options = PYRAMID.options(route, [(12, 12)])
+                route = (*route, decide(logits, options, [costs[option.route] for option in options], trade_off))
             assert table.tree.routes[int(policy.choose(trade_off)[sample])] == route
 
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpn_cli.calibration.rollout import RouteTable, measure, plan_batches
+from dpn_cli.calibration.policy import Policy
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DataError, UsageError
+from dpn_cli.pyramid.config import Budget, RouterConfig, Site
+from dpn_cli.pyramid.experts import Expert
 from tests.pyramids import prompt, pyramid
 
 
@@ -30,8 +33,9 @@ def examples() -> list[Example]:
 
 def measured(model: Any, samples: list[Example], batch_size: int = 2, **kwargs: Any) -> RouteTable:
     grids = [((12, 12),) * len(sample.visual["pixel_values"]) for sample in samples]
-    batches = plan_batches(model.pyramid, grids, batch_size, None)
-    return measure(model, samples, batches, pad_token_id=3, **kwargs)
+    tree = RouteTree.of(model.pyramid, grids)
+    batches = plan_batches(tree, model.pyramid, grids, batch_size, None)
+    return measure(model, samples, tree, batches, pad_token_id=3, **kwargs)
 
 
 @pytest.mark.parametrize("gate", ["none", "probability"])
@@ -75,20 +79,32 @@ def test_features_are_what_the_router_reads(make_pair: Any) -> None:
     assert torch.allclose(stored.float(), seen[0][0].float(), rtol=1e-3, atol=1e-2)
 
 
-def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) -> None:
-    from dpn_cli.calibration.policy import Policy
-    from dpn_cli.pyramid.config import RouterConfig
+LISTED = {
+    "sites": tuple(
+        Site(layer, tuple(map(Expert.parse, names)))
+        for layer, names in (
+            (-1, ("keep", "diverse:0.5", "pool:2x2")),
+            (1, ("keep", "attended:0.5", "pool:1x2")),
+            (5, ("keep", "exit")),
+        )
+    ),
+    "routes": ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 2, 0), (1, 0, 0), (1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 2, 0)),
+    "router": RouterConfig(output="routes"),
+}
 
-    _, model = make_pair(router=RouterConfig())
+
+@pytest.mark.parametrize("settings", [{"router": RouterConfig()}, LISTED], ids=["all routes", "listed routes"])
+def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any, settings: dict[str, Any]) -> None:
+    _, model = make_pair(**settings)
     text_model = model.text_model
     samples = examples()
     table = measured(model, samples)
     policy = Policy.of(text_model.routers, table)
     routes = set()
-    for trade_off in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0):
+    for trade_off in (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0):
         model.pyramid = replace(model.pyramid, trade_off=trade_off)
         with torch.no_grad():
-            taken = policy.choose(trade_off).tolist()
+            taken = policy.choose_as(model.pyramid, trade_off).tolist()
             for sample, column in zip(samples, taken, strict=True):
                 model(
                     input_ids=sample.input_ids[None],
@@ -97,7 +113,31 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any) 
                 )
                 assert model.last_routes == [table.tree.routes[column]]
                 routes.add(model.last_routes[0])
-    assert len(routes) >= 3
+    assert len(routes) >= 2
+
+
+def test_where_predictions_are_not_trusted_all_take_what_is_best_in_the_mean(make_pair: Any) -> None:
+    means = (0.0, 0.5, 0.2, 0.3, 0.1, 0.4, 0.6, 0.9, 0.7)
+    budgets = (Budget(0.8, 0.1, 0.01, 1.0), Budget(0.5, 1.0, 0.05, 0.0), Budget(0.3, 5.0, 0.5, 0.5))
+    _, model = make_pair(**LISTED, mean_distortions=means, budgets=budgets)
+    samples = examples()
+    table = measured(model, samples)
+    policy = Policy.of(model.text_model.routers, table)
+    taken = {}
+    for trade_off in (0.1, 1.0, 5.0):
+        with torch.no_grad():
+            taken[trade_off] = policy.choose_as(model.pyramid, trade_off)
+        model.pyramid = replace(model.pyramid, trade_off=trade_off)
+        for sample, column in zip(samples, taken[trade_off].tolist(), strict=True):
+            with torch.no_grad():
+                model(
+                    input_ids=sample.input_ids[None],
+                    pixel_values=sample.visual["pixel_values"],
+                    labels=sample.labels[None],
+                )
+            assert model.last_routes == [table.tree.routes[column]]
+    best = (torch.tensor(means) + 1.0 * table.fraction).argmin(1)
+    assert torch.equal(taken[1.0], best)
 
 
 def test_a_part_of_the_routes_is_measured_like_the_whole(make_pair: Any) -> None:
@@ -105,8 +145,9 @@ def test_a_part_of_the_routes_is_measured_like_the_whole(make_pair: Any) -> None
     samples = examples()
     whole = measured(model, samples)
     grids = [((12, 12),) * len(sample.visual["pixel_values"]) for sample in samples]
-    batches = plan_batches(model.pyramid, grids, 2, num_routes=4, complete={1})
-    part = measure(model, samples, batches, pad_token_id=3)
+    tree = RouteTree.of(model.pyramid, grids)
+    batches = plan_batches(tree, model.pyramid, grids, 2, num_routes=4, complete={1})
+    part = measure(model, samples, tree, batches, pad_token_id=3)
     assert part.measured.sum(1).tolist() == [4, len(whole.tree.routes), 4, 4]
     assert torch.allclose(part.distortion[part.measured], whole.distortion[part.measured], atol=1e-5)
     assert torch.equal(part.fraction, whole.fraction) and torch.equal(part.offered, whole.offered)
@@ -114,7 +155,8 @@ def test_a_part_of_the_routes_is_measured_like_the_whole(make_pair: Any) -> None
 
 def test_partial_plans_see_every_rate_of_every_site_equally_often() -> None:
     config = pyramid(min_visual_tokens=1)
-    batches = plan_batches(config, [((24, 24),)] * 90, batch_size=1, num_routes=5)
+    tree = RouteTree.of(config, [((24, 24),)])
+    batches = plan_batches(tree, config, [((24, 24),)] * 90, batch_size=1, num_routes=5)
     seen = Counter(pair for batch in batches for route in batch.routes[1:] for pair in enumerate(route))
     for site in range(3):
         counts = [seen[site, k] for k in range(3)]

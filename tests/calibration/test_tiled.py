@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpn_cli.calibration.rollout import measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import RouteTree, measure, plan_batches, sample_grids
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.cli import main
@@ -22,6 +22,7 @@ from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.pyramid.recipe import load_recipe
+from tests.pyramids import POOLING
 
 FAMILIES = {"llava_next": "mistral", "llava_onevision": "qwen2"}
 WIDE, TALL, SQUARE = (
@@ -34,7 +35,7 @@ SMALL = "pyramid.min_visual_tokens=4"
 @pytest.fixture(params=FAMILIES)
 def converted(request: pytest.FixtureRequest, tiny_tiled: Callable[..., Path], tmp_path: Path) -> Path:
     source = tiny_tiled(request.param, FAMILIES[request.param])
-    return convert(str(source), load_recipe("llava-next", [SMALL]), tmp_path / "tiled-dpn").output
+    return convert(str(source), load_recipe("llava-next", [SMALL, *POOLING]), tmp_path / "tiled-dpn").output
 
 
 def test_samples_are_encoded_as_the_processor_does(converted: Path) -> None:
@@ -88,9 +89,10 @@ def test_measured_routes_equal_forced_forwards(converted: Path) -> None:
     examples = [encode(sample, processor, answer_tokens=8) for sample in samples]
     grids = sample_grids(model, examples)
     assert len(set(grids)) == 4
-    batches = plan_batches(model.pyramid, grids, 4, None)
+    tree = RouteTree.of(model.pyramid, grids)
+    batches = plan_batches(tree, model.pyramid, grids, 4, None)
     assert len(batches) == 1, "samples that are offered the same routes share a batch"
-    table = measure(model, examples, batches, pad_token_id=3)
+    table = measure(model, examples, tree, batches, pad_token_id=3)
     for row, example in enumerate(examples):
         inputs = collate([example], pad_token_id=3)
         answers = (example.labels[1:] != IGNORED).nonzero()[:, 0]

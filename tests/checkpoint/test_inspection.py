@@ -17,11 +17,14 @@ from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.conftest import CHAT_TEMPLATE
+from tests.pyramids import POOLING
 
 
 @pytest.fixture(scope="module")
 def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(str(tiny_llava), load_recipe("llava-1.5-7b"), tmp_path_factory.mktemp("inspect") / "out").output
+    return convert(
+        str(tiny_llava), load_recipe("llava-1.5-7b", POOLING), tmp_path_factory.mktemp("inspect") / "out"
+    ).output
 
 
 def visual_tokens(found: Inspection, name: str) -> list[int]:
@@ -32,9 +35,9 @@ def visual_tokens(found: Inspection, name: str) -> list[int]:
 def test_tokens_follow_the_rates_layer_by_layer(converted: Path) -> None:
     found = inspect_checkpoint(converted)
     assert visual_tokens(found, "full") == [144] * 8
-    assert visual_tokens(found, "1×2 wherever offered") == [144, 144, 72, 72, 36, 36, 24, 24]
+    assert visual_tokens(found, "pool:1x2, pool:1x2, pool:1x2") == [144, 144, 72, 72, 36, 36, 24, 24]
     # 12×12 → 6×6; 2×2 again would leave 9 of at least 16 tokens, so 1×2 → 6×3, and then nothing
-    assert visual_tokens(found, "2×2 wherever offered") == [144, 144, 36, 36, 18, 18, 18, 18]
+    assert visual_tokens(found, "pool:2x2, pool:1x2, keep") == [144, 144, 36, 36, 18, 18, 18, 18]
 
 
 def test_fractions_and_bytes_fit_the_layers(converted: Path) -> None:
@@ -175,12 +178,12 @@ def write_hub_processor(folder: Path, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("model", "tokens", "key_width", "sites"),
     [
-        ("llava-1.5-7b", 24**2, 4096, [7, 15, 23]),
-        ("llava-1.5-13b", 24**2, 5120, [9, 19, 29]),
+        ("llava-1.5-7b", 24**2, 4096, [-1, 2, 7, 15, 23]),
+        ("llava-1.5-13b", 24**2, 5120, [-1, 3, 9, 19, 29]),
         # a square of 672 pixels is four tiles beside the whole; every row of theirs ends with a newline
-        ("llava-1.6-vicuna-7b", 24**2 + 48 * 49, 4096, [7, 15, 23]),
-        ("llava-1.6-mistral-7b", 24**2 + 48 * 49, 1024, [7, 15, 23]),
-        ("llava-onevision-7b", 27**2 + 54 * 55, 512, [6, 13, 20]),
+        ("llava-1.6-vicuna-7b", 24**2 + 48 * 49, 4096, [-1, 2, 7, 15, 23]),
+        ("llava-1.6-mistral-7b", 24**2 + 48 * 49, 1024, [-1, 2, 7, 15, 23]),
+        ("llava-onevision-7b", 27**2 + 54 * 55, 512, [-1, 2, 6, 13, 20]),
     ],
 )
 def test_the_models_of_the_hub_are_read_from_their_headers(
@@ -207,7 +210,7 @@ def test_the_models_of_the_hub_are_read_from_their_headers(
     assert [site.after_layer for site in plan.pyramid.sites] == sites
 
 
-@pytest.mark.parametrize("pyramid", [{}, {"version": 2}, {"version": 1}, [], {"version": 1, "sites": [3]}])
+@pytest.mark.parametrize("pyramid", [{}, {"version": 3}, {"version": 1}, [], {"version": 1, "sites": [3]}])
 def test_a_damaged_pyramid_section_is_named(converted: Path, tmp_path: Path, pyramid: object) -> None:
     shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
     config = json.loads((converted / "config.json").read_text()) | {"pyramid": pyramid}

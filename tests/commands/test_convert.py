@@ -19,10 +19,10 @@ def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_result_is_current_and_described(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny_llava, "model")
-    assert main(["convert", "model", "--set", "pyramid.sites.0.rates=[[1, 1], [4, 4]]"]) == 0
+    assert main(["convert", "model", "--set", "pyramid.sites.0={after: 0, rates: [[1, 1], [4, 4]]}"]) == 0
     captured = capsys.readouterr()
     assert "model-dpn" in captured.out
-    assert "1×1, 4×4" in captured.out
+    assert "keep, pool:4x4" in captured.out and "before the first layer" in captured.out
     assert "Next: dpn calibrate" in captured.err
     assert json.loads(Path(".dpn/current.json").read_text()) == {"checkpoint": str(Path("model-dpn").resolve())}
 

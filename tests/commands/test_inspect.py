@@ -1,16 +1,20 @@
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from dpn_cli.cli import main
 from dpn_cli.pyramid.config import Budget, PyramidConfig
+from tests.pyramids import POOLING
 
 
 @pytest.fixture
 def converted(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    assert main(["convert", str(tiny_llava), "-o", "out"]) == 0
+    assert (
+        main(["convert", str(tiny_llava), "-o", "out", *chain.from_iterable(("--set", each) for each in POOLING)]) == 0
+    )
     return tmp_path / "out"
 
 
@@ -19,7 +23,7 @@ def test_the_current_checkpoint_is_shown(converted: Path, capsys: pytest.Capture
     assert main(["inspect"]) == 0
     captured = capsys.readouterr()
     assert str(converted) in captured.err
-    for text in ("after layer 3", "2×2 wherever offered", "vision_tower", "6–7", "144 · "):
+    for text in ("after layer 3", "pool:2x2, pool:1x2, keep", "vision_tower", "6–7", "144 · "):
         assert text in captured.out
     assert "Budgets" not in captured.out
     assert "64 text tokens, an assumed length (--text-tokens sets it)" in captured.out
@@ -61,4 +65,4 @@ def test_a_route_is_priced_on_demand(capsys: pytest.CaptureFixture[str]) -> None
     assert [layer["visual_tokens"] for layer in routes["1x2,1x1,1x2"]["layers"]] == [144] * 2 + [72] * 4 + [36] * 2
     assert routes["0,0,0"]["flops"] == routes["full"]["flops"] > routes["1x2,1x1,1x2"]["flops"]
     assert main(["inspect", "--route", "3x3,0,0"]) == 2
-    assert "'3x3' is no rate of site 0" in capsys.readouterr().err
+    assert "'3x3' is no expert of site 0" in capsys.readouterr().err

@@ -60,9 +60,9 @@ def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytes
 
 @pytest.mark.usefixtures("here")
 def test_a_route_is_forced_and_a_budget_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    forced = run_json(capsys, "--route", "1x2,1x1,2x2")
-    assert forced["rates"] == [[1, 2], [1, 1], [2, 2]]
-    assert forced["visual_tokens"] == [144, 72, 72, 18]
+    forced = run_json(capsys, "--route", "keep,1x2,2x2,exit,keep")
+    assert forced["experts"] == "keep, pool:1x2, pool:2x2, exit, keep"
+    assert forced["visual_tokens"] == [144, 144, 72, 18, 0, 0]
     rich, poor = run_json(capsys, "--budget", "1.0"), run_json(capsys, "--budget", "0.6")
     assert rich["flops_fraction"] > poor["flops_fraction"]
 
@@ -72,7 +72,7 @@ def test_a_budget_is_shown_beside_what_was_spent(capsys: pytest.CaptureFixture[s
     low = run_json(capsys, "--budget", "0.6")
     assert low["budget"] == {"asked": 0.6, "spent": low["flops_fraction"], "samples": 1}
     assert run_json(capsys)["budget"]["asked"] == 0.7, "λ = 2 is half way from 0.8 to 0.6"
-    assert run_json(capsys, "--route", "0,0,0")["budget"] is None
+    assert run_json(capsys, "--route", "0,0,0,0,0")["budget"] is None
     assert run_json(capsys, "--budget", "1")["budget"] is None
     line = ["run", "--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "2"]
     for budget in ("0.6", "0.8"):
@@ -84,8 +84,8 @@ def test_a_budget_is_shown_beside_what_was_spent(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("here")
 def test_several_images_in_one_question(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_json(capsys, "--route", "2,0,0", "--image", "picture.png")
-    assert found["visual_tokens"] == [288, 72, 72, 72]
+    found = run_json(capsys, "--route", "keep,keep,2x2,keep,keep", "--image", "picture.png")
+    assert found["visual_tokens"] == [288, 288, 288, 72, 72, 72]
 
 
 def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) == 4 and done.stdout.endswith("\n") and done.stdout.count("\n") == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith("Route ") and " · " in line
+    assert line.startswith("Route ") and ", " in line
     for part in ("visual tokens 144 →", "% of the prefill FLOPs", "first token after", "tokens/s"):
         assert part in line
 
@@ -123,11 +123,11 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),
         ("--image https://example.org/a.png", 4, "expected a path or a file:// URI"),
-        ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 3 sites"),
-        ("--image picture.png --route 0,1,7", 2, "'7' is no rate of site 2"),
-        ("--image picture.png --route 2,2,2", 2, "min_visual_tokens"),
-        ("--image picture.png --route fast", 2, "expected a rate for each"),
-        ("--image picture.png --route 0,0,0 --budget 0.7", 2, "give one of the two"),
+        ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 5 sites"),
+        ("--image picture.png --route 0,1,0,7,0", 2, "'7' is no expert of site 3"),
+        ("--image picture.png --route 1,0,1,0,0", 2, "needs a grid of tokens, and a selection has left none"),
+        ("--image picture.png --route fast", 2, "expected an expert for each"),
+        ("--image picture.png --route 0,0,0,0,0 --budget 0.7", 2, "give one of the two"),
         ("--image picture.png --budget 0.1", 2, "out of reach"),
         ("--image picture.png --model {source}", 3, "run `dpn convert"),
         ("", 2, "--image"),

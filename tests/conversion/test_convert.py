@@ -21,6 +21,7 @@ from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.converted import pretend_calibration
 from tests.originals import Original
+from tests.pyramids import POOLING, RATES
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -66,7 +67,7 @@ def test_the_index_and_config_are_complete(tiny_llava: Path, tmp_path: Path) -> 
 
 
 def test_new_tensors_start_lossless(tiny_llava: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("demo", ["pyramid.pooling=conv"])
+    recipe = load_recipe("demo", [*POOLING, "pyramid.pooling=conv"])
     done = convert(str(tiny_llava), recipe, tmp_path / "out")
     added = {n.removeprefix("language_model.model."): a for n, a in arrays(done.output).items() if n in done.added}
     assert {name: a.shape for name, a in added.items()} == done.pyramid.dpe_tensors(64)
@@ -76,7 +77,7 @@ def test_new_tensors_start_lossless(tiny_llava: Path, tmp_path: Path) -> None:
         for name in ("norm.bias", "hidden.bias", "head.weight", "head.bias"):
             assert (added[f"routers.{site}.{name}"] == 0).all()
         assert 0.015 < added[f"routers.{site}.hidden.weight"].std() < 0.025
-        for expert, (height, width) in enumerate(done.pyramid.sites[site].rates):
+        for expert, (height, width) in enumerate(RATES):
             np.testing.assert_allclose(added[f"poolers.{site}.{expert}"].sum((1, 2)), 1, rtol=1e-6)
             assert added[f"poolers.{site}.{expert}"].shape == (64, height, width)
 

@@ -110,7 +110,7 @@ def test_it_is_measured_beside_its_original(
     make_hr: Callable[..., Hr], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = convert(str(make_hr().original.folder), output=tmp_path / "out").output
-    line = ["bench", "--model", str(folder), "--route", "1,1,0", "--rounds", "1", "--new-tokens", "2", "--json"]
+    line = ["bench", "--model", str(folder), "--route", "0,0,1,0,0", "--rounds", "1", "--new-tokens", "2", "--json"]
     assert main(line) == 0
     fixed = json.loads(capsys.readouterr().out)["runs"][0]["measurements"][1]
     route = next(each for each in inspect_checkpoint(folder).routes if each.route == (1, 1, 0))

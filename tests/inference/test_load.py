@@ -46,7 +46,7 @@ def test_load_is_quiet_and_ready_to_answer(converted: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     assert logging.get_verbosity() == verbosity and logging.is_progress_bar_enabled()
     assert not model.training
-    assert model.pyramid.sites[0].after_layer == 1
+    assert model.pyramid.sites[0].after_layer == -1
     with pytest.raises(ValueError, match="not calibrated"):
         model.set_budget(0.5)
 

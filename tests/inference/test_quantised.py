@@ -51,8 +51,8 @@ def test_gradients_are_right_after_a_forward_without_them(converted: Path, examp
         trunk = run_trunk(model, examples[:2], [True, True], PAD)
         if warmed_up:
             with torch.no_grad():
-                heal_loss(model, trunk, (1, 1, 1), HealRecipe())
-        heal_loss(model, trunk, (1, 1, 1), HealRecipe()).backward()
+                heal_loss(model, trunk, (1, 1, 1, 0, 0), HealRecipe())
+        heal_loss(model, trunk, (1, 1, 1, 0, 0), HealRecipe()).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
     assert all(value.abs().sum() > 0 for value in gradients[0].values())
     assert all(torch.allclose(gradients[1][name], value, rtol=1e-3, atol=1e-6) for name, value in gradients[0].items())
@@ -69,6 +69,5 @@ def test_routers_and_adapter_of_a_quantised_model_go_into_the_unquantised_folder
     assert base_weights(folder) == base_weights(converted)
     model = load_model(folder)
     assert model.is_adapted == (bits == "4bit")
-    assert type(model.text_model.layers[0].mlp.up_proj) is nn.Linear
     assert model.pyramid.budgets
     assert model.pyramid.calibration["load_in"] == bits

@@ -33,12 +33,12 @@ def test_no_split_of_the_sorted_rows_takes_less(lengths: list[int], pass_cost: i
 
 def test_a_group_leaves_out_the_padding_that_its_rows_share() -> None:
     valid = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    group = Group.of([1, 0], valid)
+    group = Group.of([1, 0], valid, valid.sum(1).tolist())
     assert group.valid is not None
     assert group.valid.tolist() == [[True, True, True], [False, True, True]]
     assert group.columns[0].tolist() == [1, 2, 3]
     assert group.columns[1, 1:].tolist() == [0, 1]
-    assert Group.of([2], valid).valid is None
+    assert Group.of([2], valid, valid.sum(1).tolist()).valid is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -13,12 +13,13 @@ from dpn_cli.modeling.engine import DROPPED, Assignment
 from dpn_cli.modeling.experts.attention import instruction_attention
 from dpn_cli.modeling.experts.pool import pooled_cells
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.state import put
 
 
 def attended_tokens(batch: Reducible) -> Assignment:
     """Keep the tokens with the most attention of the next layer."""
     scores = instruction_attention(batch.text_model, batch.state, batch.next_layer)
-    with_rest = torch.tensor([expert.cells is not None for expert in batch.experts], device=scores.device)
+    with_rest = put([expert.cells is not None for expert in batch.experts], scores.device)
     plain = batch.keep(batch.best(scores))
     if not any(expert.cells for expert in batch.experts):
         return plain

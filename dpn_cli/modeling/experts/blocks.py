@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.state import put
 from dpn_cli.pyramid.experts import BLOCK, Grid, num_tokens
 
-SURPLUS = 1.5
+SURPLUS = 1.25
 
 
 class Blocks:
@@ -27,7 +28,7 @@ class Blocks:
         device, grids = batch.coords.device, batch.state.coord_grids
         plans = [_plan(sample) for sample in grids]
         width = max(map(len, plans))
-        plan = torch.tensor([[*rows, *[(0, 1, 1, 1)] * (width - len(rows))] for rows in plans], device=device)
+        plan = put([[*rows, *[(0, 1, 1, 1)] * (width - len(rows))] for rows in plans], device)
         self.num_blocks = max(sum(_num_blocks(grid) for grid in sample) for sample in grids)
         sizes = [max(math.prod(_sides(grid)) for grid in sample) for sample in grids]
         self.size = max(sizes)
@@ -63,7 +64,7 @@ class Blocks:
             chosen: per step, the place that was chosen in every block, [B, N, 1].
             values: per step, what it was chosen at.
         """
-        steps = torch.tensor(self.num_steps, device=self.slot.device)
+        steps = put(self.num_steps, self.slot.device)
         counts = torch.arange(len(chosen), device=self.slot.device) < steps[:, None, None]
         value = torch.where(counts, torch.cat(list(values), -1), -1)
         scores = torch.full(self.is_token.shape, -1, dtype=value.dtype, device=value.device)

@@ -6,6 +6,7 @@ import torch
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.state import put
 from dpn_cli.pyramid.experts import num_tokens
 
 
@@ -21,7 +22,7 @@ def no_token(batch: Reducible) -> Assignment:
 
 def spaced_tokens(batch: Reducible) -> Assignment:
     """Keep visual tokens at even distances, in the order of the sequence."""
-    count = batch.num_selected[:, None]
+    count = put(batch.num_selected, batch.coords.device)[:, None]
     total = batch.is_visual.sum(1, keepdim=True)
     after = batch.is_visual.cumsum(1) * count // total
     before = (batch.is_visual.cumsum(1) - 1) * count // total

@@ -33,7 +33,7 @@ def diverse_everywhere(batch: Reducible) -> Assignment:
     """Keep the tokens that are chosen in the whole sample, one by one: DivPrune, but for its first token; slow."""
     distance = 1 - cosines(batch.features, batch.features)
     to_mean = (1 - cosines(batch.features, batch.visual_mean)[..., 0]).masked_fill(~batch.is_visual, -1)
-    tokens, _ = farthest_first(distance, to_mean, int(batch.num_selected.max()))
+    tokens, _ = farthest_first(distance, to_mean, max(batch.num_selected))
     order = torch.arange(len(tokens), 0, -1.0, device=distance.device)
     scores = torch.zeros_like(to_mean).scatter_reduce(
         -1, torch.cat(tokens, -1), order.to(to_mean).expand(len(distance), -1), "amax"
@@ -54,12 +54,14 @@ def farthest_first(
     Returns:
         Per step, the token [..., 1] and its distance to the nearest before it.
     """
-    distance = distance.masked_fill(torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device), -1)
+    size = distance.shape[-1]
+    rows = distance.masked_fill(torch.eye(size, dtype=torch.bool, device=distance.device), -1).view(-1, size)
+    first = torch.arange(0, len(rows), size, device=distance.device)
+    shape, nearest = nearest.shape[:-1], nearest.view(-1, size)
     tokens, distances = [], []
     for _ in range(num_steps):  # four kernels a step
-        far, token = nearest.max(-1, keepdim=True)
-        tokens.append(token)
-        distances.append(far)
-        to_chosen = distance.gather(-2, token[..., None].expand(*token.shape, distance.shape[-1]))[..., 0, :]
-        nearest = torch.minimum(nearest, to_chosen)
+        far, token = nearest.max(-1)
+        tokens.append(token.view(*shape, 1))
+        distances.append(far.view(*shape, 1))
+        nearest = torch.minimum(nearest, rows.index_select(0, first + token))
     return tokens, distances

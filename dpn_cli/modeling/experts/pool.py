@@ -15,6 +15,7 @@ from torch import nn
 
 from dpn_cli.modeling.engine import DROPPED, Assignment
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.state import put
 from dpn_cli.pyramid.experts import Expert, pool_grid
 
 
@@ -28,12 +29,10 @@ def pooled_cells(batch: Reducible) -> Assignment:
         [pool_grid(size, rate, batch.pyramid.rounding) for size in sizes]
         for sizes, rate in zip(batch.state.coord_grids, rates, strict=True)
     ]
-    cell = torch.where(
-        batch.is_visual[..., None], token // torch.tensor(rates, device=grid.device)[:, None], 0
-    )  # [B, S, 2]
+    cell = torch.where(batch.is_visual[..., None], token // put(rates, grid.device)[:, None], 0)  # [B, S, 2]
     num_grids = max(1, *map(len, pooled))
     sizes = [[*sample, *[(0, 0)] * (num_grids - len(sample))] for sample in pooled]
-    size = torch.tensor(sizes, device=grid.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
+    size = put(sizes, grid.device).gather(1, grid.clamp(min=0)[..., None].expand(-1, -1, 2))
     kept = ~batch.is_visual | (cell < size).all(-1)
     kept = kept if batch.state.valid is None else kept & batch.state.valid
 

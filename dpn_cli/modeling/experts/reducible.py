@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.modeling.engine import Assignment, keep_tokens
-from dpn_cli.modeling.state import PyramidState, precise
+from dpn_cli.modeling.state import PyramidState, precise, put
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Expert, Grid, num_tokens
 
@@ -67,16 +67,13 @@ class Reducible:
         return F.normalize((self.features * self.is_visual[..., None]).sum(1, keepdim=True), dim=-1)
 
     @property
-    def num_selected(self) -> torch.Tensor:
-        """How many visual tokens every sample's selection lets stay, [B]."""
-        counts = [expert.selected(grids) for expert, grids in zip(self.experts, self.state.grids, strict=True)]
-        return torch.tensor(counts, device=self.coords.device)
+    def num_selected(self) -> list[int]:
+        """How many visual tokens every sample's selection lets stay."""
+        return [expert.selected(grids) for expert, grids in zip(self.experts, self.state.grids, strict=True)]
 
     def lengths(self) -> list[int]:
         """Return how many tokens every sample has afterwards."""
-        valid, (batch, length) = self.state.valid, self.is_visual.shape
-        before = [length] * batch if valid is None else valid.sum(1).tolist()
-        parts = zip(before, self.state.grids, self.left, strict=True)
+        parts = zip(self.state.lengths, self.state.grids, self.left, strict=True)
         return [count - num_tokens(old) + num_tokens(new) for count, old, new in parts]
 
     def keep(self, kept: torch.Tensor) -> Assignment:
@@ -85,7 +82,7 @@ class Reducible:
 
     def best(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which visual tokens have the best scores [B, S], as many as are selected; ties go to the first."""
-        return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < self.num_selected[:, None]
+        return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < put(self.num_selected, scores.device)[:, None]
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

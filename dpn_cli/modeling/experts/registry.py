@@ -18,7 +18,7 @@ from dpn_cli.modeling.experts.pick import picked_tokens
 from dpn_cli.modeling.experts.pool import pooled_cells
 from dpn_cli.modeling.experts.reducible import Reducible
 from dpn_cli.modeling.experts.relevant import relevant_tokens
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, put
 from dpn_cli.pyramid.experts import Expert
 
 ASSIGNMENTS: dict[str, Callable[[Reducible], Assignment]] = {
@@ -55,8 +55,8 @@ def assign(text_model: Any, state: PyramidState, experts: Sequence[Expert], next
     coords, lengths = state.coords.clone(), [0] * len(experts)
     for kind in kinds:
         rows = [row for row, expert in enumerate(experts) if expert.kind == kind]
-        index = torch.tensor(rows, device=target.device)
-        part = ASSIGNMENTS[kind](Reducible(state.rows(index), [experts[r] for r in rows], text_model, next_layer))
+        index = put(rows, target.device)
+        part = ASSIGNMENTS[kind](Reducible(state.rows(rows), [experts[r] for r in rows], text_model, next_layer))
         target[index] = part.target
         if part.coords is not None:
             coords[index] = part.coords

@@ -62,7 +62,7 @@ def test_the_page_shows_every_figure_and_case(report: Report) -> None:
     for figure in (report.routed.fraction, report.routed.agreement, *report.agreement_interval):
         assert f"{figure:.1%}" in text
     assert report.best_fixed is not None
-    assert report.rates(report.best_fixed[0]) in text
+    assert report.experts(report.best_fixed[0]) in text
     for key in (*report.settings, *report.versions):
         assert key in text
     fixed = [attrs for tag, attrs in page.elements if tag == "circle" and attrs["class"] == "dot mark-1"]

@@ -25,6 +25,7 @@ def state_of(
     return PyramidState(
         hidden, positions, valid, coords, instruction=last, grids=grids, coord_grids=grids,
         text_tokens=(0,) * batch, image_grids=grids,
+        lengths=(length,) * batch if valid is None else tuple(valid.sum(1).tolist()),
     )  # fmt: skip
 
 
