@@ -233,7 +233,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--layers", type=click.IntRange(4), default=4, show_default=True, help="Decoder layers; the 7B model has 32.")
+@click.option("--layers", type=click.IntRange(4), default=4, show_default=True, help="Decoder layers, 32 in the model.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, default=list(CASES), show_default=True)
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.25, 0.15), show_default=True)

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.recipe import load_recipe
 from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
 
@@ -40,11 +43,13 @@ def test_a_static_export_is_the_model_with_that_route_forced(
 
 
 @pytest.fixture
-def gated(make_converted: Callable[..., Path]) -> Path:
-    """A calibrated checkpoint whose routers gate what they pool."""
-    folder = make_converted()
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "probability"}})
+def gated(tiny_llava: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose routers gate what they pool, and disagree."""
+    folder = convert(str(tiny_llava), load_recipe("llava-1.5-7b-paper"), tmp_path / "tiny-dpn").output
+    tensors = load_file(folder / "dpe.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: torch.randn(each.shape, generator=generator) for name, each in tensors.items() if "head" in name}
+    save_file(tensors | heads, folder / "dpe.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -68,7 +73,7 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
     """It was written without routers, and its config.json as the routed one's with the route."""
     config = read_json(gated / "config.json")
     write_json(gated / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "none"}})
-    export(gated, tmp_path / "out", ExportOptions(static=ROUTE))
+    export(gated, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
     inputs = question(gated, picture)
     expected = load_model(tmp_path / "out")(**inputs).logits
     old = read_json(tmp_path / "out" / "config.json")
