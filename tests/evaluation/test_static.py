@@ -1,6 +1,7 @@
 """The presets of the literature against naive references: the stock model, one sample and one token at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 
 from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.baselines.static import StaticPyramid
+from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.pyramid.presets import PRESETS
 from dpn_cli.pyramid.shape import DecoderShape
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import VISUAL, collate, prompt, ragged_batch
+from tests.tiled import collate_tiled, tiled_prompt
 
 GRID = (12, 12)
 EVERY = [StaticPyramid(name, 0.4) for name in PRESETS] + [StaticPyramid("fastv", 0.4, first_layers=3)]
@@ -238,3 +241,24 @@ def test_fit_on_the_original_shape_matches_fastv_at_half() -> None:
     assert half == pytest.approx(0.56, abs=0.02)
     fitted = StaticPyramid("fastv").fit(shape, prompts, half)
     assert isinstance(fitted, StaticPyramid) and fitted.share == pytest.approx(0.5, abs=0.002)
+
+
+@torch.no_grad()
+@every_preset
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_tiles_of_any_size_are_fitted_and_batched_exactly(
+    make_tiled_pair: Any, family: str, baseline: StaticPyramid
+) -> None:
+    _, model = make_tiled_pair(family)
+    model.double()
+    sizes = [[(30, 70)], [(90, 31)], [(40, 40), (20, 33)]]
+    samples = [tiled_prompt(model, each, 3, 5 + seed, seed) for seed, each in enumerate(sizes)]
+    prompts = [prompt for sample in samples for prompt in prompts_of(model, collate_tiled([sample]))]
+    assert len({prompt.grids for prompt in prompts}) == 3
+    shape = model.text_model.shape
+    fitted = replace(baseline, share=1.0).fit(shape, prompts, 0.6)
+    assert fitted.mean_fraction(shape, prompts) == pytest.approx(0.6, abs=0.02)
+    with fitted.applied(model):
+        together = model(**collate_tiled(samples)).logits[:, -1]
+        alone = [model(**sample).logits[0, -1] for sample in samples]
+    assert (together - torch.stack(alone)).abs().max() < 1e-3, "positions are in float32"
