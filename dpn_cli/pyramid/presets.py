@@ -13,6 +13,7 @@ from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP, Expert
 
 PRESET_KEY = "preset"  # in `calibration`: what a static pyramid was made from
+LEAST_SHARE = 1e-4  # what an expert's name can still say
 QUARTERS = (0.25, 0.5, 0.75)  # of the depth, PyramidDrop's
 _SHARE = re.compile(r"0?\.\d+")
 _FASTV = re.compile(r"K=(\d+),R=(0?\.\d+)")
@@ -118,7 +119,7 @@ def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
         share = float(settings)
     elif preset.first_layers and (match := _FASTV.fullmatch(settings)):
         share, first_layers = round(1 - float(match[2]), 6), int(match[1])
-    if 0 < share < 1 and (first_layers is None or 0 < first_layers < num_layers):
+    if LEAST_SHARE <= share < 1 and (first_layers is None or 0 < first_layers < num_layers):
         pyramid = preset.pyramid(share, num_layers, first_layers)
         return replace(pyramid, calibration={PRESET_KEY: f"{name}:{settings}"})
     example = f"{name}:K=3,R=0.5 (drops half after layer 3 of {num_layers}) or " if preset.first_layers else ""
@@ -126,7 +127,7 @@ def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
 
 
 def preset_of(pyramid: PyramidConfig) -> tuple[str, Preset] | None:
-    """Return the preset that a pyramid was made from, and how it is written; None if it is none."""
+    """Return how the preset is written that a pyramid was made from, and the preset itself; None if it is none."""
     text = str(pyramid.calibration.get(PRESET_KEY, ""))
     preset = PRESETS.get(text.partition(":")[0])
     return None if preset is None else (text, preset)

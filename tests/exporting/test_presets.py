@@ -134,6 +134,7 @@ def test_the_command_names_what_it_wrote(
         ("divprune:K=3,R=0.5", "expected divprune:0.5 (keeps half)"),
         ("fastv:K=8,R=0.5", "expected fastv:K=3,R=0.5 (drops half after layer 3 of 8) or fastv:0.5 (keeps half)"),
         ("fastv:K=3,R=0.0", "expected fastv:K=3,R=0.5"),
+        ("divprune:0.00001", "expected divprune:0.5 (keeps half)"),
         ("pyramiddrop:0.01", "attended:0.01 would keep all of 1 tokens at site 1"),
         ("fastw:0.5", "1 entries, the pyramid has 5 sites"),
     ],
