@@ -21,7 +21,7 @@ import click
 import torch
 
 from dpn_cli import console
-from dpn_cli.calibration.rollout import Batch, measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import Batch, RouteTree, measure, plan_batches, sample_grids
 from dpn_cli.data.encoding import IGNORED, Example, collate, encode
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
@@ -51,14 +51,16 @@ class Job:
     samples: int
     batch_size: int
 
-    def open(self) -> tuple[PyramidGenerationMixin, list[Example], list[Batch], int]:
+    def open(self) -> tuple[PyramidGenerationMixin, list[Example], RouteTree, list[Batch], int]:
         """Load the model, and encode and plan the samples; the last item fills up the shorter ones."""
         model = load_model(self.model, device_map=default_device())
         processor = load_processor(self.model)
         rows = load_data(DataOptions(self.data), limit=self.samples).samples
         examples = [encode(sample, processor, answer_tokens=8) for sample in rows if sample.images]
-        batches = plan_batches(model.pyramid, sample_grids(model, examples), self.batch_size, None)
-        return model, examples, batches, processor.tokenizer.pad_token_id
+        grids = sample_grids(model, examples)
+        tree = RouteTree.of(model.pyramid, grids)
+        batches = plan_batches(tree, model.pyramid, grids, self.batch_size, None)
+        return model, examples, tree, batches, processor.tokenizer.pad_token_id
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,13 @@ class Result:
 
 def rollout(job: Job) -> Measure:
     """Measure as calibration does."""
-    model, examples, batches, pad = job.open()
-    return lambda: measure(model, examples, batches, pad).distortion
+    model, examples, tree, batches, pad = job.open()
+    return lambda: measure(model, examples, tree, batches, pad).distortion
 
 
 def two_models(job: Job) -> Measure:
     """Measure with a teacher and a student, a whole forward per route."""
-    student, examples, batches, pad = job.open()
+    student, examples, _, batches, pad = job.open()
     teacher = load_model(job.model, device_map=default_device())
     return lambda: loop(teacher, student, examples, batches, pad)
 

@@ -18,7 +18,7 @@ from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_bat
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import calibrating, save_calibration, sweep
-from dpn_cli.calibration.survey import FINAL_SAMPLES, batches_for, survey
+from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
 from dpn_cli.calibration.training.tuning import (
     frozen_dtype,
     tune,
@@ -109,8 +109,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     texts = [(sample, True) for sample in dataset.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted = _split(len(samples), recipe)
-    if job.candidates is not None:
-        _survey(job, job.candidates, [samples[i] for i in fitted])
+    tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
@@ -137,6 +136,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
+    report = replace(report, tried=tried or ())
     save_calibration(folder, job.model, routers, pyramid, report)
     return report
 
@@ -263,8 +263,8 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
 
 
-def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> None:
-    """Let the model become the pyramid whose routes fit it best."""
+def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tuple[Tried, ...]:
+    """Let the model become the pyramid whose routes fit it best; return all that were tried."""
     model, recipe, pieces = job.model, job.recipe, 0
     with job.processes.as_one():
         some = samples[: FINAL_SAMPLES * recipe.survey.samples]
@@ -289,6 +289,7 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> Non
     )
     model.rebuild(found.pyramid)
     _start_afresh(model.text_model.routers)
+    return found.rows(pyramid)
 
 
 def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:

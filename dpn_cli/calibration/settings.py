@@ -74,10 +74,12 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
         survey: names the kinds of experts to try.
 
     Raises:
-        RecipeError: if no site has an expert of these kinds.
+        RecipeError: if no site has an expert of these kinds, or kinds are named where the routes are given.
     """
     recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE), where=str(folder / RECIPE_FILE))
     if not recipe.surveys:
+        if survey.experts is not None:
+            raise RecipeError(f"the routes of {folder} are given by its recipe, so there are no experts to choose from")
         return None
     kinds = {"keep", *(survey.experts or KINDS)}
     sites = [

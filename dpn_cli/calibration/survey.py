@@ -18,6 +18,7 @@ from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.recipe import SurveyRecipe
+from dpn_cli.pyramid.route import format_route
 
 MOST_EXPERTS = 3  # that reduce, on a route
 SHORTLIST = 2  # times the routes to choose are measured again
@@ -45,6 +46,15 @@ class Candidates:
     def of(cls, table: RouteTable) -> "Candidates":
         """Take a round's measurements."""
         return cls(table.tree.routes, table.distortion.nan_to_num(torch.inf), table.fraction, table.agreement)
+
+    def means(self) -> dict[Route, tuple[float, float, float]]:
+        """Return the mean FLOPs fraction, distortion and agreement of every route, over the samples that have it."""
+        has = self.distortion.isfinite()
+        columns = (
+            torch.where(has, values, torch.nan).nanmean(0).tolist()
+            for values in (self.fraction, self.distortion, self.agreement)
+        )
+        return dict(zip(self.routes, zip(*columns, strict=True), strict=True))
 
     def joined(self, other: "Candidates") -> "Candidates":
         """Return these and those that another round has added."""
@@ -92,6 +102,25 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A candidate route, for a report.
+
+    Attributes:
+        experts: the names of its experts.
+        chosen: whether the pyramid offers it.
+        fraction: mean FLOPs, as a fraction of the original's.
+        distortion: mean KL from the teacher, in nats.
+        agreement: mean agreement with the teacher's answer tokens.
+    """
+
+    experts: str
+    chosen: bool
+    fraction: float
+    distortion: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Survey:
     """What a survey has found.
 
@@ -106,6 +135,16 @@ class Survey:
     tried: Candidates
     finalists: Candidates
     chosen: list[int]
+
+    def rows(self, candidates: PyramidConfig) -> "tuple[Tried, ...]":
+        """Return what was tried, by name: each route as it was measured last."""
+        chosen = {self.finalists.routes[i] for i in self.chosen}
+        found = {
+            route: Tried(format_route(route, candidates.sites), route in chosen, *figures)
+            for measured in (self.tried, self.finalists)
+            for route, figures in measured.means().items()
+        }
+        return tuple(sorted(found.values(), key=lambda each: -each.fraction))
 
 
 def survey(
@@ -126,7 +165,7 @@ def survey(
     some = list(dict.fromkeys(grids))
     tried: Candidates | None = None
     parents: list[Route] = [full]
-    for number in range(min(MOST_EXPERTS, len(pyramid.sites))):
+    for _ in range(min(MOST_EXPERTS, len(pyramid.sites))):
         known: set[Route] = set(tried.routes) if tried else set()
         routes = [route for route in dict.fromkeys(_children(pyramid, parents)) if route not in known]
         routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]

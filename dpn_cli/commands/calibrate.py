@@ -1,4 +1,4 @@
-"""`dpn calibrate`: fit the routers of a converted checkpoint."""
+"""`dpn calibrate`: find the experts that fit a converted checkpoint, and fit its routers."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,7 @@ from dpn_cli.commands.options import (
     together,
 )
 from dpn_cli.errors import UsageError
+from dpn_cli.pyramid.experts import KINDS
 
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling and fitting; default: the recipe's.")
+@click.option(
+    "--experts", metavar="KIND,KIND,…",
+    help=f"Kinds of experts to choose from; default: all that the recipe has. Kinds: {', '.join(KINDS)}; pool alone "
+    "gives the paper's pyramid.",
+)  # fmt: skip
 @click.option(
     "--heal", type=Choice(["none", "lora"]), help="First train an adapter for pooled tokens; default: the recipe's."
 )
@@ -53,6 +59,7 @@ def command(
     budget: float | None,
     samples: int | None,
     seed: int | None,
+    experts: str | None,
     heal: str | None,
     load_in: str | None,
     budgets_only: bool,
@@ -60,7 +67,7 @@ def command(
     restart: bool,
     as_json: bool,
 ) -> None:
-    """Fit the routers to the model itself, with forward passes only.
+    """Find the experts that fit the model, and fit the routers to it, with forward passes only.
 
     One calibration serves every budget: `dpn export --budget` and `model.set_budget` choose another one later.
     After a kill or Ctrl-C, run the same command line again to go on, with any number of processes.
@@ -73,9 +80,12 @@ def command(
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
+    overrides = (*overrides, f"calibration.survey.experts=[{experts}]") if experts else overrides
     with together():
         if budgets_only and heal not in (None, "none"):
             raise UsageError("--budgets-only trains nothing: leave out --heal")
+        if budgets_only and experts:
+            raise UsageError("--budgets-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)
         read = budgets_recipe if budgets_only else calibration_recipe
         recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})

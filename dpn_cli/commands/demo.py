@@ -19,7 +19,7 @@ BATCH_SIZE = 32
     help="The folder to work in.",
 )  # fmt: skip
 @click.option(
-    "--budget", type=Fraction(), default=0.5, show_default=True, help="Mean fraction of prefill FLOPs to spend."
+    "--budget", type=Fraction(), default=0.25, show_default=True, help="Mean fraction of prefill FLOPs to spend."
 )
 @click.option("--samples", type=click.IntRange(min=16), help="Calibration samples; default: the recipe's.")
 @click.option(
@@ -61,7 +61,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
     export(converted, exported, force=True)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
-    asked = EvaluationOptions(samples=questions, answer_tokens=4, batch_size=BATCH_SIZE)
+    asked = EvaluationOptions(samples=questions, answer_tokens=recipe.answer_tokens, batch_size=BATCH_SIZE)
     result = evaluate_folder(exported, DataOptions("demo"), asked, Reporter(progress=console.progress), ALONE)
     assert result is not None, "alone, this process is the main one"
     [pyramid] = result.of("dpn")
@@ -71,7 +71,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, as
         console.echo(json.dumps({"calibration": report.to_dict(), "kinds": kinds}, indent=2, ensure_ascii=False))
     else:
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
-        print_routes(result)
+        print_routes(result, report.experts)
     accuracy = pyramid.figures.accuracy
     assert accuracy is not None
     console.note(

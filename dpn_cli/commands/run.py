@@ -105,6 +105,6 @@ def _cost_line(done: "Answer") -> str:
     tokens = " → ".join(map(str, done.visual_tokens))
     speed = f", {done.tokens_per_s:.1f} tokens/s" if done.tokens_per_s else ""
     return (
-        f"Route {done.experts}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token after "
-        f"{done.first_token_s:.2f} s, {done.new_tokens} tokens in {done.total_s:.2f} s{speed}"
+        f"Route {done.experts}: visual tokens {tokens}, {done.flops_fraction:.1%} of the prefill FLOPs; first token "
+        f"after {done.first_token_s:.2f} s, {done.new_tokens} tokens in {done.total_s:.2f} s{speed}"
     )

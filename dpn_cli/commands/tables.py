@@ -1,7 +1,7 @@
 """The tables that more than one command prints."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpn_cli import console
@@ -22,7 +22,7 @@ PHASE_NAMES = {
     "decode": "decode, per token",
 }
 BUDGETS_SHOWN = 10
-ROUTES_PER_KIND = 3
+ROUTES_PER_KIND = 2
 
 
 def print_calibration(report: "Report") -> None:
@@ -100,17 +100,17 @@ def _result_row(result: "Result") -> tuple[str, ...]:
     return (*row, f"{accuracy.score.value:.1%}", change, f"{accuracy.mcnemar:.2g}")
 
 
-def print_routes(evaluation: "Evaluation") -> None:
-    """Print which routes every kind of question takes, the most frequent ones first."""
+def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> None:
+    """Print which routes every kind of question takes, the most frequent ones first, by their names."""
     kinds = dict.fromkeys(question.kind for question in evaluation.questions)
     rows = []
     for result in evaluation.of("dpn"):
         for kind in kinds:
             pairs = zip(evaluation.questions, result.per_sample, strict=True)
             routes = Counter(sample.route or () for question, sample in pairs if question.kind == kind)
-            shares = [f"{route_name(r)} {n / routes.total():.0%}" for r, n in routes.most_common(ROUTES_PER_KIND)]
-            rows.append((kind, "   ".join(shares)))
-    columns = ["kind of question", "experts per site, most frequent first"]
+            shares = [f"{name(r)} ({n / routes.total():.0%})" for r, n in routes.most_common(ROUTES_PER_KIND)]
+            rows.append((kind, "; ".join(shares)))
+    columns = ["kind of question", "routes, most frequent first"]
     console.table("Routes by kind of question", columns, rows, texts=columns)
 
 
@@ -186,8 +186,3 @@ def _cost_row(each: "Measurement", batch_size: int, has_data: bool) -> list[str]
         *([f"{each.distortion:.4f}", f"{each.agreement:.1%}"] if has_data else []),
         ", ".join(each.kernels) or "matrix products",
     ]
-
-
-def route_name(route: "Route | Sequence[int]") -> str:
-    """Return a route as its expert indices, (0, 1, 2)."""
-    return "(" + ", ".join(map(str, route)) + ")"

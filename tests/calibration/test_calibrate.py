@@ -14,15 +14,16 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.settings import candidates
 from dpn_cli.checkpoint.headers import INDEX_FILE
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
-from dpn_cli.errors import DataError, UsageError
+from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
 from tests.runs import noise_pictures
 
@@ -236,3 +237,34 @@ def test_interrupted_writing_leaves_the_old_files(
     with pytest.raises(OSError, match="No space"):
         run(folder, data)
     assert digests(folder) == before
+
+
+def test_the_report_names_the_routes_that_the_checkpoint_offers(calibrated: Path) -> None:
+    pyramid = inspect_checkpoint(calibrated).pyramid
+    tried = json.loads((calibrated / "calibration" / "report.json").read_text())["tried"]
+    recipe = CalibrationRecipe()
+    candidates_of = candidates(calibrated, pyramid, 8, recipe.survey)
+    assert candidates_of is not None and pyramid.routes is not None
+    chosen = {each["experts"] for each in tried if each["chosen"]}
+    layers = [site.after_layer for site in candidates_of.sites]
+
+    def in_full(route: Any) -> str:
+        taken = dict(zip((site.after_layer for site in pyramid.sites), pyramid.experts(route), strict=True))
+        return ", ".join(str(taken.get(layer, "keep")) for layer in layers)
+
+    assert {in_full(route) for route in pyramid.routes} == chosen
+    assert len(tried) > len(chosen) > 4
+    assert len(pyramid.mean_distortions) == len(pyramid.routes)
+
+
+def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("pool",), routes=5)}))
+    found = inspect_checkpoint(folder).pyramid
+    assert {expert.kind for site in found.sites for expert in site.experts} == {"keep", "pool"}
+    assert found.num_routes <= 5 and load_model(folder).pyramid == found
+    again = run(folder, data)  # from the recipe's candidates, not from what an earlier survey has left of them
+    assert {kind for each in again.tried for kind in each.experts.replace(",", "").split()} > {"keep", "pool:1x2"}
+    with pytest.raises(RecipeError, match="no site of .* has experts of the kinds stride"):
+        run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("stride",))}))

@@ -18,8 +18,10 @@ def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("0", "1 entries, the pyramid has 2"), ("0,2", "'2' is no expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
-     ("3x3,0", "'3x3' is no expert of site 0"), ("-1,0", "'-1' is no expert"), ("a,b", "'a' is no expert"), ("", "entries")],
+    [("0", "1 entries, the pyramid has 2"),
+     ("0,2", "'2' is no expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
+     ("3x3,0", "'3x3' is no expert of site 0"), ("-1,0", "'-1' is no expert"), ("a,b", "'a' is no expert"),
+     ("", "entries")],
 )  # fmt: skip
 def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):

@@ -16,6 +16,7 @@ from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome
 from dpn_cli.calibration.reporting import svg
 from dpn_cli.calibration.reporting.report import Report
+from dpn_cli.calibration.survey import Tried
 from dpn_cli.pyramid.config import Route
 
 TEMPLATE = "report.html.jinja"
@@ -57,6 +58,7 @@ def render(report: Report) -> str:
         legend=[(colour, report.experts(route)) for route, colour in coloured.items()],
         others=others,
         tokens=_tokens(report),
+        survey=_survey(report) if report.tried else None,
         settings=[(key, _plain(value)) for key, value in (report.settings | report.versions).items()],
     )
     return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
@@ -90,6 +92,22 @@ def _tradeoff(report: Report, figure: str) -> Markup:
         dots=[dot(each, f"fixed {report.experts(route)}") for route, each in fixed],
         chosen=dot(report.routed, f"routed, budget {report.budget:g}"),
         name=f"{name}, against {FLOPS}",
+    )  # fmt: skip
+
+
+def _survey(report: Report) -> Markup:
+    """Plot the candidates of the survey, distortion against FLOPs: those that were chosen in a colour of their own."""
+
+    def dot(each: Tried) -> svg.Dot:
+        figures = f"{_percent(each.fraction)} FLOPs, KL {_nats(each.distortion)}, top-1 {_percent(each.agreement)}"
+        return svg.Dot(each.fraction, each.distortion, f"{each.experts}: {figures}")
+
+    y = svg.vertical_log([each.distortion for each in report.tried])
+    x = svg.horizontal(min(each.fraction for each in report.tried) - 0.02, 1.0, percent=True)
+    return svg.scatter_plot(
+        x, y, (FLOPS, "KL from the original, nats per token"),
+        [[dot(each) for each in report.tried if each.chosen], [dot(each) for each in report.tried if not each.chosen]],
+        name=f"KL of the candidate routes, against {FLOPS}",
     )  # fmt: skip
 
 

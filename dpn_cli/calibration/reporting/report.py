@@ -11,6 +11,7 @@ import torch
 from dpn_cli import __version__
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
+from dpn_cli.calibration.survey import Tried
 from dpn_cli.intervals import wilson_interval
 from dpn_cli.pyramid.config import Budget, PyramidConfig, Route
 from dpn_cli.pyramid.cost import tokens_per_layer
@@ -36,11 +37,12 @@ class Report:
         fixed: what every route does that all samples were sent down.
         visual_tokens: of every decoder layer, the mean over the samples.
         visual_tokens_full: the same where nothing is pooled.
-        sites: (the layer that it follows, its rates) of every site.
+        sites: the layer before every site, and the names of its experts.
         worst: the samples with the largest distortion, the largest first.
         best: those with the smallest, the smallest first.
         settings: what was run, for the record.
         versions: of what it was run with.
+        tried: the candidate routes of the survey, the dearest first; empty where the routes were given.
     """
 
     budget: float
@@ -59,6 +61,7 @@ class Report:
     best: list[Case]
     settings: dict[str, Any]
     versions: dict[str, str]
+    tried: tuple[Tried, ...] = ()
 
     @property
     def samples(self) -> str:
@@ -147,6 +150,7 @@ class Report:
             "best": [case.to_dict() for case in self.best],
             "settings": self.settings,
             "versions": self.versions,
+            "tried": [asdict(each) for each in self.tried],
         }
 
 

@@ -109,6 +109,24 @@ def tradeoff_plot(
     )
 
 
+def scatter_plot(x: Axis, y: Axis, labels: tuple[str, str], groups: Sequence[Sequence[Dot]], name: str) -> Markup:
+    """Plot groups of points, each in a colour of its own, the first one in front.
+
+    Args:
+        x: the horizontal axis.
+        y: the vertical axis.
+        labels: the labels of both axes.
+        groups: the points; the first group is the largest in size.
+        name: what the plot shows, for who cannot see it.
+    """
+    circles = [
+        _circle(x, y, dot, r=4 if colour == 0 else 3, class_=f"dot mark-{colour}")
+        for colour, group in reversed(list(enumerate(groups)))
+        for dot in group
+    ]
+    return _figure(name, _grid(x, y, *labels), *circles)
+
+
 def stacked_bars(bars: Sequence[tuple[str, bool, Sequence[tuple[int, float, str]]]], labels: tuple[str, str]) -> Markup:
     """Plot shares of one as bars.
 

@@ -1,7 +1,7 @@
 """`distinct`: the visual tokens least similar to a few pivots stay, and the pivots.
 
-Source: DART, https://arxiv.org/abs/2502.11494: tokens that duplicate a pivot go. Ours: pivots are the visual tokens with
-the largest hidden states, where the authors rank by their keys.
+Source: DART, https://arxiv.org/abs/2502.11494: tokens that duplicate a pivot go. Ours: pivots are the visual tokens
+with the largest hidden states, where the authors rank by their keys.
 """
 
 from dpn_cli.modeling.engine import Assignment

@@ -75,10 +75,10 @@ def test_diverse_is_the_farthest_first_choice_inside_blocks(grid: tuple[int, int
     for block in blocks_of(grid):
         nearest = {i: 1 - steps(float(features[i] @ mean)) for i in block}
         for _ in range(min(most(batch, share, grid), len(block))):
-            token = max(sorted(nearest), key=lambda i: nearest[i])
+            token, _ = max(sorted(nearest.items()), key=lambda each: each[1])
             scores[token] = nearest.pop(token)
-            for i in nearest:
-                nearest[i] = min(nearest[i], 1 - steps(float(features[i] @ features[token])))
+            to_token = {i: 1 - steps(float(features[i] @ features[token])) for i in nearest}
+            nearest = {i: min(distance, to_token[i]) for i, distance in nearest.items()}
     total = grid[0] * grid[1]
     assert kept(batch) == best(scores, batch.experts[0].selected([grid]), total)
 
