@@ -1,23 +1,33 @@
-"""What would another method have given for the same compute? The pyramid and other methods, budget by budget.
+"""Would another method have given more for the same compute? The pyramid and all baselines, budget by budget.
 
-Run it on a calibrated folder, and on one that was healed from the same model if there is one:
+On the demo, which it converts and calibrates in a temporary folder, or on any calibrated folder, and on one that was
+healed from the same model if there is one:
 
-    python benchmarks/frontier.py --model dpn-demo/demo-dpn --healed healed-dpn --data demo --samples 700
+    python benchmarks/frontier.py
+    python benchmarks/frontier.py --model llava-1.5-7b-dpn --healed healed-dpn --data mydata.json --samples 700
 
-All methods answer the same held-out samples and spend what the pyramid spends on them; where one cannot, the verdict
-says so. The teacher is the original, and the other methods run on its weights. Intervals are 95%, of a paired bootstrap
-over the samples.
+All methods answer the same held-out samples and spend what the pyramid spends on them; at a budget that the pyramid
+cannot reach, the budget itself. The teacher is the original, and the other methods run on its weights. Intervals are
+95%, of a paired bootstrap over the samples. Two baselines stand for all at every budget: the one that agrees best with
+the original, and the one with the least KL, of those that spend no more than the pyramid. The verdict is `best` or
+`beaten` if at least one of the two intervals leaves zero out and none does on the other side, else `tied`.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
 from dpn_cli import console
+from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.settings import calibration_recipe
+from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.baselines import BASELINES
-from dpn_cli.evaluation.baselines.contender import TOLERANCE
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE
 from dpn_cli.evaluation.drawing import plot_evaluation
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.options import EvaluationOptions
@@ -25,22 +35,56 @@ from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.parallel.processes import ALONE
 
-BUDGETS = (0.8, 0.65, 0.5, 0.44, 0.36)
+BUDGETS = (0.65, 0.5, 0.36, 0.25, 0.2, 0.15)
+OUT_OF_REACH = "out of reach"
 
 
-def over(result: Result, pyramid: Result) -> Estimate:
-    """Return how much more KL a method has than the pyramid, sample by sample."""
-    pairs = zip(result.per_sample, pyramid.per_sample, strict=True)
-    return bootstrap_mean([theirs.distortion - ours.distortion for theirs, ours in pairs])
+@dataclass(frozen=True)
+class Verdict:
+    """The pyramid beside the best baselines at a budget.
+
+    Attributes:
+        budget: mean fraction of the prefill FLOPs that was asked for.
+        agreeing: the baseline that agrees best.
+        agreement: how much more of the answer tokens the pyramid agrees on.
+        nearest: the baseline with the least KL.
+        distortion: how much less KL the pyramid has.
+        word: best, tied, beaten or out of reach.
+    """
+
+    budget: float
+    agreeing: str = ""
+    agreement: Estimate | None = None
+    nearest: str = ""
+    distortion: Estimate | None = None
+    word: str = OUT_OF_REACH
+
+    @classmethod
+    def of(cls, budget: float, results: Sequence[Result]) -> "Verdict":
+        """Compare the pyramid with the others at a budget, where it is among the results."""
+        pyramid = next((each for each in results if each.method == "dpn"), None)
+        others = [each for each in results if each is not pyramid and (each.fraction_over_dpn or 0) <= TOLERANCE]
+        if pyramid is None or not others:
+            return cls(budget) if pyramid is None else cls(budget, word="best: no other method spends so little")
+        agreeing = max(others, key=lambda each: each.figures.agreement.value)
+        nearest = min(others, key=lambda each: each.figures.distortion.value)
+        more = gain(pyramid, agreeing, "agreement", 1)
+        less = gain(pyramid, nearest, "distortion", -1)
+        ahead, behind = more.low > 0 or less.low > 0, more.high < 0 or less.high < 0
+        word = "tied" if ahead == behind else "best" if ahead else "beaten"
+        return cls(budget, agreeing.label, more, nearest.label, less, word)
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the printed table."""
+        more = "" if self.agreement is None else show(self.agreement, 100, 2)
+        less = "" if self.distortion is None else show(self.distortion, 1, 5)
+        return (f"{self.budget:g}", self.word, self.agreeing, more, self.nearest, less)
 
 
-def verdict(result: Result, pyramid: Result | None) -> str:
-    """Say whether a method is better or worse than the pyramid, or tied with it, and if it spent more or less."""
-    if pyramid is None or result is pyramid:
-        return ""
-    difference, flops = over(result, pyramid), result.figures.fraction - pyramid.figures.fraction
-    word = "tied" if not difference.excludes_zero else "worse" if difference.low > 0 else "better"
-    return word if abs(flops) <= TOLERANCE else f"{word}, for {flops:+.3f} of the FLOPs"
+def gain(pyramid: Result, other: Result, quantity: str, sign: int) -> Estimate:
+    """Return by how much the pyramid is better than another method, sample by sample."""
+    pairs = zip(pyramid.per_sample, other.per_sample, strict=True)
+    return bootstrap_mean([sign * (getattr(ours, quantity) - getattr(theirs, quantity)) for ours, theirs in pairs])
 
 
 def show(estimate: Estimate, scale: float, digits: int) -> str:
@@ -49,68 +93,93 @@ def show(estimate: Estimate, scale: float, digits: int) -> str:
     return f"{value} ({low} … {high})"
 
 
-def row(budget: float, name: str, result: Result, pyramid: Result | None) -> tuple[str, ...]:
-    """Return a line of the table."""
+def row(budget: float, name: str, result: Result) -> tuple[str, ...]:
+    """Return a line of the table of all methods."""
     figures = result.figures
     accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, 100, 1)
-    kl = show(figures.distortion, 1, 4)
-    return (f"{budget:g}", name, f"{figures.fraction:.3f}", kl, accuracy, verdict(result, pyramid))
+    agreement, kl = show(figures.agreement, 100, 2), show(figures.distortion, 1, 4)
+    over = result.fraction_over_dpn or 0
+    spent = f"{figures.fraction:.3f}" + (f" ({over:+.3f})" if abs(over) > TOLERANCE else "")
+    return (f"{budget:g}", name, spent, agreement, kl, accuracy)
 
 
-def table(plain: Evaluation, healed: Evaluation | None) -> list[tuple[str, ...]]:
-    """Return one block of rows per budget, the pyramids first."""
-    rows = [row(1.0, "original", plain.results[0], None)]
-    for budget in BUDGETS:
+def table(plain: Evaluation, healed: Evaluation | None, budgets: Sequence[float]) -> list[tuple[str, ...]]:
+    """Return one block of rows per budget, the pyramids first, and last what cannot spend so little."""
+    rows = [row(1.0, "original", plain.results[0])]
+    for budget in budgets:
         here = [result for result in plain.results if result.budget == budget]
-        pyramid = next((result for result in here if result.method == "dpn"), None)
-        after = [s for s in healed.of("dpn") if s.budget == budget] if healed else []
-        rows += [row(budget, "dpn", pyramid, None)] if pyramid else []
-        rows += [row(budget, "dpn, healed", result, pyramid) for result in after]
-        rows += [row(budget, result.label, result, pyramid) for result in here if result is not pyramid]
+        after = [result for result in healed.of("dpn") if result.budget == budget] if healed else []
+        rows += [row(budget, result.label, result) for result in here if result.method == "dpn"]
+        rows += [row(budget, "dpn, healed", result) for result in after]
+        rows += [row(budget, result.label, result) for result in here if result.method != "dpn"]
+        rows += [
+            (f"{budget:g}", each.method, OUT_OF_REACH, "", "", "") for each in plain.left_out if each.budget == budget
+        ]
     return rows
 
 
+def calibrated_demo(folder: Path, samples: int | None, budget: float) -> Path:
+    """Convert and calibrate the demo; return its folder."""
+    converted = folder / "demo-dpn"
+    convert("demo", output=converted)
+    options = {"budget": budget} | ({} if samples is None else {"samples": samples})
+    recipe = calibration_recipe(converted, (), options)
+    calibrate(converted, DataOptions("demo"), recipe, console.REPORTER, processes=ALONE)
+    return converted
+
+
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
+@click.option("--model", type=click.Path(path_type=Path), help="A calibrated folder; default: the demo is calibrated.")
+@click.option("--calibration-samples", type=int, help="For the demo that is calibrated; default: the recipe's.")
 @click.option("--healed", type=click.Path(path_type=Path), help="The same model, calibrated with --heal lora.")
 @click.option("--data", default="demo", show_default=True)
+@click.option("--image-root", type=click.Path(path_type=Path))
+@click.option("--budget", "budgets", type=float, multiple=True, default=BUDGETS, show_default=True)
 @click.option("--samples", default=700, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--max-new-tokens", default=4, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw KL over FLOPs here.")
 def main(
-    model: Path,
+    model: Path | None,
+    calibration_samples: int | None,
     healed: Path | None,
     data: str,
+    image_root: Path | None,
+    budgets: tuple[float, ...],
     samples: int,
     batch_size: int,
     max_new_tokens: int,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """Print the table, one block of rows per budget."""
+    """Print two tables: all methods, and the pyramid beside the best baselines."""
 
     def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
         options = EvaluationOptions(
-            BUDGETS, against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
+            budgets, against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
         )
-        evaluation = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
+        evaluation = evaluate_folder(folder, DataOptions(data, image_root), options, console.REPORTER, ALONE)
         assert evaluation is not None, "alone, this process is the main one"
         return evaluation
 
-    plain = run(model, BASELINES)
+    with TemporaryDirectory() as temporary:
+        plain = run(model or calibrated_demo(Path(temporary), calibration_samples, budgets[0]), BASELINES)
     after = run(healed, ()) if healed else None
+    by_budget = {budget: [each for each in plain.results if each.budget == budget] for budget in budgets}
+    verdicts = [Verdict.of(budget, results) for budget, results in by_budget.items()]
     if json_file:
-        results = {"plain": plain.to_dict(), "healed": after and after.to_dict()}
-        json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        found = {"plain": plain.to_dict(), "healed": after and after.to_dict(), "verdicts": list(map(asdict, verdicts))}
+        json_file.write_text(json.dumps(found, indent=2), encoding="utf-8")
     if plot:
         pair = (plain, after) if after else (plain,)
         plot_evaluation(plot, *pair, names=("dpn", "dpn, healed")[: len(pair)])
-    columns = ["budget", "method", "FLOPs", "KL, nats (95%)", "accuracy, % (95%)", "KL beside dpn"]
-    console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after), texts=["method"])
+    columns = ["budget", "method", "FLOPs (over dpn's)", "agreement, % (95%)", "KL, nats (95%)", "accuracy, % (95%)"]
+    console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after, budgets), texts=["method"])
     for reason in plain.left_out:
         console.note(f"Left out: {reason}")
+    columns = ["budget", "dpn is", "agrees best", "dpn's agreement, less its, %", "least KL", "its KL, less dpn's"]
+    console.table("dpn beside the best baselines", columns, [each.cells() for each in verdicts], texts=columns[1:])
 
 
 if __name__ == "__main__":

@@ -1,154 +1,279 @@
-"""Does prefill get faster by as much as its FLOPs get fewer? At the shape of LLaVA-1.5-7B, with random weights.
+"""Does prefill get faster by as much as its FLOPs get fewer, and what does choosing tokens cost? LLaVA-1.5-7B's shape.
 
-    python benchmarks/latency.py --layers 8
+    python benchmarks/latency.py --layers 4
+    python benchmarks/latency.py --device cuda --layers 32 --json latency.json
 
-The decoder is built in memory, in the dtype in which this CPU multiplies faster and with fewer layers; sites stand at
-the same fractions of the depth (a quarter, a half, three quarters) as in the recipe. Its routers run but do not decide:
-random ones would decide nothing sensible. Routes are those nearest to a budget and, in the ragged batch, others for
-every sample whose mean is about the budget; rates go up to 4×4, without which such a pyramid cannot spend 0.35. FastV
-and PyramidDrop spend what these routes spend. All are measured in turns (see `dpn bench`); what counts is the paired
-speedup of the prefill, to be held against the one that its FLOPs promise. On a machine with other work, `--shared`
-takes the CPU time of one thread for the clock.
+The decoder is built in memory with random weights and, on a CPU, with fewer layers, in float32; on CUDA in bfloat16.
+The vision tower has two layers, as its time is not what is looked at. 2880 visual tokens are five images, as many as
+the tiles of LLaVA-NeXT. All methods are measured in turns (see `dpn bench`); what counts is the paired speedup of the
+prefill, held against the one that its FLOPs promise:
+
+- `dpn`: the routers run but do not decide, as random ones would decide nothing sensible; every sample is given the
+  route that is nearest to the budget, and in the ragged batch others whose mean is about the budget.
+- `static`: the same route for all samples, without routers.
+- Baselines that can spend what the static route spends, and do.
+
+The last table is of the choice alone: what an expert takes to choose and compact the tokens before the first layer,
+beside the prefill of 32 layers, which is extrapolated from the measured time of a layer.
+
+On a machine with other work, `--shared` takes the CPU time of one thread for the clock.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
 
 import click
 import torch
-from dpn_cli.evaluation.baselines.fastv import FastV
-from dpn_cli.evaluation.baselines.pyramid_drop import PyramidDrop
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt
-from dpn_cli.evaluation.baselines.routes import GivenRoutes, Original
+from dpn_cli.evaluation.baselines import make_baseline
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
+from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original
 from dpn_cli.evaluation.drawing import plot_latency
 from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
+from dpn_cli.evaluation.timing import Clock
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.experts import num_tokens, pool
+from dpn_cli.pyramid.experts import KEEP, Expert, Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
 
-DEPTHS = (0.25, 0.5, 0.75)
-RATES = ((1, 1), (1, 2), (2, 2), (4, 4))
+MENUS = {  # by the depth of the site
+    0.0: "keep diverse:0.6 diverse:0.5 diverse:0.4 diverse:0.3 diverse:0.25 diverse:0.2 diverse:0.15 diverse:0.1",
+    0.5: "keep attended:0.5",
+    0.75: "keep exit",
+}
+CHOICES = ("pool:2x2", "diverse:0.25", "covering:0.25", "attended:0.25", "divprune:0.25")
 GRID = (24, 24)
 IMAGE_TOKEN = 32000
-TEXT_TOKENS = {1: (64,), 4: (32, 64, 96, 128)}  # by batch size; the second is ragged
-SPREAD = (-0.09, -0.03, 0.03, 0.09)  # of the routes' FLOPs fractions in a ragged batch, around the budget
+LAYERS = 32  # of the 7B model
+SPREAD = (-0.06, -0.02, 0.02, 0.06)  # of the routes' FLOPs fractions in a ragged batch, around the budget
 
 
-def faster_dtype() -> torch.dtype:
-    """Return in which dtype this machine multiplies an MLP's matrices faster."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(640, 4096, dtype=dtype), torch.randn(11008, 4096, dtype=dtype)
-        torch.nn.functional.linear(x, weight)
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds[dtype] = time.perf_counter() - start
-    return min(seconds, key=lambda dtype: seconds[dtype])
+@dataclass(frozen=True)
+class Case:
+    """A batch to measure.
+
+    Attributes:
+        images: number of images per sample.
+        text_tokens: text tokens of every sample.
+    """
+
+    images: int
+    text_tokens: tuple[int, ...]
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The visual grids of a sample."""
+        return (GRID,) * self.images
 
 
-def random_llava(layers: int, dtype: torch.dtype) -> DpnLlavaForConditionalGeneration:
-    """Return LLaVA-1.5-7B with fewer decoder layers, random weights and a pyramid."""
+CASES = {"576": Case(1, (64,)), "576-ragged": Case(1, (32, 64, 96, 128)), "2880": Case(5, (64,))}
+
+
+def random_llava(layers: int, device: str, dtype: torch.dtype) -> DpnLlavaForConditionalGeneration:
+    """Return LLaVA-1.5-7B with other numbers of layers, random weights and a pyramid."""
     text = LlamaConfig(
         vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
         num_attention_heads=32, max_position_embeddings=4096, pad_token_id=0,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, image_size=336,
         patch_size=14, projection_dim=768,
     )  # fmt: skip
     config = DpnLlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, dtype=dtype)
-    sites = tuple(Site(round(depth * layers) - 1, pool(*RATES)) for depth in DEPTHS)
-    config.pyramid = PyramidConfig(sites=sites).to_dict()
+    menus = {round(depth * layers) - 1: tuple(map(Expert.parse, menu.split())) for depth, menu in MENUS.items()}
+    config.pyramid = PyramidConfig(sites=tuple(Site(layer, menu) for layer, menu in menus.items())).to_dict()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return DpnLlavaForConditionalGeneration(config).eval()
+        with torch.device(device):
+            return DpnLlavaForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
 
 
-def routes_near(shape: DecoderShape, pyramid: PyramidConfig, text_tokens: Sequence[int], budget: float) -> list[Route]:
+def routes_near(shape: DecoderShape, pyramid: PyramidConfig, case: Case, budget: float) -> list[Route]:
     """Return a route for every sample, whose FLOPs fractions lie around a budget."""
-    targets = [budget] if len(text_tokens) == 1 else [budget + offset for offset in SPREAD]
-    fractions = [
-        {route: flops_fraction(shape, pyramid, route, [GRID], count) for route in pyramid.routes([GRID])}
-        for count in text_tokens
-    ]
+    targets = [budget] if len(case.text_tokens) == 1 else [budget + offset for offset in SPREAD]
     return [
-        min(costs, key=lambda route: abs(costs[route] - target))
-        for costs, target in zip(fractions, targets, strict=True)
+        min(
+            pyramid.routes_for(case.grids),
+            key=lambda route: abs(flops_fraction(shape, pyramid, route, case.grids, count) - target),
+        )
+        for count, target in zip(case.text_tokens, targets, strict=True)
     ]
+
+
+def methods_at(
+    model: DpnLlavaForConditionalGeneration, case: Case, budget: float, against: Sequence[str]
+) -> Iterator[tuple[str, Baseline]]:
+    """Yield the pyramid, a static route, and the baselines that can spend as little."""
+    shape, pyramid = model.text_model.shape, model.pyramid
+    yield f"dpn at {budget:g}", GivenRoutes(given=tuple(routes_near(shape, pyramid, case, budget)))
+    alone = Case(case.images, (round(fmean(case.text_tokens)),))
+    static = FixedRoute(pyramid, routes_near(shape, pyramid, alone, budget)[0])
+    prompts = [Prompt(case.grids, count) for count in case.text_tokens]
+    spent = static.mean_fraction(shape, prompts)
+    console.note(f"static at {budget:g}: {static.experts} spends {spent:.3f}")
+    yield f"static at {budget:g}", static
+    for name in against:
+        with suppress(ValueError):
+            yield f"{name} at {budget:g}", make_baseline(name, pyramid).fit(shape, prompts, spent)
 
 
 def measure(
     model: DpnLlavaForConditionalGeneration,
-    batch_size: int,
+    name: str,
     budgets: Sequence[float],
+    against: Sequence[str],
     rounds: int,
-    clock: Callable[[], float],
+    clock: Clock,
 ) -> Latency:
     """Measure all methods on one batch."""
-    text_tokens = TEXT_TOKENS[batch_size]
-    images = {"input_ids": torch.full((1, num_tokens([GRID])), IMAGE_TOKEN)}
-    images["pixel_values"] = torch.randn(1, 3, 336, 336, dtype=model.dtype)
-    batch = synthetic_inputs(model, images, text_tokens)
-    shape, pyramid = model.text_model.shape, model.pyramid
-    prompts = [Prompt((GRID,), count) for count in text_tokens]
-    sites = tuple(site.after_layer for site in pyramid.sites)
-    contenders: dict[str, Contender] = {ORIGINAL: Original()}
+    case = CASES[name]
+    images = {"input_ids": torch.full((1, num_tokens(case.grids)), IMAGE_TOKEN)}
+    images["pixel_values"] = torch.randn(case.images, 3, 336, 336, dtype=model.dtype)
+    batch = synthetic_inputs(model, images, case.text_tokens)
+    methods: dict[str, Baseline] = {ORIGINAL: Original()}
     for budget in budgets:
-        routes = tuple(routes_near(shape, pyramid, text_tokens, budget))
-        spent = fmean(flops_fraction(shape, pyramid, r, [GRID], n) for r, n in zip(routes, text_tokens, strict=True))
-        contenders[f"dpn at {budget:g}"] = GivenRoutes(given=routes)
-        console.note(f"batch of {batch_size}, dpn at {budget:g}: routes {' '.join(map(str, routes))} spend {spent:.3f}")
-        contenders[f"fastv at {budget:g}"] = FastV(first_layers=1).fit(shape, prompts, spent)
-        contenders[f"pyramiddrop at {budget:g}"] = PyramidDrop(sites=sites).fit(shape, prompts, spent)
-    with console.progress(f"batch of {batch_size}", (rounds + 1) * len(contenders)) as advance:
-        return measure_latency(model, contenders, [batch] * rounds, new_tokens=4, advance=advance, clock=clock)
+        methods |= dict(methods_at(model, case, budget, against))
+    with console.progress(name, (rounds + 1) * len(methods)) as advance:
+        return measure_latency(model, methods, [batch] * rounds, new_tokens=2, advance=advance, clock=clock)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What choosing tokens before the first layer takes.
+
+    Attributes:
+        tokens: number of visual tokens.
+        expert: the expert that chooses.
+        choice_s: seconds to choose and compact, the median of the rounds.
+        layer_s: seconds that a layer takes on all tokens, the median of the rounds.
+    """
+
+    tokens: int
+    expert: str
+    choice_s: float
+    layer_s: float
+
+    @property
+    def share(self) -> float:
+        """The share of the prefill of all layers, extrapolated from one."""
+        return self.choice_s / (LAYERS * self.layer_s)
+
+
+@torch.inference_mode()
+def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds: int, clock: Clock) -> Iterator[Choice]:
+    """Measure the experts of `CHOICES` on one sample, and the layers without any."""
+    text_model, device = model.text_model, model.device
+    grid = torch.cartesian_prod(torch.arange(case.images), *map(torch.arange, GRID))
+    coords = torch.cat([grid, torch.full((case.text_tokens[0], 3), -1)])[None].to(device)
+    width = text_model.config.hidden_size
+    embedded = torch.randn(1, coords.shape[1], width, dtype=model.dtype, device=device)
+    positions = torch.arange(coords.shape[1], device=device)[None]
+
+    def seconds(action: Callable[..., Any], *args: Any) -> float:
+        times = []
+        for _ in range(rounds + 1):
+            start = _now(device, clock)
+            action(*args)
+            times.append(_now(device, clock) - start)
+        return median(times[1:])
+
+    layer_s = 0.0
+    for name in CHOICES:
+        site = Site(-1, (KEEP, Expert.parse(name)))
+        with model.as_pyramid(PyramidConfig(sites=(site,), static_route=(1,))):
+            state = text_model.start(embedded, None, positions, coords)
+            layer_s = layer_s or seconds(text_model.run_segment, state, 1) / len(text_model.layers)
+            choice_s = seconds(text_model.reduce, state, 0)
+        yield Choice(num_tokens(case.grids), name, choice_s, layer_s)
+
+
+def _now(device: torch.device, clock: Clock) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
+
+
+def print_efficiencies(results: dict[str, Latency]) -> None:
+    """Print how much of the speedup that FLOPs promise the prefill reaches, of every method on every batch."""
+    rows = []
+    for name, result in results.items():
+        for each in result.measurements[1:]:
+            prefill = each.phases["prefill"]
+            speeds = (prefill.speedup, prefill.speedup_low, prefill.speedup_high)
+            reached, low, high = (f"{speed / each.ideal_speedup:.0%}" for speed in speeds)
+            speedups = (f"{prefill.speedup:.2f}", f"{each.ideal_speedup:.2f}")
+            rows.append((name, each.name, f"{each.fraction:.3f}", *speedups, reached, f"{low} – {high}"))
+    columns = ["visual tokens", "method", "FLOPs", "speedup", "by FLOPs", "efficiency", "95% interval"]
+    console.table("Speedup of the prefill, and the share of it that FLOPs promise", columns, rows, texts=["method"])
+
+
+def print_choices(choices: Sequence[Choice]) -> None:
+    """Print what choosing tokens takes."""
+    rows = [
+        (each.tokens, each.expert, f"{each.choice_s * 1e3:.2f}", f"{each.layer_s * 1e3:.2f}", f"{each.share:.2%}")
+        for each in choices
+    ]
+    columns = ["visual tokens", "expert", "choice, ms", "a layer, ms", f"share of {LAYERS} layers (extrapolated)"]
+    console.table("Choosing tokens before the first layer", columns, rows, texts=["expert"])
 
 
 @click.command()
-@click.option("--layers", default=8, show_default=True, help="Decoder layers; the 7B model has 32.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--layers", type=click.IntRange(4), default=4, show_default=True, help="Decoder layers, 32 in the model.")
 @click.option("--rounds", default=6, show_default=True)
-@click.option("--batch-size", "batch_sizes", type=click.Choice(["1", "4"]), multiple=True, default=("1", "4"))
-@click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.35), show_default=True)
+@click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, default=list(CASES), show_default=True)
+@click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.25, 0.15), show_default=True)
+@click.option("--against", multiple=True, default=("pyramiddrop", "divprune"), show_default=True)
 @click.option("--shared", is_flag=True, help="Count the CPU seconds of one thread: other programs run here, too.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw them, .png or .svg.")
 def main(
+    device: str,
     layers: int,
     rounds: int,
-    batch_sizes: tuple[str, ...],
+    cases: tuple[str, ...],
     budgets: tuple[float, ...],
+    against: tuple[str, ...],
     shared: bool,
     path: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure a batch of one, and a ragged batch of four with a route of its own for every sample."""
+    """Measure whole prefills, then the choice of tokens alone."""
     torch.manual_seed(0)
     if shared:
         torch.set_num_threads(1)
     clock = time.process_time if shared else time.perf_counter
-    dtype = faster_dtype()
-    console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {dtype}")
-    model = random_llava(layers, dtype)
-    results = [measure(model, int(size), budgets, rounds, clock) for size in batch_sizes]
-    for result in results:
+    model = random_llava(layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {model.dtype} on {device}")
+    results = {name: measure(model, name, budgets, against, rounds, clock) for name in cases}
+    alone = [CASES[name] for name in cases if len(CASES[name].text_tokens) == 1]
+    choices = [choice for case in alone for choice in measure_choices(model, case, rounds, clock)]
+    for result in results.values():
         print_latency(result, has_data=False)
+    print_efficiencies(results)
+    print_choices(choices)
     if path is not None:
-        path.write_text(json.dumps([result.to_dict() for result in results], indent=2))
+        found = {
+            "latency": {name: result.to_dict() for name, result in results.items()},
+            "choices": [asdict(each) | {"share_of_prefill": each.share} for each in choices],
+        }
+        path.write_text(json.dumps(found, indent=2), encoding="utf-8")
     if plot is not None:
-        plot_latency(plot, results, has_data=False)
+        plot_latency(plot, list(results.values()), has_data=False)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError
 from dpn_cli.evaluation.baselines import BASELINES, make_baseline
-from dpn_cli.evaluation.baselines.contender import Prompt
+from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
 from dpn_cli.pyramid.config import ROUTER_INPUTS, PyramidConfig, RouterConfig
+from dpn_cli.pyramid.presets import PRESETS
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import pyramid
@@ -57,10 +58,10 @@ def test_no_router_input_is_taken_that_is_not_registered() -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_contender_is_what_its_name_says(name: str) -> None:
-    contender = make_baseline(name, pyramid())
-    assert contender.name == name
-    assert contender.fit(SHAPE, [Prompt(((12, 12),), 9)], 0.6).label.startswith(name)
+def test_a_baseline_is_what_its_name_says(name: str) -> None:
+    baseline = make_baseline(name, pyramid())
+    assert baseline.name == name
+    assert baseline.fit(SHAPE, [Prompt(((12, 12),), 9)], 0.6).label.startswith(name)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -82,6 +83,7 @@ def test_no_two_formats_claim_one_file(tmp_path: Path) -> None:
         *product(("eval", "calibrate"), [[each.description for each in FORMATS.values()]]),
         ("eval", [*BASELINES, *METRICS, *(metric.description for metric in METRICS.values())]),
         ("bench", BASELINES),
+        ("export", PRESETS),
     ],
 )
 def test_help_tells_of_all_that_is_registered(command: str, words: list[str]) -> None:

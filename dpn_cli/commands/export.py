@@ -10,6 +10,7 @@ from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.options import DEFAULT_SHARD_SIZE, ExportOptions
+from dpn_cli.pyramid.presets import PRESET_KEY, PRESETS
 
 if TYPE_CHECKING:
     from dpn_cli.exporting.export import Export
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--static", metavar="ROUTE",
-    help="One fixed route for every image: a rate per site, such as 1x1,1x2,2x2 (or 0,1,2). The routers are left out, "
-    "unless their gate scales tokens.",
+    help="One fixed route for every image: an expert per site, such as keep,pool:1x2,exit (or 0,1,2). The routers are "
+    "left out, unless their gate scales tokens. Or a method of the literature and the share of the tokens that it "
+    f"keeps, such as pyramiddrop:0.5 (or fastv:K=3,R=0.5, as its authors write it): {', '.join(PRESETS)}.",
 )  # fmt: skip
 @click.option(
     "--uncalibrated", is_flag=True,
@@ -125,6 +127,7 @@ def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
         "budget": budget,
         "lambda": done.pyramid.trade_off,
         "static_route": done.pyramid.static_route,
+        "preset": done.pyramid.calibration.get(PRESET_KEY),
         "verified_tensors": done.num_verified,
         "url": url,
     }
@@ -137,7 +140,8 @@ def _show(done: "Export", budget: float | None) -> None:
 
     pyramid = done.pyramid
     if pyramid.static_route is not None:
-        route = f"fixed, {format_route(pyramid.static_route, pyramid.sites)}"
+        preset = pyramid.calibration.get(PRESET_KEY)
+        route = f"fixed, {preset or format_route(pyramid.static_route, pyramid.sites)}"
     else:
         known = pyramid.budgets or pyramid.is_imported
         asked = f"budget {budget:g}, " if budget else "" if known else "not calibrated, "

@@ -8,7 +8,7 @@ from typing import Any
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.baselines import make_baseline
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt, unequal
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, unequal
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
@@ -17,7 +17,7 @@ from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.reporter import Reporter
 
-Entry = tuple[float | None, Contender]  # a budget, and who is to spend it
+Entry = tuple[float | None, Baseline]  # a budget, and who is to spend it
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Result:
         dpn: "Result | None" = None,
     ) -> "Result":
         """Sum up what a method made of all samples, beside the pyramid at the same budget."""
-        budget, contender = entry
+        budget, method = entry
         pairs = () if dpn is None else zip(samples, dpn.per_sample, strict=True)
         over = [theirs.distortion - ours.distortion for theirs, ours in pairs]
         figures = Figures.of(samples, questions, metric)
         return cls(
-            method=contender.name,
-            label=contender.label,
+            method=method.name,
+            label=method.label,
             budget=budget,
             figures=figures,
             kinds=by_kind(samples, questions, metric),
@@ -83,18 +83,39 @@ class Result:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A method that is missing at a budget.
+
+    Attributes:
+        method: the method's name.
+        budget: the budget that was asked for; None for what the checkpoint is set to.
+        fraction: the fraction of the prefill FLOPs that the method was to spend.
+        reason: why it is missing.
+    """
+
+    method: str
+    budget: float | None
+    fraction: float
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it in a sentence."""
+        return f"{self.method} at {self.fraction:.3g}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of all methods at all budgets.
 
     Attributes:
         questions: what was asked, as far as figures need it.
         results: the original's result, then those of every budget, the pyramid's first.
-        left_out: why a method is missing at a budget.
+        left_out: the methods that are missing at a budget, and why.
     """
 
     questions: tuple[Question, ...]
     results: tuple[Result, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
     def of(self, method: str) -> list[Result]:
         """Return the results of one method, in the order of the budgets."""
@@ -118,7 +139,7 @@ class Evaluation:
             "samples": len(self.questions),
             "budgets": [each.to_dict() for each in self.spendings],
             "results": [result.to_dict() for result in self.results],
-            "left_out": list(self.left_out),
+            "left_out": list(map(str, self.left_out)),
             "not_equal": self.not_equal,
         }
 
@@ -126,10 +147,10 @@ class Evaluation:
 def evaluate(
     evaluator: Evaluator, samples: Sequence[Sample], options: EvaluationOptions, reporter: Reporter
 ) -> Evaluation:
-    """Let a pyramid and its contenders answer, and compare them at equal FLOPs.
+    """Let a pyramid and its baselines answer, and compare them at equal FLOPs.
 
-    Every contender is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid
-    cannot spend so little, to the budget itself. Where a contender has no setting near enough, the result says so.
+    Every baseline is fitted to what the pyramid has spent on these very samples at a budget; where the pyramid cannot
+    spend so little, to the budget itself. Where a baseline has no setting near enough, the result says so.
 
     Args:
         evaluator: the model, and how it is asked.
@@ -190,32 +211,32 @@ class _Comparison:
     def measure(
         self, what: str, entries: Sequence[Entry], dpn: dict[float | None, Result] | None = None
     ) -> list[Result]:
-        """Let contenders answer; compare them with the pyramid's results by budget, if given."""
+        """Let methods answer; compare them with the pyramid's results by budget, if given."""
         if not entries:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
-            judged = self.evaluator.judge([contender for _, contender in entries], self.samples, self.teacher, advance)
+            judged = self.evaluator.judge([method for _, method in entries], self.samples, self.teacher, advance)
         return [
             Result.of(entry, samples, self.questions, self.metric, (dpn or {}).get(entry[0]))
             for entry, samples in zip(entries, judged, strict=True)
         ]
 
 
-def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[str]]:
+def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[LeftOut]]:
     """Return the pyramid at every budget that it can spend, and why not at the others."""
     if not budgets:
         return [(evaluator.model.pyramid.budget, Routed())], []
     entries: list[Entry] = []
-    refused: list[str] = []
+    refused: list[LeftOut] = []
     for budget in budgets:
         try:
             evaluator.model.pyramid.trade_off_for(budget)
         except ValueError as error:
-            refused.append(f"dpn at {budget:g}: {error}")
+            refused.append(LeftOut(Routed.name, budget, budget, str(error)))
         else:
             entries.append((budget, Routed(budget)))
     if not entries:
-        raise UsageError(refused[0].partition(": ")[2])
+        raise UsageError(refused[0].reason)
     return entries, refused
 
 
@@ -225,30 +246,30 @@ def _baselines(
     against: Sequence[str],
     budgets: Sequence[float | None],
     spent: dict[float | None, Result],
-) -> tuple[list[Entry], list[str]]:
-    """Return every contender at what the pyramid has spent, and why some are missing."""
+) -> tuple[list[Entry], list[LeftOut]]:
+    """Return every baseline at what the pyramid has spent, and why some are missing."""
     shape = evaluator.model.text_model.shape
     names = [name for name in against if name != Original.name]  # which has its place already
     entries: list[Entry] = []
-    out_of_reach: list[str] = []
+    out_of_reach: list[LeftOut] = []
     for budget in budgets:
         fraction = spent[budget].figures.fraction if budget in spent else budget
         assert fraction is not None
         for name in names:
             try:
                 fitted = make_baseline(name, evaluator.model.pyramid).candidates(shape, sizes, fraction)
-                for contender in fitted:
-                    with contender.applied(evaluator.model):  # says whether this model is of a kind that it can handle
+                for baseline in fitted:
+                    with baseline.applied(evaluator.model):  # says whether this model is of a kind that it can handle
                         pass
             except (ValueError, UsageError) as error:
-                out_of_reach.append(f"{name} at {fraction:.3g}: {error}")
+                out_of_reach.append(LeftOut(name, budget, fraction, str(error)))
             else:
-                entries += [(budget, contender) for contender in fitted]
+                entries += [(budget, baseline) for baseline in fitted]
     return entries, out_of_reach
 
 
 def _best(results: Iterable[Result]) -> list[Result]:
-    """Return of every contender at every budget its settings of least KL."""
+    """Return of every baseline at every budget its settings of least KL."""
     best: dict[tuple[str, float | None], Result] = {}
     for result in results:
         key = (result.method, result.budget)

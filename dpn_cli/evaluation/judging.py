@@ -1,4 +1,4 @@
-"""Letting contenders answer: what each makes of every sample, beside the teacher.
+"""Letting methods answer: what each makes of every sample, beside the teacher.
 
 Shapes: B batch, A answer tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ import torch
 
 from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
 from dpn_cli.data.samples import Sample
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import generate_texts
 from dpn_cli.inference.scoring import answer_log_probs, answer_positions, divergence, mean_by_row
@@ -78,46 +78,44 @@ class Evaluator:
             found.append(Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown)))
         return found
 
-    def ask(self, contender: Contender, samples: Sequence[Sample], advance: Advance) -> list[str]:
-        """Return a contender's greedy answer to what every sample asks."""
+    def ask(self, method: Baseline, samples: Sequence[Sample], advance: Advance) -> list[str]:
+        """Return a method's greedy answer to what every sample asks."""
 
         def ask_batch(batch: Sequence[Sample]) -> list[str]:
             inputs = prompts(batch, self.processor, self.model.device)
-            with contender.applied(self.model):
+            with method.applied(self.model):
                 return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
 
-        batches = self._each_batch(f"answers of {contender}", samples, ask_batch, advance)
+        batches = self._each_batch(f"answers of {method}", samples, ask_batch, advance)
         return [answer for answers in batches for answer in answers]
 
     def judge(
-        self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
+        self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
     ) -> list[list[SampleResult]]:
-        """Return what every contender makes of every sample.
+        """Return what every method makes of every sample.
 
         Args:
-            contenders: the contenders, fitted to what they may spend.
+            methods: the methods, fitted to what they may spend.
             samples: the samples, each with at least one image.
             teacher: the teacher's answers, which are the target where the data has none.
             advance: called with the number of samples done after each batch.
 
         Raises:
-            UsageError: if a contender cannot handle this model.
+            UsageError: if a method cannot handle this model.
         """
 
         def judge_batch(pairs: Sequence[tuple[Sample, str]]) -> list[list[dict[str, Any]]]:
-            judged = self._judge_batch(contenders, [sample for sample, _ in pairs], [answer for _, answer in pairs])
+            judged = self._judge_batch(methods, [sample for sample, _ in pairs], [answer for _, answer in pairs])
             return [[asdict(result) for result in results] for results in judged]
 
         pairs = list(zip(samples, teacher, strict=True))
-        batches = self._each_batch(f"results of {list(contenders)}", pairs, judge_batch, advance)
-        return [
-            [SampleResult.from_dict(each) for batch in batches for each in batch[i]] for i in range(len(contenders))
-        ]
+        batches = self._each_batch(f"results of {list(methods)}", pairs, judge_batch, advance)
+        return [[SampleResult.from_dict(each) for batch in batches for each in batch[i]] for i in range(len(methods))]
 
     def _judge_batch(
-        self, contenders: Sequence[Contender], samples: Sequence[Sample], teacher: Sequence[str]
+        self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str]
     ) -> Iterator[list[SampleResult]]:
-        """Yield every contender's results on one batch; the teacher runs once for all."""
+        """Yield every method's results on one batch; the teacher runs once for all."""
         complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
         examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
@@ -125,30 +123,30 @@ class Evaluator:
         sizes = self.sizes(samples)
         with torch.inference_mode(), self.model.teacher():
             theirs = answer_log_probs(self.model, batch)
-        for contender in contenders:
-            with torch.inference_mode(), contender.applied(self.model):
+        for method in methods:
+            with torch.inference_mode(), method.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
                 answers = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-            yield self._results(contender, answers, ours, theirs, batch["labels"], sizes)
+            yield self._results(method, answers, ours, theirs, batch["labels"], sizes)
 
     def _results(
         self,
-        contender: Contender,
+        method: Baseline,
         answers: Sequence[str],
         ours: torch.Tensor,
         theirs: torch.Tensor,
         labels: torch.Tensor,
         sizes: Sequence[Prompt],
     ) -> list[SampleResult]:
-        """Compare the log-probabilities [A, V] of a contender with the teacher's, row by row."""
+        """Compare the log-probabilities [A, V] of a method with the teacher's, row by row."""
         row, num_layers = answer_positions(labels)[0], self.model.text_model.shape.num_layers
         columns: tuple[Sequence[Any], ...] = (
             answers,
             mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), row, len(labels)).tolist(),
             mean_by_row((ours.argmax(-1) == theirs.argmax(-1)).float(), row, len(labels)).tolist(),
-            contender.fractions(self.model, sizes),
-            [sum(layers) / num_layers for layers in contender.visual_tokens(self.model, sizes)],
-            contender.routes(self.model) or [None for _ in labels],
+            method.fractions(self.model, sizes),
+            [sum(layers) / num_layers for layers in method.visual_tokens(self.model, sizes)],
+            method.routes(self.model) or [None for _ in labels],
         )
         return [SampleResult(*values) for values in zip(*columns, strict=True)]
 

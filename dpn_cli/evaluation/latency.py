@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Contender, Prompt, full_flops
+from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, full_flops
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -122,7 +122,7 @@ class _Run:
 
 def measure_latency(
     model: PyramidGenerationMixin,
-    contenders: Mapping[str, Contender],
+    methods: Mapping[str, Baseline],
     batches: Sequence[Inputs],
     new_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
@@ -132,23 +132,23 @@ def measure_latency(
 
     Args:
         model: the model, in eval mode.
-        contenders: what to measure, by name, `ORIGINAL` among them.
+        methods: what to measure, by name, `ORIGINAL` among them.
         batches: batches of one size, as `generate` takes them, on the model's device.
         new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.
         clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.
     """
-    names = [ORIGINAL, *(name for name in contenders if name != ORIGINAL)]
+    names = [ORIGINAL, *(name for name in methods if name != ORIGINAL)]
     kernels = {}
     for name in names:
-        with contenders[name].applied(model), attention_kernels(model) as kernels[name]:
+        with methods[name].applied(model), attention_kernels(model) as kernels[name]:
             time_generation(model, batches[0], min(new_tokens, 2))
         advance(1)
     runs: dict[str, list[_Run]] = {name: [] for name in names}
     for i, inputs in enumerate(batches):
         prompts = prompts_of(model, inputs)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            runs[name].append(_run(model, contenders[name], inputs, prompts, new_tokens, clock))
+            runs[name].append(_run(model, methods[name], inputs, prompts, new_tokens, clock))
             advance(1)
     config = model.config.get_text_config()
     return Latency(
@@ -221,15 +221,15 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _run(
     model: PyramidGenerationMixin,
-    contender: Contender,
+    method: Baseline,
     inputs: Inputs,
     prompts: Sequence[Prompt],
     new_tokens: int,
     clock: Clock,
 ) -> _Run:
-    with contender.applied(model):
+    with method.applied(model):
         timing, logits = time_generation(model, inputs, new_tokens, clock)
-        fractions = contender.fractions(model, prompts)
+        fractions = method.fractions(model, prompts)
     full = [full_flops(model.text_model.shape, prompt) for prompt in prompts]
     spent = sum(fraction * flops for fraction, flops in zip(fractions, full, strict=True))
     return _Run(timing, logits.float(), spent / sum(full), spent)

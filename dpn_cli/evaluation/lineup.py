@@ -6,7 +6,7 @@ from statistics import fmean
 
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import make_baseline
-from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Prompt, full_flops, unequal
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Prompt, full_flops, unequal
 from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
@@ -20,12 +20,12 @@ class Lineup:
     """Who is measured, and what a reader should know about it.
 
     Attributes:
-        contenders: what is measured, by the names in tables.
+        methods: what is measured, by the names in tables.
         spendings: what the pyramid spends at every budget, the mean over the samples.
         remarks: what a reader should know, in sentences.
     """
 
-    contenders: dict[str, Contender] = field(default_factory=lambda: {ORIGINAL: Original()})
+    methods: dict[str, Baseline] = field(default_factory=lambda: {ORIGINAL: Original()})
     spendings: list[Spending] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -64,17 +64,17 @@ def line_up(
         entries = [("dpn", pyramid.budget, Routed())]
     for name, budget, routed in entries:
         if budget is None:  # no limit: there is nothing to meet
-            found.contenders[name] = routed
+            found.methods[name] = routed
             continue
         dpn = routed if has_data else _given(model, prompts, budget)
-        found.contenders[name] = dpn
+        found.methods[name] = dpn
         fractions = _spent(model, dpn, different)
         found.spendings.append(Spending(budget, fmean(fractions), len(fractions)))
         if isinstance(dpn, GivenRoutes):
             found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
         _add_baselines(found, model, prompts, fractions, budget, against)
     fixed = [FixedRoute(pyramid, route) for route in routes]
-    found.contenders.update({each.label: each for each in fixed})
+    found.methods.update({each.label: each for each in fixed})
     return found
 
 
@@ -146,14 +146,14 @@ def _add_baselines(
         weights[prompt] = weights.get(prompt, 0) + flops
     for name in (name for name in names if name != ORIGINAL):
         try:
-            contender = make_baseline(name, model.pyramid).fit(shape, weights, spent)
-            with contender.applied(model):  # says whether this model is of a kind that it can handle
+            baseline = make_baseline(name, model.pyramid).fit(shape, weights, spent)
+            with baseline.applied(model):  # says whether this model is of a kind that it can handle
                 pass
         except (ValueError, UsageError) as error:
             found.remarks.append(f"Left out, {name} at {budget:g}: {error}")
             continue
-        found.contenders[f"{contender.label} at {budget:g}"] = contender
-        if remark := unequal(contender.label, _total(contender.fractions(model, prompts), full), spent):
+        found.methods[f"{baseline.label} at {budget:g}"] = baseline
+        if remark := unequal(baseline.label, _total(baseline.fractions(model, prompts), full), spent):
             found.remarks.append(f"Not equal, at {budget:g}: {remark}")
 
 

@@ -50,7 +50,7 @@ class DpnLlava(lmms):
         if device is None and self.device == "cuda" and is_launched():
             self.device += f":{os.environ['LOCAL_RANK']}"
         self.batch_size = int(batch_size)
-        self.contender = Original() if teacher else Routed(None if budget is None else float(budget))
+        self.method = Original() if teacher else Routed(None if budget is None else float(budget))
         self.processor = load_processor(Path(pretrained))
         self.model = load_model(Path(pretrained), device_map=self.device)
         self.record = None if record is None else Path(record)
@@ -66,9 +66,9 @@ class DpnLlava(lmms):
             settings, task = batch[0][1][1], batch[0][1][4]
             samples = [self._sample(arguments) for _, arguments in batch]
             inputs = prompts(samples, self.processor, self.model.device)
-            with self.contender.applied(self.model):
+            with self.method.applied(self.model):
                 texts = self._generate(inputs, settings)
-                fractions = self.contender.fractions(self.model, prompts_of(self.model, inputs))
+                fractions = self.method.fractions(self.model, prompts_of(self.model, inputs))
             self.fractions.setdefault(task, []).extend(fractions)
             for (place, _), text in zip(batch, texts, strict=True):
                 answers[place] = _until(text, settings.get("until", ()))

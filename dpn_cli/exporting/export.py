@@ -23,12 +23,13 @@ from dpn_cli.exporting.config import export_config, stored_dtype, without_unused
 from dpn_cli.exporting.content import verify_untouched, write_weights
 from dpn_cli.exporting.model_card import model_card
 from dpn_cli.exporting.options import DEFAULTS, ExportOptions
-from dpn_cli.exporting.plan import DTYPES, ROUTERS, Plan, parse_size, plan_export
+from dpn_cli.exporting.plan import DTYPES, POOLERS, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
 from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.presets import preset_of
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
     if not options.uncalibrated and options.static is None and pools_nothing(source, layout, pyramid):
         raise UsageError(
             f"{checkpoint} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` first, "
-            "or pass --static ROUTE for a fixed route, or --uncalibrated"
+            "or pass --static for a fixed route, or --uncalibrated"
         )
     lora = Lora.of(checkpoint, pyramid)
-    pyramid = exported_pyramid(pyramid, layout.grid, options.budget, options.static)
+    pyramid = exported_pyramid(pyramid, layout, options.budget, options.static)
+    if preset_of(pyramid):  # of the literature, on the original's weights
+        lora = None
     if not pyramid.answer_cue:  # as in folders that earlier versions converted
         pyramid = replace(pyramid, answer_cue=answer_cue(checkpoint))
     if scheme and dtype is None:  # as on loading, where a weight is cast before it is quantised
@@ -131,6 +134,7 @@ def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
         dtype = names.get(str(stored_dtype(source, layout)))
     config = export_config(source, layout, pyramid, dtype)
     left_out = [] if pyramid.has_routers else [ROUTERS]
+    left_out += [] if pyramid.pooling == "conv" else [POOLERS]
     if options.drop_unused:
         config, unused = without_unused_layers(config, source)
         left_out += unused

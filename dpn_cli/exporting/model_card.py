@@ -11,6 +11,7 @@ from dpn_cli.checkpoint.licence import KEYS
 from dpn_cli.families.family import Family
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.presets import preset_of
 from dpn_cli.pyramid.route import format_route
 
 BUDGETS_SHOWN = 10
@@ -56,28 +57,33 @@ def _summary(config: dict[str, Any], layout: LlavaLayout, pyramid: PyramidConfig
     rates = "small routers pick for every question" if pyramid.static_route is None else "are the same for every image"
     licence = f" ({config['license']})" if "license" in config else ""
     return (
-        f"`{_base(config)}` with its language model made a dynamic pyramid: the {height}×{width} = {height * width} "
-        f"visual tokens of an image{tiles} are reduced at a few depths of the {layout.shape.num_layers} decoder layers, "
-        f"by experts that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
+        f"`{_base(config)}` with its language model made a pyramid: the {height}×{width} = {height * width} visual "
+        f"tokens of an image{tiles} are reduced at a few depths of the {layout.shape.num_layers} decoder layers, by "
+        f"experts that {rates}. Text tokens are untouched. Written by `dpn export` (dpn-cli {__version__}). The "
         f"licence is the base model's{licence}; the code's is Apache-2.0."
     )
 
 
 def _pyramid(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
     rows = [[str(site), ", ".join(map(str, site.experts))] for site in pyramid.sites]
+    parts = ["## The pyramid", _table(["site", "experts"], rows)]
+    if found := preset_of(pyramid):
+        text, preset = found
+        parts.append(f"Method: `{text}`, {preset.about}. Source: {preset.source}.")
+    parts.append(f"Pooling: {pyramid.pooling}. Route: {_route(pyramid, layout)}.")
+    return "\n\n".join(parts)
+
+
+def _route(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
     if pyramid.static_route is None:
-        route = f"the routers', λ = {pyramid.trade_off:.4g}"
-    else:
-        size = "" if layout.tiling is None else " of {}×{} pixels".format(*IMAGE_SIZE)
-        share = flops_fraction(
-            layout.shape, pyramid, pyramid.static_route, layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS
-        )
-        route = (
-            f"fixed, {format_route(pyramid.static_route, pyramid.sites)}, which takes {share:.3f} of the original's prefill FLOPs for one "
-            f"image{size} and {TEXT_TOKENS} text tokens"
-        )
-    notes = f"Pooling: {pyramid.pooling}. Route: {route}."
-    return "\n\n".join(["## The pyramid", _table(["site", "experts"], rows), notes])
+        return f"the routers', λ = {pyramid.trade_off:.4g}"
+    experts = format_route(pyramid.static_route, pyramid.sites)
+    size = "" if layout.tiling is None else " of {}×{} pixels".format(*IMAGE_SIZE)
+    share = flops_fraction(layout.shape, pyramid, pyramid.static_route, layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS)
+    return (
+        f"fixed, {experts}, which takes {share:.3f} of the original's prefill FLOPs for one image{size} and "
+        f"{TEXT_TOKENS} text tokens"
+    )
 
 
 def _calibration(pyramid: PyramidConfig) -> str:

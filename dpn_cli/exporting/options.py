@@ -18,7 +18,8 @@ class ExportOptions:
         budget: mean fraction of the original's prefill FLOPs to spend; None keeps what calibration chose.
         quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
         static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
-            an expert index or a rate per site, such as `0,1,2` or `1x1,1x2,2x2`.
+            an expert or its index per site, such as `keep,pool:1x2,exit` or `0,1,2`; or a method of the literature with
+            its settings, such as `pyramiddrop:0.5`, which runs on the original's weights.
         drop_unused: whether to leave out the vision layers after the one whose features are used.
         check_values: whether to stop at NaN and infinite values.
         verify: whether to read the tensors that no option changes back from the disk and compare them with the source.

@@ -1,5 +1,9 @@
-"""Which way samples take through an exported pyramid: by the routers at a budget, or one fixed route for all."""
+"""Which way samples take through an exported pyramid: by the routers at a budget, or one fixed route for all.
 
+The fixed route is one of the pyramid's, or a method of the literature, which has sites of its own.
+"""
+
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +13,8 @@ from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.lora import without_adapter
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.experts import Grid
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.presets import parse_preset
 from dpn_cli.pyramid.route import parse_route
 
 
@@ -22,14 +26,17 @@ def pools_nothing(checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidC
     return not any(any(piece) for head in heads for piece in read_pieces(checkpoint.path, head))
 
 
-def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, static: str | None) -> PyramidConfig:
+def exported_pyramid(
+    pyramid: PyramidConfig, layout: LlavaLayout, budget: float | None, static: str | None
+) -> PyramidConfig:
     """Return the pyramid as an export has it.
 
     Args:
         pyramid: the converted checkpoint's pyramid.
-        grid: visual tokens of one image.
+        layout: the decoder's layout.
         budget: mean fraction of the prefill FLOPs to spend; None keeps what calibration chose.
-        static: a fixed route for every sample, in place of the routers; None for the routers.
+        static: a fixed route for every sample, in place of the routers, or one of `PRESETS` with its settings; None for
+            the routers.
 
     Raises:
         UsageError: if the budget or the route is not one of this pyramid's.
@@ -39,11 +46,25 @@ def exported_pyramid(pyramid: PyramidConfig, grid: Grid, budget: float | None, s
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
         raise UsageError("a static route leaves no choice by which to meet a budget: leave one of the two out")
-    route = parse_route(static, pyramid.sites)
+    chosen = _preset(static, pyramid, layout.shape.num_layers) or _on_route(parse_route(static, pyramid.sites), pyramid)
     try:
-        pyramid.walk(route, [grid])
+        chosen.walk(chosen.own_routes[0], [layout.grid])
     except ValueError as error:
         raise UsageError(str(error)) from None
+    return chosen
+
+
+def _preset(text: str, pyramid: PyramidConfig, num_layers: int) -> PyramidConfig | None:
+    """Return the preset that a text names, for the same prompts and features; None for a route of the pyramid."""
+    with suppress(UsageError):
+        parse_route(text, pyramid.sites)
+        return None
+    preset = parse_preset(text, num_layers)
+    return preset and replace(preset, prepooling=pyramid.prepooling, answer_cue=pyramid.answer_cue)
+
+
+def _on_route(route: Route, pyramid: PyramidConfig) -> PyramidConfig:
+    """Return a pyramid whose samples all take one route."""
     # What calibration measured is the routers' doing; what it trained is in the weights.
     trained = {key: value for key, value in pyramid.calibration.items() if key == "training" and value}
     return replace(pyramid, static_route=route, trade_off=0.0, budgets=(), calibration=trained)

@@ -6,12 +6,14 @@ what it keeps: `pyramiddrop:0.5`, `divprune:0.25`, `fastv:K=3,R=0.5`.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP, Expert
 
+PRESET_KEY = "preset"  # in `calibration`: what a static pyramid was made from
+LEAST_SHARE = 1e-4  # what an expert's name can still say
 QUARTERS = (0.25, 0.5, 0.75)  # of the depth, PyramidDrop's
 _SHARE = re.compile(r"0?\.\d+")
 _FASTV = re.compile(r"K=(\d+),R=(0?\.\d+)")
@@ -26,7 +28,7 @@ class Preset:
         after_layers: the sites, from the decoder's depth.
         about: what it does, in a phrase.
         source: where it is described; with what is done otherwise here.
-        first_layers: numbers of first layers K that see all tokens, to choose from; the site is after the last of them.
+        first_layers: numbers K of first layers that see all tokens, to choose from, for a site after the last of them.
     """
 
     kind: str
@@ -36,7 +38,13 @@ class Preset:
     first_layers: tuple[int, ...] = ()
 
     def pyramid(self, share: float, num_layers: int, first_layers: int | None = None) -> PyramidConfig:
-        """Return the static pyramid that keeps a share of the tokens at every site."""
+        """Return the static pyramid that keeps a share of the tokens at every site.
+
+        Args:
+            share: between 0 and 1.
+            num_layers: depth of the decoder.
+            first_layers: K, where it is chosen.
+        """
         after = self.after_layers(num_layers) if first_layers is None else (first_layers - 1,)
         experts = (KEEP, Expert(self.kind, share=share))
         return PyramidConfig(
@@ -48,6 +56,10 @@ def _quarters(num_layers: int) -> tuple[int, ...]:
     return tuple(round(depth * num_layers) - 1 for depth in QUARTERS)
 
 
+def _second(num_layers: int) -> tuple[int, ...]:
+    return (1,)
+
+
 PRESETS: dict[str, Preset] = {
     "random": Preset("random", "random tokens before the language model", "the control of UniPruneBench"),
     "stride": Preset("stride", "evenly spaced tokens before the language model", "a control"),
@@ -55,6 +67,7 @@ PRESETS: dict[str, Preset] = {
         "attended",
         "the tokens that the last one attends to, after the first K layers",
         "https://arxiv.org/abs/2403.06764; ranked by the layer after the site, the authors take the one before it",
+        after_layers=_second,
         first_layers=(2, 3, 5),
     ),
     "pyramiddrop": Preset(
@@ -82,27 +95,39 @@ PRESETS: dict[str, Preset] = {
         "distinct",
         "the tokens least similar to a few pivots, after the second layer",
         "https://arxiv.org/abs/2502.11494; pivots by the norm of their hidden states",
-        after_layers=lambda num_layers: (1,),
+        after_layers=_second,
     ),
 }
 """By the names that `dpn eval --against` and `dpn export --static` take."""
 
 
 def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
-    """Read a preset with its share; None where the text names none of `PRESETS`.
+    """Read a preset with its settings; None where the text names none of `PRESETS`.
+
+    Args:
+        text: as users write it.
+        num_layers: depth of the decoder.
 
     Raises:
         UsageError: if the settings are not those of the preset.
     """
-    name, _, settings = text.partition(":")
+    name, _, settings = text.replace(" ", "").partition(":")
     if name not in PRESETS:
         return None
-    preset = PRESETS[name]
-    if _SHARE.fullmatch(settings) and float(settings) > 0:
-        return preset.pyramid(float(settings), num_layers, preset.first_layers[0] if preset.first_layers else None)
-    if preset.first_layers and (match := _FASTV.fullmatch(settings)):
-        first_layers, dropped = int(match[1]), float(match[2])
-        if 0 < first_layers < num_layers and dropped > 0:
-            return preset.pyramid(round(1 - dropped, 6), num_layers, first_layers)
-    example = f"{name}:K=3,R=0.5 (drops half after layer 3) or " if preset.first_layers else ""
+    preset, share, first_layers = PRESETS[name], 0.0, None
+    if _SHARE.fullmatch(settings):
+        share = float(settings)
+    elif preset.first_layers and (match := _FASTV.fullmatch(settings)):
+        share, first_layers = round(1 - float(match[2]), 6), int(match[1])
+    if LEAST_SHARE <= share < 1 and (first_layers is None or 0 < first_layers < num_layers):
+        pyramid = preset.pyramid(share, num_layers, first_layers)
+        return replace(pyramid, calibration={PRESET_KEY: f"{name}:{settings}"})
+    example = f"{name}:K=3,R=0.5 (drops half after layer 3 of {num_layers}) or " if preset.first_layers else ""
     raise UsageError(f"--static {text!r}: expected {example}{name}:0.5 (keeps half)")
+
+
+def preset_of(pyramid: PyramidConfig) -> tuple[str, Preset] | None:
+    """Return how the preset is written that a pyramid was made from, and the preset itself; None if it is none."""
+    text = str(pyramid.calibration.get(PRESET_KEY, ""))
+    preset = PRESETS.get(text.partition(":")[0])
+    return None if preset is None else (text, preset)

@@ -16,23 +16,25 @@ def test_methods_at_a_budget(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, picture = make_converted(), tmp_path / "latency.svg"
-    command = ["bench", "--model", str(folder), "--budget", "0.6", "--route", "2,0,1", "--against", "fastv,prepool"]
+    set_pyramid(folder, budgets=[[0.44, 3.0, 0.05]])
+    command = ["bench", "--model", str(folder), "--budget", "0.44", "--against", "fastv,prepool"]
+    command += ["--route", "keep,1x2,2x2,keep,exit"]
     sizes = ["--batch-size", "1", "--batch-size", "3", "--text-tokens", "4,16"]
     assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
-    assert all("routes nearest to 0.6 are set" in run["remarks"][0] for run in data["runs"])
+    assert all("routes nearest to 0.44 are set" in run["remarks"][0] for run in data["runs"])
     assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
     for run in data["runs"]:
         original, dpn, fastv, prepool, fixed = run["measurements"]
         assert (original["name"], original["fraction"], original["ideal_speedup"]) == ("original", 1.0, 1.0)
-        assert (dpn["name"], fixed["name"]) == ("dpn at 0.6", "fixed 2×2 · 1×1 · 1×2")
-        assert dpn["fraction"] == pytest.approx(0.6, abs=0.02), "the routers are not left to noise"
+        assert (dpn["name"], fixed["name"]) == ("dpn at 0.44", "fixed keep, pool:1x2, pool:2x2, keep, exit")
+        assert dpn["fraction"] == pytest.approx(0.44, abs=0.02), "the routers are not left to noise"
         assert fastv["fraction"] == pytest.approx(dpn["fraction"], abs=0.01)
-        assert [budget["asked"] for budget in run["budgets"]] == [0.6]
+        assert [budget["asked"] for budget in run["budgets"]] == [0.44]
         assert prepool["kv_bytes"] < original["kv_bytes"]
         assert original["phases"].keys() == {"vision", "prefill", "first_token", "decode"}
-    assert ">fixed 2×2 · 1×1 · 1×2<" in picture.read_text()
+    assert ">fixed keep, pool:1x2, pool:2x2, keep, exit<" in picture.read_text()
 
 
 def test_real_prompts_bring_fidelity(make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,33 +77,28 @@ def test_a_checkpoint_runs_at_its_own_budget_and_on_prompts_of_the_calibrations_
     make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_converted()
-    set_pyramid(folder, calibration={"text_tokens": 10, "grids": [[12, 12]]})
+    length = {"text_tokens": 10, "grids": [[12, 12]]}
+    set_pyramid(folder, budgets=[[0.5, 1.0, 0.01], [0.4, 3.0, 0.05]], calibration=length)
     assert main(["bench", "--model", str(folder), *QUICK, "--json"]) == 0
     [run] = json.loads(capsys.readouterr().out)["runs"]
     assert run["prompt_tokens"] == 144 + 10
-    assert [budget["asked"] for budget in run["budgets"]] == [0.7], "λ = 2 is half way from 0.8 to 0.6"
-    assert run["measurements"][1]["fraction"] == pytest.approx(0.7, abs=0.03)
+    assert [budget["asked"] for budget in run["budgets"]] == [0.45], "λ = 2 is half way from 0.5 to 0.4"
+    assert run["measurements"][1]["fraction"] == pytest.approx(0.45, abs=0.03)
 
 
 def test_a_method_that_cannot_spend_so_little_is_left_out(
     make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = [[1, 1], [1, 2], [2, 2]]
-    set_pyramid(
-        folder := make_converted(),
-        budgets=[[0.2, 9.0, 0.2]],
-        sites=[{"after_layer": layer, "rates": rates} for layer in (0, 1, 2)],
-        min_visual_tokens=1,
-    )
-    line = ["bench", "--model", str(folder), "--budget", "0.2", "--against", "fastv,prepool", *SHORT]
+    set_pyramid(folder := make_converted(), budgets=[[0.24, 9.0, 0.2]])
+    line = ["bench", "--model", str(folder), "--budget", "0.24", "--against", "fastv,prepool", *SHORT]
     assert main([*line, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "Left out, fastv at 0.2: fastv cannot spend less than" in captured.err
+    assert "Left out, fastv at 0.24: fastv cannot spend less than" in captured.err
     names = [each["name"] for each in json.loads(captured.out)["runs"][0]["measurements"]]
-    assert names[:2] == ["original", "dpn at 0.2"]
+    assert names[:2] == ["original", "dpn at 0.24"]
     assert [name.split()[0] for name in names[2:]] == ["prepool"]
     assert main([*line, "--text-tokens", "64"]) == 2, "no route spends so little on longer prompts"
-    assert "budget 0.2 is out of reach of these synthetic prompts" in capsys.readouterr().err
+    assert "budget 0.24 is out of reach of these synthetic prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_a_method_that_cannot_spend_so_little_is_left_out(
         (["--against", "fastv"], "--budget"),
         (["--budget", "0.6", "--against", "fastw"], "Did you mean 'fastv'?"),
         (["--budget", "0.01"], "out of reach"),
-        (["--route", "2,2"], "3 sites"),
+        (["--route", "2,2"], "5 sites"),
         (["--route", "a"], "0,1,2"),
         (["--text-tokens", "1"], "32,64,128"),
         (["--plot", "picture.bmp"], ".png"),

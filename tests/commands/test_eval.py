@@ -19,6 +19,7 @@ from PIL import Image
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
+from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.judging import Evaluator
 
 
@@ -57,7 +58,7 @@ def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureF
     assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
     assert original["figures"]["accuracy"]["mcnemar"] == 1.0
     names = [each["method"] for each in others if each["budget"] == 0.6]
-    assert names == ["dpn", "fixed", "random", "downsample", "prepool", "fastv", "pyramiddrop", "visionzip"]
+    assert names == ["dpn", *(name for name in BASELINES if name != "original")]
     for budget in (0.8, 0.6):
         dpn, *rivals = [each for each in others if each["budget"] == budget]
         for rival in rivals:
@@ -173,11 +174,11 @@ def test_an_interrupted_run_goes_on(
     batches: list[int] = []
     judge = Evaluator._judge_batch
 
-    def interrupted(self: Evaluator, contenders: Any, samples: Any, teacher: Any) -> Any:
+    def interrupted(self: Evaluator, methods: Any, samples: Any, teacher: Any) -> Any:
         batches.append(len(samples))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return judge(self, contenders, samples, teacher)
+        return judge(self, methods, samples, teacher)
 
     monkeypatch.setattr(Evaluator, "_judge_batch", interrupted)
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 130

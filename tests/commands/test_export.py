@@ -56,13 +56,14 @@ def test_what_stays_behind_is_said_once(here: Path, capsys: pytest.CaptureFixtur
 
 
 def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--quantize", "nf4", "--static", "1x2,1x1,2x2", "--drop-unused", "--verify", "--max-shard-size", "200KB"]
+    options = ["--quantize", "nf4", "--static", "keep,1x2,2x2,keep,exit", "--drop-unused", "--verify"]
+    options += ["--max-shard-size", "200KB"]
     assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
     captured = capsys.readouterr()
-    assert "fixed, 1×2 → 1×1 → 2×2" in captured.out and "nf4" in captured.out
+    assert "fixed, keep, pool:1x2, pool:2x2, keep, exit" in captured.out and "nf4" in captured.out
     assert "tensors equal the checkpoint's, byte for byte" in captured.err
     assert main(["inspect", "out"]) == 0
-    assert "static route (1, 0, 2)" in capsys.readouterr().out
+    assert "static route keep, pool:1x2, pool:2x2, keep, exit" in capsys.readouterr().out
     config = json.loads((here / "out" / "config.json").read_text())
     assert config["vision_config"]["num_hidden_layers"] == 2
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
@@ -91,9 +92,9 @@ def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, caps
         ("--model tiny-dpn --budget 0.5", 2, "not calibrated"),
         ("--model tiny-dpn --budget 1.5", 2, "1.5"),
         ("--model tiny-dpn --quantize nf", 2, "Did you mean 'nf4'?"),
-        ("--model tiny-dpn --static 0,1", 2, "2 entries, the pyramid has 3 sites"),
-        ("--model tiny-dpn --static 0,1,5x5", 2, "expected one of 1x1, 1x2, 2x2, or 0 to 2"),
-        ("--model tiny-dpn --static 0,0,0 --budget 0.5", 2, "leave one of the two out"),
+        ("--model tiny-dpn --static 0,1", 2, "2 entries, the pyramid has 5 sites"),
+        ("--model tiny-dpn --static 0,1,5x5,0,0", 2, "expected one of keep, pool:1x2, pool:2x2, or 0 to 2"),
+        ("--model tiny-dpn --static 0,0,0,0,0 --budget 0.5", 2, "leave one of the two out"),
         ("", 2, "no current checkpoint"),
     ],
 )

@@ -1,10 +1,10 @@
-"""A naive reference for contenders: the stock model's layers over one sample, with eager attention maps."""
+"""A naive reference for baselines: the stock model's layers over one sample, with eager attention maps."""
 
 from typing import Any
 
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Contender
+from dpn_cli.evaluation.baselines.baseline import Baseline
 from dpn_cli.pyramid.shape import DecoderShape
 from tests.pyramids import IMAGE, collate, ragged_batch
 
@@ -53,12 +53,12 @@ class Naive:
         return self.stock.lm_head(self.text.norm(self.hidden))[0, -1]
 
 
-def assert_batch_equals_one_by_one(model: Any, contender: Contender) -> None:
+def assert_batch_equals_one_by_one(model: Any, baseline: Baseline) -> None:
     """Hold a ragged batch's generated logits against those without a cache, and those of its samples alone."""
     samples = ragged_batch()
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
-    with contender.applied(model):
+    with baseline.applied(model):
         together = model.generate(**collate(samples), **settings)
         uncached = model.generate(**collate(samples), **settings, use_cache=False)
         alone = [model.generate(**sample, **settings) for sample in samples]

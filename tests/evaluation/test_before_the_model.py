@@ -1,4 +1,4 @@
-"""Contenders that reduce images before the language model, against naive references."""
+"""Baselines that reduce images before the language model, against naive references."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.baselines.contender import Contender, Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Baseline, Fixed, Prompt
 from dpn_cli.evaluation.baselines.downsampling import FeaturePooling, ImageDownsampling
 from dpn_cli.evaluation.baselines.vision_zip import VisionZip
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import IMAGE, VISUAL, prompt
 
-CONTENDERS = [ImageDownsampling((7, 8)), FeaturePooling((7, 8)), VisionZip(0.4)]
+BASELINES = [ImageDownsampling((7, 8)), FeaturePooling((7, 8)), VisionZip(0.4)]
 
 
 def tower(stock: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -47,15 +47,15 @@ def test_coarser_grids_equal_a_shorter_prompt(make_pair: Any, kind: str) -> None
     if kind == "image":
         small = F.interpolate(sample["pixel_values"], (6 * 4, 6 * 4), mode="bicubic", antialias=True)
         features = tower(stock, small, interpolate_pos_encoding=True)
-        contender: Contender = ImageDownsampling((6, 6))
+        baseline: Baseline = ImageDownsampling((6, 6))
     else:
         whole = tower(stock, sample["pixel_values"]).transpose(1, 2).unflatten(2, (12, 12))
         features = F.avg_pool2d(whole, 2).flatten(2).transpose(1, 2)
-        contender = FeaturePooling((6, 6))
+        baseline = FeaturePooling((6, 6))
     naive = Naive(stock, shorter(sample, 36), stock.model.multi_modal_projector(features)[0])
     naive.positions = coarse_positions(sample, 6, 6)
     naive.run(range(8))
-    with contender.applied(model):
+    with baseline.applied(model):
         logits = model(**sample).logits[0, -1]
     assert (logits - naive.logits()).abs().max() < 1e-4
 
@@ -95,56 +95,56 @@ def test_visionzip_equals_selection_by_the_towers_attention_map(make_pair: Any) 
     assert (logits - naive.logits()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
-def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, contender: Contender) -> None:
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
+def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, baseline: Baseline) -> None:
     _, model = make_pair()
-    assert_batch_equals_one_by_one(model, contender)
+    assert_batch_equals_one_by_one(model, baseline)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
-def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, contender: Fixed) -> None:
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
+def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, baseline: Fixed) -> None:
     _, model = make_pair()
     sample = prompt(2, 3, 5, seed=1)
     seen = []
     hook = model.text_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    with contender.applied(model):
+    with baseline.applied(model):
         model(**sample)
     hook.remove()
-    assert seen == [contender.layer_tokens(model.text_model.shape, Prompt(((12, 12),) * 2, 9))[0] + 9]
+    assert seen == [baseline.layer_tokens(model.text_model.shape, Prompt(((12, 12),) * 2, 9))[0] + 9]
     assert seen[0] < 2 * VISUAL * 0.5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.name)
-def test_the_model_is_afterwards_what_it_was(make_pair: Any, contender: Contender) -> None:
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
+def test_the_model_is_afterwards_what_it_was(make_pair: Any, baseline: Baseline) -> None:
     _, model = make_pair()
     sample = prompt(1, 3, 5, seed=0)
     before = model(**sample).logits
-    with pytest.raises(KeyError), contender.applied(model):
+    with pytest.raises(KeyError), baseline.applied(model):
         raise KeyError
     assert torch.equal(model(**sample).logits, before)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.36])
-@pytest.mark.parametrize("contender", [ImageDownsampling(), FeaturePooling(), VisionZip()], ids=lambda each: each.name)
-def test_fit_spends_the_budget(contender: Fixed, budget: float) -> None:
+@pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling(), VisionZip()], ids=lambda each: each.name)
+def test_fit_spends_the_budget(baseline: Fixed, budget: float) -> None:
     prompts = [Prompt(((12, 12),) * images, text) for images, text in ((1, 9), (1, 40), (2, 9))]
-    fitted = contender.fit(SHAPE, prompts, budget)
+    fitted = baseline.fit(SHAPE, prompts, budget)
     assert fitted.mean_fraction(SHAPE, prompts) == pytest.approx(budget, abs=0.04)
 
 
 def test_towers_that_cannot_are_refused(make_pair: Any) -> None:
     _, model = make_pair()
     model.config.vision_config.model_type = "siglip_vision_model"
-    for contender in CONTENDERS:
-        with pytest.raises(UsageError, match="CLIP"), contender.applied(model):
+    for baseline in BASELINES:
+        with pytest.raises(UsageError, match="CLIP"), baseline.applied(model):
             pass
 
 
-@pytest.mark.parametrize("contender", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
-def test_tiles_are_refused(make_pair: Any, contender: Fixed) -> None:
+@pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
+def test_tiles_are_refused(make_pair: Any, baseline: Fixed) -> None:
     _, model = make_pair()
     prompts = [Prompt(((6, 6), (8, 12), (8, 1)), 9)]
-    with pytest.raises(ValueError, match=f"{contender.name} needs images that are not cut into tiles"):
-        contender.fit(model.text_model.shape, prompts, 0.5)
+    with pytest.raises(ValueError, match=f"{baseline.name} needs images that are not cut into tiles"):
+        baseline.fit(model.text_model.shape, prompts, 0.5)

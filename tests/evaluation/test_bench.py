@@ -21,7 +21,8 @@ def test_a_call_is_silent_unless_a_reporter_listens(
     make_converted: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, prompts = make_converted(), SyntheticPrompts(text_tokens=(4,))
-    options = BenchOptions(budgets=(0.6,), routes=("2,0,1",), batch_sizes=(1, 2), new_tokens=2, rounds=1)
+    route = "keep,1x2,2x2,keep,exit"
+    options = BenchOptions(budgets=(0.6,), routes=(route,), batch_sizes=(1, 2), new_tokens=2, rounds=1)
     quiet = bench_folder(folder, prompts, options)
     assert capfd.readouterr() == ("", "")
     said: list[str] = []
@@ -77,5 +78,5 @@ def test_what_the_pyramid_does_not_have_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("dpn_cli.evaluation.bench.load_opened", None)
     with pytest.raises(UsageError, match="out of reach"):
         bench_folder(folder, SyntheticPrompts(), BenchOptions(budgets=(0.01,)))
-    with pytest.raises(UsageError, match="3 sites"):
+    with pytest.raises(UsageError, match="5 sites"):
         bench_folder(folder, SyntheticPrompts(), BenchOptions(routes=("2,2",)))

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-from dpn_cli.evaluation.baselines.dropping import Dropping
-from dpn_cli.evaluation.baselines.fastv import FastV
-from dpn_cli.evaluation.baselines.random_dropping import RandomDropping
 
 from dpn_cli.evaluation import drawing
-from dpn_cli.evaluation.baselines.contender import Contender
+from dpn_cli.evaluation.baselines.baseline import Baseline
 from dpn_cli.evaluation.baselines.routes import Original, Routed
+from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.drawing import plot_evaluation, plot_latency
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.figures import Question
@@ -20,13 +18,13 @@ from dpn_cli.evaluation.plots import Point
 QUESTIONS = tuple(Question("all", "red", "red") for _ in range(4))
 
 
-def result(contender: Contender, budget: float | None, distortion: float) -> Result:
+def result(method: Baseline, budget: float | None, distortion: float) -> Result:
     samples = [SampleResult("red", distortion * i, 1.0, budget or 1.0, 100.0) for i in range(4)]
-    return Result.of((budget, contender), samples, QUESTIONS, "exact")
+    return Result.of((budget, method), samples, QUESTIONS, "exact")
 
 
-def evaluation(*contenders: Contender) -> Evaluation:
-    rows = [result(each, budget, distortion) for each in contenders for budget, distortion in ((0.8, 0.0), (0.5, 0.1))]
+def evaluation(*methods: Baseline) -> Evaluation:
+    rows = [result(each, budget, distortion) for each in methods for budget, distortion in ((0.8, 0.0), (0.5, 0.1))]
     return Evaluation(QUESTIONS, (result(Original(), None, 0.0), *rows), ())
 
 
@@ -34,8 +32,8 @@ def evaluation(*contenders: Contender) -> Evaluation:
 def test_every_method_is_named_but_the_original(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"frontier{suffix}"
-    dropping: list[Dropping] = [RandomDropping(), FastV()]
-    plot_evaluation(path, evaluation(Routed(), *dropping), evaluation(Routed()), names=("dpn", "dpn, healed"))
+    others = [StaticPyramid("random"), StaticPyramid("fastv")]
+    plot_evaluation(path, evaluation(Routed(), *others), evaluation(Routed()), names=("dpn", "dpn, healed"))
     assert path.stat().st_size > 5000
     if suffix == ".svg":
         text = path.read_text()

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from dpn_cli.evaluation.baselines.fastv import FastV
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
+from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.loading import load_model
@@ -41,22 +41,22 @@ def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None
     return Evaluator(load_model(folder), processor, batch_size, answer_tokens=4, kept=kept)
 
 
-def judge(asked: Evaluator, contenders: Any, samples: list[Sample]) -> list[list[SampleResult]]:
+def judge(asked: Evaluator, methods: Any, samples: list[Sample]) -> list[list[SampleResult]]:
     teacher = asked.ask(Original(), samples, lambda done: None)
-    return asked.judge(contenders, samples, teacher, lambda done: None)
+    return asked.judge(methods, samples, teacher, lambda done: None)
 
 
 def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
     asked, sample = evaluator(folder), questions()[0]
-    contender = FixedRoute(asked.model.pyramid, (1, 0, 1))
-    [[result]] = judge(asked, [contender], [sample])
+    method = FixedRoute(asked.model.pyramid, (0, 1, 1, 0, 0))
+    [[result]] = judge(asked, [method], [sample])
 
     stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
     inputs = prompts([sample], asked.processor)
     answer = asked.processor.tokenizer(" red circle", add_special_tokens=False, return_tensors="pt").input_ids
     answer = torch.cat([answer, torch.tensor([[asked.processor.tokenizer.eos_token_id]])], 1)
     ids, count = torch.cat([inputs["input_ids"], answer], 1), answer.shape[1]
-    asked.model.set_route((1, 0, 1))
+    asked.model.set_route((0, 1, 1, 0, 0))
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
     with torch.no_grad():
         theirs = stock(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -count - 1 : -1].log_softmax(-1)
@@ -68,7 +68,7 @@ def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path)
     assert result.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
     text = asked.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result.answer == text.strip()
-    assert result.visual_tokens == (144 * 2 + 72 * 4 + 36 * 2) / 8
+    assert result.visual_tokens == (144 + 72 + 36 * 6) / 8
 
 
 def test_the_teacher_loses_nothing(folder: Path) -> None:
@@ -79,8 +79,8 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
 
 
 def test_batches_do_not_matter(folder: Path) -> None:
-    contenders = [Routed(0.7), FastV(0.4)]
-    alone, together = (judge(evaluator(folder, size), contenders, questions()) for size in (1, 5))
+    methods = [Routed(0.7), StaticPyramid("fastv", 0.4)]
+    alone, together = (judge(evaluator(folder, size), methods, questions()) for size in (1, 5))
     for one, five in zip(alone, together, strict=True):
         for a, b in zip(one, five, strict=True):
             assert (a.answer, a.agreement, a.fraction, a.route) == (b.answer, b.agreement, b.fraction, b.route)
@@ -98,8 +98,8 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 
 
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, contenders = questions(), [Routed(0.7), FastV(0.4)]
-    undisturbed = judge(evaluator(folder), contenders, samples)
+    samples, methods = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
+    undisturbed = judge(evaluator(folder), methods, samples)
     kept = KeptResults({"a": 1}, tmp_path / "kept")
 
     def interrupt(done: int) -> None:
@@ -108,9 +108,9 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     first = evaluator(folder, kept=kept)
     teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
-        first.judge(contenders, samples, teacher, interrupt)
+        first.judge(methods, samples, teacher, interrupt)
     files = sorted(kept.folder.iterdir())
-    assert len(files) == 3 + 1, "three batches of the teacher, one of the contenders"
+    assert len(files) == 3 + 1, "three batches of the teacher, one of the methods"
     first_answers = min(path for path in files if json.loads(path.read_text())["results"][0].__class__ is str)
     first_answers.write_text("{")  # a damaged one
 
@@ -120,10 +120,10 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(
         second.model, "generate", lambda **inputs: asked.append(len(inputs["input_ids"])) or generate(**inputs)
     )
-    resumed = judge(second, contenders, samples)
+    resumed = judge(second, methods, samples)
     assert resumed == undisturbed
     assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
-    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), contenders[:1], samples)
+    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), methods[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
     assert not kept.folder.exists()

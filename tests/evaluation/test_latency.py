@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.evaluation.baselines.contender import Prompt
+from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.latency import ORIGINAL, measure_latency, median_interval, prompts_of, synthetic_inputs
 from dpn_cli.evaluation.timing import attention_kernels, time_generation
@@ -114,8 +114,8 @@ def test_costs_and_fidelity_of_a_ragged_batch(make_pair: Any) -> None:
     _, model = make_pair()
     inputs, advanced = collate(ragged_batch()), []
     fixed = FixedRoute(model.pyramid, ROUTE)
-    contenders = {ORIGINAL: Original(), "fixed": fixed, "dpn": Routed()}
-    result = measure_latency(model, contenders, [inputs] * 2, new_tokens=2, advance=advanced.append)
+    methods = {ORIGINAL: Original(), "fixed": fixed, "dpn": Routed()}
+    result = measure_latency(model, methods, [inputs] * 2, new_tokens=2, advance=advanced.append)
     assert sum(advanced) == 3 * (1 + 2)
     original, cheap, _ = result.measurements
     assert (original.fraction, original.distortion, original.agreement) == (1.0, 0.0, 1.0)

@@ -60,7 +60,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(
     samples = list(load_data(DataOptions("demo"), split="heldout", limit=5).samples)
     settings = [{"max_new_tokens": 3 + i % 2, "temperature": 0, "until": ["\n\n"]} for i in range(5)]
     answers = plugin.generate_until(requests(plugin, samples, settings))
-    with plugin.contender.applied(plugin.model):
+    with plugin.method.applied(plugin.model):
         expected = [
             greedy_answers(plugin.model, plugin.processor, [sample], 1, own["max_new_tokens"])[0]
             for sample, own in zip(samples, settings, strict=True)
@@ -69,7 +69,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_requests(
     assert len(set(expected)) > 1
     fraction = json.loads(record.read_text())["demo"]
     assert fraction == 1.0 if teacher else fraction < 1.0
-    assert isinstance(plugin.contender, Original) == teacher
+    assert isinstance(plugin.method, Original) == teacher
 
 
 def test_an_answer_ends_before_a_stop_string_and_text_needs_no_image(make_plugin: Callable[..., Any]) -> None:

@@ -1,11 +1,11 @@
-"""The pyramid's own ways as contenders."""
+"""The pyramid's own ways beside the baselines."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Prompt, full_flops
+from dpn_cli.evaluation.baselines.baseline import Prompt, full_flops
 from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.pyramid.config import Budget
@@ -30,13 +30,13 @@ def test_a_fixed_route_is_forced_for_the_duration(make_pair: Any) -> None:
     _, model = make_pair()
     sample = prompt(1, 3, 5, seed=0)
     routed = model(**sample).logits
-    contender = FixedRoute(model.pyramid, (1, 0, 1))
-    with contender.applied(model):
+    baseline = FixedRoute(model.pyramid, (1, 0, 1))
+    with baseline.applied(model):
         model(**sample)
         assert model.last_routes == [(1, 0, 1)]
     assert torch.equal(model(**sample).logits, routed)
-    assert contender.visual_tokens(model, [Prompt(GRID, 9)]) == [[144, 144, 72, 72, 72, 72, 36, 36]]
-    assert contender.label == "fixed 1×2 · 1×1 · 1×2"
+    assert baseline.visual_tokens(model, [Prompt(GRID, 9)]) == [[144, 144, 72, 72, 72, 72, 36, 36]]
+    assert baseline.label == "fixed pool:1x2, keep, pool:1x2"
 
 
 @torch.no_grad()
@@ -45,10 +45,10 @@ def test_a_fixed_route_of_a_gated_pyramid_is_gated_and_pays_for_its_routers(make
     sample, prompts = prompt(1, 3, 5, seed=0), [Prompt(GRID, 9)]
     routed, spent = model(**sample).logits, Routed().fractions(model, prompts)
     [route] = model.last_routes
-    contender = FixedRoute(model.pyramid, route)
-    with contender.applied(model):
+    baseline = FixedRoute(model.pyramid, route)
+    with baseline.applied(model):
         assert torch.equal(model(**sample).logits, routed)
-    assert contender.fractions(model, prompts) == spent == [contender.mean_fraction(SHAPE, prompts)]
+    assert baseline.fractions(model, prompts) == spent == [baseline.mean_fraction(SHAPE, prompts)]
     ungated = FixedRoute(pyramid(), route)
     assert ungated.fractions(model, prompts) < spent
 
@@ -60,10 +60,10 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
     prompts = [Prompt(GRID * images, text) for images, text in ((1, 9), (1, 12), (0, 14), (2, 9), (1, 19), (1, 11))]
     spent = {}
     for budget in (0.8, 0.4):
-        contender = Routed().fit(model.text_model.shape, prompts, budget)
-        with contender.applied(model):
+        baseline = Routed().fit(model.text_model.shape, prompts, budget)
+        with baseline.applied(model):
             model(**batch)
-            spent[budget] = contender.fractions(model, prompts)
+            spent[budget] = baseline.fractions(model, prompts)
     assert model.text_model.trade_off == 0
     assert spent[0.8][2] == spent[0.4][2] == 1.0
     assert sum(spent[0.4]) < sum(spent[0.8])
@@ -71,7 +71,7 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
 
 def test_candidates_are_the_cheapest_routes_that_spend_the_budget() -> None:
     offered, prompts = pyramid(min_visual_tokens=4), [Prompt(GRID, 9)]
-    everything = {route: FixedRoute(offered, route) for route in offered.routes(GRID)}
+    everything = {route: FixedRoute(offered, route) for route in offered.routes_for(GRID)}
     costs = {route: each.mean_fraction(SHAPE, prompts) for route, each in everything.items()}
     for budget in (0.9, 0.6, 0.45):
         found = everything[(0, 0, 0)].candidates(SHAPE, prompts, budget)
@@ -96,12 +96,12 @@ def test_given_routes_are_taken_while_the_routers_run(make_pair: Any) -> None:
     before, asked = model(**batch).logits, []
     routes = routes_that_spend(model.text_model.shape, model.pyramid, prompts, 0.6)
     hooks = [router.register_forward_hook(lambda *_: asked.append(1)) for router in model.text_model.routers]
-    contender = GivenRoutes(given=routes)
-    with contender.applied(model):
+    baseline = GivenRoutes(given=routes)
+    with baseline.applied(model):
         model(**batch)
         assert model.last_routes == list(routes)
         assert len(asked) == 3
-        assert contender.fractions(model, prompts)[2] == 1.0, "there is no image"
+        assert baseline.fractions(model, prompts)[2] == 1.0, "there is no image"
     for hook in hooks:
         hook.remove()
     assert torch.equal(model(**batch).logits, before)

@@ -6,44 +6,50 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpn_cli.checkpoint.headers import Checkpoint, read_json
+from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.experts import pool
+from dpn_cli.pyramid.recipe import load_recipe
 from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
+
+ROUTE = "keep,1x2,2x2,keep,exit"
 
 
 def test_a_static_export_is_the_model_with_that_route_forced(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
     folder = make_converted()
-    done = export(folder, tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
-    assert done.pyramid.static_route == (1, 0, 2) and not done.pyramid.budgets and not done.pyramid.calibration
+    done = export(folder, tmp_path / "out", ExportOptions(static=ROUTE))
+    assert done.pyramid.static_route == (0, 1, 2, 0, 1) and not done.pyramid.budgets and not done.pyramid.calibration
     assert not any("routers" in name for name in Checkpoint.open(tmp_path / "out").tensors)
     inputs = question(folder, picture)
     routed, static = load_model(folder), load_model(tmp_path / "out")
-    routed.set_route((1, 0, 2))
+    routed.set_route((0, 1, 2, 0, 1))
     with torch.no_grad():
         assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
-    assert [tuple(route) for route in static.last_routes] == [(1, 0, 2)]
+    assert [tuple(route) for route in static.last_routes] == [(0, 1, 2, 0, 1)]
     with pytest.raises(ValueError, match="route is fixed"):
         static.set_budget(0.7)
 
 
 @pytest.fixture
-def gated(make_converted: Callable[..., Path]) -> Path:
-    """A calibrated checkpoint whose routers gate what they pool."""
-    folder = make_converted()
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", config | {"pyramid": config["pyramid"] | {"gate": "probability"}})
+def gated(tiny_llava: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose routers gate what they pool, and disagree."""
+    folder = convert(str(tiny_llava), load_recipe("llava-1.5-7b-paper"), tmp_path / "tiny-dpn").output
+    tensors = load_file(folder / "dpe.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: torch.randn(each.shape, generator=generator) for name, each in tensors.items() if "head" in name}
+    save_file(tensors | heads, folder / "dpe.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -81,15 +87,15 @@ def test_an_old_static_export_of_a_gated_pyramid_stays_ungated(gated: Path, pict
 def test_a_static_export_loads_where_dpn_is_not_installed(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path
 ) -> None:
-    export(make_converted(), tmp_path / "out", ExportOptions(static="1x2,1x1,2x2"))
+    export(make_converted(), tmp_path / "out", ExportOptions(static=ROUTE))
     found = in_fresh_process(tmp_path / "out", picture, tmp_path)
-    assert not any(found["keys"].values()) and found["routes"] == [[1, 0, 2]]
+    assert not any(found["keys"].values()) and found["routes"] == [[0, 1, 2, 0, 1]]
 
 
 def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable[..., Path], tmp_path: Path) -> None:
-    export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0"))
+    export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0,0,0"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Route: fixed, 1×1 → 1×1 → 1×1, which takes 1.000 of the original's prefill FLOPs" in card
+    assert "Route: fixed, keep, keep, keep, keep, keep, which takes 1.000 of the original's prefill FLOPs" in card
     assert "Calibration" not in card and "set_budget" not in card and "small routers" not in card
 
 
@@ -97,9 +103,9 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     folder = make_converted()
     config = read_json(folder / "config.json")
     with pytest.raises(UsageError, match="leave one of the two out"):
-        export(folder, tmp_path / "out", ExportOptions(static="0,0,0", budget=0.7))
-    with pytest.raises(UsageError, match="min_visual_tokens"):
-        export(folder, tmp_path / "out", ExportOptions(static="2x2,2x2,2x2"))
+        export(folder, tmp_path / "out", ExportOptions(static="0,0,0,0,0", budget=0.7))
+    with pytest.raises(UsageError, match="needs a grid of tokens"):
+        export(folder, tmp_path / "out", ExportOptions(static="diverse:0.5,1x2,keep,keep,keep"))
     assert read_json(folder / "config.json") == config
 
 
@@ -107,8 +113,9 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     ("data", "exported"),
     [("/home/me/secret/my.json", "my.json"), ("owner/data", "owner/data"), ("demo", "demo"), (None, None)],
 )
-def test_a_path_of_somebodys_disk_is_not_published(data: str | None, exported: str | None) -> None:
-    pyramid = PyramidConfig(
-        sites=(Site(1, pool((1, 1), (1, 2), (2, 2))),), calibration={"data": data, "agreement": 0.9}
-    )
-    assert exported_pyramid(pyramid, (12, 12), None, None).calibration == {"data": exported, "agreement": 0.9}
+def test_a_path_of_somebodys_disk_is_not_published(
+    make_converted: Callable[..., Path], data: str | None, exported: str | None
+) -> None:
+    _, layout, pyramid = open_converted(make_converted(calibrated=False))
+    pyramid = replace(pyramid, calibration={"data": data, "agreement": 0.9})
+    assert exported_pyramid(pyramid, layout, None, None).calibration == {"data": exported, "agreement": 0.9}

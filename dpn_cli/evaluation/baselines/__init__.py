@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dpn_cli.pyramid.presets import PRESETS
 
 if TYPE_CHECKING:
-    from dpn_cli.evaluation.baselines.contender import Contender
+    from dpn_cli.evaluation.baselines.baseline import Baseline
     from dpn_cli.pyramid.config import PyramidConfig
 
 _CLASSES = {
@@ -20,19 +20,19 @@ BASELINES = (*_CLASSES, *PRESETS)
 """Their names: those that are classes of this package, and the static pyramids."""
 
 
-def make_baseline(name: str, pyramid: "PyramidConfig") -> "Contender":
+def make_baseline(name: str, pyramid: "PyramidConfig") -> "Baseline":
     """Return one of `BASELINES`, to be fitted to a budget.
 
     Args:
-        name: of the contender.
+        name: of the baseline.
         pyramid: that it is compared with.
 
     Raises:
         KeyError: if there is none of this name.
     """
     if name in PRESETS:
-        static: Contender = import_module(f"{__name__}.static").StaticPyramid(name)
+        static: Baseline = import_module(f"{__name__}.static").StaticPyramid(name)
         return static
     module, _, kind = _CLASSES[name].partition(".")
-    contender: Contender = getattr(import_module(f"{__name__}.{module}"), kind).beside(pyramid)
-    return contender
+    baseline: Baseline = getattr(import_module(f"{__name__}.{module}"), kind).beside(pyramid)
+    return baseline

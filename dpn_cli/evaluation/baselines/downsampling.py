@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from dpn_cli.evaluation.baselines.contender import Fixed, Prompt, taken_over, validate_clip
+from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt, taken_over, validate_clip
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

@@ -1,11 +1,12 @@
-"""The pyramid's own ways as contenders: nothing pooled, one route for all, or routed per sample."""
+"""The pyramid's own ways beside the baselines: nothing pooled, one route for all, or routed per sample."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dpn_cli.evaluation.baselines.contender import TOLERANCE, Contender, Fixed, Prompt, full_flops, with_images
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fixed, Prompt, full_flops, with_images
+from dpn_cli.modeling.pyramid_text import Offer
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -106,7 +107,7 @@ class FixedRoute(Fixed):
 
 
 @dataclass(frozen=True)
-class Routed(Contender):
+class Routed(Baseline):
     """The pyramid at a budget: calibrated routers, and the adapter where it was healed.
 
     Attributes:
@@ -167,14 +168,19 @@ class GivenRoutes(Routed):
         text_model = model.text_model
 
         def reduce(state: PyramidState, site: int) -> PyramidState:
-            offers = [
-                ([option for option in options if option.expert == route[site]][:1], costs)
-                for (options, costs), route in zip(text_model.offers(state), self.given, strict=True)
-            ]
+            pairs = zip(text_model.offers(state), self.given, strict=True)
+            offers = [_only(offer, route[site]) for offer, route in pairs]
             return text_model.apply(state, site, text_model.choose_among(offers, state, site))
 
         with model.reduced_by(reduce):
             yield
+
+
+def _only(offer: Offer, expert: int) -> Offer:
+    """Return what leads to one expert of an offer."""
+    options, costs = offer
+    first = next(i for i, option in enumerate(options) if option.expert == expert)
+    return [options[first]], [costs[first]]
 
 
 def routes_that_spend(

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
-from dpn_cli.evaluation.baselines.contender import Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
@@ -39,29 +39,26 @@ class StaticPyramid(Fixed):
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
         pyramid = self.pyramid(shape)
-        return tokens_per_layer(shape, pyramid, self._taken(pyramid, prompt), prompt.grids, text_tokens=0)
+        return tokens_per_layer(shape, pyramid, pyramid.own_routes[0], prompt.grids, text_tokens=0)
 
     def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
         """Return the fraction of the original FLOPs that a prompt takes, the choice of tokens included."""
         pyramid = self.pyramid(shape)
-        return flops_fraction(shape, pyramid, self._taken(pyramid, prompt), prompt.grids, prompt.text_tokens)
-
-    def _taken(self, pyramid: PyramidConfig, prompt: Prompt) -> tuple[int, ...]:
-        """Return the static route, as far as it leaves a sample with fewer tokens."""
-        route, stage = [], prompt.grids
-        for site, k in enumerate(pyramid.own_routes[0]):
-            route.append(k if k in pyramid.offered(site, stage) else 0)
-            stage = pyramid.sites[site].experts[route[-1]].left(stage)
-        return tuple(route)
+        return flops_fraction(shape, pyramid, pyramid.own_routes[0], prompt.grids, prompt.text_tokens)
 
     def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
-        """Return the shares that are whole tokens of the largest prompt."""
-        most = max(prompt.visual_tokens for prompt in prompts)
-        return [replace(self, share=count / most) for count in range(1, most)]
+        """Return the shares that are whole tokens of the largest prompt, if every site drops some of the smallest."""
+        by_size = sorted(prompts, key=lambda prompt: prompt.visual_tokens)
+        smallest, most = by_size[0].grids, by_size[-1].visual_tokens
+        shares = [replace(self, share=count / most) for count in range(1, most)]
+        pyramids = [share.pyramid(shape) for share in shares]
+        pairs = zip(shares, pyramids, strict=True)
+        return [share for share, pyramid in pairs if pyramid.can_walk(pyramid.own_routes[0], smallest)]
 
     def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Fixed]:
         """Return it with every number of first layers that can spend so little."""
-        ways = [replace(self, first_layers=k) for k in PRESETS[self.name].first_layers] or [self]
+        depths = [k for k in PRESETS[self.name].first_layers if k < shape.num_layers]
+        ways = [replace(self, first_layers=k) for k in depths] or [self]
         found: list[Fixed] = []
         for way in ways:
             with suppress(ValueError):
@@ -71,5 +68,6 @@ class StaticPyramid(Fixed):
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Let a model run as this pyramid for the duration, without its adapter."""
-        with model.without_adapter(), model.as_pyramid(self.pyramid(model.text_model.shape)):
+        pyramid = replace(self.pyramid(model.text_model.shape), prepooling=model.pyramid.prepooling)
+        with model.without_adapter(), model.as_pyramid(pyramid):
             yield

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from dpn_cli.evaluation.baselines.contender import Fixed, Prompt, taken_over, validate_clip
+from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt, taken_over, validate_clip
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin

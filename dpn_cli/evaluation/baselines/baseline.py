@@ -1,7 +1,9 @@
-"""The interface of all contenders, and how one takes a model over for a while.
+"""The interface of all baselines, and how one takes a model over for a while.
 
-Every contender spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
-pyramid's. What a method computes only to choose tokens is not charged to it.
+Every baseline spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
+pyramid's: what a static pyramid computes to choose tokens is charged, as it is to every expert (`Expert.flops`). What
+goes on before the language model is not charged to anyone: the vision tower, and what VisionZip and the coarser grids
+add to it or save there.
 
 Shapes: B batch, S sequence.
 """
@@ -43,14 +45,14 @@ class Prompt:
         return num_tokens(self.grids)
 
 
-class Contender(ABC):
+class Baseline(ABC):
     """A way to answer with fewer visual tokens, or with all of them."""
 
     name: ClassVar[str]
 
     @classmethod
-    def beside(cls, pyramid: PyramidConfig) -> "Contender":
-        """Return the contender that a pyramid is compared with, not yet fitted to a budget."""
+    def beside(cls, pyramid: PyramidConfig) -> "Baseline":
+        """Return the baseline that a pyramid is compared with, not yet fitted to a budget."""
         return cls()
 
     @property
@@ -59,8 +61,8 @@ class Contender(ABC):
         return self.name
 
     @abstractmethod
-    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Contender":
-        """Return this contender with the settings that spend a budget.
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Baseline":
+        """Return this baseline with the settings that spend a budget.
 
         Args:
             shape: of the decoder.
@@ -71,7 +73,7 @@ class Contender(ABC):
             ValueError: if the budget is out of its reach.
         """
 
-    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Sequence[Contender]":
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Sequence[Baseline]":
         """Return the settings that are to be tried at a budget, where the best one is to be judged; see `fit`."""
         return [self.fit(shape, prompts, budget)]
 
@@ -80,7 +82,7 @@ class Contender(ABC):
         """Let a model run this way for the duration, `generate` included.
 
         Raises:
-            UsageError: if the model is of a kind that this contender cannot handle.
+            UsageError: if the model is of a kind that this baseline cannot handle.
         """
 
     @abstractmethod
@@ -88,7 +90,7 @@ class Contender(ABC):
         """Return the visual tokens of every layer in the last prefill, whose batch the prompts were."""
 
     def routes(self, model: PyramidGenerationMixin) -> list[Route] | None:
-        """Return the routes of the last prefill, or None if this contender has none."""
+        """Return the routes of the last prefill, or None if this baseline has none."""
         return None
 
     @abstractmethod
@@ -96,8 +98,8 @@ class Contender(ABC):
         """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""
 
 
-class Fixed(Contender):
-    """A contender that treats all prompts of one size alike, whatever they ask."""
+class Fixed(Baseline):
+    """A baseline that treats all prompts of one size alike, whatever they ask."""
 
     @abstractmethod
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
@@ -105,7 +107,7 @@ class Fixed(Contender):
 
     @abstractmethod
     def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> "Sequence[Fixed]":
-        """Return this contender in all its settings, by rising cost."""
+        """Return this baseline in all its settings, by rising cost."""
 
     def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer for every prompt."""
@@ -143,7 +145,7 @@ class Fixed(Contender):
 
 
 def with_images(prompts: Collection[Prompt]) -> dict[Prompt, float]:
-    """Return the prompts that have an image, and how much each counts: see `Contender.fit`."""
+    """Return the prompts that have an image, and how much each counts: see `Baseline.fit`."""
     return {prompt: count for prompt, count in Counter(prompts).items() if prompt.grids}
 
 
@@ -153,7 +155,7 @@ def full_flops(shape: DecoderShape, prompt: Prompt) -> int:
 
 
 def unequal(label: str, spent: float, dpn: float) -> str | None:
-    """Say that a contender does not spend what the pyramid does; None where it does."""
+    """Say that a baseline does not spend what the pyramid does; None where it does."""
     if abs(spent - dpn) <= TOLERANCE:
         return None
     return f"{label} spends {spent:.3f} of the prefill FLOPs, dpn {dpn:.3f}"
@@ -176,7 +178,7 @@ def validate_clip(model: PyramidGenerationMixin, name: str) -> None:
     """Check that an image is one grid of patches of a CLIP vision tower, with its class token.
 
     Raises:
-        UsageError: naming the contender that needs it.
+        UsageError: naming the baseline that needs it.
     """
     is_clip = model.config.vision_config.model_type == "clip_vision_model"
     if not is_clip or model.config.model_type != DpnLlavaConfig.model_type or model.pyramid.prepooling != 1:
