@@ -57,7 +57,7 @@ def budget_table(
 
 
 def _better(rows: Sequence[Budget]) -> Budget:
-    """Return the row of least distortion; one that comes later only if it is better by more than chance would make it."""
+    """Return the row of least distortion; a later one only if it is better by more than chance would make it."""
     best = rows[0]
     for row in rows[1:]:
         if row.distortion < (1 - MARGIN) * best.distortion - LEAST_GAIN:

@@ -52,7 +52,7 @@ from dpn_cli.modeling.state import (
 )
 from dpn_cli.pyramid.config import Option, PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.experts import KEEP, Grid
+from dpn_cli.pyramid.experts import KEEP, KINDS, Grid
 from dpn_cli.pyramid.shape import DecoderShape
 
 Offer = tuple[list[Option], list[float]]  # the options of a sample at a site, and the FLOPs fraction of each
@@ -180,6 +180,12 @@ class PyramidTextMixin:
                 last_grids=state.image_grids or ((),) * len(inputs_embeds),
             )
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether a prefill has to know where the instruction ends: for its routers, or for an expert."""
+        sites = self.pyramid.sites if current_call(self).pools else ()
+        return self.asks_routers or any(KINDS[e.kind].reads_instruction for site in sites for e in site.experts)
 
     @property
     def asks_routers(self) -> bool:

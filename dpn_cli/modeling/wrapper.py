@@ -86,7 +86,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
         cache = past_key_values if cache is None else cache
-        if instruction is None and labels is not None and self.text_model.asks_routers:
+        if instruction is None and labels is not None and self.text_model.reads_instruction:
             is_image = self.model.is_image(input_ids, inputs_embeds)
             instruction = instruction_ends(labels, is_image, input_ids, attention_mask, self.pyramid.answer_cue)
         elif instruction is None and prompt_length is not None:

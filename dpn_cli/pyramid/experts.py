@@ -19,6 +19,7 @@ Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
 Rounding = Literal["ceil", "floor"]
 
+PIVOTS = 4  # tokens that others are compared with as duplicates
 BLOCK = 8  # side of the largest block of the image in which tokens are compared with each other
 _SHARE, _CELLS = r"0?\.\d+", r"\d+[x×]\d+"
 _SETTINGS = re.compile(rf"(?P<share>{_SHARE})?\+?(?P<cells>{_CELLS})?")
@@ -33,6 +34,7 @@ class Kind:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
         flops: what choosing costs, from the decoder's shape and the numbers of visual and text tokens.
         before_first_layer: whether it reads what only a site before the first layer has: the vision tower's attention.
+        reads_instruction: whether it looks at the last token of the instruction.
         about: what it does, in a phrase for help texts and docs.
         source: where it is described.
     """
@@ -42,6 +44,7 @@ class Kind:
     source: str
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     before_first_layer: bool = False
+    reads_instruction: bool = False
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -58,6 +61,11 @@ def _block_flops(shape: DecoderShape, visual: int, text: int) -> int:
 def _pairs_flops(shape: DecoderShape, visual: int, text: int) -> int:
     """The similarities of all pairs of tokens."""
     return 2 * visual * visual * shape.hidden_size
+
+
+def _pivot_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The similarity of every token to the pivots."""
+    return PIVOTS * _mean_flops(shape, visual, text)
 
 
 def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -78,6 +86,7 @@ KINDS: dict[str, Kind] = {
         "the tokens that the last token of the instruction attends to stay; with cells, the rest is merged",
         _PYRAMIDDROP,
         _attention_flops,
+        reads_instruction=True,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "the same, over the whole picture, token by token", _DIVPRUNE, _pairs_flops),
@@ -86,9 +95,10 @@ KINDS: dict[str, Kind] = {
         "of twice as many diverse tokens, those that the instruction attends to stay",
         _CDPRUNER,
         lambda shape, visual, text: _block_flops(shape, visual, text) + _attention_flops(shape, visual, text),
+        reads_instruction=True,
     ),
     "covering": Kind(("share",), "the tokens that the others are most similar to stay", _SCOPE, _block_flops),
-    "distinct": Kind(("share",), "the tokens least similar to a few pivots stay", _DART, _mean_flops),
+    "distinct": Kind(("share",), "the tokens least similar to a few pivots stay", _DART, _pivot_flops),
     "random": Kind(("share",), "random tokens stay; a control", "UniPruneBench, https://arxiv.org/abs/2511.02650"),
     "stride": Kind(("share",), "evenly spaced tokens stay; a control", "ours"),
 }
@@ -132,7 +142,7 @@ class Expert:
 
     def __str__(self) -> str:
         """Return its name; the inverse of `parse`."""
-        share = "" if self.share is None else f"{self.share:g}"
+        share = "" if self.share is None else f"{self.share:.6f}".rstrip("0")
         cells = "" if self.cells is None else "{}x{}".format(*self.cells)
         settings = "+".join(part for part in (share, cells) if part)
         return f"{self.kind}:{settings}" if settings else self.kind

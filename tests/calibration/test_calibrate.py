@@ -266,5 +266,5 @@ def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path
     assert found.num_routes <= 5 and load_model(folder).pyramid == found
     again = run(folder, data)  # from the recipe's candidates, not from what an earlier survey has left of them
     assert {kind for each in again.tried for kind in each.experts.replace(",", "").split()} > {"keep", "pool:1x2"}
-    with pytest.raises(RecipeError, match="no site of .* has experts of the kinds stride"):
+    with pytest.raises(RecipeError, match=r"no site of .* has experts of the kinds stride"):
         run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("stride",))}))

@@ -7,8 +7,7 @@ with the largest hidden states, where the authors rank by their keys.
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.reducible import Reducible, cosines
 from dpn_cli.modeling.state import precise
-
-PIVOTS = 4
+from dpn_cli.pyramid.experts import PIVOTS
 
 
 def distinct_tokens(batch: Reducible) -> Assignment:
