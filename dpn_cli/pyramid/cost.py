@@ -3,9 +3,9 @@
 A multiplication and an addition are two operations, as in `torch.utils.flop_counter`, which counts the same on a
 real forward (tests/pyramid/test_cost.py). Counted: the projections, the attention products and the MLP of every decoder
 layer, plus the routers and the choice of tokens. Attention is counted as the full S×S product, which is what eager and
-real forward (tests/pyramid/test_cost.py). Counted: the projections, the attention products and the MLP of every
-embeddings and pooling. The vision tower, the projector and `lm_head` belong to the original and the pyramid alike, and
-are reported apart.
+SDPA kernels without causal skipping compute. Left out, as the counter leaves it out: norms, softmax, activations,
+rotary embeddings and pooling. The vision tower, the projector and `lm_head` belong to the original and the pyramid
+alike, and are reported apart.
 """
 
 import math
