@@ -53,7 +53,7 @@ def unmet(
         model: the checkpoint's folder.
         data: the data that the samples are from; None if it is not a data set.
     """
-    missed = [spending for spending in spendings if not spending.is_met]
+    missed = [each for each in spendings if not each.is_met and not _saves(each, pyramid)]
     for each in missed:
         if each.samples == 1:
             yield f"This sample spent {each.spent:.3f} of the prefill FLOPs; budget {each.asked:g} is a mean over many."
@@ -71,3 +71,9 @@ def unmet(
             f"Its λ was solved on {solved_on}. To solve it on {'yours' if data is None else 'these data'}: "
             f"dpn calibrate {shlex.join(named)} --budgets-only"
         )
+
+
+def _saves(spending: Spending, pyramid: PyramidConfig) -> bool:
+    """Say whether less was spent because no route that costs more is better: the budget table has a gap there."""
+    below = next((row.fraction for row in pyramid.budgets if row.fraction <= spending.asked), None)
+    return below is not None and below - UNDERSPENT <= spending.spent <= spending.asked

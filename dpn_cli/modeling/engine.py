@@ -100,6 +100,7 @@ def compact(
         coords=new_coords[:trash].view(batch, longest, 3),
         columns=column if state.columns is None else column.gather(1, state.columns),
         lengths=tuple(lengths),
+        angles=None,
     )
 
 

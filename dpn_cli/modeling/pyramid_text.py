@@ -295,25 +295,29 @@ class PyramidTextMixin:
         if not layers:
             return state
         # The positions of pooled tokens must not reach the mask or the layers: gaps would read as packed samples.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=mask,
-            layer_idx=layers.start,
-            position_ids=state.packed,
-            **{CACHE: cache},
-        )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
+        causal_mask = None
+        if mask is not None or length > 1:  # a single token sees all before it
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=mask,
+                layer_idx=layers.start,
+                position_ids=state.packed,
+                **{CACHE: cache},
+            )
+        angles = state.angles
+        if angles is None or positions is not state.positions or angles[0].device != hidden_states.device:
+            angles = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[layers.start : layers.stop]:
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
+                position_embeddings=angles,
                 position_ids=state.packed,
                 **{CACHE: cache},
                 **kwargs,
             )
-        return state.after(hidden_states)
+        return replace(state.after(hidden_states), angles=angles if positions is state.positions else None)
 
     def _groups(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]

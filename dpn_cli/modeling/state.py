@@ -41,6 +41,7 @@ class PyramidState:
         routes: per sample, the experts taken so far.
         packed: [B, L] (or [1, L]) position ids that start anew where a row holds several samples, else None.
         refusal: why no visual token of this batch may be pooled, or empty.
+        angles: the rotary cosines and sines of these positions, if an earlier segment has computed them.
     """
 
     hidden_states: torch.Tensor
@@ -58,6 +59,7 @@ class PyramidState:
     routes: tuple[Route, ...] = ()
     packed: torch.Tensor | None = None
     refusal: str = ""
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def after(self, hidden_states: torch.Tensor) -> "PyramidState":
         """Return the state after some layers, on the device of their output: layers may be on several devices."""
@@ -76,9 +78,9 @@ class PyramidState:
             value = getattr(self, each.name)
             if isinstance(value, torch.Tensor):
                 chosen[each.name] = value.expand(batch, *value.shape[1:])[index.to(value.device)]
-            elif isinstance(value, tuple) and value:
+            elif isinstance(value, tuple) and value and each.name != "angles":
                 chosen[each.name] = tuple(value[row] for row in rows)
-        return replace(self, **chosen)
+        return replace(self, **chosen, angles=None)
 
     def now_at(self, original: torch.Tensor) -> torch.Tensor:
         """Return the current columns, [B, R], of some original columns of every sample."""

@@ -41,6 +41,12 @@ def test_a_budget_is_met_or_not(asked: float, spent: float, samples: int, is_met
     assert is_met or lines[-1].endswith(command)
 
 
+def test_spending_less_is_no_fault_where_more_would_buy_nothing() -> None:
+    gap = PyramidConfig((), budgets=(Budget(1.0, 0.0, 0.0), Budget(0.34, 0.4, 0.01), Budget(0.2, 5.0, 0.5)))
+    assert not list(unmet([Spending(0.5, 0.33, 9)], gap, Path("out"), None))
+    assert list(unmet([Spending(0.5, 0.2, 9)], gap, Path("out"), None))
+
+
 def test_the_data_of_the_budgets_are_named() -> None:
     record = {"data": "theirs", "budgets_solved_on": {"data": "ours"}}
     said = list(unmet([Spending(0.5, 0.7, 4)], PyramidConfig((), calibration=record), Path("out"), None))
