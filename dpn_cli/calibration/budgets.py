@@ -12,7 +12,8 @@ from dpn_cli.pyramid.config import Budget
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
 HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
 BISECTIONS = 60
-MARGIN, LEAST_GAIN = 0.1, 0.002  # of the distortion, and in nats: less is not worth another rule
+LEAST_GAIN = 0.002  # nats: less is not worth another rule
+CONFIDENCE = 1.64  # standard errors: 95%, one-sided
 TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those that are tried
 
 
@@ -36,30 +37,41 @@ def budget_table(
         policy = Policy.of(routers, table)
     trusts = TRUSTS if mean_distortions else (1.0,)
 
-    def spend(trade_off: float, trust: float) -> Budget:
-        taken = outcome(table, policy.choose(trade_off, trust, mean_distortions))
-        return Budget(taken.fraction, trade_off, taken.distortion, trust)
+    def take(trade_off: float, trust: float) -> torch.Tensor:
+        return policy.choose(trade_off, trust, mean_distortions)
 
-    def solve(wanted: float, low: float, trust: float) -> Budget:
-        """Return the row of the smallest λ from `low` on that spends no more than wanted."""
+    def solve(wanted: float, low: float, trust: float) -> tuple[float, float]:
+        """Return the smallest λ from `low` on that spends no more than wanted, and the trust."""
         up = HIGHEST
         for _ in range(BISECTIONS):
             middle = (low + up) / 2
-            low, up = (middle, up) if spend(middle, trust).fraction > wanted else (low, middle)
-        return spend(up, trust)
+            spent = outcome(table, take(middle, trust)).fraction
+            low, up = (middle, up) if spent > wanted else (low, middle)
+        return up, trust
 
-    cheapest = spend(HIGHEST, 1.0).fraction
-    rows = [spend(0.0, 1.0)]
+    def row(trade_off: float, trust: float) -> Budget:
+        found = outcome(table, take(trade_off, trust))
+        return Budget(found.fraction, trade_off, found.distortion, trust)
+
+    cheapest = row(HIGHEST, 1.0).fraction
+    rows = [row(0.0, 1.0)]
     while rows[-1].fraction > cheapest:
         wanted = max(rows[-1].fraction - STEP, cheapest)
-        rows.append(_better([solve(wanted, rows[-1].trade_off, trust) for trust in trusts]))
+        settings = [solve(wanted, rows[-1].trade_off, trust) for trust in trusts]
+        samples = torch.arange(len(table.distortion))
+        rows.append(row(*settings[_best([table.distortion[samples, take(*each)] for each in settings])]))
     return tuple(rows)
 
 
-def _better(rows: Sequence[Budget]) -> Budget:
-    """Return the row of least distortion; a later one only if it is better by more than chance would make it."""
-    best = rows[0]
-    for row in rows[1:]:
-        if row.distortion < (1 - MARGIN) * best.distortion - LEAST_GAIN:
-            best = row
+def _best(losses: Sequence[torch.Tensor]) -> int:
+    """Return the index of the least mean; a later one only if it is lower by more than chance would make it.
+
+    Args:
+        losses: [N] the distortions of the same samples under every setting.
+    """
+    best = 0
+    for i, each in enumerate(losses):
+        gain = losses[best] - each
+        if gain.mean() > max(LEAST_GAIN, CONFIDENCE * gain.std() / len(gain) ** 0.5):
+            best = i
     return best
