@@ -81,19 +81,6 @@ class Policy:
         ]
         return torch.tensor(rows)
 
-    @cached_property
-    def _leads_to_measured(self) -> torch.Tensor:
-        """Whether some measured route takes an option's expert at a prefix, [N, P, C]."""
-        below = torch.zeros(len(self.table.tree.routes), *self._expert.shape)
-        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
-        for i, route in enumerate(self.table.tree.routes):
-            for site, k in enumerate(route):
-                node = prefixes[route[:site]]
-                below[i, node] += (
-                    (self._score[node] == i) if self.table.tree.is_listed else (self._expert[node] == k)
-                ).float()
-        return torch.einsum("nr,rpc->npc", self.table.measured.float(), below) > 0
-
     def _values(self, logits: torch.Tensor, trade_off: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Return logit - λ·cost of every option, [N, P, C], with one λ per sample [N]; -inf where it is not allowed."""
         scores = logits.gather(2, self._score.clamp(min=0).expand(len(logits), -1, -1))
@@ -115,27 +102,6 @@ class Policy:
     def choose_as(self, pyramid: PyramidConfig, trade_off: float) -> torch.Tensor:
         """Return what a calibrated pyramid lets every sample take at λ, [N]."""
         return self.choose(trade_off, pyramid.trust(trade_off), pyramid.mean_distortions)
-
-    def log_probability(self, trade_off: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Return log softmax((logit - λ·cost) / (temperature · λ)) summed along every measured route, [N, R].
-
-        The softmax is over the options that lead to a measured route; a route that was not measured gets -inf.
-        """
-        values = self._values(self.logits, trade_off, self._leads_to_measured)
-        steps = (values / (temperature * trade_off[:, None, None])).log_softmax(-1)
-        return self._along_routes(steps).masked_fill(~self.table.measured, -torch.inf)
-
-    def _along_routes(self, steps: torch.Tensor) -> torch.Tensor:
-        """Sum log probabilities [N, P, C] over the sites of every route, [N, R]: at a site, of all that lead there."""
-        prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
-        total = steps.new_zeros(len(steps), len(self.table.tree.routes))
-        routes = torch.tensor(self.table.tree.routes)
-        for site in range(routes.shape[1]):
-            nodes = torch.tensor([prefixes[route[:site]] for route in self.table.tree.routes])
-            there = self._expert[nodes] == routes[:, site, None]  # [R, C]
-            # Finite where nothing leads there, so that gradients are, too.
-            total = total + steps[:, nodes].masked_fill(~there, -1e9).clamp(min=-1e9).logsumexp(-1)
-        return total
 
     def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are."""

@@ -26,6 +26,7 @@ PYRAMID_VERSION = 2
 # What a router may read, by the vectors of hidden_size that it is made of: see `ROUTER_VECTORS` in modeling/routers.py.
 ROUTER_INPUTS = {
     "last_instruction_token": ("read",),  # paper, section 3.3
+    "instruction": ("read", "text_mean"),  # ours
     "with_summaries": ("read", "text_mean", "visual_mean", "visual_max"),  # ours
 }
 
@@ -84,8 +85,8 @@ class RouterConfig:
     Attributes:
         kind: `mlp` (paper, section 3.3), or `linear`, one layer without a norm (the authors' second version).
         hidden_ratio: the hidden width of an mlp is hidden_size // hidden_ratio.
-        input: one of `ROUTER_INPUTS`: `last_instruction_token`, or `with_summaries`, beside it the mean of the prompt's
-            text tokens, and the mean and the maximum of its visual tokens.
+        input: one of `ROUTER_INPUTS`: `last_instruction_token`; `instruction`, beside it the mean of the prompt's text
+            tokens; or `with_summaries`, beside these the mean and the maximum of its visual tokens.
         token_id: read this token of the prompt, the mean where there are several, in place of the last instruction
             token (the authors' `<ROUTER>`).
         output: `routes`, one score per route of the pyramid, logit_r = -softplus(z_r) and 0 for the full route (ours);

@@ -94,7 +94,7 @@ class RouterRecipe(_Section):
     """The router's shape; see `RouterConfig`. By default it scores routes, and experts where there is a gate."""
 
     hidden_ratio: Annotated[int, Field(ge=1)] = 4
-    input: RouterInput = "with_summaries"
+    input: RouterInput = "instruction"
     output: RouterOutput | None = None
 
 

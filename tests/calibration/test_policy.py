@@ -41,15 +41,6 @@ def make_routers(seed: int = 0) -> torch.nn.ModuleList:
     return torch.nn.ModuleList(Router(SIZE, len(RATES), config) for _ in PYRAMID.sites)
 
 
-def test_probabilities_sum_to_one_and_harden_into_the_choice() -> None:
-    table, routers = make_table(20), make_routers()
-    with torch.no_grad():
-        policy = Policy.of(routers, table)
-        trade_off = torch.full((20,), 0.7)
-        assert torch.allclose(policy.log_probability(trade_off, 0.5).exp().sum(-1), torch.ones(20), atol=1e-5)
-        assert torch.equal(policy.log_probability(trade_off, 1e-5).argmax(-1), policy.choose(0.7))
-
-
 def test_routes_that_are_not_offered_are_never_taken() -> None:
     table = make_table(20)
     blocked = [i for i, route in enumerate(table.tree.routes) if route[0] == 2]
@@ -58,19 +49,6 @@ def test_routes_that_are_not_offered_are_never_taken() -> None:
     with torch.no_grad():
         policy = Policy.of(make_routers(), table)
         assert not set(policy.choose(1e3).tolist()) & set(blocked)
-        assert (policy.log_probability(torch.ones(20), 0.5).exp()[:, blocked] == 0).all()
-
-
-def test_routes_that_were_not_measured_get_no_probability_but_may_be_taken() -> None:
-    table, routers = make_table(20), make_routers()
-    with torch.no_grad():
-        taken = [i for i in set(Policy.of(routers, table).choose(1e3).tolist()) if i]
-        table.distortion[:, taken] = torch.nan
-        policy = Policy.of(routers, table)
-        probability = policy.log_probability(torch.ones(20), 0.5).exp()
-        assert (probability[:, taken] == 0).all()
-        assert torch.allclose(probability.sum(-1), torch.ones(20), atol=1e-5)
-        assert set(policy.choose(1e3).tolist()) == set(taken) != set()
 
 
 def test_fitting_on_a_part_of_the_routes_is_finite_and_still_learns() -> None:
