@@ -203,7 +203,7 @@ class SurveyRecipe(_Section):
     samples: Annotated[int, Field(ge=2)] = 48
     routes: Annotated[int, Field(ge=2, le=64)] = 16
     width: Annotated[int, Field(ge=1)] = 10
-    experts: Annotated[tuple[ExpertKind, ...], Field(min_length=1)] | None = None
+    experts: tuple[ExpertKind, ...] | None = None
 
 
 class CalibrationRecipe(_Section):

@@ -116,3 +116,26 @@ def test_bad_rows_are_left_out_by_choice(rows: list[Any], capsys: pytest.Capture
     assert calibrate(rows, "--on-bad-row", "skip") == 0
     error = capsys.readouterr().err
     assert "bad rows: 1 (5.0%)" in error and "row 2: missing image file (no image file gone.png)" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--experts", "diverse,best"], "'best' is no kind of expert: expected one of keep, pool,"),
+        (["--experts", "stride"], "has experts of the kinds stride"),
+        (["--experts", "pool", "--budgets-only"], "leave out --experts"),
+        (["--set", "calibration.survey.routes=1"], "calibration.survey.routes"),
+    ],
+)
+def test_experts_that_are_not_to_be_had_are_refused_before_the_work(
+    rows: list[Any], capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert calibrate(rows, *options) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err and "trying" not in captured.err and captured.out == ""
+
+
+def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate(rows, "--experts", "diverse,exit") == 0
+    said = capsys.readouterr().err
+    assert "trying 8 routes" in said and "routes on 15 samples; the" in said
