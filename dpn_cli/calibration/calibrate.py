@@ -42,7 +42,7 @@ from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_sa
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
-from dpn_cli.pyramid.reach import Length, cheapest_fraction, length_record, validate_budget
+from dpn_cli.pyramid.reach import Length, cheapest_fraction, cheapest_route, length_record, validate_budget
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
@@ -282,7 +282,9 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tup
         return job.processes.agree(table)
 
     with model.as_pyramid(pyramid):
-        found = survey(pyramid, grids, measure_some, recipe.survey)
+        shape = model.text_model.shape
+        cheapest = [cheapest_route(shape, pyramid, *length) for length in dict.fromkeys(job.lengths)]
+        found = survey(pyramid, grids, measure_some, recipe.survey, recipe.budget, list(dict.fromkeys(cheapest)))
     job.reporter.note(
         f"Tried {len(found.tried.routes) - 1} routes on {len(found.tried.distortion)} samples; the "
         f"{len(found.chosen)} that fit this model best are calibrated."

@@ -87,6 +87,12 @@ class Candidates:
             least = torch.minimum(least, cost[:, best])
         return chosen
 
+    def within(self, budget: float) -> int:
+        """Return the best route whose mean FLOPs are within a budget, or the cheapest one."""
+        fraction = self.fraction.mean(0)
+        limit = max(budget, float(fraction.min()))
+        return int(self.distortion.mean(0).masked_fill(fraction > limit, torch.inf).argmin())
+
     def _safest(self) -> list[int]:
         """Return of every step in FLOPs the route with the smallest distortions, the small ones counted too.
 
@@ -152,6 +158,8 @@ def survey(
     grids: Sequence[tuple[Grid, ...]],
     measure: Callable[[str, RouteTree, int], RouteTable],
     recipe: SurveyRecipe,
+    budget: float,
+    cheapest: Sequence[Route],
 ) -> Survey:
     """Measure candidates and choose the routes of a pyramid.
 
@@ -160,6 +168,8 @@ def survey(
         grids: visual grids of the samples.
         measure: returns a table, from its title, its routes and the number of samples, the first ones.
         recipe: how many samples and routes.
+        budget: mean fraction of the FLOPs that some chosen route must be within.
+        cheapest: the cheapest routes of the samples, which are candidates too.
     """
     full = pyramid.full_route
     some = list(dict.fromkeys(grids))
@@ -167,7 +177,8 @@ def survey(
     parents: list[Route] = [full]
     for _ in range(min(MOST_EXPERTS, len(pyramid.sites))):
         known: set[Route] = set(tried.routes) if tried else set()
-        routes = [route for route in dict.fromkeys(_children(pyramid, parents)) if route not in known]
+        children = [*_children(pyramid, parents), *(cheapest if tried is None else ())]
+        routes = [route for route in dict.fromkeys(children) if route not in known and route != full]
         routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]
         if not routes:
             break
@@ -176,11 +187,13 @@ def survey(
         tried = tried.joined(measured) if tried else measured
         parents = [tried.routes[i] for i in tried.best_set(recipe.width)[1:]]
     assert tried is not None, "a pyramid has sites with experts"
-    shortlist = tried.best_set(SHORTLIST * recipe.routes)
+    shortlist = dict.fromkeys([*tried.best_set(SHORTLIST * recipe.routes), tried.within(budget)])
     tree = RouteTree((full, *sorted(tried.routes[i] for i in shortlist if i)), ())
     title = f"trying the best {len(tree.routes) - 1}"
     finalists = Candidates.of(measure(title, tree, FINAL_SAMPLES * recipe.samples))
     chosen = finalists.best_set(recipe.routes)
+    if finalists.fraction.mean(0)[chosen].min() > budget:
+        chosen = [*chosen[: recipe.routes - 1], finalists.within(budget)]
     return Survey(pruned(pyramid, [finalists.routes[i] for i in chosen]), tried, finalists, chosen)
 
 

@@ -92,8 +92,8 @@ def validate_budget(
     )
 
 
-def _cheapest(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid], text_tokens: int) -> float:
-    """Return the fraction of the cheapest route, or of the one that takes the cheapest expert at every site.
+def cheapest_route(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid], text_tokens: int) -> Route:
+    """Return the cheapest route of those that are listed, else the one that takes the cheapest expert at every site.
 
     The latter is what routers that choose expert by expert reach.
     """
@@ -102,12 +102,17 @@ def _cheapest(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid]
         return flops_fraction(shape, pyramid, route, grids, text_tokens)
 
     if pyramid.routes is not None:
-        return min(map(fraction, pyramid.routes_for(grids)))
+        return min(pyramid.routes_for(grids), key=fraction)
     prefix: Route = ()
     while len(prefix) < len(pyramid.sites):
         cheapest = min(pyramid.options(prefix, grids), key=lambda option: fraction(option.route))
         prefix = (*prefix, cheapest.expert)
-    return fraction(prefix)
+    return prefix
+
+
+def _cheapest(shape: DecoderShape, pyramid: PyramidConfig, grids: Sequence[Grid], text_tokens: int) -> float:
+    """Return the fraction that the cheapest route takes."""
+    return flops_fraction(shape, pyramid, cheapest_route(shape, pyramid, grids, text_tokens), grids, text_tokens)
 
 
 def _reach_of_recipes(objective: str, shape: DecoderShape, lengths: Sequence[Length]) -> dict[str, float]:

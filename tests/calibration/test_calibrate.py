@@ -117,20 +117,20 @@ def test_the_same_seed_gives_the_same_routers(converted: Path, calibrated: Path,
     assert digests(again) == digests(calibrated)
 
 
-def test_a_budget_out_of_reach_is_refused_before_any_work(
-    converted: Path, calibrated: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_budget_out_of_reach_is_refused_before_any_work(converted: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
-    cheapest = load_model(calibrated).pyramid.budgets[-1].fraction
     before = digests(folder)
     healing = RECIPE.heal.model_copy(update={"method": "lora"})
-    with pytest.raises(UsageError, match=rf"this pyramid's cheapest is {cheapest:.3f} on these data"):
-        run(folder, data, RECIPE.model_copy(update={"budget": cheapest - 1e-4, "heal": healing}))
+    with pytest.raises(UsageError, match=r"this pyramid's cheapest is 0\.\d+ on these data") as caught:
+        run(folder, data, RECIPE.model_copy(update={"budget": 0.01, "heal": healing}))
     assert digests(folder) == before
     assert not (folder / "calibration").exists(), "nothing has been asked, healed or measured"
-    run(folder, data, RECIPE.model_copy(update={"budget": cheapest}))
-    assert load_model(folder).pyramid.trade_off == load_model(folder).pyramid.budgets[-1].trade_off
+    cheapest = float(str(caught.value).split("cheapest is ")[1].split()[0])
+    run(folder, data, RECIPE.model_copy(update={"budget": cheapest + 0.001}))
+    pyramid = load_model(folder).pyramid
+    assert pyramid.trade_off == pytest.approx(pyramid.budgets[-1].trade_off, rel=0.01)
+    assert pyramid.budgets[-1].fraction == pytest.approx(cheapest, abs=0.005), "the survey keeps what reaches it"
 
 
 @pytest.fixture(scope="module")

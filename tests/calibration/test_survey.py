@@ -48,7 +48,7 @@ def test_it_finds_what_fits_and_never_offers_what_hurts_everybody() -> None:
         assert tree.prefixes == () and tree.routes[0] == (0, 0, 0)
         return made_up(tree, count)
 
-    found = survey(PYRAMID, [(GRID,)] * 60, measure, RECIPE)
+    found = survey(PYRAMID, [(GRID,)] * 60, measure, RECIPE, 0.5, [(3, 0, 0)])
     names = {format_route(route, found.pyramid.sites) for route in found.pyramid.routes or ()}
     assert not any("pool" in name for name in names), "a better one is as cheap"
     assert found.pyramid.routes is not None and found.pyramid.routes[0] == found.pyramid.full_route
@@ -59,6 +59,21 @@ def test_it_finds_what_fits_and_never_offers_what_hurts_everybody() -> None:
     assert lossless < 0.3 and easy < lossless, "safe for all, and cheaper where that does no harm"
     assert asked[-1][1] == 4 * RECIPE.samples and {count for _, count in asked[:-1]} == {RECIPE.samples}
     assert sum(routes for routes, _ in asked[:-1]) < len(list(PYRAMID.routes_for([GRID])))
+
+
+def test_the_budget_stays_within_reach_though_no_oracle_would_want_it() -> None:
+    """All routes that cost less than half are useless here, and one of them is offered all the same."""
+
+    def measure(title: str, tree: RouteTree, count: int) -> RouteTable:
+        table = made_up(tree, count)
+        useless = torch.where(table.fraction < 0.5, 50.0, 0.0)
+        return replace(table, distortion=table.distortion + useless)
+
+    cheapest = (3, 0, 0)
+    for budget in (0.3, 0.12):
+        found = survey(PYRAMID, [(GRID,)] * 60, measure, RECIPE, budget, [cheapest])
+        fractions = [flops_fraction(SHAPE, found.pyramid, r, [GRID], 12) for r in found.pyramid.routes or ()]
+        assert min(fractions) <= budget and len(fractions) <= RECIPE.routes
 
 
 @settings(max_examples=50, deadline=None)
