@@ -217,8 +217,8 @@ def print_efficiencies(results: dict[str, Latency]) -> None:
             reached, low, high = (f"{speed / each.ideal_speedup:.0%}" for speed in speeds)
             speedups = (f"{prefill.speedup:.2f}", f"{each.ideal_speedup:.2f}")
             rows.append((name, each.name, f"{each.fraction:.3f}", *speedups, reached, f"{low} – {high}"))
-    columns = ["visual tokens", "method", "FLOPs", "speedup", "by FLOPs", "efficiency", "95% interval"]
-    console.table("Speedup of the prefill, and the share of it that FLOPs promise", columns, rows, texts=["method"])
+    columns = ["visual tokens", "method", "FLOPs", "speedup", "ideal speedup", "efficiency", "95% interval"]
+    console.table("Speedup of the prefill, the ideal one by FLOPs, and efficiency", columns, rows, texts=["method"])
 
 
 def print_choices(choices: Sequence[Choice]) -> None:
