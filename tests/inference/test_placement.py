@@ -80,7 +80,8 @@ def test_quantisers_leave_the_routers_alone(
     expected = routers_of(load_model(folder)).state_dict()
     for name, tensor in routers_of(model).state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name])
-    features = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    shape = (2, model.pyramid.router.num_inputs, 64)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(routers_of(model)[0](features), routers_of(load_model(folder))[0](features))
     answer(model, inputs)
 
