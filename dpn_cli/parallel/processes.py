@@ -195,7 +195,9 @@ class Processes:
 
         The main process says it, or where that one is lost, it has said why, or its launcher does.
         """
-        return self._error("another process of this run ended, as when memory runs out: run the command again")
+        return self._error(
+            "another process of this run ended, as when memory runs out: run the same command line again"
+        )
 
 
 ALONE = Processes()

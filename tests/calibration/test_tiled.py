@@ -21,7 +21,9 @@ from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.inference.loading import load_model, load_processor
+from dpn_cli.pyramid.experts import num_tokens
 from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.route import format_route
 from tests.pyramids import POOLING
 
 FAMILIES = {"llava_next": "mistral", "llava_onevision": "qwen2"}
@@ -132,25 +134,18 @@ def test_it_calibrates_exports_and_answers(
     assert main(["calibrate", "--data", "pictures", "--budget", "0.7", *options, *how]) == 0
     assert main(["export", "-o", "exported"]) == 0
     capsys.readouterr()
-    asked = [
-        "run",
-        "what is this ?",
-        "--image",
-        "pictures/0.png",
-        "--max-new-tokens",
-        "3",
-        "--route",
-        "2,0,0",
-        "--json",
-    ]
+    _, layout, pyramid = open_converted(Path("out"))
+    grids = layout.image_grids([(30, 70)])
+    assert len(grids) == 3
+    route = [each for each in pyramid.routes_for(grids) if pyramid.can_walk(each, grids[:1])][-1]
+    asked = ["run", "what is this ?", "--image", "pictures/0.png", "--max-new-tokens", "3", "--json"]
+    asked += ["--route", format_route(route, pyramid.sites)]
     answers = []
     for folder in ("out", "exported"):
         assert main([*asked, "--model", folder]) == 0
         answers.append(json.loads(capsys.readouterr().out))
-    grids = open_converted(Path("out"))[1].image_grids([(30, 70)])
-    assert len(grids) == 3
-    full, pooled = (sum(-(-h // k) * -(-w // k) for h, w in grids) for k in (1, 2))
-    assert answers[0]["visual_tokens"] == [full, pooled, pooled, pooled]
+    assert answers[0]["visual_tokens"] == [num_tokens(stage) for stage in pyramid.walk(route, grids)]
+    assert answers[0]["visual_tokens"][-1] < answers[0]["visual_tokens"][0]
     for key in ("text", "route", "visual_tokens", "flops_fraction"):
         assert answers[0][key] == answers[1][key]
     found = inspect_checkpoint(Path("out"))
