@@ -81,10 +81,10 @@ class Policy:
         ]
         return torch.tensor(rows)
 
-    def _values(self, logits: torch.Tensor, trade_off: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """Return logit - λ·cost of every option, [N, P, C], with one λ per sample [N]; -inf where it is not allowed."""
+    def _values(self, logits: torch.Tensor, trade_off: float, allowed: torch.Tensor) -> torch.Tensor:
+        """Return logit - λ·cost of every option, [N, P, C]; -inf where it is not allowed."""
         scores = logits.gather(2, self._score.clamp(min=0).expand(len(logits), -1, -1))
-        values = scores - trade_off[:, None, None] * self.table.fraction[:, self._route.clamp(min=0)]
+        values = scores - trade_off * self.table.fraction[:, self._route.clamp(min=0)]
         out_of_reach = ~allowed.any(-1, keepdim=True)  # a prefix that this sample cannot get to: anything finite
         return values.masked_fill(~((allowed | out_of_reach) & (self._route >= 0)), -torch.inf)
 
@@ -93,7 +93,7 @@ class Policy:
         rows = torch.arange(len(self.logits))
         offered = (self._route >= 0) & self.table.offered[:, self._route.clamp(min=0)]
         logits = trusted(self.logits, mean_distortions, trust)
-        best = self._values(logits, torch.full((len(rows),), trade_off), offered).argmax(-1)  # ties go to the first
+        best = self._values(logits, trade_off, offered).argmax(-1)  # ties go to the first
         node = torch.zeros_like(rows)
         for _ in self.table.tree.routes[0]:
             node = self._next[node, best[rows, node]]

@@ -15,7 +15,7 @@ from itertools import pairwise, product
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, Grid, Rounding, num_tokens, pictures_of
+from dpn_cli.pyramid.experts import KEEP, Expert, Grid, Rounding, num_tokens, pictures_of
 
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
@@ -248,8 +248,6 @@ class PyramidConfig:
         if site.after_layer < -1:
             raise ValueError(f"a pyramid site cannot be after layer {site.after_layer}")
         for expert in site.experts:
-            if KINDS[expert.kind].before_first_layer and site.after_layer >= 0:
-                raise ValueError(f"{expert} reads the vision tower's attention: it must be before the first layer")
             if self.pooling == "conv" and expert.kind not in ("keep", "pool"):
                 raise ValueError(f"{expert} has no kernel: with conv pooling all experts must pool")
 

@@ -33,7 +33,6 @@ class Kind:
     Attributes:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
         flops: what choosing costs, from the decoder's shape and the numbers of visual and text tokens.
-        before_first_layer: whether it reads what only a site before the first layer has: the vision tower's attention.
         reads_instruction: whether it looks at the last token of the instruction.
         about: what it does, in a phrase for help texts and docs.
         source: where it is described.
@@ -43,7 +42,6 @@ class Kind:
     about: str
     source: str
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
-    before_first_layer: bool = False
     reads_instruction: bool = False
 
 

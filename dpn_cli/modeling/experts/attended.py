@@ -11,7 +11,7 @@ import torch
 
 from dpn_cli.modeling.engine import DROPPED, Assignment
 from dpn_cli.modeling.experts.attention import instruction_attention
-from dpn_cli.modeling.experts.pool import pooled_cells
+from dpn_cli.modeling.experts.pool import best_of_cells, pooled_cells
 from dpn_cli.modeling.experts.reducible import Reducible
 from dpn_cli.modeling.state import put
 
@@ -31,13 +31,7 @@ def _merge_rest(batch: Reducible, scores: torch.Tensor) -> torch.Tensor:
     """Return the targets [B, S] where all but the best tokens go into the least attended one of their cell."""
     index = torch.arange(scores.shape[1], device=scores.device)
     cells = pooled_cells(batch)
-    cell = torch.where(cells.target == DROPPED, index, cells.target)
-    lowest = torch.full_like(scores, torch.inf).scatter_reduce(1, cell, scores, "amin")
-    is_lowest = scores == lowest.gather(1, cell)
-    anchor = torch.full_like(cell, len(index)).scatter_reduce(
-        1, cell, torch.where(is_lowest, index, len(index)), "amin", include_self=False
-    )
-    anchor = anchor.gather(1, cell)
+    anchor = best_of_cells(cells, -scores)
     kept = batch.best(scores.masked_fill(anchor == index, -1))
     target = torch.where(kept | ~batch.is_visual, index, anchor)
     return torch.where(cells.target == DROPPED, DROPPED, target)

@@ -47,6 +47,21 @@ def pooled_cells(batch: Reducible) -> Assignment:
     )
 
 
+def best_of_cells(cells: Assignment, scores: torch.Tensor) -> torch.Tensor:
+    """Return, for every token, the column [B, S] of the best token of its cell by `scores` [B, S]; the first of equals.
+
+    Args:
+        cells: from `pooled_cells`; a token that it drops is a cell of its own.
+        scores: finite.
+    """
+    index = torch.arange(scores.shape[1], device=scores.device)
+    cell = torch.where(cells.target == DROPPED, index, cells.target)
+    best = torch.full_like(scores, -torch.inf).scatter_reduce(1, cell, scores, "amax").gather(1, cell)
+    column = torch.where(scores == best, index, len(index))
+    first = torch.full_like(cell, len(index)).scatter_reduce(1, cell, column, "amin", include_self=False)
+    return first.gather(1, cell)
+
+
 class Kernels(nn.Module):
     """The depthwise convolutions of one site, [D, kernel_h, kernel_w] per expert; they start as averages."""
 
