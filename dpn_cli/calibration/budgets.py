@@ -26,9 +26,9 @@ def budget_table(
     all samples take one route.
 
     Args:
-        routers: fitted.
+        routers: Fitted routers.
         table: samples that the routers were not fitted to.
-        mean_distortions: of the routes, to shrink predictions to; empty to trust them all the way.
+        mean_distortions: Mean distortion of each route, to which predictions are shrunk; empty to trust them fully.
 
     Returns:
         Rows of falling fraction and rising λ, the cheapest reachable one last.

@@ -65,7 +65,7 @@ def calibrate(
     kill. A budget below what the pyramid reaches is refused before anything else is written.
 
     Args:
-        folder: from `dpn convert`.
+        folder: Checkpoint that `dpn convert` wrote.
         data: the samples to calibrate on.
         recipe: samples, routes, seeds and the budget.
         reporter: told what goes on, and the progress.
@@ -146,7 +146,7 @@ class _Job:
     """What the stages of a calibration work with; only the main process has a state.
 
     Attributes:
-        lengths: of the samples that the budget table is made of.
+        lengths: Prompt lengths of the samples that the budget table is computed from.
         candidates: the sites and experts that a survey is to choose from; None where the routes are given.
     """
 

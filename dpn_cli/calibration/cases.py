@@ -20,11 +20,11 @@ class Measured:
     """A held-out sample on the route that it takes.
 
     Attributes:
-        index: of the sample among the held-out ones.
+        index: Position of the sample among the held-out ones.
         distortion: KL from the teacher, nats per answer token.
         agreement: fraction of answer tokens on which the most likely token is the teacher's.
         fraction: FLOPs of its prefill, as a fraction of the unpooled one's.
-        route: taken.
+        route: Route that the sample takes.
     """
 
     index: int
@@ -39,8 +39,8 @@ class Case:
     """A sample, how it fared and what is answered.
 
     Attributes:
-        sample: as it was read.
-        measured: on the route that it takes.
+        sample: The sample as it was read.
+        measured: What the sample's own route does to it.
         teacher: greedy answer of the model that pools nothing.
         student: greedy answer at the budget.
     """
@@ -79,7 +79,7 @@ def extremes(held: RouteTable, taken: torch.Tensor) -> tuple[list[Measured], lis
     """Return the samples with the largest and those with the smallest distortion, no sample twice.
 
     Args:
-        held: the measurements.
+        held: Measurements of the held-out samples.
         taken: the index of the route that each sample takes, [N].
     """
     rows = torch.arange(len(taken))
@@ -106,12 +106,12 @@ def answer_both(
     """Let student and teacher answer some of the held-out samples.
 
     Args:
-        model: at the budget.
-        processor: of its checkpoint.
-        measured: which samples.
+        model: Model set to the budget.
+        processor: The checkpoint's processor.
+        measured: Held-out samples to answer.
         samples: all held-out ones, as they were read.
         batch_size: samples per forward pass.
-        answer_tokens: per answer, at most.
+        answer_tokens: Largest number of tokens per answer.
         advance: called with the number of samples done.
     """
     shown = [samples[each.index] for each in measured]

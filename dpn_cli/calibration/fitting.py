@@ -31,7 +31,7 @@ class Fit:
     Attributes:
         objective: D + λ·FLOPs of the routed model over that of the best fixed route, the mean over λ of every size;
             1 is no better than the best fixed route.
-        epoch: where it was best, and where the routers are taken from.
+        epoch: Epoch with the lowest held-out loss, from which the routers are taken.
         history: (epoch, objective) pairs.
     """
 

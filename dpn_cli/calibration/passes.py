@@ -22,7 +22,7 @@ class Trunk:
     """A batch after the layers before the first site, without gradients.
 
     Attributes:
-        state: after the first segment.
+        state: State after the first segment.
         answers: the positions that predict answer tokens, as indices (row [A], column [A]) of [B, L - 1].
         targets: [A], the answer tokens.
         has_labels: [B] bool, whether a row's answers are from the data rather than the teacher's own.
@@ -83,8 +83,8 @@ def student_logits(
     """Return the logits [A, V] of the pyramid, in float32.
 
     Args:
-        model: with gradients for what is trained.
-        trunk: of the batch.
+        model: Model whose trained parameters require gradients.
+        trunk: State that all routes of the batch share.
         choose: what a site takes, from the state before it and its number; not asked about a batch without images.
     """
     text_model: Any = model.text_model

@@ -20,7 +20,7 @@ class Policy:
     """Routers' scores over a table, and the rule that decides by them: `decide` of modeling/routers.py, in tensors.
 
     Attributes:
-        table: the measurements.
+        table: Measurements of every route on every sample.
         logits: [N, P, E] scores of every site's router at every prefix, one per route where the pyramid lists them,
             else one per expert of the site; -inf where there is no such score.
     """

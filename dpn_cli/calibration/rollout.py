@@ -121,9 +121,9 @@ def plan_batches(
     """Say which samples run together, and down which routes.
 
     Args:
-        tree: the routes.
+        tree: Tree of the routes.
         pyramid: that they are of.
-        grids: of every sample; only samples that are offered the same routes share a batch.
+        grids: Visual grids, per sample; only samples that are offered the same routes share a batch.
         batch_size: samples per batch, at most.
         num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
         complete: samples that are sent down all routes nevertheless.
@@ -169,7 +169,7 @@ def measure(
         model: converted, in eval mode.
         examples: each with at least one image and one label.
         tree: names the columns; nothing is kept for routers where it has no prefixes.
-        batches: from `plan_batches`.
+        batches: Batches that `plan_batches` made.
         pad_token_id: fills up the shorter samples of a batch.
         kept: keeps each batch as soon as it is measured, and brings back those of an earlier run.
         processes: that measure together, a batch at a time each.

@@ -21,7 +21,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
     """Return the calibration section of the recipe that a checkpoint was converted with.
 
     Args:
-        folder: from `dpn convert`.
+        folder: Checkpoint that `dpn convert` wrote.
         overrides: `key.path=value` changes.
         options: values of the calibration section that go before all else.
 
@@ -48,8 +48,8 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
 
     Args:
         folder: converted or exported.
-        overrides: see `calibration_recipe`.
-        options: likewise; without a budget among them, the one that the checkpoint is set to.
+        overrides: `KEY=VALUE` pairs, as in `calibration_recipe`.
+        options: Overrides from options of their own; without a budget among them, the checkpoint's is taken.
 
     Raises:
         CheckpointError: if the folder is neither.

@@ -25,7 +25,7 @@ class MeasurementState:
     """The answered and the measured batches of one calibration, under `calibration/state/` of its checkpoint.
 
     Attributes:
-        folder: of all that is kept.
+        folder: Folder that holds everything that is kept.
         answers: the teacher's, by batch.
         surveys: the columns of a batch's candidates, by round and batch.
         measurements: the columns of a batch's rows in the route table, by batch.

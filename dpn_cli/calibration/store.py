@@ -59,10 +59,10 @@ def save_calibration(
     """Store fitted routers, the adapter that the model has, the pyramid's new settings and the report.
 
     Args:
-        folder: of the checkpoint.
+        folder: The checkpoint's folder.
         routers: None where they stay as they are.
-        pyramid: with the new settings.
-        report: on them.
+        pyramid: Pyramid with the new settings.
+        report: Report on the calibration.
 
     Raises:
         CheckpointError: if the folder has no DPE tensors.

@@ -131,7 +131,7 @@ class Survey:
     """What a survey has found.
 
     Attributes:
-        pyramid: with the chosen routes, and without what none of them uses.
+        pyramid: Pyramid with the chosen routes, and without the sites and experts that none of them uses.
         tried: all candidates, on the first samples.
         finalists: those that were measured again, on more samples.
         chosen: the indices of the chosen among the finalists.

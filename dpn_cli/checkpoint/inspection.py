@@ -51,7 +51,7 @@ class Inspection:
 
     Attributes:
         path: the checkpoint folder.
-        config: its config.json.
+        config: Contents of its config.json.
         layout: the decoder's layout.
         pyramid: the pyramid; without sites if the model is not converted.
         parts: the parts of the model, with their parameters.

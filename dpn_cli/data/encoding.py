@@ -30,7 +30,7 @@ class Example:
 
     Attributes:
         input_ids: token ids, [L].
-        labels: labels, [L].
+        labels: Target token ids, [L].
         visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
             [images, tiles, 3, H, W] with the sizes of the images; empty without images.
         name: what messages call the sample.

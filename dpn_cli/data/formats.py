@@ -20,7 +20,7 @@ class Request:
     Attributes:
         data: the data, as the user names it.
         image_root: the folder that relative image paths start in; by default that of the file that names them.
-        reading: how rows are read.
+        reading: Options for reading rows.
         split: which split of the demo data to open.
         limit: number of samples to draw from the demo data.
     """

@@ -46,7 +46,7 @@ class Table:
             name: a folder from `save_to_disk`, a folder or file of parquet or arrow, a CSV file, or a data set of the
                 hub as owner/name[:configuration[:split]]; without a split, `train` or else the first one.
             image_root: the folder that paths of images outside the table start in.
-            reading: how rows are read.
+            reading: Options for reading rows.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.

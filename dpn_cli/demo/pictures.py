@@ -60,7 +60,7 @@ def samples(split: Split, count: int, seed: int = 0) -> Iterator[Sample]:
 
     Args:
         split: Which of the disjoint splits to draw from.
-        count: How many samples.
+        count: Number of samples.
         seed: Names the stream; equal arguments give equal samples in any process.
     """
     endless, rng = scenes(split, seed), Random(seed)

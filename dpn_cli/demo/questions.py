@@ -26,7 +26,7 @@ class Turn:
 
     Attributes:
         kind: One of ``KINDS``.
-        question: In one of many wordings.
+        question: The question in one of many wordings.
         answer: A word, a number of letters, or a list.
         looks: The patches that each look must see, in the order of the looks; the last look gives the answer.
         about: The thing that it is about, if it is about one.

@@ -32,8 +32,8 @@ class Phase:
 
     Attributes:
         median_s: median over the rounds.
-        low_s: lower quartile.
-        high_s: upper quartile.
+        low_s: Lower quartile, in seconds.
+        high_s: Upper quartile, in seconds.
         speedup: the original's time over this one's, the median of the paired ratios.
         speedup_low: lower end of that median's distribution-free interval: of 95%, or in fewer than six rounds the
             whole range.

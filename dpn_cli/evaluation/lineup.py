@@ -84,7 +84,7 @@ def _validate(
     """Check that prompts are offered some routes, and that others spend as little as some budgets.
 
     Raises:
-        UsageError: if not.
+        UsageError: if one cannot be reached.
     """
     try:
         for route in routes:

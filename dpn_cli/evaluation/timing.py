@@ -52,7 +52,7 @@ def time_generation(
         model: the model, in eval mode.
         inputs: what `generate` takes, on the model's device.
         new_tokens: number of tokens to generate, at least one.
-        clock: returns seconds.
+        clock: Function that returns the time in seconds.
 
     Returns:
         The timing, and the logits of the first token, [B, vocabulary].

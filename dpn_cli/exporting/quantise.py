@@ -73,7 +73,7 @@ def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict
     """Return what config.json tells transformers.
 
     Args:
-        scheme: how weights are quantised.
+        scheme: Quantisation scheme of the weights.
         dtype: torch's name of the dtype to compute in.
         left: names of the decoder's linear weights that are not quantised.
     """

@@ -36,10 +36,10 @@ class PyramidCache(DynamicCache):
         """Append a chunk's padding mask to a segment's and return the mask over all its keys.
 
         Args:
-            segment: its index.
+            segment: Index of the segment.
             valid: [B, S] bool of the chunk, or None when none of it is padding.
-            batch: B.
-            length: S.
+            batch: Batch size B.
+            length: Sequence length S.
         """
         old, past = self.masks[segment], self.lengths[segment]
         self.lengths[segment] = past + length
@@ -55,8 +55,8 @@ class PyramidCache(DynamicCache):
         """Append a chunk whose rows were run apart, each group with a cache of its own, to the layers of a segment.
 
         Args:
-            layers: of the segment.
-            batch: B.
+            layers: Layers of the segment.
+            batch: Batch size B.
             length: S, of the chunk.
             parts: the groups, which together have all rows.
         """

@@ -26,7 +26,7 @@ class Assignment:
             dropped. Padding is always dropped. A target must itself stay.
         coords: [B, S, 3] the (grid, row, col) that every token has afterwards, read where one stays; None if tokens
             keep those that they have.
-        lengths: per sample, how many tokens stay; None to count them, for which the device has to be waited for.
+        lengths: Number of tokens that stay, per sample; None to count them, which waits for the device.
     """
 
     target: torch.Tensor
@@ -59,8 +59,8 @@ def compact(
     The column of a dropped token is that of the one that stays before it. `grids` and `routes` are left as they are.
 
     Args:
-        state: with visual tokens.
-        assignment: of its tokens.
+        state: State that has visual tokens.
+        assignment: Where each of its tokens goes.
         mode: whether tokens that go into one become their mean or their maximum; the position is always the mean.
         weights: [B, S, 1 or D] what tokens are multiplied by before the mean.
 
@@ -108,7 +108,7 @@ def _merge(values: torch.Tensor, place: torch.Tensor, count: int, mode: Literal[
     """Reduce the rows of [N, D] that share a place to one.
 
     Args:
-        values: [N, D].
+        values: Rows to reduce, [N, D].
         place: [N] the row of the result that a row goes into; `count` for none.
         count: rows of the result; those that nothing goes into are zero.
     """

@@ -49,7 +49,7 @@ def split_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of every row.
-        pass_cost: of one more group, in tokens.
+        pass_cost: Cost of one more group, in tokens.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
     work, starts = [0], []  # of the first n rows: the least work, and where the last group starts then

@@ -30,8 +30,8 @@ class LlavaHrVisionConfig(PreTrainedConfig):
     """The two towers and what joins them.
 
     Attributes:
-        fast_config: of the CLIP model; its `image_size` is the smallest picture that it gets.
-        slow_config: of the ConvNeXt.
+        fast_config: Config of the CLIP model; its `image_size` is the smallest picture that it gets.
+        slow_config: Config of the ConvNeXt.
         has_adapters: whether the towers are joined between CLIP's layers too, or at the end alone.
         image_size: side of the picture, in pixels.
         patch_size: side of the square that becomes one visual token, in pixels.
@@ -63,7 +63,7 @@ def resampled(positions: torch.Tensor, side: int) -> torch.Tensor:
 
     Args:
         positions: [n·n, D], row by row.
-        side: of the grid.
+        side: Side of the grid, in tokens.
 
     Returns:
         [D, side, side].

@@ -147,7 +147,7 @@ def decide(scores: Sequence[float], options: Sequence[Option], costs: Sequence[f
     """Return the expert of the option with the largest score - λ·cost; ties go to the first, which keeps all.
 
     Args:
-        scores: of the router, minus the predicted distortions.
+        scores: Scores of the router: minus the predicted distortions.
         options: that are offered.
         costs: their FLOPs fractions.
         trade_off: λ, in units of the scores per unit of FLOPs fraction.

@@ -33,12 +33,12 @@ class PyramidState:
         columns: [B, L] where every original token is now; None while nothing has moved.
         instruction: [B] the original column of the last instruction token.
         router_tokens: [B, R] the original columns of the tokens that the routers read, -1 where a sample has fewer.
-        grids: per sample, the current sizes of its visual grids; one column after a selection.
-        coord_grids: per sample, the sizes of the grids that `coords` refer to, which a selection leaves as they are.
-        text_tokens: per sample, the tokens of the prompt that are not visual.
-        lengths: per sample, the tokens that are not padding.
-        image_grids: per sample, the sizes of its grids before any pooling.
-        routes: per sample, the experts taken so far.
+        grids: Current sizes of the visual grids, per sample; one column after a selection.
+        coord_grids: Sizes of the grids that `coords` refer to, per sample; a selection leaves them as they are.
+        text_tokens: Number of tokens of the prompt that are not visual, per sample.
+        lengths: Number of tokens that are not padding, per sample.
+        image_grids: Sizes of the visual grids before any reduction, per sample.
+        routes: Experts taken so far, per sample.
         packed: [B, L] (or [1, L]) position ids that start anew where a row holds several samples, else None.
         refusal: why no visual token of this batch may be pooled, or empty.
         angles: the rotary cosines and sines of these positions, if an earlier segment has computed them.
@@ -111,9 +111,9 @@ class Visible:
 
     Attributes:
         coords: [B, S, 3] (grid, row, col) of the visual tokens that are not hidden, -1 elsewhere.
-        grids: per sample, the sizes of its visual grids.
-        lengths: per sample, the tokens that are not padding.
-        text_tokens: per sample, the tokens of the prompt that are not visual.
+        grids: Sizes of the visual grids, per sample.
+        lengths: Number of tokens that are not padding, per sample.
+        text_tokens: Number of tokens of the prompt that are not visual, per sample.
         in_part: whether the attention mask hides a part of some grid, and not all of it.
     """
 

@@ -28,7 +28,7 @@ def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch
 
     Args:
         is_image: [B, L] bool, the image placeholders, in the order of the images.
-        blocks: of all images of the batch, in their order; every sample's grids are counted from 0.
+        blocks: Grids of all images of the batch, in their order; every sample's grids are counted from 0.
 
     Returns:
         [B, L, 3], long.
@@ -158,7 +158,7 @@ class PyramidModelMixin(PreTrainedModel):
         """Run the original's forward with the visual coordinates handed on to the language model.
 
         Args:
-            visual_coords: of the prompt's images, which come along with it; by default they are looked up.
+            visual_coords: Coordinates of the prompt's visual tokens; by default they are looked up.
 
         Raises:
             NotImplementedError: under torch.export.

@@ -81,7 +81,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
 
         Args:
             past_key_values: the name of `cache` before transformers 5.24.
-            visual_coords: of the prompt's images; by default they are looked up.
+            visual_coords: Coordinates of the prompt's visual tokens; by default they are looked up.
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
@@ -250,7 +250,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         """Run as another pyramid without routers for the duration, in this thread or task alone.
 
         Args:
-            pyramid: with a static route and the same routers' tensors, or none.
+            pyramid: Pyramid with a static route, or with the same router tensors.
         """
         with changed_call(self.text_model, pyramid=pyramid, routes=pyramid.own_routes):
             yield self

@@ -35,7 +35,7 @@ class Kind:
         flops: what choosing costs, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the last token of the instruction.
         about: what it does, in a phrase for help texts and docs.
-        source: where it is described.
+        source: Paper or URL that describes it.
     """
 
     settings: tuple[str, ...]

@@ -24,10 +24,10 @@ class Preset:
     """A method that keeps a share of the visual tokens, the same for all samples.
 
     Attributes:
-        kind: of the expert at its sites.
+        kind: Kind of the expert at its sites.
         after_layers: the sites, from the decoder's depth.
         about: what it does, in a phrase.
-        source: where it is described; with what is done otherwise here.
+        source: Paper or URL that describes it, and what is done differently here.
         first_layers: numbers K of first layers that see all tokens, to choose from, for a site after the last of them.
     """
 
@@ -105,7 +105,7 @@ def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
     """Read a preset with its settings; None where the text names none of `PRESETS`.
 
     Args:
-        text: as users write it.
+        text: Preset as users write it.
         num_layers: depth of the decoder.
 
     Raises:

@@ -70,9 +70,9 @@ def validate_budget(
 
     Args:
         recipe: asks for it.
-        shape: of the decoder.
-        pyramid: of the checkpoint.
-        lengths: of the samples that the budget is to be met on.
+        shape: Shape of the decoder.
+        pyramid: The checkpoint's pyramid.
+        lengths: Prompt lengths of the samples on which the budget is to be met.
 
     Raises:
         UsageError: naming the cheapest budget, and the recipe that reaches the wanted one.

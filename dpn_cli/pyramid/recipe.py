@@ -42,7 +42,7 @@ class SiteRecipe(_Section):
     Attributes:
         after: fraction of the depth.
         after_layer: 0-based index of the layer before it.
-        experts: by name; by default those of the pyramid.
+        experts: Names of the site's experts; by default those of the pyramid.
         rates: (rows, columns) of the cells to pool, in place of experts.
     """
 
@@ -102,10 +102,10 @@ class PyramidRecipe(_Section):
     """The pyramid, independent of a model's depth; see `PyramidConfig`.
 
     Attributes:
-        sites: from the first to the last; where routes are surveyed, candidates.
-        experts: of the sites that name none of their own.
-        routes: to offer, by the experts' names, as in `keep,diverse:0.25,exit`; null to survey them, or where routers
-            score experts for all that the sites allow.
+        sites: Sites from the first to the last; candidates where routes are surveyed.
+        experts: Names of the experts of sites that name none of their own.
+        routes: Routes to offer, by the experts' names, as in `keep,diverse:0.25,exit`; null to survey them, or to offer
+            all that the sites allow where routers score experts.
     """
 
     sites: Annotated[tuple[SiteRecipe, ...], Field(min_length=1)]
@@ -129,12 +129,12 @@ class TrainingRecipe(_Section):
     """How weights are trained, where calibration trains any.
 
     Attributes:
-        steps: optimiser steps.
+        steps: Number of optimiser steps.
         batch_size: samples per forward pass; they share one route.
         gradient_accumulation: forward passes per step.
         learning_rate: the highest; it warms up, then falls to zero as a cosine.
         optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.
-        dtype: of the frozen weights and the activations; `auto` is the checkpoint's. What is trained is float32.
+        dtype: Dtype of the frozen weights and the activations; `auto` is the checkpoint's. What is trained is float32.
         gradient_checkpointing: compute activations twice to keep fewer of them.
         save_every: steps between two saved states; a killed run goes on from the last one.
     """
@@ -154,13 +154,13 @@ class HealRecipe(TrainingRecipe):
 
     Attributes:
         method: `none`, or `lora`: a low-rank adapter, merged into the weights at export.
-        rank: of the adapter.
+        rank: Rank of the adapter.
         alpha: the adapter's output is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
-        temperature: at which teacher and student are compared.
-        ce_weight: of the cross-entropy to the labels, where the data has them and the route pools.
+        temperature: Softmax temperature at which teacher and student are compared.
+        ce_weight: Weight of the cross-entropy to the labels, where the data has them and the route reduces tokens.
         budget_spread: routes are drawn with a FLOPs fraction within the budget ± so much.
-        full_share: of the forward passes, those that pool nothing, so that the unpooled model stays the teacher.
+        full_share: Share of forward passes that keep every token, so that the full model stays the teacher.
     """
 
     method: Literal["none", "lora"] = "none"
@@ -179,7 +179,7 @@ class PaperRecipe(TrainingRecipe):
     Attributes:
         train: `routers` alone, or `lora`: with an adapter of `calibration.heal`'s rank, alpha and targets.
         loss: `ce` to the labels (the authors'), or `kl` to the teacher.
-        routing_weight: of the routing loss.
+        routing_weight: Weight of the routing loss.
         routing_target: the mean of scale · probability of the likeliest rates, below which the routing loss pushes for
             more pooling.
     """
@@ -195,7 +195,7 @@ class SurveyRecipe(_Section):
 
     Attributes:
         samples: that candidates are measured on, at most.
-        routes: to choose, at most.
+        routes: Largest number of routes to choose.
         width: candidates of a round that the next round goes on with.
         experts: the kinds to try, of those that the sites have; null for all.
     """
@@ -215,16 +215,16 @@ class CalibrationRecipe(_Section):
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
         epochs: passes of router fitting over the measured table.
-        learning_rate: of router fitting.
+        learning_rate: Learning rate of router fitting.
         answer_tokens: answer tokens per sample, at most.
-        seed: of sampling and fitting.
+        seed: Random seed for sampling and fitting.
         budget: the mean fraction of prefill FLOPs to reach when the command names none.
         prompts: questions for pictures that come without one.
         load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
-        survey: see `SurveyRecipe`.
+        survey: Settings of the survey.
         objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
-        heal: see `HealRecipe`.
-        paper: see `PaperRecipe`.
+        heal: Settings of healing.
+        paper: Settings of the paper's own training.
     """
 
     samples: Annotated[int, Field(ge=2)] = 512
@@ -394,7 +394,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Change one value of a recipe's plain data, in place.
 
     Args:
-        data: the recipe.
+        data: Recipe as plain data.
         override: `key.path=value`; the value is YAML.
 
     Raises:

@@ -47,7 +47,7 @@ class Tiling:
         """Read the tiling from a model's config.
 
         Args:
-            config: as plain data, with its model type.
+            config: Model config as plain data, with its model type.
             tokens: side of a tile.
 
         Raises:
@@ -73,8 +73,8 @@ class Tiling:
         Of a very tall image nothing but the newlines may be left, of a very wide one not even these.
 
         Args:
-            height: of the image, in pixels.
-            width: likewise.
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
         """
         rows, cols = self._mosaic(height, width)
         mosaic = tuple(grid for grid in ((rows, cols), (rows, 1)) if grid[0] * grid[1])

@@ -26,7 +26,7 @@ class Report:
     """What a calibration reached; every figure is of held-out samples.
 
     Attributes:
-        budget: asked for.
+        budget: Budget that was asked for.
         trade_off: the λ that it takes.
         routed: the calibrated model at that λ.
         full: the model that pools nothing.
@@ -35,13 +35,13 @@ class Report:
         budgets: the whole table.
         per_budget: the calibrated model at every row of `budgets`.
         fixed: what every route does that all samples were sent down.
-        visual_tokens: of every decoder layer, the mean over the samples.
+        visual_tokens: Mean number of visual tokens over the samples, per decoder layer.
         visual_tokens_full: the same where nothing is pooled.
         sites: the layer before every site, and the names of its experts.
         worst: the samples with the largest distortion, the largest first.
         best: those with the smallest, the smallest first.
         settings: what was run, for the record.
-        versions: of what it was run with.
+        versions: Versions of the packages that it was run with.
         tried: the candidate routes of the survey, the dearest first; empty where the routes were given.
     """
 
@@ -84,13 +84,13 @@ class Report:
         """Sum a calibration up.
 
         Args:
-            policy: of the fitted routers, over the held-out samples.
-            pyramid: with the budget table and the λ for the budget.
-            shape: of the decoder.
-            grids: of every held-out sample.
-            budget: asked for.
-            worst: see above.
-            best: see above.
+            policy: What the fitted routers choose for the held-out samples.
+            pyramid: Calibrated pyramid, with the budget table and the λ for the budget.
+            shape: Shape of the decoder.
+            grids: Visual grids, per held-out sample.
+            budget: Budget that was asked for.
+            worst: Cases with the largest distortion.
+            best: Cases with the smallest distortion.
             settings: what was run.
         """
         held, taken = policy.table, policy.choose_as(pyramid, pyramid.trade_off)

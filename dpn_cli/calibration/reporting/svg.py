@@ -29,8 +29,8 @@ class Axis:
     Attributes:
         low: the value at `start`; of a logarithmic axis its exponent.
         high: the value at `stop`; likewise.
-        start: pixel.
-        stop: pixel.
+        start: Pixel where the axis starts.
+        stop: Pixel where the axis ends.
         ticks: values and their labels.
         log: whether the axis is logarithmic; zero stands at `start` then.
     """
@@ -90,11 +90,11 @@ def tradeoff_plot(
     Args:
         x: the horizontal axis.
         y: the vertical axis.
-        labels: of both axes.
+        labels: Labels of the x and y axes.
         curve: joined by a line, colour 0.
         envelope: joined by a dashed staircase, colour 1: what holds from one x to the next.
-        dots: in colour 1.
-        chosen: ringed.
+        dots: Points drawn in colour 1.
+        chosen: Points to draw a ring around.
         name: what the plot shows, for who cannot see it.
     """
     steps = [point for a, b in pairwise(envelope) for point in (a, (b[0], a[1]))] + list(envelope[-1:])
@@ -132,7 +132,7 @@ def stacked_bars(bars: Sequence[tuple[str, bool, Sequence[tuple[int, float, str]
 
     Args:
         bars: (label, whether it stands out, parts from the bottom up as (colour, share, title)).
-        labels: of both axes.
+        labels: Labels of the x and y axes.
     """
     y = vertical(0, 1, percent=True)
     slot = (WIDTH - LEFT - RIGHT) / len(bars)
@@ -161,8 +161,8 @@ def staircase(
         values: filled, colour 0.
         reference: a dashed line.
         events: steps after which something happens, marked by a vertical line.
-        labels: of both axes.
-        title: of every step, with `{step}`, `{value}` and `{reference}` to fill in.
+        labels: Labels of the x and y axes.
+        title: Template of a step's title, with `{step}`, `{value}` and `{reference}` to fill in.
     """
     x, y = horizontal(0, len(values)), vertical(0, max(*reference, *values, 1) * 1.04)
     floor = y.at(0)

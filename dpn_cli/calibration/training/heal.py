@@ -44,18 +44,18 @@ def heal(
     Args:
         model: converted, without an adapter, in eval mode.
         examples: none of those that the result is judged by.
-        has_labels: of every example, whether its answers are from the data rather than the teacher's own.
-        recipe: with method `lora`.
+        has_labels: Whether the answers come from the data rather than from the teacher, per example.
+        recipe: Training recipe with method `lora`.
         budget: mean fraction of the prefill FLOPs around which routes are drawn.
         pad_token_id: fills up the shorter samples of a batch.
-        seed: of everything that is drawn.
+        seed: Random seed for sampling.
         state: a folder; a run that was killed goes on from there.
         processes: share the forward passes of every step.
         advance: called with the number of steps done.
 
     Raises:
         DpnError: if the loss or its gradient is not a finite number.
-        MissingExtraError: without peft.
+        MissingExtraError: if peft is not installed.
     """
     parameters = add_adapter(model, recipe.rank, recipe.alpha, recipe.target_modules, seed)
 
@@ -96,7 +96,7 @@ def draw_route(
         state: the batch before the first site.
         budget: the middle of the drawn fractions.
         recipe: their spread, and the share of the full route.
-        rng: draws.
+        rng: Random generator.
     """
     full = rng.random() < recipe.full_share
     wanted = rng.uniform(budget - recipe.budget_spread, budget + recipe.budget_spread)

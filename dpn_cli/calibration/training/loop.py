@@ -33,7 +33,7 @@ class TrainingReport:
 
     Attributes:
         trained: parameters that were trained.
-        loss: of every step.
+        loss: Loss, per step.
     """
 
     trained: int
@@ -56,7 +56,7 @@ class Draw:
 
     Attributes:
         rows: indices of the samples.
-        random: for every other choice.
+        random: Generator for every other random choice.
     """
 
     rows: list[int]

@@ -53,7 +53,7 @@ def train_as_paper(
         examples: none of those that the result is judged by.
         recipe: its sections `paper` and `heal`.
         pad_token_id: fills up the shorter samples of a batch.
-        seed: of everything that is drawn.
+        seed: Random seed for sampling.
         state: a folder; a run that was killed goes on from there.
         processes: share the forward passes of every step.
         advance: called with the number of steps done.
@@ -108,8 +108,8 @@ class Sampler:
     """Draws a rate per sample and site from softmax(logits / 10), among those offered.
 
     Attributes:
-        text_model: the pyramid.
-        rng: draws.
+        text_model: Text model with the pyramid.
+        rng: Random generator.
         entries: scale · probability of the likeliest rates so far, offered or not, a tensor per site.
     """
 

@@ -88,7 +88,7 @@ def tune(
         processor: the checkpoint's.
         samples: none of those that the result is judged by, all answered; each with whether its answers are from the
             data rather than the teacher's own.
-        recipe: says which.
+        recipe: Training recipe, which says what is trained.
         state: a folder for what a run that was killed goes on from; the main process's.
         processes: that train together.
         reporter: told the progress.

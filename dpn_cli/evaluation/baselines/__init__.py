@@ -24,7 +24,7 @@ def make_baseline(name: str, pyramid: "PyramidConfig") -> "Baseline":
     """Return one of `BASELINES`, to be fitted to a budget.
 
     Args:
-        name: of the baseline.
+        name: Name of the baseline.
         pyramid: that it is compared with.
 
     Raises:

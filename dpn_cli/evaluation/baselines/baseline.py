@@ -33,7 +33,7 @@ class Prompt:
 
     Attributes:
         grids: the visual tokens of every image, (H, W).
-        text_tokens: all others.
+        text_tokens: Number of tokens that are not visual.
     """
 
     grids: tuple[Grid, ...]
@@ -65,7 +65,7 @@ class Baseline(ABC):
         """Return this baseline with the settings that spend a budget.
 
         Args:
-            shape: of the decoder.
+            shape: Shape of the decoder.
             prompts: those to be answered; ones without an image have no say. A mapping says how much each counts.
             budget: mean fraction of the unpooled prefill FLOPs.
 

@@ -50,7 +50,7 @@ class FixedRoute(Fixed):
 
     Attributes:
         pyramid: offers the routes.
-        route: the experts.
+        route: Experts, one per site.
     """
 
     name: ClassVar[str] = "fixed"
@@ -191,9 +191,9 @@ def routes_that_spend(
     One prompt after another takes the route that brings the sum nearest to what is to be spent so far.
 
     Args:
-        shape: of the decoder.
+        shape: Shape of the decoder.
         pyramid: offers the routes.
-        prompts: of the batch.
+        prompts: Prompts of the batch, one per sample.
         budget: fraction of their unpooled prefill FLOPs.
     """
     routes: list[Route] = []

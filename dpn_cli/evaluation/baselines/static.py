@@ -18,9 +18,9 @@ class StaticPyramid(Fixed):
     """One of `PRESETS`, with the share that spends a budget.
 
     Attributes:
-        name: of the preset.
-        share: of the visual tokens, kept at every site.
-        first_layers: see `Preset`.
+        name: Name of the preset.
+        share: Fraction of the visual tokens that every site keeps.
+        first_layers: Layers after which its sites stand, as in `Preset`.
     """
 
     name: str  # type: ignore[misc]  # the others have one name a class

@@ -16,7 +16,7 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
     """Return the attention [B, S] from the last instruction token to all tokens, the mean over the heads.
 
     Args:
-        text_model: with a pyramid.
+        text_model: Text model with a pyramid.
         state: the input of the layer.
         layer_idx: the layer whose attention it is.
     """

@@ -20,7 +20,7 @@ class Blocks:
 
     Attributes:
         is_token: [B, N, M] bool, which places of the blocks hold a token.
-        num_steps: per sample, the tokens to rank in a block: more than its share, so that busy blocks can have more.
+        num_steps: Number of tokens to rank in a block, per sample: more than the block's share, for busy blocks.
     """
 
     def __init__(self, batch: Reducible) -> None:
@@ -61,8 +61,8 @@ class Blocks:
         """Return what tokens were chosen at, [B, S]; -1 for the others.
 
         Args:
-            chosen: per step, the place that was chosen in every block, [B, N, 1].
-            values: per step, what it was chosen at.
+            chosen: Place that each step chose in every block, [B, N, 1].
+            values: Score that each step's place had when it was chosen.
         """
         steps = put(self.num_steps, self.slot.device)
         counts = torch.arange(len(chosen), device=self.slot.device) < steps[:, None, None]

@@ -51,8 +51,8 @@ def best_of_cells(cells: Assignment, scores: torch.Tensor) -> torch.Tensor:
     """Return, for every token, the column [B, S] of the best token of its cell by `scores` [B, S]; the first of equals.
 
     Args:
-        cells: from `pooled_cells`; a token that it drops is a cell of its own.
-        scores: finite.
+        cells: Cells that `pooled_cells` made; a token that it drops is a cell of its own.
+        scores: Finite scores.
     """
     index = torch.arange(scores.shape[1], device=scores.device)
     cell = torch.where(cells.target == DROPPED, index, cells.target)
