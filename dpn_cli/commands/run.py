@@ -1,6 +1,7 @@
 """`dpn run`: answer a question about images and show the route."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def command(
 
     from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.checkpoint.locks import in_use
-    from dpn_cli.data.images import image_path
+    from dpn_cli.data.places import Places
     from dpn_cli.data.samples import Sample, Turn
     from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.inference.answering import answer
@@ -69,7 +70,8 @@ def command(
         checkpoint, layout, pyramid = open_converted(folder)
         experts = None if route is None else parse_route(route, pyramid.sites)
         validate_in_table([] if budget is None else [budget], pyramid)
-        sample = Sample("question", tuple(image_path(Path(), image) for image in images), (Turn(question),))
+        sources = tuple(Places().find(image, f"--image {image:.40}", partial(str, image)) for image in images)
+        sample = Sample("question", sources, (Turn(question),))
         sample.open_images()  # an image that cannot be read is named before the model is loaded
         processor = load_opened_processor(checkpoint, layout)
         loaded = load_opened(checkpoint, pyramid, device_map=default_device())

@@ -4,6 +4,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import is_blank, validate_object
+from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import Turn
 from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
 from dpn_cli.errors import did_you_mean
@@ -12,7 +13,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _NAMES = ("from", "role")
 _CONTENTS = ("value", "content")
 _PAIR = ("system", "user", "assistant")  # of The Cauldron: a question and its answer in one object
-_IMAGE_PARTS = {"image": ("image", "path", "url"), "image_url": ("image_url",)}  # where a part has its image, by type
+_IMAGE_PARTS = ("image", "image_url")  # types of the parts that show an image
 
 
 def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
@@ -64,7 +65,7 @@ def _validate_order(messages: list[Any]) -> None:
     """Check that the parts for images which number them, as TRL's data does, count up from 0."""
     contents = [records(message.get(key)) for message in messages if isinstance(message, dict) for key in _CONTENTS]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    order = [part.get("index") for part in parts if part.get("type") in [*_IMAGE_PARTS]]
+    order = [part.get("index") for part in parts if part.get("type") in _IMAGE_PARTS]
     if any(index is not None for index in order) and order != list(range(len(order))):
         raise RowError("images out of order", f"parts for images with the index {', '.join(map(str, order))}")
 
@@ -85,9 +86,10 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
     for each in content if isinstance(content, list) else [content]:
         part = each if isinstance(each, dict) else {"type": "text", "text": each}
         kind = part.get("type")
-        if isinstance(kind, str) and kind in _IMAGE_PARTS:
+        if kind in _IMAGE_PARTS:
             placeholders += 1
-            images += _image_of(part, _IMAGE_PARTS[kind])
+            validate_object(part, (*HOLDERS, "type", "detail"), "a part of a message")
+            images += [{key: part[key]} for key in [holder(part)] if key is not None]
         elif kind == "text":
             validate_object(part, ("type", "text"), "a part of a message")
             text = read_text(part.get("text"), f"message from {name}")
@@ -100,13 +102,3 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
     if images and len(images) != placeholders:
         raise RowError("images and placeholders", f"a message has {placeholders} placeholders for {len(images)} images")
     return role, "\n".join(filter(None, texts)), placeholders, images
-
-
-def _image_of(part: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
-    """Return the image that a part of a message holds, if it does not only say where one stands.
-
-    Raises:
-        RowError: if it holds one under another key.
-    """
-    validate_object(part, (*keys, "type", "detail"), "a part of a message")
-    return [part[key] for key in keys if part.get(key)][:1]

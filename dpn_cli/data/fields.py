@@ -126,12 +126,6 @@ def asks(names: Iterable[str]) -> bool:
     return not assign(names).keys().isdisjoint({"conversation", "question", "caption"})
 
 
-def is_readable(names: Iterable[str]) -> bool:
-    """Tell whether the fields hold any images or text under names that are known."""
-    names = list(names)
-    return asks(names) or "image" in assign(names)
-
-
 def known_names() -> str:
     """Return in words the names that text and images are read under."""
     return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in (*_TEXT_ROLES, "image"))

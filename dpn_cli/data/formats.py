@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dpn_cli.errors import DataError
 
 if TYPE_CHECKING:
+    from dpn_cli.data.places import Places
     from dpn_cli.data.rows import Reading
     from dpn_cli.data.scan import Source
 
@@ -37,9 +38,12 @@ class Request:
         return Path(self.data).expanduser()
 
     @property
-    def root(self) -> Path:
-        """Where image paths start."""
-        return self.image_root or (self.path if self.path.is_dir() else self.path.parent)
+    def places(self) -> "Places":
+        """Where images are looked for: relative paths start beside the file that names them."""
+        from dpn_cli.data.places import Places
+
+        beside = self.path if self.path.is_dir() else self.path.parent
+        return Places(self.image_root or (beside if self.path.exists() else Path()))
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ FORMATS = {
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
     "llava": Format("a LLaVA .json or .jsonl file", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
-    "csv": Format("a .csv or .tsv file", "huggingface.open_csv"),
+    "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),
     "hub": Format("owner/name[:configuration[:split]] on the hub", "huggingface.open_hub"),
     "images": Format("a folder of images (asked stock prompts, answered by the model)", "folder.open_images"),
 }

@@ -3,15 +3,12 @@
 Every reader goes through `_opened`, so that one limit holds for all, and every picture is upright, as viewers show it.
 """
 
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -22,41 +19,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decode
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 MAX_FILE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds
-PATH_KEYS = ("path", "url")  # of an object that stands for an image
-_FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
-_BASE64 = re.compile(
-    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{32,}={0,2}\s*"
-)  # of images
-_ELSEWHERE = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _UNSCALED = ("I", "F")  # Pillow's modes whose values may lie anywhere
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
 # What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, ArithmeticError, TypeError, struct.error,
 )  # fmt: skip
-
-
-def image_path(root: Path, value: Any) -> Path:
-    """Return the file that a row names.
-
-    Args:
-        root: the folder that relative paths start in.
-        value: a path, with slashes or backslashes, a file:// URI, or an object with one of them as `path` or `url`.
-
-    Raises:
-        RowError: if it names no file.
-    """
-    path = next((value[key] for key in PATH_KEYS if value.get(key)), None) if isinstance(value, dict) else value
-    if not isinstance(path, str) or not path:
-        keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
-        expected = f"expected the path of an image, or an object with one as {' or '.join(PATH_KEYS)}"
-        raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
-    if _ELSEWHERE.match(path) and not _FILE_URI.match(path):
-        raise RowError("image not in a file", f"{path!r:.100} is not a file: expected a path or a file:// URI")
-    if _BASE64.fullmatch(path):
-        raise RowError("image not in a file", "base64 text is not a path: expected a file, or bytes in a parquet table")
-    path = unquote(_FILE_URI.sub("", path)) if _FILE_URI.match(path) else path
-    return root / (path if "\\" not in path or _is_file(root / path) else path.replace("\\", "/"))
 
 
 def read_file(path: Path) -> bytes:
@@ -163,14 +131,15 @@ def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.I
 
 def _validate_file(path: Path) -> Path:
     """Return a path that leads to a file which is not too large to be an image."""
-    if not _is_file(path):
+    if not is_file(path):
         raise RowError(MISSING, f"no image file {printable(path)}")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_FILE_BYTES} are read")
     return path
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Tell whether a path leads to a file."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have

@@ -4,23 +4,19 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import asks, assign, mapping, present, validate_ignored
 from dpn_cli.data.formats import Request, only_file
-from dpn_cli.data.images import image_path
-from dpn_cli.data.rows import Reading, group, read_row
-from dpn_cli.data.samples import Sample
+from dpn_cli.data.places import Places
+from dpn_cli.data.rows import Reading
+from dpn_cli.data.rowsource import RowSource
 from dpn_cli.errors import DataError
 
 _SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
 _BEGINNING = 4096  # characters
-_LOOKED_AT = 100  # rows, to say which fields are read
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
@@ -36,18 +32,16 @@ def holds_rows(path: Path) -> bool:
     return bool(_LIST_OF_OBJECTS.match(start)) or (path.suffix.lower() == ".jsonl" and start.startswith("{"))
 
 
-class LlavaFile:
+class LlavaFile(RowSource):
     """The rows of a .json or .jsonl file, kept as text and decoded one at a time."""
 
-    def __init__(self, path: Path, image_root: Path, reading: Reading) -> None:
+    def __init__(self, path: Path, places: Places, reading: Reading) -> None:
         """Read the file and find where its rows are.
 
         Raises:
             DataError: if it is not text, neither a list of rows nor one row per line, or without a field to be ignored.
         """
         self.name = str(path)
-        self.image_root = image_root
-        self.reading = reading
         try:
             self.text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -58,18 +52,12 @@ class LlavaFile:
         if not self.spans:
             raise DataError(f"{path} holds no rows")
         try:
-            first = self._row(0)
+            first = self.row(0)
         except RowError:
             first = None
         if not is_list and path.suffix == ".json" and (first is None or len(self.spans) == 1):
             raise DataError(f"{path} holds no JSON list of conversations: expected [{{…}}, …], or one row per line")
-        if reading.ignored:
-            validate_ignored(reading.ignored, {name: None for row in self._objects() for name in row}, self.name)
-        self.images_alone = not any(asks(present(row, reading.ignored)) for row in self._objects())
-        kind = "LLaVA JSON" if is_list else "LLaVA JSON lines"
-        first = (list(present(row, reading.ignored)) for row in islice(self._objects(), _LOOKED_AT))
-        fullest: list[str] = max(first, key=lambda names: ("image" in assign(names), len(assign(names))), default=[])
-        self.format = f"{kind} ({mapping(fullest)})"
+        super().__init__(self.name, "LLaVA JSON" if is_list else "LLaVA JSON lines", places, reading)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -79,30 +67,15 @@ class LlavaFile:
         """Return the row's number in a list, or its line in a file of lines."""
         return self.spans[index][0]
 
-    def fields(self) -> list[str]:
-        """Return the fields that hold a group in some row, in the order of their appearance."""
-        found: dict[str, None] = {}
-        for index in range(len(self)):
-            with suppress(RowError):
-                row = self._row(index)
-                items = row.items() if isinstance(row, dict) else ()
-                found |= dict.fromkeys(key for key, value in items if group(value) is not None)
-        return list(found)
-
-    def sample(self, index: int) -> Sample:
-        """Read one row."""
-        open_image = partial(image_path, self.image_root)
-        row, number = self._row(index), self.number(index)
-        return read_row(row, number, open_image, self.reading, images_alone=self.images_alone)
-
-    def _objects(self) -> Iterator[dict[str, Any]]:
+    def outlines(self) -> Iterator[dict[str, Any]]:
         """Yield the rows that are objects."""
         for index in range(len(self)):
             with suppress(RowError):
-                if isinstance(row := self._row(index), dict):
+                if isinstance(row := self.row(index), dict):
                     yield row
 
-    def _row(self, index: int) -> Any:
+    def row(self, index: int) -> Any:
+        """Return a row."""
         _, start, end = self.spans[index]
         try:
             return json.loads(self.text[start:end])
@@ -180,4 +153,4 @@ def open_llava(request: Request) -> LlavaFile | None:
         DataError: if there are several in the folder.
     """
     path = only_file(request, _SUFFIXES, holds_rows)
-    return LlavaFile(path, request.root, request.reading) if path else None
+    return LlavaFile(path, request.places, request.reading) if path else None

@@ -8,7 +8,7 @@ from dpn_cli.data.chat import read_chat
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, assign, is_blank, present, validate_all_read, validate_media, validate_object
-from dpn_cli.data.images import PATH_KEYS
+from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import ImageSource, Sample, Turn
 from dpn_cli.data.texts import (
     PLACEHOLDER,
@@ -118,8 +118,9 @@ def _images(fields: Fields, roles: dict[str, str]) -> list[Any]:
 
 def _open(image: Any, open_image: OpenImage) -> ImageSource:
     source = open_image(image)
-    if isinstance(image, dict):
-        validate_object(image, (*PATH_KEYS, "bytes", "detail"), "an image")
+    while isinstance(image, dict):
+        validate_object(image, (*HOLDERS, "detail"), "an image")
+        image = image.get(holder(image))
     return source
 
 

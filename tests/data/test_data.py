@@ -189,7 +189,8 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(image="\ud800.png"), "missing image file"),
         (llava_row(image=["images/a.png", 3]), "no image path"),
         (llava_row(image="https://example.org/a.png"), "image not in a file"),
-        (llava_row(image=base64.b64encode((folder / "a.png").read_bytes()).decode()), "image not in a file"),
+        (llava_row(image=base64.b64encode(b"GIF89a" * 9).decode()), "image cannot be decoded"),
+        (llava_row(image="data:image/png;base64,////"), "image cannot be decoded"),
         (llava_row(image="images/float.tif"), "32-bit image"),
         (llava_row(conversations=chat("<image><image> what ?")), "more <image> than images"),
         (llava_row(image=None), "more <image> than images"),
@@ -218,7 +219,7 @@ def test_every_bad_row_has_its_reason(tmp_path: Path, picture: Path) -> None:
     assert [(fault.row, fault.reason) for fault in scan.faults] == list(enumerate(reasons, 2))
     assert scan.with_image == 1
     "\n".join(scan.lines()).encode()  # printable on any terminal
-    with pytest.raises(DataError, match=r"31 of 32 rows read are bad: .*rows 5, 6, 7: image cannot be decoded"):
+    with pytest.raises(DataError, match=r"32 of 33 rows read are bad: .*rows 5, 6, 7, 15, 16: image cannot be decoded"):
         load(path)
 
 

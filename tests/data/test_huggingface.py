@@ -10,7 +10,6 @@ from PIL import ExifTags, Image
 
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
-from dpn_cli.data.samples import Turn
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
 
 
@@ -87,53 +86,6 @@ def test_images_as_paths_and_bytes(datasets: Any, tmp_path: Path, image: Any) ->
     [sample] = load_data(DataOptions(str(tmp_path / "data.parquet")), prompts=("what is this ?",)).samples
     assert (sample.turns[0].question, sample.turns[0].answer) == ("what is this ?", "a red thing")
     assert sample.open_images()[0].size == (20, 30)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "turn"),
-    [
-        (
-            "metadata.csv",
-            'file_name,text\r\na.png,"a ""red"", red\nthing"\r\n',
-            Turn("stock ?", 'a "red", red\nthing', 1),
-        ),
-        ("questions.csv", "\ufeffimage,question,answer,x\n\na.png,which ?,007\n", Turn("which ?", "007", 1)),
-        ("labels.TSV", "image\tquestion\tanswer\na.png\twhat, now ?\tNone\n", Turn("what, now ?", "None", 1)),
-        ("q.csv", "image,question,answer\na.png,which ?,\n", Turn("which ?", None, 1)),
-    ],
-)
-def test_csv_files_alone_and_beside_their_images(
-    datasets: Any, tmp_path: Path, name: str, text: str, turn: Turn
-) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(png())
-    (folder / name).write_bytes(text.encode())
-    for data in (folder, folder / name):
-        [sample] = load_data(DataOptions(str(data)), prompts=("stock ?",)).samples
-        assert (sample.turns, sample.images) == ((turn,), (folder / "a.png",))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id,tag\na.png,red\n", "has the columns id, tag: none is known"),
-        ("file_name,label\na.png,red\n", "`label`, of the fields file_name, label.*--ignore-fields"),
-        ("file_name,text\na.png,red,blue\n", "line 2 has 3 cells, the header has 2"),
-        ("file_name,text,text\na.png,red,blue\n", "a name comes twice in the header file_name, text, text"),
-        ('file_name,text\na.png,"red\n', "unexpected end of data"),
-        ("file_name,text\n", "holds no rows"),
-        ("", "holds no rows"),
-    ],
-)
-def test_bad_csv_files_are_named(datasets: Any, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.png").write_bytes(png())
-    (tmp_path / "data.csv").write_text(text)
-    with pytest.raises(DataError, match=rf"data\.csv.*(?:{message})"):
-        load_data(DataOptions(str(tmp_path)))
-    (tmp_path / "more.csv").touch()
-    with pytest.raises(DataError, match=r"several files of rows \(data\.csv, more\.csv\)"):
-        load_data(DataOptions(str(tmp_path)))
 
 
 def test_tables_go_before_csv_files_beside_them(datasets: Any, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dpn_cli.data.faults import UNREAD, RowError
 from dpn_cli.data.fields import mapping
-from dpn_cli.data.images import image_path
 from dpn_cli.data.llava import LlavaFile
+from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading, read_row
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.data.scan import scan
@@ -19,11 +19,12 @@ from dpn_cli.errors import DataError
 
 ROOT = Path("pictures")
 READING = Reading(("stock ?",))
+PLACES = Places(ROOT)
 A, B = ROOT / "a.png", ROOT / "b.png"
 
 
 def read(row: Any, reading: Reading = READING, **options: Any) -> Sample:
-    return read_row(row, 3, lambda value: image_path(ROOT, value), reading, **options)
+    return read_row(row, 3, lambda value: PLACES.find(value, "x", lambda: value), reading, **options)
 
 
 def say(role: str, content: Any) -> dict[str, Any]:
@@ -338,44 +339,6 @@ def test_videos_and_sounds_are_no_text(row: dict[str, Any]) -> None:
     assert read({"video": None, "videos": [{"bytes": None}], "question": "what ?"}).images == ()
 
 
-@pytest.mark.parametrize(
-    ("value", "path"),
-    [
-        ("file:///tmp/a%20b.png", "/tmp/a b.png"),
-        ("file://localhost/tmp/a.png", "/tmp/a.png"),
-        ("FILE:/tmp/a.png", "/tmp/a.png"),
-        ("file://sub/a.png", "pictures/sub/a.png"),
-        (".\\sub\\a.png", "pictures/sub/a.png"),
-        ({"url": "a.png"}, "pictures/a.png"),
-        ({"bytes": None, "path": "a.png"}, "pictures/a.png"),
-    ],
-)
-def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
-    assert read({"image": value, "question": "what ?"}).images == (Path(path),)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"base64": "aGk="}, r"found dict with 'base64'"),
-        (7, "found int"),
-        ("https://example.org/a.png", r"'https://example.org/a.png' is not a file: expected a path or a file:// URI"),
-        ("s3://bucket/a.png", "is not a file"),
-        ("data:image/png;base64,aGk=", "is not a file"),
-        ("/9j/4AAQ" + "Sk+Z/" * 9 + "\n==", "base64 text is not a path"),
-    ],
-)
-def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:
-    with pytest.raises(RowError, match=message):
-        read({"image": value, "question": "what ?"})
-
-
-def test_a_part_with_its_image_under_another_key_is_named() -> None:
-    part = {"type": "image", "base64": "aGk="}
-    with pytest.raises(RowError, match=r"`base64`, expected image, path, url"):
-        read({"messages": [say("user", [part, "what ?"])]})
-
-
 def test_an_image_alone_is_a_sample_only_where_no_row_has_text() -> None:
     assert read({"image": "a.png"}, images_alone=True).turns == (Turn("stock ?", None, 1),)
     with pytest.raises(RowError, match="no question and no caption"):
@@ -399,11 +362,26 @@ def test_the_mapping_is_put_in_words() -> None:
     assert mapping(["file_name", "text"]) == "`file_name`, stock prompts and `text` as answer"
 
 
-words = st.sampled_from(["<image> what ?", "what ?", "red", "", "user", "gpt", "text", "image", "\ud800", "a\0.png"])
+words = st.sampled_from(
+    [
+        "data:image/png;base64,iVBO",
+        "<image> what ?",
+        "what ?",
+        "red",
+        "",
+        "user",
+        "gpt",
+        "text",
+        "image",
+        "\ud800",
+        "a\0.png",
+    ]
+)
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | words
 KEYS = [
     "id", "kind", "image", "images", "conversations", "messages", "question", "answer", "answers", "caption", "text",
-    "from", "value", "role", "content", "type", "path", "bytes", "choices", "A", "B", "hint", "system", "user", "reply",
+    "from", "value", "role", "content", "type", "path", "bytes",
+    "base64", "url", "image_url", "choices", "A", "B", "hint", "system", "user", "reply",
 ]  # fmt: skip
 keys = st.sampled_from(KEYS) | st.text(max_size=3)
 anything = st.recursive(
@@ -435,7 +413,7 @@ def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.Te
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(text)
     try:
-        data = scan(LlavaFile(path, ROOT, READING), skip_bad=True, max_bad=1.0, limit=None, seed=0)
+        data = scan(LlavaFile(path, PLACES, READING), skip_bad=True, max_bad=1.0, limit=None, seed=0)
     except DataError as error:
         assert str(path) in str(error)
         return

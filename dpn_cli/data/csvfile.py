@@ -1,0 +1,100 @@
+"""CSV and TSV files: a header with the names of the columns, then one row per record."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import Fields
+from dpn_cli.data.formats import Request, only_file
+from dpn_cli.data.images import MAX_FILE_BYTES
+from dpn_cli.data.places import Places
+from dpn_cli.data.rows import Reading
+from dpn_cli.data.rowsource import RowSource, validate_columns
+from dpn_cli.errors import DataError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class CsvFile(RowSource):
+    """The rows of a CSV or TSV file; every cell is the text that it is, or nothing."""
+
+    def __init__(self, path: Path, places: Places, reading: Reading) -> None:
+        """Read the file.
+
+        Raises:
+            DataError: if it is not text, has a broken header or record, no rows, or no column that is known.
+        """
+        csv.field_size_limit(MAX_FILE_BYTES)  # a cell may hold an image in base64
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                lines = list(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        header, *self.records = _records(path, lines) or [[]]
+        if not self.records:
+            raise DataError(f"{path} holds no rows")
+        self.header = header
+        if twice := next((name for i, name in enumerate(header) if name in header[:i]), None):
+            raise DataError(f"{path}: the column {twice!r} comes twice in the header {', '.join(header)}")
+        super().__init__(str(path), path.suffix[1:].upper(), places, reading)
+        validate_columns(header, reading, self.name)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.records)
+
+    def outlines(self) -> Iterator[Fields]:
+        """Yield the columns."""
+        yield dict.fromkeys(self.header, "")
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return a row by the names of its columns."""
+        cells = self.records[index]
+        if len(cells) < len(self.header):
+            missing = ", ".join(f"`{name}`" for name in self.header[len(cells) :])
+            raise RowError("a row that lacks a column", f"{len(cells)} cells, so nothing for {missing}")
+        if len(cells) > len(self.header):
+            raise RowError(
+                "a row with too many cells",
+                f"{len(cells)} cells for the {len(self.header)} columns {', '.join(self.header)}; quote a cell that "
+                "holds a delimiter",
+            )
+        return {name: cell or None for name, cell in zip(self.header, cells, strict=True)}
+
+
+def _records(path: Path, lines: list[str]) -> list[list[str]]:
+    """Return the records that are not blank, the header first.
+
+    Raises:
+        DataError: if a quote is left open, or closed before the cell ends; names row and column.
+    """
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    records: list[list[str]] = []
+    begins = 0  # lines before the record that is read
+    try:
+        for cells in reader:
+            records += [cells] if cells else []
+            begins = reader.line_num
+    except csv.Error as error:
+        cells = next(csv.reader(lines[begins : reader.line_num], delimiter=delimiter))
+        place = next((i for i, cell in enumerate(cells) if "\n" in cell), len(cells) - 1)
+        column = records[0][place] if records and place < len(records[0]) else str(place + 1)
+        row = f"row {len(records)}" if records else "the header"
+        raise DataError(
+            f"{path}, line {begins + 1}: {row}, column `{column}`: a quote is left open, or closed before the cell "
+            f'ends ({error}); write a quote inside of a quoted cell twice, as ""'
+        ) from None
+    return records
+
+
+def open_csv(request: Request) -> CsvFile | None:
+    """Open a CSV or TSV file, or the one of a folder.
+
+    Raises:
+        DataError: if there are several in the folder.
+    """
+    path = only_file(request, _DELIMITERS, Path.is_file)
+    return CsvFile(path, request.places, request.reading) if path else None

@@ -1,0 +1,97 @@
+"""Where an image may sit: in a file, or encoded in the row itself. `docs/data-layouts.md` shows all places."""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.images import is_file
+from dpn_cli.data.samples import ImageSource, StoredImage
+
+HOLDERS = ("bytes", "base64", "path", "image", "image_url", "url")
+"""The keys under which an object holds an image, the first one with something in it being read."""
+
+_FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:([^,]*),", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_BASE64 = re.compile(
+    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{32,}={0,2}\s*"
+)  # of images
+_SHOWN = 100  # characters
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the images of some rows are looked for.
+
+    Attributes:
+        root: Folder that relative paths start in.
+    """
+
+    root: Path = Path()
+
+    def find(self, value: Any, name: str, again: Callable[[], Any]) -> ImageSource:
+        """Return the image that a row's value stands for, still encoded.
+
+        Args:
+            value: A path with slashes or backslashes, a file: or data: URI, base64 text, encoded bytes, or an object
+                with one of them under one of `HOLDERS`.
+            name: Name for messages of an image that has no path.
+            again: Function that returns the same value again, so that samples do not hold on to encoded images.
+
+        Raises:
+            RowError: if it stands for none.
+        """
+        held = _held(value)
+        if isinstance(held, bytes) or (isinstance(held, str) and _is_encoded(held)):
+            return StoredImage(name, lambda: _decode(_held(again()), name))
+        if not isinstance(held, str) or not held:
+            keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
+            expected = f"expected the path of an image, or an object with one as {', '.join(HOLDERS)}"
+            raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
+        if _ELSEWHERE.match(held) and not _FILE_URI.match(held):
+            raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
+        path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held
+        return self.root / (path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/"))
+
+
+def holder(value: dict[str, Any]) -> str | None:
+    """Return the key under which an object holds an image, if there is one."""
+    return next((key for key in HOLDERS if value.get(key)), None)
+
+
+def _is_encoded(text: str) -> bool:
+    return _DATA_URI.match(text) is not None or _BASE64.fullmatch(text) is not None
+
+
+def _decode(held: bytes | str, name: str) -> bytes:
+    """Return the bytes of an image that a row holds itself.
+
+    Raises:
+        RowError: if they are not what they are said to be.
+    """
+    if isinstance(held, bytes):
+        return held
+    uri = _DATA_URI.match(held)
+    text = held[uri.end() :] if uri else held
+    if uri and not uri[1].lower().endswith(";base64"):
+        return unquote_to_bytes(text)
+    try:
+        return base64.b64decode("".join(unquote(text).split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError("image cannot be decoded", f"{name} is not base64: {error}") from None
+
+
+def _held(value: Any) -> Any:
+    """Return what an object holds for an image, at any depth, as `{"image_url": {"url": …}}` does."""
+    while isinstance(value, dict):
+        key = holder(value)
+        value = None if key is None else value[key]
+        if key == "base64" and isinstance(value, str) and not _DATA_URI.match(value):
+            return f"data:;base64,{value}"
+    return value

@@ -1,0 +1,109 @@
+"""What all tables of rows have in common, whatever file they come from."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from dpn_cli.data.fields import Fields, asks, assign, known_names, mapping, present, validate_ignored
+from dpn_cli.data.places import Places
+from dpn_cli.data.rows import Reading, group, read_row
+from dpn_cli.data.samples import ImageSource, Sample
+from dpn_cli.errors import DataError
+
+_LOOKED_AT = 100  # rows, to say which fields are read
+
+
+class RowSource:
+    """Rows that are read one at a time; images that they hold themselves are fetched again when they are opened.
+
+    Attributes:
+        name: Name of the data, as the user gave it.
+        format: Description of the format, and of how the fields are read.
+    """
+
+    name: str
+    format: str
+
+    def __init__(self, name: str, kind: str, places: Places, reading: Reading) -> None:
+        """Understand the fields of rows that are ready to be read.
+
+        Args:
+            name: Name of the data, as the user gave it.
+            kind: Description of the format.
+            places: Places to look for images.
+            reading: Options for reading rows.
+
+        Raises:
+            DataError: if it has no field that is to be left unread.
+        """
+        self.name = name
+        self.places = places
+        self.reading = reading
+        if reading.ignored:
+            validate_ignored(reading.ignored, {name: None for row in self.outlines() for name in row}, name)
+        self.images_alone = not any(asks(present(row, reading.ignored)) for row in self.outlines())
+        looked_at = (list(present(row, reading.ignored)) for row in islice(self.outlines(), _LOOKED_AT))
+        fullest: list[str] = max(
+            looked_at, key=lambda names: ("image" in assign(names), len(assign(names))), default=[]
+        )
+        self.format = f"{kind} ({mapping(fullest)})"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        raise NotImplementedError
+
+    def row(self, index: int) -> Any:
+        """Return a row, an object if it is a good one.
+
+        Raises:
+            RowError: if it cannot be read.
+        """
+        raise NotImplementedError
+
+    def outlines(self) -> Iterator[Fields]:
+        """Yield what shows which fields there are: every row that is an object, or one for all of a table's columns."""
+        raise NotImplementedError
+
+    def fields(self) -> list[str]:
+        """Return the fields by which rows can be grouped, in the order of their appearance."""
+        groups = (name for row in self.outlines() for name, value in row.items() if group(value) is not None)
+        return list(dict.fromkeys(groups))
+
+    def number(self, index: int) -> int:
+        """Return the number that the user knows a row by; its place, from 1, unless it is a line."""
+        return index + 1
+
+    def sample(self, index: int) -> Sample:
+        """Read one row; its images stay unopened."""
+        return self._read(index, [])
+
+    def _read(self, index: int, values: list[Any]) -> Sample:
+        """Read one row and append what it holds for images to `values`."""
+
+        def open_image(value: Any) -> ImageSource:
+            place = len(values)
+            values.append(value)
+            return self.places.find(
+                value, f"image {place + 1} of row {self.number(index)}", lambda: self._value(index, place)
+            )
+
+        row = self.row(index)
+        return read_row(row, self.number(index), open_image, self.reading, images_alone=self.images_alone)
+
+    def _value(self, index: int, place: int) -> Any:
+        values: list[Any] = []
+        self._read(index, values)
+        return values[place]
+
+
+def validate_columns(columns: Sequence[str], reading: Reading, name: str) -> None:
+    """Check that some column of a table holds images or text.
+
+    Raises:
+        DataError: if none does, as far as is known.
+    """
+    read = [column for column in columns if column not in reading.ignored]
+    if not (asks(read) or "image" in assign(read)):
+        raise DataError(
+            f"{name} has the columns {', '.join(read)}: none is known to hold images or text. Known are {known_names()}"
+        )

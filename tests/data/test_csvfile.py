@@ -1,0 +1,75 @@
+"""CSV and TSV files: cells as they are, and faults by row and column."""
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Turn
+from dpn_cli.errors import DataError
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((400, 400), 90).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "turn"),
+    [
+        (
+            "metadata.csv",
+            'file_name,text\r\na.png,"a ""red"", red\nthing"\r\n',
+            Turn("stock ?", 'a "red", red\nthing', 1),
+        ),
+        ("questions.csv", "\ufeffimage,question,answer\n\na.png,which ?,007\n", Turn("which ?", "007", 1)),
+        ("labels.TSV", "image\tquestion\tanswer\na.png\twhat, now ?\tNone\n", Turn("what, now ?", "None", 1)),
+        ("q.csv", "image,question,answer\na.png,which\u2028 ?,\n", Turn("which\u2028 ?", None, 1)),
+    ],
+)
+def test_csv_files_alone_and_beside_their_images(tmp_path: Path, name: str, text: str, turn: Turn) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    (folder / name).write_bytes(text.encode())
+    for data in (folder, folder / name):
+        [sample] = load_data(DataOptions(str(data)), prompts=("stock ?",)).samples
+        assert (sample.turns, sample.images) == ((turn,), (folder / "a.png",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,tag\na.png,red\n", "has the columns id, tag: none is known"),
+        ("file_name,label\na.png,red\n", "`label`, of the fields file_name, label.*--ignore-fields"),
+        ("file_name,text\na.png,a\na.png,red,blue\n", "row 2: a row with too many cells .3 cells for the 2 columns"),
+        ("file_name,text\na.png\n", "row 1: a row that lacks a column .1 cells, so nothing for `text`"),
+        ("file_name,text,text\na.png,red,blue\n", "'text' comes twice in the header file_name, text, text"),
+        ('file_name,text\na.png,"a\nb"\na.png,"red\na.png,b\n', "line 4: row 2, column `text`: a quote is left open"),
+        ('file_name,text\na.png,"red" apple\n', "line 2: row 1, column `text`: a quote is left open, or closed before"),
+        ('file_name,"text\na.png,red\n', "line 1: the header, column `2`: a quote"),
+        ("file_name,text\n", "holds no rows"),
+        ("", "holds no rows"),
+    ],
+)
+def test_bad_csv_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(DataError, match=rf"data\.csv.*(?:{message})"):
+        load_data(DataOptions(str(tmp_path)))
+    (tmp_path / "more.csv").touch()
+    with pytest.raises(DataError, match=r"several files of rows \(data\.csv, more\.csv\)"):
+        load_data(DataOptions(str(tmp_path)))
+
+
+def test_images_in_base64_cells_of_any_length(tmp_path: Path) -> None:
+    cell = base64.b64encode(png()).decode()
+    assert len(cell) > 1 << 17  # the limit that Python's csv has by default
+    (tmp_path / "mmbench.tsv").write_text(f"index\timage\tquestion\tA\tB\tanswer\n7\t{cell}\twhich ?\tred\tblue\tB\n")
+    [sample] = load_data(DataOptions(str(tmp_path / "mmbench.tsv"))).samples
+    assert sample.open_images()[0].size == (400, 400) and sample.turns[0].answer == "B"

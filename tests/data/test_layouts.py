@@ -1,0 +1,75 @@
+"""The examples of docs/data-layouts.md, written to disk and read: question, answer, image and order of three rows."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from PIL import Image
+
+from dpn_cli.commands.options import data_options
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data-layouts.md"
+ROWS = re.compile(r"^\| \[(.+?)\]\(#(.+?)\)", re.MULTILINE)  # of the table of layouts
+COMMAND = re.compile(r"^    (--data .+)$", re.MULTILINE)
+FILE = re.compile(r"^`(\S+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+QUESTIONS = [f"What colour is the {place} picture?" for place in ("first", "second", "third")]
+STOCK = "Describe the picture."
+UNASKED = {"Captions", "Images alone"}
+UNANSWERED = {"Images alone"}
+
+
+def sections() -> dict[str, str]:
+    _, *parts = re.split(r"^## (.+)$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    return {title: text for title, text in zip(parts[::2], parts[1::2], strict=True) if COMMAND.search(text)}
+
+
+SECTIONS = sections()
+
+
+def parse(line: str) -> DataOptions:
+    command = click.command()(data_options(lambda data: data))
+    options = command.main(shlex.split(line), standalone_mode=False)
+    assert isinstance(options, DataOptions)
+    return options
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for number, colour in enumerate(COLOURS.values(), 1):
+        Image.new("RGB", (8, 8), colour).save(f"pictures/{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", SECTIONS)
+def test_the_example_of_a_layout_is_read(layout: str, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SECTIONS[layout]
+    if "datasets" in text:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", in_folder / "cache")
+        datasets.disable_progress_bars()
+    for name, content in FILE.findall(text):
+        Path(name).write_text(content)
+    for code in CODE.findall(text):
+        exec(code, {})
+    [line] = COMMAND.findall(text)
+    samples = load_data(parse(line), prompts=(STOCK,)).samples
+    turns = [turn for sample in samples for turn in sample.turns]
+    assert [turn.question for turn in turns] == ([STOCK] * 3 if layout in UNASKED else QUESTIONS)
+    assert [turn.answer for turn in turns] == ([None] * 3 if layout in UNANSWERED else list(COLOURS))
+    shown = [[image.getpixel((0, 0)) for image in sample.open_images()] for sample in samples]
+    assert shown == [[colour] for colour in COLOURS.values()]
+
+
+def test_the_table_names_every_layout() -> None:
+    titles = [title for title, link in ROWS.findall(DOCUMENT.read_text()) if link == title.lower().replace(" ", "-")]
+    assert titles == list(SECTIONS)
