@@ -131,10 +131,10 @@ def main(args: Sequence[str] | None = None) -> int:
         console.speak_up()
         said = io.StringIO()
         error.show(said)
-        console.echo(said.getvalue(), nl=False, err=True)
+        console.error(said.getvalue().rstrip("\n"))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        console.echo("Interrupted.", err=True)
+        console.error("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
         return _closed_stdout()
@@ -142,7 +142,7 @@ def main(args: Sequence[str] | None = None) -> int:
         console.speak_up()
         if settings.debug:
             raise
-        console.echo(f"Error: {_short(_sentence(error))}", err=True)
+        console.error(f"Error: {_short(_sentence(error))}")
         return error.exit_code if isinstance(error, DpnError) else 1
     return result if isinstance(result, int) else 0
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 
 import click
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +35,7 @@ from dpn_cli.reporter import Reporter
 
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
+EDGES, GAP = 4, 2  # blanks around a table, and between its columns
 DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 
 # C0 and C1 but for the tab and the end of a line, what turns the direction of text, other ends of lines, and halves of
@@ -91,23 +95,89 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
 
 def note(message: str) -> None:
     """Say something about the work on stderr."""
-    _stderr.print(harmless(message))
+    _stderr.print(_for_terminal(harmless(message)))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: Collection[str] = ()) -> None:
-    """Print a titled table on stdout; numbers are aligned to the right, the first column and `texts` to the left."""
-    result = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        result.add_column(_text(column), justify="right" if i and column not in texts else "left")
-    for row in rows:
-        result.add_row(*map(_text, row))
-    stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH)
-    stdout.print(_text(title, style="bold"), result)
+def error(message: str) -> None:
+    """Say on stderr, however quiet, what went wrong."""
+    click.echo(_for_terminal(harmless(message)), err=True)
 
 
-def _text(cell: object, style: str = "") -> Text:
-    """Return what is shown as it is: no markup, and nothing that a terminal obeys."""
-    return Text(harmless(str(cell)), style)
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    texts: Collection[str] = (),
+    legend: str = "",
+) -> None:
+    """Print a titled table on stdout, within the width of the terminal.
+
+    Lines break at words, and after the commas of a route. Numbers are never cut: a table whose numbers need more than
+    the terminal's width is wider.
+
+    Args:
+        title: above the table.
+        columns: their heads.
+        rows: the cells.
+        texts: heads of the columns that, like the first one, are aligned to the left and may break; others are numbers.
+        legend: below the table.
+    """
+    stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    cells = [[harmless(str(cell)) for cell in row] for row in (columns, *rows)]
+    breaks = [i == 0 or column in texts for i, column in enumerate(columns)]
+    spans = [_span(column, can_break) for column, can_break in zip(zip(*cells, strict=True), breaks, strict=True)]
+    widths = _shared(spans, stdout.width - EDGES - GAP * (len(columns) - 1))
+    result = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+    for head, width, can_break in zip(cells[0], widths, breaks, strict=True):
+        result.add_column(_broken(head, width), justify="left" if can_break else "right")
+    for row in cells[1:]:
+        result.add_row(*map(_broken, row, widths))
+    stdout.width = max(stdout.width, sum(widths) + EDGES + GAP * (len(columns) - 1))
+    stdout.print(Text(harmless(title), "bold"), result)
+    if legend:
+        stdout.print(Padding(Text(harmless(legend)), (0, 2, 1, 2), expand=False))
+
+
+class _Breaks(textwrap.TextWrapper):
+    """Breaks lines at blanks, and after the commas of a route."""
+
+    wordsep_simple_re = re.compile(r"(\s+)|(?<=,)")
+
+
+def _broken(cell: str, width: int) -> Text:
+    """Return a cell as lines of a width, without markup."""
+    breaks = _Breaks(width, break_on_hyphens=False)
+    return Text("\n".join(line for part in cell.split("\n") for line in breaks.wrap(part) or [""]))
+
+
+def _span(column: Sequence[str], can_break: bool) -> tuple[int, int]:
+    """Return the least width of a column, head first, that cuts no word or number, and the one that breaks no line."""
+    head, *cells = column
+    most = max(cell_len(line) for cell in cells for line in cell.split("\n")) if cells else 0
+    breaking = column if can_break else [head]
+    least = max(cell_len(part or "") for cell in breaking for part in _Breaks.wordsep_simple_re.split(cell))
+    return (least, max(most, cell_len(head))) if can_break else (max(least, most),) * 2
+
+
+def _shared(spans: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Return the widths of columns in a room; where it is too small for the least widths, those that break no line."""
+    left, wanted = room - sum(least for least, _ in spans), sum(most - least for least, most in spans)
+    if left < 0 or wanted <= left:
+        return [most for _, most in spans]
+    return [least + (most - least) * left // wanted for least, most in spans]
+
+
+def _for_terminal(message: str) -> str:
+    """Break the lines of a message at words where stderr is a terminal; words that are too long stay whole."""
+    if not _stderr.is_terminal:
+        return message
+    lines = []
+    for line in message.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line, _stderr.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines)
 
 
 @contextmanager

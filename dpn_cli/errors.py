@@ -16,6 +16,10 @@ class UsageError(DpnError):
     exit_code = 2
 
 
+class RouteError(UsageError, ValueError):
+    """A route does not fit the pyramid; to callers in Python it is a `ValueError`."""
+
+
 class RecipeError(DpnError):
     """A recipe does not parse or does not fit the model."""
 
@@ -46,6 +50,7 @@ class RelayedError(DpnError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest known word, or the empty string."""
-    close = get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return ` Did you mean 'x'?` for the closest known word, whatever its case, or the empty string."""
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), names, n=1)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import dpn_cli
 
 ORDER = [
-    "errors", "reporter", "intervals", "demo", "pyramid", "families", "modeling", "checkpoint", "workspace",
+    "errors", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling", "checkpoint", "workspace",
     "conversion", "data", "inference", "parallel", "calibration", "exporting", "evaluation", "console", "commands",
     "cli",
 ]  # fmt: skip

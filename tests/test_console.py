@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import unicodedata
 
 import pytest
@@ -117,3 +118,36 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         console.set_quiet(False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_number_is_never_cut_and_words_break_at_blanks_and_commas(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route = ",".join(["attended:0.25+2x2"] * 5)
+    rows = [[f"a method of some length {i}", f"0.{i:030}", route] for i in range(3)]
+    for width in (80, 70, 30):
+        monkeypatch.setattr(console, "PLAIN_WIDTH", width)
+        console.table(
+            "title", ["method", "a long name of a number", "route"], rows, texts=["route"], legend="so it is " * 9
+        )
+        lines = capsys.readouterr().out.splitlines()
+        assert width == 30 or max(map(len, lines)) <= width
+        words = re.split(r"[\s,]+", " ".join(lines))
+        assert words.count("attended:0.25+2x2") == 15 and "length" in words
+        assert sum(row[1] in words for row in rows) == 3
+
+
+def test_messages_break_at_words_on_a_terminal_and_nowhere_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "one of keep, pool:1x2, diverse:0.5, attended:0.25, covering:0.15 and " * 3 + "/a/very/long/path" * 9
+    for say in (console.note, console.error):
+        say(words)
+        assert capsys.readouterr().err == f"{words}\n"
+    terminal = Console(stderr=True, force_terminal=True, width=80, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(console, "_stderr", terminal)
+    for say in (console.note, console.error):
+        say(f"  {words}")
+        *lines, path, end = capsys.readouterr().err.split("\n")
+        assert max(map(len, lines)) <= 80 and all(line.startswith("  ") for line in lines) and not end
+        assert " ".join([*lines, path]).split() == words.split(), "no word is cut, a path neither"

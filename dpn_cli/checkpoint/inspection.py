@@ -37,12 +37,21 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class RouteCost:
-    """A route and what it costs; `fraction` is of the unpooled decoder's FLOPs, routers included."""
+    """A route and what it costs.
+
+    Attributes:
+        name: the route by its experts' names, or what it is called.
+        route: the route.
+        fraction: fraction of the unpooled decoder's FLOPs, routers included.
+        layers: the cost of every layer.
+        is_example: whether it is only one of the routes that are offered, neither at an end nor asked for.
+    """
 
     name: str
     route: Route
     fraction: float
     layers: tuple[LayerCost, ...]
+    is_example: bool
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,13 @@ def inspect_checkpoint(
     text_tokens = usual if text_tokens is None else text_tokens
     _check_length(layout, grids, text_tokens)
     routes = {"full": pyramid.full_route}
-    routes |= _examples(pyramid, grids)
+    examples = _examples(pyramid, grids)
+    routes |= examples
 
     def cost(name: str, route: Route) -> RouteCost:
         fraction = flops_fraction(layout.shape, pyramid, route, grids, text_tokens)
-        return RouteCost(name, route, fraction, _layers(checkpoint, layout, pyramid, route, grids, text_tokens))
+        layers = _layers(checkpoint, layout, pyramid, route, grids, text_tokens)
+        return RouteCost(name, route, fraction, layers, name in examples and name not in asked)
 
     if pyramid.sites:
         routes["cheapest"] = min(

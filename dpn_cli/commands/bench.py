@@ -16,6 +16,7 @@ from dpn_cli.commands.options import (
     ignore_fields_option,
     model_option,
     takes_data,
+    wide_option,
 )
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
@@ -51,7 +52,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "routes",
     multiple=True,
     metavar="ROUTE",
-    help="One route for all samples: an expert per site, such as keep,1x2,exit (or 0,1,2); repeatable.",
+    help="One route for all samples: an expert per site, such as keep,1x2,exit; repeatable.",
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
@@ -88,6 +89,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results as a picture, .png or .svg."
 )
+@wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @takes_data
 def command(
@@ -103,6 +105,7 @@ def command(
     new_tokens: int,
     rounds: int,
     plot: Path | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Measure time to the first token, decoding, memory and FLOPs, in turns with the original in one process.
@@ -132,7 +135,7 @@ def command(
         console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     else:
         for each in result.results:
-            print_latency(each, result.has_data)
+            print_latency(each, result.has_data, wide)
     if plot is not None:
         from dpn_cli.evaluation.drawing import plot_latency
 

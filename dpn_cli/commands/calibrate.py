@@ -15,6 +15,7 @@ from dpn_cli.commands.options import (
     model_option,
     processes_option,
     together,
+    wide_option,
 )
 from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.experts import KINDS
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 @processes_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start again.")
+@wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path | None,
@@ -65,6 +67,7 @@ def command(
     budgets_only: bool,
     overrides: tuple[str, ...],
     restart: bool,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Find the experts that fit the model, and fit the routers to it, with forward passes only.
@@ -104,7 +107,7 @@ def command(
         return
     from dpn_cli.commands.tables import print_calibration
 
-    print_calibration(report)
+    print_calibration(report, wide)
     what = "λ, the budget table" if budgets_only else "the routers"
     console.note(
         f"Wrote {what} and calibration/report.html to {folder}. Next: dpn {'eval' if budgets_only else 'export'}"

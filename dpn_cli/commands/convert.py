@@ -6,6 +6,7 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.commands.tables import SITES
 from dpn_cli.families.family import ALIASES
 
 PLACEMENTS = {
@@ -82,7 +83,8 @@ def command(
     if not dry_run:
         workspace.remember(done.output)  # before anything is shown: the reader may be gone
     rows = [(str(site), ", ".join(map(str, site.experts))) for site in done.pyramid.sites]
-    console.table(f"{done.source.reference} → {done.output} (recipe {done.recipe})", ["site", "experts"], rows)
+    title = f"{done.source.reference} → {done.output} (recipe {done.recipe})"
+    console.table(title, ["site", "experts"], rows, texts=["experts"], legend=SITES)
     for note in done.notes:
         console.note(note)
     if link and done.placement in ("copied", "rewritten"):

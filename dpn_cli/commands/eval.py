@@ -19,6 +19,7 @@ from dpn_cli.commands.options import (
     model_option,
     processes_option,
     together,
+    wide_option,
 )
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 @click.option(
     "--budget", "budgets", type=Fraction(), multiple=True,
     help="Mean fraction of the original's prefill FLOPs to spend; repeatable; default: what the checkpoint is set to.",
+)  # fmt: skip
+@click.option(
+    "--route", "routes", metavar="ROUTE", multiple=True,
+    help="Ask one fixed route for all samples too: an expert per site, such as keep,1x2,exit; repeatable.",
 )  # fmt: skip
 @click.option(
     "--against", metavar="NAME,NAME,…", default="",
@@ -76,6 +81,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Draw KL against FLOPs as a picture, .png or .svg.",
 )
+@wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path | None,
@@ -83,6 +89,7 @@ def command(
     tasks: str | None,
     include_path: Path | None,
     budgets: tuple[float, ...],
+    routes: tuple[str, ...],
     against: str,
     metric: str,
     by: str | None,
@@ -91,6 +98,7 @@ def command(
     max_new_tokens: int,
     batch_size: int,
     plot: Path | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Compare the pyramid with its teacher, the model that pools nothing, and with other methods at equal FLOPs.
@@ -102,7 +110,7 @@ def command(
     """
     with together():
         names = baseline_names(against)
-        _check_request(data, tasks, names, by)
+        _check_request(data, tasks, (*names, *routes), by)
         folder = checkpoint_folder(model)
         if data is not None and plot is not None:
             from dpn_cli.evaluation.plots import check_plot
@@ -116,8 +124,8 @@ def command(
     from dpn_cli.evaluation.run import evaluate_folder
 
     options = EvaluationOptions(
-        budgets=budgets, against=names, metric=metric, samples=samples, seed=seed, answer_tokens=max_new_tokens,
-        batch_size=batch_size,
+        budgets=budgets, routes=routes, against=names, metric=metric, samples=samples, seed=seed,
+        answer_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
     try:
         result = evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER)
@@ -135,10 +143,10 @@ def command(
         return
     from dpn_cli.commands.tables import print_evaluation
 
-    print_evaluation(result)
+    print_evaluation(result, wide)
 
 
-def _check_request(data: "DataOptions | None", tasks: str | None, against: Sequence[str], by: str | None) -> None:
+def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequence[str], by: str | None) -> None:
     """Check that the options say what is to be asked, and go together.
 
     Raises:
@@ -146,8 +154,8 @@ def _check_request(data: "DataOptions | None", tasks: str | None, against: Seque
     """
     if (data is None) == (tasks is None):
         raise UsageError("say what to ask: --data for questions of your own, or --tasks for public benchmarks")
-    if tasks is not None and against:
-        raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against")
+    if tasks is not None and others:
+        raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against and --route")
     if tasks is not None and by is not None:
         raise UsageError("--tasks has groups of its own: leave out --by")
     if tasks is not None and is_launched():

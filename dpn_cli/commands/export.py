@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     help="Store the decoder's linear layers in 8 or 4 bits (bitsandbytes); default: as they are.",
 )  # fmt: skip
 @click.option(
-    "--static", metavar="ROUTE",
-    help="One fixed route for every image: an expert per site, such as keep,pool:1x2,exit (or 0,1,2). The routers are "
+    "--static", "--route", "static", metavar="ROUTE",
+    help="One fixed route for every image: an expert per site, such as keep,1x2,exit. The routers are "
     "left out, unless their gate scales tokens. Or a method of the literature and the share of the tokens that it "
     f"keeps, such as pyramiddrop:0.5 (or fastv:K=3,R=0.5, as its authors write it): {', '.join(PRESETS)}.",
 )  # fmt: skip

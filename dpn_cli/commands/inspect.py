@@ -8,13 +8,18 @@ import click
 
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
-from dpn_cli.commands.options import Size, checkpoint_folder, model_option
+from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
+from dpn_cli.commands.tables import MEANINGS, SITES
 from dpn_cli.errors import UsageError
+from dpn_cli.notation import nats
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dpn_cli.checkpoint.inspection import Inspection, RouteCost
+    from dpn_cli.pyramid.config import PyramidConfig
 
-
+BUDGETS_SHOWN = 10
 SAMPLE_FROM = {
     "options": "",
     "calibration": ", typical of the calibration data",
@@ -41,8 +46,9 @@ SAMPLE_FROM = {
 )  # fmt: skip
 @click.option(
     "--route", "routes", multiple=True, metavar="ROUTE",
-    help="Show this route too, such as 1x1,1x2,2x2 (or 0,1,2); repeatable.",
+    help="Show this route too: an expert per site, such as keep,1x2,exit; repeatable.",
 )  # fmt: skip
+@wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     name: str | None,
@@ -51,6 +57,7 @@ def command(
     images: int | None,
     image_size: tuple[int, int] | None,
     routes: tuple[str, ...],
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Show sites, rates and budgets, and tokens, FLOPs and KV bytes per layer, without loading the model.
@@ -69,58 +76,74 @@ def command(
     if as_json:
         console.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
-        _show(found)
+        _show(found, wide)
 
 
-def _show(found: "Inspection") -> None:
+def _show(found: "Inspection", wide: bool) -> None:
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.pyramid.route import format_route
 
     console.table(
         f"{resolve_source(str(found.path)).label} ({found.config['model_type']})",
         ["part", "parameters", "MB"],
         [(part.name, f"{part.parameters:,}", f"{part.nbytes / 1e6:,.2f}") for part in found.parts],
     )
-    pyramid, route = found.pyramid, found.pyramid.static_route
+    _show_pyramid(found.pyramid, wide)
+    images = " + ".join(f"{height}×{width}" for height, width in found.grids) or "no"
+    sample = f"{images} visual and {found.text_tokens} text tokens{SAMPLE_FROM[found.sample_from]}"
+    routes = sorted(found.routes, key=lambda cost: -cost.fraction)
+    console.table(
+        f"Routes, and what the prefill of a sample costs on each: {sample}",
+        ["route", "FLOPs", "GFLOPs", "KV MB"],
+        [_summary(cost) for cost in routes],
+        legend=f"A route is one expert per site. FLOPs: {MEANINGS['FLOPs']}; KV: the cache of keys and values.",
+    )
+    segments = [each for each in found.pyramid.segments(found.layout.shape.num_layers) if each]
+    console.table(
+        "Visual tokens · GFLOPs · KV MB of every layer" if wide else "Visual tokens in the layers",
+        ["route", *(f"{each.start}" if len(each) == 1 else f"{each.start}–{each.stop - 1}" for each in segments)],
+        [_layer_row(cost, segments, wide) for cost in routes if wide or not cost.is_example],
+        legend="The heads are layers, numbered from 0." + ("" if wide else " --wide shows all routes and figures."),
+    )
+
+
+def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
+    from dpn_cli.pyramid.route import format_route
+
+    route = pyramid.static_route
     if pyramid.sites:
         console.table(
-            f"Pyramid: λ {pyramid.trade_off:g}, "
-            + ("routed" if route is None else f"static route {format_route(route, pyramid.sites)}"),
+            "Pyramid: "
+            + (
+                f"routed, λ {pyramid.trade_off:.4g}"
+                if route is None
+                else f"static route {format_route(route, pyramid.sites)}"
+            ),
             ["site", "experts"],
             [(str(site), ", ".join(map(str, site.experts))) for site in pyramid.sites],
+            texts=["experts"],
+            legend=f"{SITES} λ: {MEANINGS['λ']}." if route is None else "",
         )
     if pyramid.budgets:
+        step = 1 if wide else -(-len(pyramid.budgets) // BUDGETS_SHOWN)
+        budgets = [*pyramid.budgets[:-1:step], pyramid.budgets[-1]]
         console.table(
-            "Budgets (measured by calibration)",
-            ["FLOPs fraction", "λ", "KL, nats"],
-            [(f"{b.fraction:.3f}", f"{b.trade_off:.4g}", f"{b.distortion:.4g}") for b in pyramid.budgets],
+            f"Budgets, {len(budgets)} of {len(pyramid.budgets)} that were measured; any other can be asked for",
+            ["budget", "λ", "KL"],
+            [(f"{b.fraction:.3f}", f"{b.trade_off:.4g}", nats(b.distortion)) for b in budgets],
+            legend=f"budget: mean {MEANINGS['FLOPs']}; KL: {MEANINGS['KL']}."
+            + ("" if wide else " --wide shows all budgets."),
         )
-    images = " + ".join(f"{height}×{width}" for height, width in found.grids) or "no"
-    console.table(
-        f"Prefill of {images} visual and {found.text_tokens} text tokens{SAMPLE_FROM[found.sample_from]}",
-        ["route", "experts", "FLOPs fraction", "GFLOPs", "KV cache, MB"],
-        [_summary(cost) for cost in found.routes],
-    )
-    console.table(
-        "Every layer: visual tokens · GFLOPs · KV MB",
-        ["layers", *(cost.name for cost in found.routes)],
-        _layer_rows(found),
-    )
 
 
 def _summary(cost: "RouteCost") -> tuple[str, ...]:
     flops = sum(layer.flops for layer in cost.layers)
     kv_bytes = sum(layer.kv_bytes for layer in cost.layers)
-    experts = " ".join(map(str, cost.route))
-    return cost.name, experts, f"{cost.fraction:.3f}", f"{flops / 1e9:,.3g}", f"{kv_bytes / 1e6:,.3g}"
+    return cost.name, f"{cost.fraction:.3f}", f"{flops / 1e9:,.3g}", f"{kv_bytes / 1e6:,.3g}"
 
 
-def _layer_rows(found: "Inspection") -> list[list[str]]:
-    """Return one row per segment: all layers between two sites cost the same."""
-    rows = []
-    for segment in found.pyramid.segments(found.layout.shape.num_layers):
-        label = f"{segment.start}" if len(segment) == 1 else f"{segment.start}–{segment.stop - 1}"
-        layers = [cost.layers[segment.start] for cost in found.routes]
-        cells = [f"{x.visual_tokens} · {x.flops / 1e9:.3g} · {x.kv_bytes / 1e6:.3g}" for x in layers]
-        rows.append([label, *cells])
-    return rows
+def _layer_row(cost: "RouteCost", segments: "Sequence[range]", wide: bool) -> list[str]:
+    """Return one cell per segment: all layers between two sites cost the same."""
+    layers = [cost.layers[segment.start] for segment in segments]
+    tokens = [f"{layer.visual_tokens}" for layer in layers]
+    costs = [f" · {layer.flops / 1e9:.3g} · {layer.kv_bytes / 1e6:.3g}" if wide else "" for layer in layers]
+    return [cost.name, *map("".join, zip(tokens, costs, strict=True))]

@@ -31,6 +31,9 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
+wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
+
+
 class Names(click.ParamType[tuple[str, ...]]):
     """Names with commas between them."""
 

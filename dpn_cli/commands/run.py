@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
     "--route", metavar="ROUTE",
-    help="Force a rate at every site, such as 1x1,1x2,2x2 (or 0,1,2), in place of the routers' choice.",
+    help="Take this route in place of the routers' choice: an expert per site, such as keep,1x2,exit.",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens",

@@ -1,10 +1,12 @@
-"""The tables that more than one command prints."""
+"""The tables that more than one command prints: a few columns that fit 80 characters, or all of them (`--wide`)."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dpn_cli import console
+from dpn_cli.notation import nats, percent
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.policy import Outcome
@@ -23,57 +25,126 @@ PHASE_NAMES = {
 }
 BUDGETS_SHOWN = 10
 ROUTES_PER_KIND = 2
+MEANINGS = {
+    "FLOPs": "share of the prefill FLOPs of the original language model",
+    "KL": "distance of the answer's token probabilities from the original's, in nats",
+    "top-1": "answer tokens whose most likely token is the original's",
+    "λ": "what the routers are charged for FLOPs, solved for the budget",
+    "over dpn": "95% interval of the difference from dpn's KL",
+    "same answer": "word for word the original's",
+    "original": "right answers of the original, by the labels",
+    "dpn": "right answers of the pyramid",
+    "tokens": "visual tokens per layer, the mean",
+    "accuracy": "right answers, by the labels",
+    "change": "of the accuracy from the original's, in points, with its 95% interval",
+    "McNemar p": "how likely such a change is by chance",
+    "first token": "from the encoded prompt to the first token, the vision tower included",
+    "prefill": "the language model alone",
+    "speedup": "of the prefill, paired by round, with its 95% interval",
+    "per token": "of the answer, after the first",
+    "peak": "memory",
+    "same token": "samples whose most likely first token is the original's",
+}
+"""What a word at the head of a column means, for who sees it for the first time."""
+
+SITES = "A site is where visual tokens are reduced: by one of its experts, which a router picks for every sample."
 
 
-def print_calibration(report: "Report") -> None:
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        head: its name, with the unit.
+        cell: returns what it shows of an item.
+        wide: whether only `--wide` shows it.
+        text: whether it is aligned to the left and may be wrapped.
+        means: the key in `MEANINGS` of what the legend says about it; empty for nothing.
+    """
+
+    head: str
+    cell: Callable[[Any], object]
+    wide: bool = False
+    text: bool = False
+    means: str = ""
+
+
+def show(title: str, columns: Sequence[Column], items: Sequence[Any], wide: bool) -> None:
+    """Print a table of items, one a row, and what its columns mean."""
+    shown = [column for column in columns if wide or not column.wide]
+    meanings = [f"{c.means}: {MEANINGS[c.means]}" for c in shown if c.means]
+    console.table(
+        title,
+        [column.head for column in shown],
+        [[column.cell(item) for column in shown] for item in items],
+        texts=[column.head for column in shown if column.text],
+        legend="; ".join(meanings) + "." if meanings else "",
+    )
+
+
+def print_calibration(report: "Report", wide: bool = False) -> None:
     """Print what a calibration reached on its held-out samples: any budget, the chosen one and fixed routes' best."""
-
-    def row(name: str, outcome: "Outcome", trade_off: float | None) -> tuple[str, ...]:
-        route, share = next(iter(outcome.shares.items()))
-        return (
-            name, f"{outcome.fraction:.3f}", f"{outcome.distortion:.4f}", f"{outcome.agreement:.1%}",
-            "" if trade_off is None else f"{trade_off:.4g}", f"{report.experts(route)} ({share:.0%})",
-        )  # fmt: skip
-
-    named: list[tuple[str, Outcome, float | None]] = [(f"budget {report.budget:g}", report.routed, report.trade_off)]
-    if report.best_fixed is not None:
-        named.append(("best fixed route", report.best_fixed[1], None))
-    step = -(-len(report.budgets) // BUDGETS_SHOWN)
+    rows: list[tuple[str, Outcome, float | None]] = [
+        (f"{report.budget:g} (asked)", report.routed, report.trade_off),
+        *([("best fixed", report.best_fixed[1], None)] if report.best_fixed else []),
+    ]
+    step = 1 if wide else -(-len(report.budgets) // BUDGETS_SHOWN)
     table = list(zip(report.per_budget, report.budgets, strict=True))
     some = [pair for pair in [*table[:-1:step], table[-1]] if pair[0].fraction != report.routed.fraction]
-    rows = [*named, *(("", outcome, budget.trade_off) for outcome, budget in some)]
+    rows += [("", outcome, budget.trade_off) for outcome, budget in some]
+
+    def route(row: "tuple[str, Outcome, float | None]") -> str:
+        taken, share = next(iter(row[1].shares.items()))
+        return report.experts(taken) + (f" ({share:.0%})" if row[2] is not None else "")
+
     low, high = report.agreement_interval
-    console.table(
-        f"Budget {report.budget:g}, {report.samples}: the teacher's first choice in "
+    show(
+        f"Budget {report.budget:g}, {report.samples}: the original's first choice in "
         f"{report.routed.agreement:.1%} (95% interval {low:.1%} to {high:.1%})",
-        ["", "FLOPs", "KL (nats)", "top-1", "λ", "most frequent route"],
-        [row(*each) for each in sorted(rows, key=lambda each: -each[1].fraction)],
-        texts=["most frequent route"],
+        [
+            Column("budget", lambda row: row[0], text=True),
+            Column("FLOPs", lambda row: f"{row[1].fraction:.3f}", means="FLOPs"),
+            Column("KL", lambda row: nats(row[1].distortion), means="KL"),
+            Column("top-1", lambda row: percent(row[1].agreement), means="top-1"),
+            Column("λ", lambda row: "" if row[2] is None else f"{row[2]:.4g}", wide=True, means="λ"),
+            Column("most frequent route", route, text=True),
+        ],
+        sorted(rows, key=lambda row: -row[1].fraction),
+        wide,
     )
 
 
 def print_fidelity(title: str, groups: dict[str, "Figures"]) -> None:
     """Print accuracy, agreement and compute per group of samples."""
-    rows = [
-        (
-            kind, f.count, f"{f.accuracy.teacher:.1%}" if f.accuracy else "",
-            f"{f.accuracy.score.value:.1%}" if f.accuracy else "", f"{f.same_answer.value:.1%}",
-            f"{f.fraction:.3f}", f"{f.visual_tokens:.0f}",
-        )
-        for kind, f in groups.items()
-    ]  # fmt: skip
-    columns = ["kind of question", "samples", "teacher", "pyramid", "same answer", "FLOPs", "visual tokens/layer"]
-    console.table(title, columns, rows)
+    scored = any(figures.accuracy for figures in groups.values())
+    accuracy = [
+        Column("original", lambda g: percent(g[1].accuracy.teacher) if g[1].accuracy else "", means="original"),
+        Column("dpn", lambda g: percent(g[1].accuracy.score.value) if g[1].accuracy else "", means="dpn"),
+    ]
+    show(
+        title,
+        [
+            Column("kind of question", lambda g: g[0], text=True),
+            Column("samples", lambda g: g[1].count),
+            *(accuracy if scored else []),
+            Column("same answer", lambda g: percent(g[1].same_answer.value), means="same answer"),
+            Column("FLOPs", lambda g: f"{g[1].fraction:.3f}", means="FLOPs"),
+            Column("tokens", lambda g: f"{g[1].visual_tokens:.0f}", means="tokens"),
+        ],
+        list(groups.items()),
+        wide=False,
+    )
 
 
-def print_evaluation(evaluation: "Evaluation") -> None:
+def print_evaluation(evaluation: "Evaluation", wide: bool = False) -> None:
     """Print every method's result, then the pyramid's by kind of question."""
     scored = evaluation.results[0].figures.accuracy is not None
-    columns = ["budget", "method", "FLOPs", "KL (nats)", "over dpn, 95%", "top-1", "same answer"]
-    columns += ["accuracy", "change, 95%", "McNemar p"] if scored else []
-    rows = [_result_row(result) for result in evaluation.results]
-    title = f"{len(evaluation.questions)} samples; the teacher is the original, and other methods spend what dpn spends"
-    console.table(title, columns, rows, texts=["method"])
+    show(
+        f"{len(evaluation.questions)} samples, asked of the original, of dpn and of methods that spend what dpn spends",
+        [*_RESULT_COLUMNS, *(_ACCURACY_COLUMNS if scored else [])],
+        evaluation.results,
+        wide,
+    )
     pyramids = evaluation.of("dpn")
     for result in pyramids:
         if len(result.kinds) > 1:
@@ -85,19 +156,32 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         console.note(f"Not equal: {remark}")
 
 
-def _result_row(result: "Result") -> tuple[str, ...]:
-    figures, accuracy = result.figures, result.figures.accuracy
-    budget = "" if result.budget is None else f"{result.budget:g}"
+def _over(result: "Result") -> str:
     over = result.distortion_over_dpn
-    row = (
-        budget, result.label, f"{figures.fraction:.3f} ± {figures.fraction_spread:.3f}",
-        f"{figures.distortion.value:.4f}", "" if over is None else f"{over.low:+.4f} … {over.high:+.4f}",
-        f"{figures.agreement.value:.1%}", f"{figures.same_answer.value:.1%}",
-    )  # fmt: skip
-    if accuracy is None:
-        return row
-    change = f"{100 * accuracy.change.low:+.1f} … {100 * accuracy.change.high:+.1f}"
-    return (*row, f"{accuracy.score.value:.1%}", change, f"{accuracy.mcnemar:.2g}")
+    return "" if over is None else f"{over.low:+.4f} … {over.high:+.4f}"
+
+
+def _change(result: "Result") -> str:
+    accuracy = result.figures.accuracy
+    assert accuracy is not None
+    return f"{100 * accuracy.change.low:+.1f} … {100 * accuracy.change.high:+.1f}"
+
+
+_RESULT_COLUMNS = [
+    Column("budget", lambda r: "" if r.budget is None else f"{r.budget:g}", text=True),
+    Column("method", lambda r: r.label, text=True),
+    Column("FLOPs", lambda r: f"{r.figures.fraction:.3f}", means="FLOPs"),
+    Column("±", lambda r: f"{r.figures.fraction_spread:.3f}", wide=True),
+    Column("KL", lambda r: nats(r.figures.distortion.value), means="KL"),
+    Column("over dpn", _over, wide=True, means="over dpn"),
+    Column("top-1", lambda r: percent(r.figures.agreement.value), wide=True, means="top-1"),
+    Column("same answer", lambda r: percent(r.figures.same_answer.value), means="same answer"),
+]
+_ACCURACY_COLUMNS = [
+    Column("accuracy", lambda r: percent(r.figures.accuracy.score.value), means="accuracy"),
+    Column("change", _change, means="change"),
+    Column("McNemar p", lambda r: f"{r.figures.accuracy.mcnemar:.2g}", wide=True, means="McNemar p"),
+]
 
 
 def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> None:
@@ -109,9 +193,10 @@ def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> No
             pairs = zip(evaluation.questions, result.per_sample, strict=True)
             routes = Counter(sample.route or () for question, sample in pairs if question.kind == kind)
             shares = [f"{name(r)} ({n / routes.total():.0%})" for r, n in routes.most_common(ROUTES_PER_KIND)]
-            rows.append((kind, "; ".join(shares)))
+            rows.append((kind, "\n".join(shares)))
     columns = ["kind of question", "routes, most frequent first"]
-    console.table("Routes by kind of question", columns, rows, texts=columns)
+    legend = "A route is one expert per site, in the order of the layers: what is done with the visual tokens there."
+    console.table("Routes by kind of question", columns, rows, texts=columns, legend=legend)
 
 
 def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
@@ -127,35 +212,77 @@ def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
             )
             for row in rows
         ],
-        texts=["metric"],
+        texts=["task", "metric"],
     )  # fmt: skip
 
 
-def print_latency(result: "Latency", has_data: bool) -> None:
-    """Print what every phase takes and, below, memory and FLOPs; with real prompts also what the first token keeps."""
+def print_latency(result: "Latency", has_data: bool, wide: bool = False) -> None:
+    """Print the times, speedups and memory of every method; wide, every phase and all costs in a table each."""
     threads = f", {result.threads} threads" if result.device == "CPU" else ""
-    console.table(
+    title = (
         f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
-        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds",
+        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds"
+    )
+    if wide:
+        _print_phases(title, result)
+        _print_costs(result, has_data)
+        return
+    costs = [
+        Column("ms per token", lambda m: _median(m, "decode"), means="per token"),
+        Column("peak MB", _peak, means="peak"),
+    ]
+    fidelity = [
+        Column("KL", lambda m: nats(m.distortion), means="KL"),
+        Column("same token", lambda m: percent(m.agreement), means="same token"),
+    ]
+    show(
+        title,
+        [
+            Column("method", lambda m: m.name, text=True),
+            Column("FLOPs", lambda m: f"{m.fraction:.3f}", means="FLOPs"),
+            Column("first token ms", lambda m: _median(m, "first_token"), means="first token"),
+            Column("prefill ms", lambda m: _median(m, "prefill"), means="prefill"),
+            Column("speedup", _speedup, text=True, means="speedup"),
+            *(fidelity if has_data else costs),
+        ],
+        result.measurements,
+        wide,
+    )
+
+
+def _median(each: "Measurement", name: str) -> str:
+    return f"{each.phases[name].median_s * 1e3:.1f}" if name in each.phases else ""
+
+
+def _speedup(each: "Measurement") -> str:
+    phase = each.phases["prefill"]
+    return f"{phase.speedup:.2f} ({phase.speedup_low:.2f}–{phase.speedup_high:.2f})"
+
+
+def _peak(each: "Measurement") -> str:
+    return "" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:,.0f}"
+
+
+def _print_phases(title: str, result: "Latency") -> None:
+    console.table(
+        title,
         ["method", "phase", "median, ms", "quartiles, ms", "speedup", "95% interval", "ideal speedup", "efficiency"],
         [row for each in result.measurements for row in _phase_rows(each)],
-        texts=["phase"],
+        texts=["method", "phase"],
+        legend="Speedups are paired by round; the ideal one is that of the FLOPs, and efficiency the share of it that "
+        "is reached.",
     )
+
+
+def _print_costs(result: "Latency", has_data: bool) -> None:
     fidelity = ["KL (nats)", "same first token"] if has_data else []
+    costs = ["method", "FLOPs", "prefill GFLOPs", "tokens/s", "KV cache, MB", "peak, MB"]
     console.table(
         "Cost" + (", and fidelity of the first token to the original's" if has_data else ""),
-        [
-            "method",
-            "FLOPs",
-            "prefill GFLOPs",
-            "tokens/s",
-            "KV cache, MB",
-            "peak, MB",
-            *fidelity,
-            "attention kernels",
-        ],
+        [*costs, *fidelity, "attention kernels"],
         [_cost_row(each, result.batch_size, has_data) for each in result.measurements],
-        texts=["attention kernels"],
+        texts=["method", "attention kernels"],
+        legend=f"FLOPs: {MEANINGS['FLOPs']}; peak: {MEANINGS['peak']}.",
     )
 
 
@@ -182,7 +309,7 @@ def _cost_row(each: "Measurement", batch_size: int, has_data: bool) -> list[str]
         f"{each.flops / 1e9:,.3g}",
         "" if decode is None else f"{batch_size / decode.median_s:.3g}",
         f"{each.kv_bytes / 1e6:,.3g}",
-        "" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:,.0f}",
-        *([f"{each.distortion:.4f}", f"{each.agreement:.1%}"] if has_data else []),
+        _peak(each),
+        *([nats(each.distortion), percent(each.agreement)] if has_data else []),
         ", ".join(each.kernels) or "matrix products",
     ]

@@ -9,12 +9,13 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, unequal
-from dpn_cli.evaluation.baselines.routes import Original, Routed
+from dpn_cli.evaluation.baselines.routes import Original, Routed, walked_by_all
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
+from dpn_cli.pyramid.route import parse_route
 from dpn_cli.reporter import Reporter
 
 Entry = tuple[float | None, Baseline]  # a budget, and who is to spend it
@@ -160,22 +161,25 @@ def evaluate(
 
     Raises:
         DataError: if there are no samples.
-        UsageError: if the pyramid can spend none of the budgets.
+        UsageError: if the pyramid can spend none of the budgets, or a route does not fit a sample.
     """
     if not samples:
         raise DataError("the data has no sample with an image: there is nothing to evaluate")
     budgets = list(dict.fromkeys(options.budgets))
     pyramids, refused = _pyramids(evaluator, budgets)
+    sizes, pyramid = evaluator.sizes(samples), evaluator.model.pyramid
+    fixed = walked_by_all(pyramid, [parse_route(route, pyramid.sites) for route in options.routes], sizes)
     with reporter.progress("asking the teacher", len(samples)) as advance:
         teacher = evaluator.ask(Original(), samples, advance)
-    comparison = _Comparison(evaluator, samples, teacher, options.metric, reporter)
+    comparison = _Comparison(evaluator, samples, sizes, teacher, options.metric, reporter)
     routed = comparison.measure("asking the pyramid", pyramids)
     spent = {result.budget: result for result in routed}
     asked: list[float | None] = [*budgets] or list(spent)
-    entries, out_of_reach = _baselines(evaluator, comparison.sizes, options.against, asked, spent)
-    baselines = _best(comparison.measure("asking the others", entries, spent))
+    entries, out_of_reach = _baselines(evaluator, sizes, options.against, asked, spent)
+    others = comparison.measure("asking the others", [*entries, *((None, route) for route in fixed)], spent)
+    baselines, on_routes = _best(others[: len(entries)]), others[len(entries) :]
     order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
-    return Evaluation(comparison.questions, (comparison.original(), *order), (*refused, *out_of_reach))
+    return Evaluation(comparison.questions, (comparison.original(), *order, *on_routes), (*refused, *out_of_reach))
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ class _Comparison:
 
     evaluator: Evaluator
     samples: Sequence[Sample]
+    sizes: Sequence[Prompt]
     teacher: Sequence[str]
     metric: str
     reporter: Reporter
@@ -196,11 +201,6 @@ class _Comparison:
             Question(sample.kind or without, sample.turns[sample.asked].answer, answer)
             for sample, answer in zip(self.samples, self.teacher, strict=True)
         )
-
-    @cached_property
-    def sizes(self) -> list[Prompt]:
-        """What the prefill of every prompt depends on."""
-        return self.evaluator.sizes(self.samples)
 
     def original(self) -> Result:
         """Return the teacher's result, which loses nothing and need not be asked again."""

@@ -7,7 +7,14 @@ from statistics import fmean
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Prompt, full_flops, unequal
-from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
+from dpn_cli.evaluation.baselines.routes import (
+    FixedRoute,
+    GivenRoutes,
+    Original,
+    Routed,
+    routes_that_spend,
+    walked_by_all,
+)
 from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -58,7 +65,8 @@ def line_up(
     found, pyramid = Lineup(), model.pyramid
     different = batches if has_data else batches[:1]
     prompts = [prompt for batch in different for prompt in prompts_of(model, batch)]
-    _validate(model, prompts, () if has_data else budgets, routes)
+    _validate(model, prompts, () if has_data else budgets)
+    fixed = walked_by_all(pyramid, routes, prompts)
     entries: list[tuple[str, float | None, Routed]] = [(f"dpn at {b:g}", b, Routed(b)) for b in dict.fromkeys(budgets)]
     if not budgets and not routes:
         entries = [("dpn", pyramid.budget, Routed())]
@@ -73,25 +81,16 @@ def line_up(
         if isinstance(dpn, GivenRoutes):
             found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
         _add_baselines(found, model, prompts, fractions, budget, against)
-    fixed = [FixedRoute(pyramid, route) for route in routes]
     found.methods.update({each.label: each for each in fixed})
     return found
 
 
-def _validate(
-    model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float], routes: Sequence[Route]
-) -> None:
-    """Check that prompts are offered some routes, and that others spend as little as some budgets.
+def _validate(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float]) -> None:
+    """Check that prompts can spend as little as some budgets.
 
     Raises:
         UsageError: if one cannot be reached.
     """
-    try:
-        for route in routes:
-            for prompt in prompts:
-                model.pyramid.walk(route, prompt.grids)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     lengths = [(prompt.grids, prompt.text_tokens) for prompt in prompts]
     cheapest = cheapest_fraction(model.text_model.shape, model.pyramid, lengths)
     for budget in budgets:

@@ -10,6 +10,7 @@ class EvaluationOptions:
 
     Attributes:
         budgets: mean fractions of the prefill FLOPs; empty for what the checkpoint is set to.
+        routes: routes to ask too, each the same for all samples, as `parse_route` reads them.
         against: names from `BASELINES` to compare with.
         metric: name from `METRICS`; scores answers by their labels.
         samples: number of samples to draw; None for all.
@@ -19,6 +20,7 @@ class EvaluationOptions:
     """
 
     budgets: Sequence[float] = ()
+    routes: Sequence[str] = ()
     against: Sequence[str] = ()
     metric: str = "exact"
     samples: int | None = None

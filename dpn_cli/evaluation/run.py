@@ -21,6 +21,7 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.route import parse_route
 from dpn_cli.reporter import SILENT, Reporter
 
 
@@ -51,6 +52,8 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
+            for route in options.routes:  # what is none is refused before the data are read
+                parse_route(route, pyramid.sites)
             processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
                 data, split="heldout", limit=options.samples, seed=options.seed, reporter=reporter,

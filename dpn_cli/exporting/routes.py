@@ -3,7 +3,6 @@
 The fixed route is one of the pyramid's, or a method of the literature, which has sites of its own.
 """
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.lora import without_adapter
 from dpn_cli.checkpoint.streams import read_pieces
-from dpn_cli.errors import UsageError
+from dpn_cli.errors import RouteError, UsageError, did_you_mean
 from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.presets import parse_preset
+from dpn_cli.pyramid.experts import KINDS
+from dpn_cli.pyramid.presets import PRESETS, parse_preset
 from dpn_cli.pyramid.route import parse_route
 
 
@@ -46,7 +46,7 @@ def exported_pyramid(
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
         raise UsageError("a static route leaves no choice by which to meet a budget: leave one of the two out")
-    chosen = _preset(static, pyramid, layout.shape.num_layers) or _on_route(parse_route(static, pyramid.sites), pyramid)
+    chosen = _static(static, pyramid, layout.shape.num_layers)
     try:
         chosen.walk(chosen.own_routes[0], [layout.grid])
     except ValueError as error:
@@ -54,13 +54,26 @@ def exported_pyramid(
     return chosen
 
 
-def _preset(text: str, pyramid: PyramidConfig, num_layers: int) -> PyramidConfig | None:
-    """Return the preset that a text names, for the same prompts and features; None for a route of the pyramid."""
-    with suppress(UsageError):
-        parse_route(text, pyramid.sites)
-        return None
-    preset = parse_preset(text, num_layers)
-    return preset and replace(preset, prepooling=pyramid.prepooling, answer_cue=pyramid.answer_cue)
+def _static(text: str, pyramid: PyramidConfig, num_layers: int) -> PyramidConfig:
+    """Return a pyramid on one of its own routes, or as a preset for the same prompts and features."""
+    try:
+        return _on_route(parse_route(text, pyramid.sites), pyramid)
+    except RouteError:
+        preset = parse_preset(text, num_layers)
+        if preset is None and _is_written_as_route(text):
+            raise
+    if preset is None:
+        raise UsageError(
+            f"{text!r} is neither a method ({', '.join(PRESETS)}) nor a route of this pyramid (an expert for each of "
+            f"its {len(pyramid.sites)} sites).{did_you_mean(text.partition(':')[0], (*PRESETS, *KINDS))}"
+        )
+    return replace(preset, prepooling=pyramid.prepooling, answer_cue=pyramid.answer_cue)
+
+
+def _is_written_as_route(text: str) -> bool:
+    """Say whether a text lists experts, be they misspelt or too few; a method may have settings (`K=3,R=0.5`)."""
+    first, comma, _ = text.partition(",")
+    return "=" not in text and bool(comma or first.partition(":")[0].strip() in KINDS)
 
 
 def _on_route(route: Route, pyramid: PyramidConfig) -> PyramidConfig:

@@ -33,6 +33,7 @@ from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
+from dpn_cli.pyramid.route import parse_route
 
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
@@ -206,7 +207,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         """Return an empty KV cache for several turns on one conversation."""
         return self.text_model.new_cache(offloading)
 
-    def set_route(self, route: Route | Sequence[Route] | None) -> None:
+    def set_route(self, route: str | Route | Sequence[str | Route] | None) -> None:
         """Force a route in place of the routers' choice, for all threads; see `on_route` for the argument."""
         self.text_model.default_routes = self._routes(route)
 
@@ -215,14 +216,14 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         self.pyramid = replace(self.pyramid, trade_off=self._trade_off(budget))
 
     @contextmanager
-    def on_route(self, route: Route | Sequence[Route] | None) -> Iterator[Self]:
+    def on_route(self, route: str | Route | Sequence[str | Route] | None) -> Iterator[Self]:
         """Force a route in place of the routers' choice for the duration, in this thread or task alone.
 
         A probability gate scales what the route pools all the same.
 
         Args:
-            route: expert indices per site for all samples, e.g. (0, 1, 2); or a list with one route per sample; or
-                None for the model's own way: its routers, or its static route.
+            route: one route for all samples, by its experts' names ("keep,1x2,exit") or their indices ((0, 1, 2)); or
+                a list with one route per sample; or None for the model's own way: its routers, or its static route.
 
         Raises:
             ValueError: if a route does not fit the sites or would break `min_visual_tokens`.
@@ -270,11 +271,13 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         self.text_model.rebuild(pyramid)
         self.config.pyramid = pyramid.to_dict()
 
-    def _routes(self, route: Route | Sequence[Route] | None) -> tuple[Route, ...]:
+    def _routes(self, route: str | Route | Sequence[str | Route] | None) -> tuple[Route, ...]:
         """Return what `on_route` takes as routes that fit the sites."""
         if route is None:
             return self.pyramid.own_routes
-        routes: list[Route] = [each for each in route if not isinstance(each, int)] or [tuple(route)]  # type: ignore[arg-type]
+        is_one = isinstance(route, str) or all(isinstance(each, int) for each in route)
+        given: Any = [route] if is_one else route
+        routes = [parse_route(each, self.pyramid.sites) if isinstance(each, str) else tuple(each) for each in given]
         for each in routes:
             self.pyramid.walk(each, [self.model.image_grid()])
         return tuple(routes)

@@ -334,7 +334,8 @@ class PyramidConfig:
                 stages.append(stages[-1])
                 continue
             if grids and not experts[k].is_offered(stages[-1], self.min_visual_tokens, self.rounding):
-                raise ValueError(f"route {route}: {self._refusal(experts[k], stages[-1])} at site {site}")
+                names = ",".join(map(str, self.experts(route)))
+                raise ValueError(f"route {names}: {self._refusal(experts[k], stages[-1])} at site {site}")
             stages.append(experts[k].left(stages[-1], self.rounding))
         return stages
 

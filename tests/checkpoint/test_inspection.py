@@ -35,9 +35,9 @@ def visual_tokens(found: Inspection, name: str) -> list[int]:
 def test_tokens_follow_the_rates_layer_by_layer(converted: Path) -> None:
     found = inspect_checkpoint(converted)
     assert visual_tokens(found, "full") == [144] * 8
-    assert visual_tokens(found, "pool:1x2, pool:1x2, pool:1x2") == [144, 144, 72, 72, 36, 36, 24, 24]
+    assert visual_tokens(found, "pool:1x2,pool:1x2,pool:1x2") == [144, 144, 72, 72, 36, 36, 24, 24]
     # 12×12 → 6×6; 2×2 again would leave 9 of at least 16 tokens, so 1×2 → 6×3, and then nothing
-    assert visual_tokens(found, "pool:2x2, pool:1x2, keep") == [144, 144, 36, 36, 18, 18, 18, 18]
+    assert visual_tokens(found, "pool:2x2,pool:1x2,keep") == [144, 144, 36, 36, 18, 18, 18, 18]
 
 
 def test_fractions_and_bytes_fit_the_layers(converted: Path) -> None:

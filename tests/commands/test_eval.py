@@ -68,6 +68,31 @@ def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureF
             assert rival["distortion_over_dpn"]["value"] == pytest.approx(over)
 
 
+def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routes = ["diverse:0.5,keep,keep,keep,keep", "keep,1x2,2x2,keep,exit"]
+    assert evaluate("--budget", "0.8", *(part for route in routes for part in ("--route", route)), "--json") == 0
+    _, dpn, *fixed = json.loads(capsys.readouterr().out)["results"]
+    assert dpn["method"] == "dpn" and [each["method"] for each in fixed] == ["fixed"] * 2
+    assert [each["label"] for each in fixed] == [f"fixed {routes[0]}", "fixed keep,pool:1x2,pool:2x2,keep,exit"]
+    assert fixed[0]["figures"]["fraction"] > fixed[1]["figures"]["fraction"]
+
+
+@pytest.mark.parametrize(
+    ("route", "complaint"),
+    [
+        ("keep,exit", "has 2 entries, the pyramid has 5 sites"),
+        ("keep,1x2,2x2,keep,exti", "Did you mean 'exit'?"),
+        ("diverse:0.5,1x2,keep,keep,keep", "route diverse:0.5,pool:1x2,keep,keep,keep: pool:1x2 needs a grid"),
+    ],
+)
+def test_a_route_that_cannot_be_taken_is_refused(
+    data: Path, capsys: pytest.CaptureFixture[str], route: str, complaint: str
+) -> None:
+    assert evaluate("--route", route) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err and "asking the teacher" not in captured.err
+
+
 def test_what_was_asked_and_what_was_spent(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--budget", "0.8", "--against", "fixed,fastv", "--json") == 0
     captured = capsys.readouterr()

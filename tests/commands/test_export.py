@@ -60,10 +60,10 @@ def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) ->
     options += ["--max-shard-size", "200KB"]
     assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
     captured = capsys.readouterr()
-    assert "fixed, keep, pool:1x2, pool:2x2, keep, exit" in captured.out and "nf4" in captured.out
+    assert "fixed, keep,pool:1x2,pool:2x2,keep,exit" in captured.out and "nf4" in captured.out
     assert "tensors equal the checkpoint's, byte for byte" in captured.err
     assert main(["inspect", "out"]) == 0
-    assert "static route keep, pool:1x2, pool:2x2, keep, exit" in capsys.readouterr().out
+    assert "static route keep,pool:1x2,pool:2x2,keep,exit" in capsys.readouterr().out
     config = json.loads((here / "out" / "config.json").read_text())
     assert config["vision_config"]["num_hidden_layers"] == 2
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"

@@ -61,7 +61,7 @@ def test_the_answer_is_the_models_and_the_figures_are_of_its_route(capsys: pytes
 @pytest.mark.usefixtures("here")
 def test_a_route_is_forced_and_a_budget_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     forced = run_json(capsys, "--route", "keep,1x2,2x2,exit,keep")
-    assert forced["experts"] == "keep, pool:1x2, pool:2x2, exit, keep"
+    assert forced["experts"] == "keep,pool:1x2,pool:2x2,exit,keep"
     assert forced["visual_tokens"] == [144, 144, 72, 18, 0, 0]
     rich, poor = run_json(capsys, "--budget", "1.0"), run_json(capsys, "--budget", "0.6")
     assert rich["flops_fraction"] > poor["flops_fraction"]

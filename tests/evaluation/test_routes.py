@@ -36,7 +36,7 @@ def test_a_fixed_route_is_forced_for_the_duration(make_pair: Any) -> None:
         assert model.last_routes == [(1, 0, 1)]
     assert torch.equal(model(**sample).logits, routed)
     assert baseline.visual_tokens(model, [Prompt(GRID, 9)]) == [[144, 144, 72, 72, 72, 72, 36, 36]]
-    assert baseline.label == "fixed pool:1x2, keep, pool:1x2"
+    assert baseline.label == "fixed pool:1x2,keep,pool:1x2"
 
 
 @torch.no_grad()

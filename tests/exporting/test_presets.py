@@ -136,7 +136,15 @@ def test_the_command_names_what_it_wrote(
         ("fastv:K=3,R=0.0", "expected fastv:K=3,R=0.5"),
         ("divprune:0.00001", "expected divprune:0.5 (keeps half)"),
         ("pyramiddrop:0.01", "attended:0.01 would keep all of 1 tokens at site 1"),
-        ("fastw:0.5", "1 entries, the pyramid has 5 sites"),
+        ("fastw:0.5", "'fastw:0.5' is neither a method (random, stride, fastv,"),
+        ("fastw:K=3,R=0.5", "Did you mean 'fastv'?"),
+        ("PyramidDrp:0.5", "Did you mean 'pyramiddrop'?"),
+        ("CDPruner:0.25", "Did you mean 'cdpruner'?"),
+        ("divprune 0.5", "Did you mean 'divprune'?"),
+        ("exti", "an expert for each of its 5 sites). Did you mean 'exit'?"),
+        ("attended:0.5", "has 1 entries, the pyramid has 5 sites"),
+        ("kep,1x2,keep,keep,exti", "'kep' is no expert of site 0: expected one of keep, "),
+        ("keep,1x2,keep,keep,exti", "Did you mean 'exit'?"),
     ],
 )
 def test_what_is_no_preset_is_refused(

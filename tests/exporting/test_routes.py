@@ -95,7 +95,7 @@ def test_a_static_export_loads_where_dpn_is_not_installed(
 def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     export(make_converted(), tmp_path / "out", ExportOptions(static="0,0,0,0,0"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Route: fixed, keep, keep, keep, keep, keep, which takes 1.000 of the original's prefill FLOPs" in card
+    assert "Route: fixed, keep,keep,keep,keep,keep, which takes 1.000 of the original's prefill FLOPs" in card
     assert "Calibration" not in card and "set_budget" not in card and "small routers" not in card
 
 

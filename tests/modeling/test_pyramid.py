@@ -274,6 +274,30 @@ def test_hidden_states_show_the_pyramid(make_pair: Any) -> None:
     assert lengths[:8] == [144 + text] * 3 + [36 + text] * 4 + [18 + text]  # the embeddings, then layers 0 to 6
 
 
+@pytest.mark.parametrize(
+    ("named", "indices"),
+    [
+        ("1x1,1x2,2x2", (0, 1, 2)),
+        ("keep, pool:1x2, keep", (0, 1, 0)),
+        (["1x2,keep,keep", "keep,keep,2x2"], [(1, 0, 0), (0, 0, 2)]),
+        (["1x2,keep,keep", (0, 0, 2)], [(1, 0, 0), (0, 0, 2)]),
+    ],
+)
+def test_a_route_may_be_named_or_numbered(make_pair: Any, named: Any, indices: Any) -> None:
+    _, model = make_pair()
+    batch = collate(ragged_batch()[:2])
+    model.set_route(named)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        routes = model.last_routes
+        with model.on_route(indices):
+            assert torch.equal(model(**batch).logits, logits)
+    assert routes == model.last_routes == (indices if isinstance(indices, list) else [indices] * 2)
+    for wrong in ("keep,keep", "keep,keep,half", ["keep,keep,keep", "exit"]):
+        with pytest.raises(ValueError, match=r"3 sites|no expert of site 2: expected one of keep"):
+            model.set_route(wrong)
+
+
 def test_what_cannot_be_right_raises(make_pair: Any) -> None:
     _, model = make_pair()
     inputs = prompt(1, 3, 5, seed=0)

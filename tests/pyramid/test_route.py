@@ -1,6 +1,9 @@
+import re
+import shlex
+
 import pytest
 
-from dpn_cli.errors import UsageError
+from dpn_cli.errors import RouteError, UsageError
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import pool
 from dpn_cli.pyramid.route import format_route, parse_route
@@ -14,6 +17,7 @@ SITES = (Site(1, pool((1, 1), (1, 2), (2, 2))), Site(3, pool((1, 1), (2, 2))))
 def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
     assert parse_route(text, SITES) == route
     assert parse_route(format_route(route, SITES), SITES) == route
+    assert shlex.split(format_route(route, SITES)) == [format_route(route, SITES)]  # one word of a command line
 
 
 @pytest.mark.parametrize(
@@ -21,8 +25,10 @@ def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
     [("0", "1 entries, the pyramid has 2"),
      ("0,2", "'2' is no expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
      ("3x3,0", "'3x3' is no expert of site 0"), ("-1,0", "'-1' is no expert"), ("a,b", "'a' is no expert"),
+     ("1x2,keap", "Did you mean 'keep'?"),
      ("", "entries")],
 )  # fmt: skip
 def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
-    with pytest.raises(UsageError, match=complaint):
+    with pytest.raises(RouteError, match=re.escape(complaint)) as error:
         parse_route(text, SITES)
+    assert isinstance(error.value, UsageError) and isinstance(error.value, ValueError)

@@ -17,6 +17,7 @@ from dpn_cli.calibration.policy import Outcome
 from dpn_cli.calibration.reporting import svg
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.survey import Tried
+from dpn_cli.notation import nats, percent
 from dpn_cli.pyramid.config import Route
 
 TEMPLATE = "report.html.jinja"
@@ -46,7 +47,7 @@ def render(report: Report) -> str:
         DataError: if an image cannot be read.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=_percent, nats=_nats, shorten=_shorten, thumbnails=_thumbnails)
+    environment.filters.update(percent=percent, nats=nats, shorten=_shorten, thumbnails=_thumbnails)
     template = environment.from_string((files("dpn_cli.calibration.reporting") / TEMPLATE).read_text("utf-8"))
     coloured, others = _colours(report)
     text = template.render(
@@ -71,8 +72,8 @@ def _tradeoff(report: Report, figure: str) -> Markup:
         return float(getattr(each, figure))
 
     def dot(each: Outcome, name: str) -> svg.Dot:
-        figures = f"KL {_nats(each.distortion)}, top-1 {_percent(each.agreement)}"
-        return svg.Dot(each.fraction, value(each), f"{name}: {_percent(each.fraction)} FLOPs, {figures}")
+        figures = f"KL {nats(each.distortion)}, top-1 {percent(each.agreement)}"
+        return svg.Dot(each.fraction, value(each), f"{name}: {percent(each.fraction)} FLOPs, {figures}")
 
     fixed = sorted(report.fixed.items(), key=lambda item: item[1].fraction)
     values = [value(each) for each in (*report.per_budget, *report.fixed.values(), report.routed)]
@@ -99,7 +100,7 @@ def _survey(report: Report) -> Markup:
     """Plot the candidates of the survey, distortion against FLOPs: those that were chosen in a colour of their own."""
 
     def dot(each: Tried) -> svg.Dot:
-        figures = f"{_percent(each.fraction)} FLOPs, KL {_nats(each.distortion)}, top-1 {_percent(each.agreement)}"
+        figures = f"{percent(each.fraction)} FLOPs, KL {nats(each.distortion)}, top-1 {percent(each.agreement)}"
         return svg.Dot(each.fraction, each.distortion, f"{each.experts}: {figures}")
 
     y = svg.vertical_log([each.distortion for each in report.tried])
@@ -139,9 +140,9 @@ def _shares(report: Report, coloured: dict[Route, int]) -> Markup:
     def parts(shares: dict[Route, float]) -> Iterator[tuple[int, float, str]]:
         for route, colour in coloured.items():
             if share := shares.get(route, 0.0):
-                yield colour, share, f"{report.experts(route)}: {_percent(share)}"
+                yield colour, share, f"{report.experts(route)}: {percent(share)}"
         if rest := sum(share for route, share in shares.items() if route not in coloured):
-            yield svg.NUM_COLOURS - 1, rest, f"other routes: {_percent(rest)}"
+            yield svg.NUM_COLOURS - 1, rest, f"other routes: {percent(rest)}"
 
     bars = [(f"{row.outcome.fraction:.0%}", row.chosen, list(parts(row.outcome.shares))) for row in _rows(report)]
     return svg.stacked_bars(bars, (FLOPS, "share of the samples"))
@@ -165,16 +166,6 @@ def _data_uri(image: Image.Image) -> str:
     stream = BytesIO()
     image.save(stream, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _nats(value: float) -> str:
-    if 0 < value < 1e-4:
-        return "<0.0001"
-    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
 def _shorten(text: str) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fixed, Prompt, full_flops, with_images
 from dpn_cli.modeling.pyramid_text import Offer
 from dpn_cli.modeling.state import PyramidState
@@ -104,6 +105,21 @@ class FixedRoute(Fixed):
         """Force the route for the duration."""
         with model.without_adapter(), model.on_route(self.route):
             yield
+
+
+def walked_by_all(pyramid: PyramidConfig, routes: Sequence[Route], prompts: Sequence[Prompt]) -> list[FixedRoute]:
+    """Return routes as baselines.
+
+    Raises:
+        UsageError: if a prompt cannot take one of them.
+    """
+    try:
+        for route in routes:
+            for grids in dict.fromkeys(prompt.grids for prompt in prompts):
+                pyramid.walk(route, grids)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return [FixedRoute(pyramid, route) for route in routes]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,13 @@
+"""How figures are written, in tables and pages alike."""
+
+SMALLEST_SHOWN = 1e-4
+
+
+def nats(value: float) -> str:
+    """Return a KL: never a zero that it is not."""
+    return f"<{SMALLEST_SHOWN:g}" if 0 < value < SMALLEST_SHOWN else f"{value:.4f}"
+
+
+def percent(value: float) -> str:
+    """Return a share."""
+    return f"{value:.1%}"
