@@ -17,9 +17,10 @@ import click
 
 from dpn_cli import __version__, console
 from dpn_cli.errors import DpnError, RelayedError, did_you_mean
-from dpn_cli.parallel.launch import is_launched
+from dpn_cli.parallel.launch import end_with_launcher, is_launched
 
 INTERRUPTED = 130
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_SENTENCE = 1000  # characters of an error message
 SHOW_CURSOR = b"\x1b[?25h"
 NO_ROOM = {
@@ -99,9 +100,10 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
 def run() -> NoReturn:
     """Run the command line and end this process, which is a program of its own.
 
-    Beside others that calibrate with it, it leaves at once: gloo's threads could abort an interpreter that tidies up
-    first, and the exit code would be lost.
+    Beside others that calibrate with it, it ends with their launcher, and leaves at once: gloo's threads could abort an
+    interpreter that tidies up first, and the exit code would be lost.
     """
+    end_with_launcher()
     code = main()
     if is_launched():
         for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -117,8 +119,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 ok, 1 failure, 2 usage or recipe, 3 bad checkpoint, 4 bad data, 130 interrupted.
     """
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupt)
+    for each in STOPPING:
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # as nohup does
+            signal.signal(each, _interrupt)
     console.guard_libraries()
     settings = Settings()
     try:
@@ -173,8 +176,8 @@ def _closed_stdout() -> int:
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     """Let the command tidy up and leave; a second signal ends it at once."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _leave_at_once)
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else _leave_at_once)  # a terminal hangs up twice
     raise KeyboardInterrupt
 
 

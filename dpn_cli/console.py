@@ -69,6 +69,12 @@ def speak_up() -> None:
         os.close(descriptor)
 
 
+def aloud(message: str) -> None:
+    """Say something about the work even after `hush`, since no other process says it."""
+    if not _stderr.quiet:
+        os.write(_hushed[0] if _hushed else 2, f"{harmless(message)}\n".encode())
+
+
 def harmless(text: str) -> str:
     r"""Return text with what a terminal would obey written as \u001b, which is right inside of JSON too."""
     return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -82,7 +82,7 @@ def calibrate(
         UsageError: if the budget is out of reach, the checkpoint's route is fixed, or an unfinished calibration
             differs from this one.
     """
-    processes = processes or Processes.join()
+    processes = processes or Processes.join(reporter.note)
     with _in_charge(folder, processes):
         job, dataset = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate

@@ -17,7 +17,7 @@ from dpn_cli.checkpoint.headers import check_folder
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
-from dpn_cli.parallel.launch import is_launched, launch, place
+from dpn_cli.parallel.launch import is_launched, launch, place, speaks
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def together() -> Iterator[None]:
         return
     from dpn_cli.parallel.processes import Processes
 
-    with Processes.join().as_one():
+    with Processes.join(console.aloud if speaks() else console.note).as_one():
         yield
 
 

@@ -6,7 +6,6 @@ Source of the ten tasks: paper, section 4.1; their names are lmms-eval's.
 import json
 import os
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from dpn_cli.errors import DpnError, MissingExtraError, UsageError
 from dpn_cli.evaluation.spending import Spending
+from dpn_cli.parallel import child
 from dpn_cli.parallel.launch import without_place
 
 PAPER_TASKS = (
@@ -155,18 +155,22 @@ def _run(model_args: str, options: Sequence[str], say: Callable[[str], None]) ->
     """
     with TemporaryDirectory(prefix="dpn-lmms-") as folder:
         record = Path(folder, "fractions.json")
-        command = [
-            sys.executable, "-P", "-m", "lmms_eval", "eval", "--output_path", folder, *options,
+        command = child.command(
+            "lmms_eval", "eval", "--output_path", folder, *options,
             "--model", "dpn", "--model_args", f"{model_args},record={record}",
-        ]  # fmt: skip
+        )  # fmt: skip
         tail: deque[str] = deque(maxlen=_TAIL)
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=without_place(os.environ)
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                tail.append(line.rstrip())
-                say(line.rstrip())
+            try:
+                for line in process.stdout:
+                    tail.append(line.rstrip())
+                    say(line.rstrip())
+            except BaseException:
+                process.kill()  # it has nothing to keep
+                raise
         found = sorted(Path(folder).rglob("*_results.json"))
         if process.returncode or not found:
             raise DpnError("lmms-eval ended without results; its last lines:\n" + "\n".join(tail))

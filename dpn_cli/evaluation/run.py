@@ -47,7 +47,7 @@ def evaluate_folder(
     Returns:
         The evaluation; None in all processes but the main one.
     """
-    processes = processes or Processes.join()
+    processes = processes or Processes.join(reporter.note)
     with ExitStack() as held:
         with processes.as_one():
             held.enter_context(in_use(folder))

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from dpn_cli.errors import DpnError
+from dpn_cli.parallel import child
 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -22,6 +22,7 @@ _MPI_NUMBERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
 )
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and `accelerate launch` always set
 POLL_S = 0.1
 GRACE_S = 20.0  # for the main process to say what went wrong elsewhere, or to tidy up
 
@@ -32,20 +33,40 @@ def place() -> tuple[int, int]:
     `launch`, torchrun and `accelerate launch` tell every process its place among all and on its machine, and where
     they meet. Anything less, such as a RANK that a cluster sets or the variables of an mpirun, is not about dpn.
     """
+    return _numbers()[:2]
+
+
+def speaks() -> bool:
+    """Say whether this process is the first of its machine, which says what it waits for."""
+    return _numbers()[2] == 0
+
+
+def _numbers() -> tuple[int, int, int]:
+    """Return this process's number, how many there are, and its number on this machine."""
+    alone = 0, 1, 0
     if not all(os.environ.get(name) for name in _MEETING):
-        return 0, 1
+        return alone
     accelerates = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     for names in (_NUMBERS, *(_MPI_NUMBERS if accelerates else ())):  # it leaves them to its --mpirun_hostfile
         numbers = [os.environ.get(name, "") for name in names]
         if all(number.isdecimal() for number in numbers):
             index, count, here = map(int, numbers)
-            return (index, count) if here <= index < count else (0, 1)
-    return 0, 1
+            return (index, count, here) if here <= index < count else alone
+    return alone
 
 
 def is_launched() -> bool:
     """Say whether this process is already one of several."""
     return place()[1] > 1
+
+
+def end_with_launcher() -> None:
+    """Let this process end when torchrun or `accelerate launch`, which has started it, does; `launch` sees to its own.
+
+    Processes that were placed by hand may outlive the shell that started them.
+    """
+    if is_launched() and any(name in os.environ for name in _LAUNCHERS):
+        child.end_with(os.getppid())
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
@@ -63,16 +84,18 @@ def launch(arguments: Sequence[str], count: int) -> int:
     Raises:
         DpnError: if one of the processes ended without a word, as by a signal.
     """
-    command = [sys.executable, "-P", "-m", "dpn_cli", *arguments]  # -P: no code of the current folder is imported
     processes = [
-        subprocess.Popen(command, env=environment, start_new_session=True) for environment in _environments(count)
+        subprocess.Popen(child.command("dpn_cli", *arguments), env=environment, start_new_session=True)
+        for environment in _environments(count)
     ]
     try:
         return _watch(*processes)
     except KeyboardInterrupt:
         processes[0].send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            return processes[0].wait(GRACE_S)
+            code = processes[0].wait(GRACE_S)
+            if code >= 0:
+                return code
         raise
     finally:
         for process in processes:

@@ -7,10 +7,12 @@ started by none of them is alone, and nothing here makes a difference to it.
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
+from threading import Thread
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from dpn_cli.errors import DpnError, RelayedError, UsageError
 from dpn_cli.parallel.launch import place
 
 PATIENCE = timedelta(hours=2)  # for the slowest process; one that ends is noticed at once
+MEETING_NOTICE_S, EXCHANGE_NOTICE_S = 5.0, 60.0  # of waiting, after which it is said what for
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # as `accelerate launch` tells it
 
 T = TypeVar("T")
@@ -63,14 +66,19 @@ class Processes:
     Attributes:
         index: number of this process; the first, 0, is the main one.
         count: number of all processes.
+        say: told what this process waits for, where that takes long.
     """
 
     index: int = 0
     count: int = 1
+    say: Callable[[str], None] = field(default=lambda message: None, compare=False)
 
     @classmethod
-    def join(cls) -> "Processes":
+    def join(cls, say: Callable[[str], None]) -> "Processes":
         """Meet the other processes that a launcher has started, if there are any.
+
+        Args:
+            say: see `Processes`.
 
         Raises:
             UsageError: if the launcher is to shard the model with FSDP or DeepSpeed, or there are GPUs, but fewer than
@@ -83,15 +91,24 @@ class Processes:
                     "holds the whole frozen model and training averages gradients; choose multi-GPU or multi-CPU "
                     "(dpn calibrate --num-processes), and --load-in 4bit if the model is too large"
                 )
-        if place()[1] == 1:
+        index, count = place()
+        if count == 1:
             return cls()
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if 0 < gpus < here:
             raise UsageError(f"{here} processes need a GPU each, but this machine has {gpus}: start at most {gpus}")
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        return cls(state.process_index, state.num_processes)
+        me = cls(index, count, say)
+        where = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        state = me._wait(
+            lambda: PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE),
+            f"process {index} of {count} waits for the others to start, which meet {where}",
+            MEETING_NOTICE_S,
+        )
+        if state.device.type == "cuda":
+            torch.cuda.set_device(state.device)  # which is a thread's own
+        return me
 
     @property
     def is_main(self) -> bool:
@@ -109,8 +126,7 @@ class Processes:
             return [value]
         from accelerate.utils import gather_object
 
-        with self._noticing_loss():
-            return gather_object([value])
+        return self._exchange(lambda: gather_object([value]))
 
     def agree(self, value: T) -> T:
         """Return the main process's value."""
@@ -118,8 +134,7 @@ class Processes:
             return value
         from accelerate.utils import broadcast_object_list
 
-        with self._noticing_loss():
-            return broadcast_object_list([value])[0]
+        return self._exchange(lambda: broadcast_object_list([value])[0])
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
@@ -176,19 +191,40 @@ class Processes:
         if self.count == 1:
             return
         wanted = [any(each) for each in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
-        with self._noticing_loss():
-            for parameter in (p for p, is_wanted in zip(parameters, wanted, strict=True) if is_wanted):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        gradients = []
+        for parameter in (p for p, is_wanted in zip(parameters, wanted, strict=True) if is_wanted):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self._exchange(lambda: [torch.distributed.all_reduce(gradient) for gradient in gradients])
 
-    @contextmanager
-    def _noticing_loss(self) -> Iterator[None]:
-        """Say that another process is gone where torch says that a connection is."""
+    def _exchange(self, call: Callable[[], T]) -> T:
+        """Let all processes exchange something; say that one is gone where torch says that a connection is."""
         try:
-            yield
+            what = f"process {self.index} of {self.count} has done its share, and waits for those of the others"
+            return self._wait(call, what, EXCHANGE_NOTICE_S)
         except RuntimeError as error:
             raise self._loss() from error
+
+    def _wait(self, call: Callable[[], T], what: str, notice_s: float) -> T:
+        """Let a thread of its own wait for other processes: in this one, Python would answer no signal meanwhile."""
+        future: Future[T] = Future()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+                future.set_exception(error)
+
+        Thread(target=run, daemon=True).start()
+        with suppress(TimeoutError):
+            future.exception(notice_s)
+        if not future.done():
+            self.say(f"Waiting: {what}.")
+        return future.result()
 
     def _loss(self) -> DpnError:
         """Return the error; in a function, since a signal that came to this process too is handled before one is run.

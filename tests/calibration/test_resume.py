@@ -124,7 +124,7 @@ def test_a_kill_after_one_of_the_results_is_mended(
     assert digests(folder) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
     before = digests(folder)
     process = start(arguments(folder, data))

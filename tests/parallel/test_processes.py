@@ -4,16 +4,20 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.distributed import TCPStore
 
 from dpn_cli import cli
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import UsageError
-from dpn_cli.parallel.launch import place
+from dpn_cli.parallel import child
+from dpn_cli.parallel.launch import end_with_launcher, place
 from dpn_cli.parallel.processes import ALONE, Processes
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
@@ -85,7 +89,7 @@ def test_kept_pieces_are_taken_and_only_the_others_are_made() -> None:
 def test_a_sharding_launcher_is_refused_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match=r"asks for FSDP.*choose multi-GPU or multi-CPU"):
-        Processes.join()
+        Processes.join(print)
 
 
 OTHERS_RANKS = {
@@ -107,7 +111,7 @@ def test_a_rank_that_no_launcher_of_ours_gave_is_nothing_to_us(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert place() == (0, 1)
-    assert Processes.join() == ALONE
+    assert Processes.join(print) == ALONE
 
 
 def test_a_launchers_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +125,71 @@ def test_a_launchers_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OTHERS_RANKS["mpirun"].items():
         monkeypatch.setenv(name, value)
     assert place() == (1, 2)
+
+
+def finding(folder: Path) -> dict[str, str]:
+    """An environment in which the modules of a folder are found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """A kill -9 of the parent, too, which can tell nobody."""
+    (tmp_path / "endless.py").write_text("import time; print('begun', flush=True); time.sleep(1000)")
+    script = (
+        "import subprocess, time; from dpn_cli.parallel import child\n"
+        "subprocess.Popen(child.command('endless'), start_new_session=True); time.sleep(1000)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=finding(tmp_path))
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "begun\n"
+    parent.kill()
+    assert parent.stdout.read() == "", "the child, which has this pipe too, is gone"
+
+
+def test_a_child_whose_parent_is_gone_does_not_begin(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("print('begun')")
+    line = child.command("module")
+    line[line.index(str(os.getpid()))] = "1"
+    done = subprocess.run(line, capture_output=True, check=False, env=finding(tmp_path))
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
+
+
+def test_only_launchers_that_wait_for_their_processes_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was placed by hand may outlive its shell."""
+    ended: list[int] = []
+    monkeypatch.setattr(child, "end_with", ended.append)
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    end_with_launcher()
+    assert ended == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    end_with_launcher()
+    assert ended == [os.getppid()]
+    monkeypatch.delenv("RANK")
+    end_with_launcher()
+    assert ended == [os.getppid()], "alone, there is nobody to end with"
+
+
+def test_waiting_for_others_answers_signals_and_says_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    ended: list[str] = []
+
+    def meet() -> None:
+        """Wait inside of C++, where Python handles no signal."""
+        try:
+            TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=3))
+        finally:
+            ended.append("too late")
+
+    def say(message: str) -> None:
+        said.append(message)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("dpn_cli.parallel.processes.EXCHANGE_NOTICE_S", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        Processes(0, 2, say)._exchange(meet)
+    assert said == ["Waiting: process 0 of 2 has done its share, and waits for those of the others."]
+    assert ended == []
 
 
 @pytest.mark.parametrize("line", [["convert", "nowhere"], ["export", "--model", "nowhere"]])
@@ -145,7 +214,7 @@ def test_an_error_that_all_processes_have_is_said_once() -> None:
 def test_more_processes_than_forward_passes_are_refused(
     copy: Callable[[str], Path], pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Processes, "join", lambda: Processes(0, 3))
+    monkeypatch.setattr(Processes, "join", lambda say: Processes(0, 3))
     monkeypatch.setattr(Processes, "gather", lambda self, value: [value])
     assert cli.main(arguments(copy("one"), pictures, *HEAL)) == 2
     assert "3 processes cannot share the 2 forward passes of a training step" in capsys.readouterr().err
@@ -237,7 +306,36 @@ def test_one_process_goes_on_where_two_were_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_for_others_to_start_can_be_ended(
+    copy: Callable[[str], Path], pictures: Path, number: int, index: int
+) -> None:
+    process = start(arguments(copy("waiting"), pictures), **machines(2)[index])
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith(f"Waiting: process {index} of 2 waits for the others to start, which meet at 127.0.0.1:")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert errors.strip() == ("" if index else "Interrupted."), "the first one says it"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_takes_its_processes_along(
+    copy: Callable[[str], Path], pictures: Path, alone: dict[str, str]
+) -> None:
+    folder = copy("orphans")
+    process = start([*arguments(folder, pictures), "--num-processes", "2"])
+    wait_for(process, lambda: measured(folder, 2))
+    process.kill()
+    process.communicate(timeout=10)  # to the end of the pipes, which are the children's too
+    run(arguments(folder, pictures))
+    assert digests(folder) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_all_processes(copy: Callable[[str], Path], pictures: Path, number: int) -> None:
     folder = copy("interrupted")
     process = start([*arguments(folder, pictures), "--num-processes", "2"])
