@@ -8,14 +8,13 @@ import click
 
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
+from dpn_cli.commands.data_options import reading_options, takes_data
 from dpn_cli.commands.options import (
     Fraction,
     Size,
     baseline_names,
     checkpoint_folder,
-    ignore_fields_option,
     model_option,
-    takes_data,
     wide_option,
 )
 from dpn_cli.errors import UsageError
@@ -76,10 +75,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "--data", metavar="DATA",
     help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.",
 )  # fmt: skip
-@click.option(
-    "--image-root", type=click.Path(path_type=Path, file_okay=False), help="The folder that its image paths start in."
-)
-@ignore_fields_option
+@reading_options
 @click.option(
     "--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Tokens to generate per sample."
 )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
+from dpn_cli.commands.data_options import data_options
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
     checkpoint_folder,
-    data_options,
     model_option,
     processes_option,
     together,

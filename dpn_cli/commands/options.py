@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import check_folder
-from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.parallel.launch import is_launched, launch, place, speaks
@@ -32,63 +30,6 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
-
-
-class Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Return the names."""
-        return value if isinstance(value, tuple) else tuple(n for name in value.split(",") if (n := name.strip()))
-
-
-ignore_fields_option = click.option(
-    "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
-    help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
-)  # fmt: skip
-
-
-def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Make of the options about data, which come by the names of its fields, one `DataOptions`; None without --data."""
-
-    @wraps(command)
-    def with_data(*args: Any, data: str | None, **values: Any) -> Any:
-        from dpn_cli.data.options import DataOptions
-
-        about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
-        return command(*args, data=None if data is None else DataOptions(data, **about), **values)
-
-    return with_data
-
-
-def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """Add `--data`, `--image-root`, `--ignore-fields`, `--on-bad-row` and `--max-bad`, passed on as one `data`."""
-    command = takes_data(command)
-    for option in reversed(
-        (
-            click.option(
-                "--data", required=required, metavar="DATA",
-                help=f"What to read: {describe_formats()}.",
-            ),
-            click.option(
-                "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-                help="The folder that image paths of the data start in; default: that of the file that names them.",
-            ),
-            ignore_fields_option,
-            click.option(
-                "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
-                help="Whether rows that cannot be used stop the run or are left out.",
-            ),
-            click.option(
-                "--max-bad", type=Percent(), default="5%", show_default=True,
-                help="With --on-bad-row skip: the largest share of bad rows that is left out.",
-            ),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
 
 
 def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:

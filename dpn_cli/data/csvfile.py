@@ -11,7 +11,7 @@ from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.images import MAX_FILE_BYTES
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
-from dpn_cli.data.rowsource import RowSource, validate_columns
+from dpn_cli.data.rowsource import RowSource, validate_readable
 from dpn_cli.errors import DataError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -39,7 +39,7 @@ class CsvFile(RowSource):
         if twice := next((name for i, name in enumerate(header) if name in header[:i]), None):
             raise DataError(f"{path}: the column {twice!r} comes twice in the header {', '.join(header)}")
         super().__init__(str(path), path.suffix[1:].upper(), places, reading)
-        validate_columns(header, reading, self.name)
+        validate_readable(header, reading, self.name)
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -14,16 +14,19 @@ Of the objects inside of a row, such as messages, everything but the first is re
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from dpn_cli.data.faults import UNREAD, RowError
-from dpn_cli.data.images import SUFFIXES
+from dpn_cli.data.formats import IMAGE_SUFFIXES
 from dpn_cli.errors import DataError, did_you_mean
 
 Fields = Mapping[str, Any]
 """A row's fields that hold something, by name."""
+
+Columns = Sequence[tuple[str, str]]
+"""Roles that the user gave, each with the name of the field that has it."""
 
 ROLES: dict[str, tuple[str, ...]] = {
     "image": (
@@ -51,6 +54,7 @@ _SPARE = {
     "image": ROLES["image"],
     "answer": (*ROLES["answer"], "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning"),
 }
+_ASKED = {"conversation", "question", "caption"}  # roles of which a row has one
 _MAKES_TEXT_A_QUESTION = ("question_id", "answer", "answers")  # LLaVA's question files; else `text` is a caption
 _OTHER_MEDIA = ("video", "videos", "video_path", "video_file", "audio", "audios", "audio_path", "audio_file")
 _DESCRIPTIVE = {
@@ -80,21 +84,25 @@ def present(row: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, 
     return {name: value for name, value in row.items() if not (name in ignored or _is_missing(value))}
 
 
-def assign(names: Iterable[str]) -> dict[str, str]:
+def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
     """Return which field is read in which role.
 
     Args:
-        names: names of the fields of a row or a table.
+        names: Names of the fields of a row or a table.
+        columns: Roles given by the user. One of conversation, question and caption leaves no field to the others.
     """
-    known = {_normalise(name): name for name in names}
+    names, given = list(names), dict(columns)
+    known = {_normalise(name): name for name in names if name not in given.values()}
+    settled = given.keys() | (_ASKED if given.keys() & _ASKED else ())
     roles = {}
     for role, aliases in ROLES.items():
-        if alias := next((alias for alias in aliases if alias in known), None):
+        alias = next((alias for alias in aliases if alias in known), None)
+        if alias and role not in settled:
             roles[role] = known[alias]
     is_caption = roles.keys().isdisjoint({"conversation", "question"}) and roles.get("caption") == known.get("text")
     if "caption" in roles and is_caption and not known.keys().isdisjoint(_MAKES_TEXT_A_QUESTION):
         roles["question"] = roles.pop("caption")
-    return roles
+    return roles | {role: name for role, name in given.items() if name in names}
 
 
 def lettered(names: Iterable[str]) -> dict[str, str]:
@@ -104,10 +112,10 @@ def lettered(names: Iterable[str]) -> dict[str, str]:
     return found if {"A", "B"} <= found.keys() else {}
 
 
-def mapping(names: Iterable[str]) -> str:
+def mapping(names: Iterable[str], columns: Columns = ()) -> str:
     """Return in words which fields are read, of those that there are."""
     names = list(names)
-    roles = assign(names)
+    roles = assign(names, columns)
     answer = f"`{roles['answer']}`" if "answer" in roles else "no answer"
     if "conversation" in roles:
         text = f"`{roles['conversation']}` as conversation"
@@ -121,9 +129,9 @@ def mapping(names: Iterable[str]) -> str:
     return f"{images}, {text}"
 
 
-def asks(names: Iterable[str]) -> bool:
+def asks(names: Iterable[str], columns: Columns = ()) -> bool:
     """Tell whether any of the fields is known to hold what an image is asked or described by."""
-    return not assign(names).keys().isdisjoint({"conversation", "question", "caption"})
+    return not assign(names, columns).keys().isdisjoint(_ASKED)
 
 
 def known_names() -> str:
@@ -131,17 +139,29 @@ def known_names() -> str:
     return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in (*_TEXT_ROLES, "image"))
 
 
-def validate_ignored(ignored: Collection[str], names: Collection[str], data: str) -> None:
-    """Check that the fields to leave unread exist.
+def validate_named(ignored: Collection[str], columns: Columns, names: Collection[str], data: str) -> None:
+    """Check that the fields which the user names exist, those to leave unread and those with a role.
 
     Raises:
         DataError: if one does not; names it.
     """
-    for name in ignored:
+    options = [(f"--ignore-fields {name}", name) for name in ignored]
+    options += [(f"--columns {role}={name}", name) for role, name in columns]
+    for option, name in options:
         if name not in names:
-            raise DataError(
-                f"--ignore-fields {name}: {data} has the fields {', '.join(names)}.{did_you_mean(name, names)}"
-            )
+            raise DataError(f"{option}: {data} has the fields {', '.join(names)}.{did_you_mean(name, names)}")
+
+
+def validate_columns(row: Fields, columns: Columns) -> None:
+    """Check that a row has the fields that the user gave roles, be they empty.
+
+    Raises:
+        RowError: if it lacks one; names it.
+    """
+    for role, name in columns:
+        if name not in row:
+            known = ", ".join(f"`{each}`" for each in row) or "no fields"
+            raise RowError("a row that lacks a column", f"no `{name}`, which --columns reads as {role}; it has {known}")
 
 
 def validate_media(fields: Fields) -> None:
@@ -238,7 +258,7 @@ def _leaves(value: Any) -> Iterator[str | bytes]:
 
 
 def _is_image(text: str) -> bool:
-    return PurePath(text).suffix.lower() in SUFFIXES
+    return PurePath(text).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _is_same_file(path: str, other: str) -> bool:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpn_cli.data.formats import Request
-from dpn_cli.data.images import SUFFIXES
+from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 
@@ -23,12 +22,13 @@ class ImageFolder:
         self.name = str(folder)
         self.folder = folder
         files = sorted(path for path in folder.rglob("*") if not (path.is_dir() or _is_hidden(path, folder)))
-        self.files = [path for path in files if path.suffix.lower() in SUFFIXES]
+        self.files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         self.prompts = prompts
         self.format = f"folder of images ({len(prompts)} stock prompts in turn)"
         if not self.files:
-            raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-        if others := [path for path in files if path.suffix.lower() not in SUFFIXES and _may_be_data(path, folder)]:
+            raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        others = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES and _may_be_data(path, folder)]
+        if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise DataError(
                 f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: nothing but images is read "

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dpn_cli.data.rows import Reading
     from dpn_cli.data.scan import Source
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+
 
 @dataclass(frozen=True)
 class Request:

@@ -9,7 +9,7 @@ from dpn_cli.data.fields import Fields
 from dpn_cli.data.formats import Request
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
-from dpn_cli.data.rowsource import RowSource, validate_columns
+from dpn_cli.data.rowsource import RowSource, validate_readable
 from dpn_cli.errors import DataError, MissingExtraError
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -55,7 +55,7 @@ class Table(RowSource):
             raise DataError(f"{name} holds no rows")
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
         super().__init__(name, kind, places, reading)
-        validate_columns(dataset.column_names, reading, name)
+        validate_readable(dataset.column_names, reading, name)
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -14,7 +14,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from dpn_cli.data.faults import MISSING, RowError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decoders that start no other program
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 MAX_FILE_BYTES = 1 << 30

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dpn_cli.data.formats import Request, open_source
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.rows import KIND_FIELD, Reading
+from dpn_cli.data.rowsource import RowSource
 from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset, scan
 from dpn_cli.errors import UsageError, did_you_mean
@@ -37,10 +38,14 @@ def load_data(
     Raises:
         DataError: if the data is in none of `FORMATS`, or naming the bad rows.
         MissingExtraError: if it needs the package `datasets`.
-        UsageError: if no row has the `kind_field`; names those that there are.
+        UsageError: if no row has the `kind_field`, naming those that there are; or if fields are named of data that
+            have none.
     """
-    reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored)
+    reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored, data.columns)
     source = open_source(Request(data.name, data.image_root, reading, split, limit))
+    if (data.columns or data.ignored) and not isinstance(source, RowSource):
+        option = "--columns" if data.columns else "--ignore-fields"
+        raise UsageError(f"{option}: {data.name} is a {source.format}, which has no columns")
     if data.kind_field is not None and data.kind_field not in (fields := source.fields()):
         known = f"they have {', '.join(fields)}" if fields else "they have none"
         hint = did_you_mean(data.kind_field, fields)

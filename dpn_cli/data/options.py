@@ -18,6 +18,7 @@ class DataOptions:
             owner/name[:configuration[:split]] of the hub.
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         ignored: fields of the rows that are left unread, as if they were not there.
+        columns: Roles of fields, each with the field that has it: (("image", "picture"), ("question", "prompt")).
         on_bad_row: `fail`, or `skip` up to `max_bad`.
         max_bad: the largest share of the rows read that may be bad.
         kind_field: the field that names a sample's group; None for `kind`, where there is one.
@@ -26,6 +27,16 @@ class DataOptions:
     name: str
     image_root: Path | None = None
     ignored: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
     on_bad_row: OnBadRow = "fail"
     max_bad: float = MAX_BAD
     kind_field: str | None = None
+
+    def arguments(self) -> list[str]:
+        """Return the command line that reads the same rows in the same way."""
+        return [
+            "--data", self.name,
+            *(["--image-root", str(self.image_root)] if self.image_root else []),
+            *(["--columns", ",".join(map("=".join, self.columns))] if self.columns else []),
+            *(["--ignore-fields", ",".join(self.ignored)] if self.ignored else []),
+        ]  # fmt: skip

@@ -7,7 +7,17 @@ from typing import Any
 from dpn_cli.data.chat import read_chat
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields, assign, is_blank, present, validate_all_read, validate_media, validate_object
+from dpn_cli.data.fields import (
+    Columns,
+    Fields,
+    assign,
+    is_blank,
+    present,
+    validate_all_read,
+    validate_columns,
+    validate_media,
+    validate_object,
+)
 from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import ImageSource, Sample, Turn
 from dpn_cli.data.texts import (
@@ -34,11 +44,13 @@ class Reading:
         prompts: questions for captions and for images alone, in turn.
         kind_field: the field that holds a sample's group, see `group`.
         ignored: fields that are left unread.
+        columns: Roles of fields, as the user gave them.
     """
 
     prompts: Sequence[str]
     kind_field: str = KIND_FIELD
     ignored: Collection[str] = ()
+    columns: Columns = ()
 
 
 def group(value: Any) -> str | None:
@@ -80,9 +92,10 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     """
     if not isinstance(row, dict):
         raise RowError("not an object", f"expected an object, found {type(row).__name__}")
+    validate_columns(row, reading.columns)
     fields = present(row, reading.ignored)
     validate_media(fields)
-    roles = assign(fields)
+    roles = assign(fields, reading.columns)
     images = [_open(image, open_image) for image in _images(fields, roles)]
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from dpn_cli.data.fields import Fields, asks, assign, known_names, mapping, present, validate_ignored
+from dpn_cli.data.fields import Fields, asks, assign, known_names, mapping, present, validate_named
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import ImageSource, Sample
@@ -34,19 +34,19 @@ class RowSource:
             reading: Options for reading rows.
 
         Raises:
-            DataError: if it has no field that is to be left unread.
+            DataError: if it has no field that the user names.
         """
         self.name = name
         self.places = places
         self.reading = reading
-        if reading.ignored:
-            validate_ignored(reading.ignored, {name: None for row in self.outlines() for name in row}, name)
-        self.images_alone = not any(asks(present(row, reading.ignored)) for row in self.outlines())
+        if reading.ignored or reading.columns:
+            names = {name: None for row in self.outlines() for name in row}
+            validate_named(reading.ignored, reading.columns, names, name)
+        self.images_alone = not any(asks(present(row, reading.ignored), reading.columns) for row in self.outlines())
         looked_at = (list(present(row, reading.ignored)) for row in islice(self.outlines(), _LOOKED_AT))
-        fullest: list[str] = max(
-            looked_at, key=lambda names: ("image" in assign(names), len(assign(names))), default=[]
-        )
-        self.format = f"{kind} ({mapping(fullest)})"
+        roles = ((names, assign(names, reading.columns)) for names in looked_at)
+        fullest, _ = max(roles, key=lambda each: ("image" in each[1], len(each[1])), default=([], {}))
+        self.format = f"{kind} ({mapping(fullest, reading.columns)})"
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -96,14 +96,15 @@ class RowSource:
         return values[place]
 
 
-def validate_columns(columns: Sequence[str], reading: Reading, name: str) -> None:
+def validate_readable(columns: Sequence[str], reading: Reading, name: str) -> None:
     """Check that some column of a table holds images or text.
 
     Raises:
         DataError: if none does, as far as is known.
     """
     read = [column for column in columns if column not in reading.ignored]
-    if not (asks(read) or "image" in assign(read)):
+    if not (asks(read, reading.columns) or "image" in assign(read, reading.columns)):
         raise DataError(
-            f"{name} has the columns {', '.join(read)}: none is known to hold images or text. Known are {known_names()}"
+            f"{name} has the columns {', '.join(read)}: none is known to hold images or text. Say what they "
+            f"are, as in --columns image=NAME,question=NAME. Known are {known_names()}"
         )

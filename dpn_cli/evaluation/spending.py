@@ -65,8 +65,7 @@ def unmet(
         if data and solved_on == data.name:
             yield f"Its λ was solved on {data.name} as a whole; the mean of some of its samples varies."
             return
-        named = ["--model", str(model), "--data", data.name if data else "DATA"]
-        named += ["--image-root", str(data.image_root)] if data and data.image_root else []
+        named = ["--model", str(model), *(data.arguments() if data else ("--data", "DATA"))]
         yield (
             f"Its λ was solved on {solved_on}. To solve it on {'yours' if data is None else 'these data'}: "
             f"dpn calibrate {shlex.join(named)} --budgets-only"

@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from dpn_cli.cli import COMMANDS, main
-from dpn_cli.commands.options import Choice, Fraction, Names, Percent, Size, data_options
+from dpn_cli.commands.data_options import Columns, Names, data_options
+from dpn_cli.commands.options import Choice, Fraction, Percent, Size
 from dpn_cli.data.options import DataOptions
 
 
@@ -72,10 +73,29 @@ def test_options_about_data_reach_a_command_as_one() -> None:
     def reads(data: DataOptions | None) -> None:
         seen.append(data)
 
-    options = ["--image-root", ".", "--ignore-fields", "a,b", "--on-bad-row", "skip", "--max-bad", "20%"]
+    options = ["--image-root", ".", "--ignore-fields", "a,b", "--columns", "image=img 1, answer=a=b"]
+    options += ["--on-bad-row", "skip", "--max-bad", "20%"]
     for line in (["--data", "rows.json", *options], ["--data", "demo"], options):
         assert CliRunner().invoke(reads, line).exit_code == 0
-    assert seen == [DataOptions("rows.json", Path(), ("a", "b"), "skip", 0.2), DataOptions("demo"), None]
+    columns = (("image", "img 1"), ("answer", "a=b"))
+    rows = DataOptions("rows.json", Path(), ("a", "b"), columns, "skip", 0.2)
+    assert seen == [rows, DataOptions("demo"), None]
+    again = CliRunner().invoke(reads, [*rows.arguments(), "--on-bad-row", "skip", "--max-bad", "20%"])
+    assert again.exit_code == 0 and seen[-1] == rows
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("picture", "'picture': expected ROLE=COLUMN, such as image=picture"),
+        ("image=", "expected ROLE=COLUMN"),
+        ("images=picture", "'images' is not one of image, conversation, .*Did you mean 'image'"),
+        ("image=a,image=b", "image is given twice, as a and as b"),
+    ],
+)
+def test_columns_that_are_none_are_refused(value: str, message: str) -> None:
+    with pytest.raises(click.BadParameter, match=message):
+        Columns().convert(value, None, None)
 
 
 # What a command needs beside --model.

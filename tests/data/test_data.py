@@ -16,7 +16,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.data.scan import Dataset
-from dpn_cli.errors import DataError
+from dpn_cli.errors import DataError, UsageError
 
 
 @pytest.fixture
@@ -133,6 +133,44 @@ def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, pictu
     write(path, [row, llava_row()])
     with pytest.raises(DataError, match="row 1: no text"):
         load(path)
+
+
+def rows_of_other_names() -> list[dict[str, Any]]:
+    row = {"picture": "images/a.png", "image": "images/none.png", "ask": "what ?", "said": "red", "caption": "a thing"}
+    return [row, row | {"picture": None, "image": None, "ask": "why ?"}]
+
+
+OTHER_NAMES = (("image", "picture"), ("question", "ask"), ("answer", "said"))
+
+
+def test_columns_of_other_names_go_before_those_that_are_known(tmp_path: Path, picture: Path) -> None:
+    path = write(tmp_path / "data.json", rows_of_other_names())
+    data = load(path, columns=OTHER_NAMES, ignored=("caption",))
+    assert [sample.turns for sample in data.samples] == [(Turn("what ?", "red", 1),), (Turn("why ?", "red"),)]
+    assert [sample.images for sample in data.samples] == [(picture,), ()]
+    assert "(`picture`, `ask` and `said`)" in data.scan.format
+    messages = [{**row, "messages": chat()} for row in rows_of_other_names()]
+    with pytest.raises(DataError, match=r"rows 1, 2: .*`caption`, `messages`, of the fields picture"):
+        load(write(path, messages), columns=OTHER_NAMES)
+    captions = load(path, columns=(*OTHER_NAMES[:1], ("caption", "said")), ignored=("ask", "caption", "messages"))
+    assert captions.samples[0].turns == (Turn("Describe the image.", "red", 1),)
+
+
+def test_columns_that_are_not_there_are_named(tmp_path: Path, picture: Path) -> None:
+    rows = rows_of_other_names()
+    path = write(tmp_path / "data.json", rows)
+    with pytest.raises(DataError, match=r"--columns question=asks: .* has the fields picture, .*Did you mean 'ask'"):
+        load(path, columns=(("question", "asks"),))
+    del rows[1]["said"]
+    with pytest.raises(
+        DataError, match=r"row 2: a row that lacks a column \(no `said`, which --columns reads as answer"
+    ):
+        load(write(path, rows), columns=OTHER_NAMES, ignored=("caption",))
+    for data in ("demo", str(picture.parent)):
+        with pytest.raises(UsageError, match=r"--columns: .* is a .*pictures|images.*, which has no columns"):
+            load_data(DataOptions(data, columns=OTHER_NAMES))
+        with pytest.raises(UsageError, match=r"--ignore-fields: .*, which has no columns"):
+            load_data(DataOptions(data, ignored=("a",)))
 
 
 def test_file_names_and_formats_that_must_work(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 from PIL import Image
 
-from dpn_cli.commands.options import data_options
+from dpn_cli.commands.data_options import data_options
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 

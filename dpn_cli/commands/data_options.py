@@ -1,0 +1,107 @@
+"""The options about data that several commands share."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dpn_cli.commands.options import Choice, Percent
+from dpn_cli.data.fields import ROLES
+from dpn_cli.data.formats import describe_formats
+from dpn_cli.errors import did_you_mean
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names."""
+        return value if isinstance(value, tuple) else tuple(n for name in value.split(",") if (n := name.strip()))
+
+
+class Columns(click.ParamType[tuple[tuple[str, str], ...]]):
+    """Roles and the fields that have them, as image=picture,question=prompt."""
+
+    name = "columns"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, str], ...]:
+        """Return the pairs, or fail."""
+        if isinstance(value, tuple):
+            return value
+        columns: dict[str, str] = {}
+        for pair in Names().convert(value, param, ctx):
+            role, _, field = (part.strip() for part in pair.partition("="))
+            if not field:
+                self.fail(f"{pair!r}: expected ROLE=COLUMN, such as image=picture", param, ctx)
+            if role not in ROLES:
+                self.fail(f"{role!r} is not one of {', '.join(ROLES)}.{did_you_mean(role, ROLES)}", param, ctx)
+            if columns.setdefault(role, field) != field:
+                self.fail(f"{role} is given twice, as {columns[role]} and as {field}", param, ctx)
+        return tuple(columns.items())
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how the rows of data are read; `takes_data` passes them on."""
+    for option in reversed(
+        (
+            click.option(
+                "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+                help="The folder that image paths of the data start in; default: that of the file that names them.",
+            ),
+            click.option(
+                "--columns", type=Columns(), default=(), metavar="ROLE=COLUMN,…",
+                help="Columns (or JSON keys) to read as image, question and so on, such as "
+                f"image=picture,question=prompt. Roles: {', '.join(ROLES)}; default: those with a known name.",
+            ),
+            click.option(
+                "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
+                help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of the options about data, which come by the names of its fields, one `DataOptions`; None without --data."""
+
+    @wraps(command)
+    def with_data(*args: Any, data: str | None, **values: Any) -> Any:
+        from dpn_cli.data.options import DataOptions
+
+        about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
+        return command(*args, data=None if data is None else DataOptions(data, **about), **values)
+
+    return with_data
+
+
+def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+    """Add `--data` and all options that say how it is read, passed on as one `data`."""
+    command = takes_data(command)
+    for option in reversed(
+        (
+            click.option(
+                "--data", required=required, metavar="DATA",
+                help=f"What to read: {describe_formats()}.",
+            ),
+            reading_options,
+            click.option(
+                "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
+                help="Whether rows that cannot be used stop the run or are left out.",
+            ),
+            click.option(
+                "--max-bad", type=Percent(), default="5%", show_default=True,
+                help="With --on-bad-row skip: the largest share of bad rows that is left out.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
