@@ -11,10 +11,10 @@ from dpn_cli.modeling.grouping import Group
 
 
 class PyramidCache(DynamicCache):
-    """A `DynamicCache` that also knows, per segment of the pyramid, which of its keys are padding.
+    """A `DynamicCache` that also knows, per segment of the pyramid, what its keys stand for.
 
-    The layers of one segment (between two sites) hold the same tokens, so one mask serves them all. A mask is
-    [B, K] bool, or None while no key of the segment is padding.
+    The layers of one segment (between two sites) hold the same tokens, so one mask serves them all. A mask is [B, K]:
+    bool, whether a key is no padding, or float, how many tokens it stands for; None while every key stands for one.
     """
 
     def __init__(self, config: PreTrainedConfig, num_segments: int, offloading: bool = False) -> None:
@@ -32,22 +32,22 @@ class PyramidCache(DynamicCache):
         """Return the tokens that a layer holds, which its mask begins after."""
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 
-    def extend(self, segment: int, valid: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-        """Append a chunk's padding mask to a segment's and return the mask over all its keys.
+    def extend(self, segment: int, mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+        """Append a chunk's mask to a segment's and return the mask over all its keys.
 
         Args:
             segment: Index of the segment.
-            valid: [B, S] bool of the chunk, or None when none of it is padding.
+            mask: [B, S] of the chunk, or None when all of it stands for one token each.
             batch: Batch size B.
             length: Sequence length S.
         """
         old, past = self.masks[segment], self.lengths[segment]
         self.lengths[segment] = past + length
-        if old is None and valid is None:
+        if old is None and mask is None:
             return None
-        device = valid.device if valid is not None else old.device  # type: ignore[union-attr]
+        device = mask.device if mask is not None else old.device  # type: ignore[union-attr]
         old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old
-        new = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid
+        new = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask
         self.masks[segment] = torch.cat([old, new], dim=1)
         return self.masks[segment]
 
@@ -74,7 +74,7 @@ class PyramidCache(DynamicCache):
     def num_valid(self, segment: int) -> int | torch.Tensor:
         """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""
         mask = self.masks[segment]
-        return self.lengths[segment] if mask is None else mask.sum(1, keepdim=True)
+        return self.lengths[segment] if mask is None else (mask > 0).sum(1, keepdim=True)
 
     def _map_masks(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.masks = [None if mask is None else change(mask) for mask in self.masks]

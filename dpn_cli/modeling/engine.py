@@ -27,11 +27,13 @@ class Assignment:
         coords: [B, S, 3] the (grid, row, col) that every token has afterwards, read where one stays; None if tokens
             keep those that they have.
         lengths: Number of tokens that stay, per sample; None to count them, which waits for the device.
+        merges: Whether some tokens may be merged into others.
     """
 
     target: torch.Tensor
     coords: torch.Tensor | None = None
     lengths: Sequence[int] | None = None
+    merges: bool = False
 
 
 def keep_tokens(state: PyramidState, kept: torch.Tensor, lengths: Sequence[int] | None = None) -> Assignment:
@@ -53,6 +55,7 @@ def compact(
     assignment: Assignment,
     mode: Literal["avg", "max"] = "avg",
     weights: torch.Tensor | None = None,
+    sized: bool = False,
 ) -> PyramidState:
     """Apply an assignment to a batch: its hidden states, positions, coordinates, columns and padding.
 
@@ -63,6 +66,7 @@ def compact(
         assignment: Where each of its tokens goes.
         mode: whether tokens that go into one become their mean or their maximum; the position is always the mean.
         weights: [B, S, 1 or D] what tokens are multiplied by before the mean.
+        sized: Whether to count how many tokens each one stands for.
 
     Raises:
         ValueError: if no visual token of this batch may be merged or dropped, see `PyramidState.refusal`.
@@ -90,12 +94,17 @@ def compact(
     def merged(values: torch.Tensor, mode: Literal["avg", "max"] = "avg") -> torch.Tensor:
         return _merge(values.flatten(0, 1), place.flatten(), trash, mode).view(batch, longest, -1)
 
+    sizes = state.sizes
+    if sized and (assignment.merges or sizes is not None):
+        sizes = state.positions.new_ones(batch, length) if sizes is None else sizes
+        sizes = sizes.new_zeros(trash + 1).index_add(0, place.flatten(), sizes.flatten())[:trash].view(batch, longest)
     hidden_states = precise(state.hidden_states)
     hidden_states = hidden_states if weights is None else hidden_states * weights
     return replace(
         state,
         hidden_states=merged(hidden_states, mode).to(state.hidden_states.dtype),
         positions=merged(state.positions[..., None])[..., 0],
+        sizes=sizes,
         valid=torch.arange(longest, device=target.device) >= shift if len(set(lengths)) > 1 else None,
         coords=new_coords[:trash].view(batch, longest, 3),
         columns=column if state.columns is None else column.gather(1, state.columns),

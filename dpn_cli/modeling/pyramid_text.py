@@ -30,7 +30,7 @@ from dpn_cli.modeling.engine import compact
 from dpn_cli.modeling.experts.pool import Kernels
 from dpn_cli.modeling.experts.registry import assign
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
-from dpn_cli.modeling.renamed import CACHE
+from dpn_cli.modeling.renamed import CACHE, WITH_MASK
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
     Readable,
@@ -42,6 +42,7 @@ from dpn_cli.modeling.routers import (
     router_features,
     trusted,
 )
+from dpn_cli.modeling.sized import with_sizes
 from dpn_cli.modeling.state import (
     HIDDEN_IN_PART,
     PACKED,
@@ -50,12 +51,10 @@ from dpn_cli.modeling.state import (
     put,
     visible_tokens,
 )
-from dpn_cli.pyramid.config import Option, PyramidConfig, Route
-from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.experts import KEEP, KINDS, Grid
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.cost import Offer, offer
+from dpn_cli.pyramid.experts import KEEP, KINDS
 from dpn_cli.pyramid.shape import DecoderShape
-
-Offer = tuple[list[Option], list[float]]  # the options of a sample at a site, and the FLOPs fraction of each
 
 
 class PyramidTextMixin:
@@ -286,25 +285,16 @@ class PyramidTextMixin:
         batch, length = hidden_states.shape[:2]
         layers = self.segments[segment]
         positions = self._positions(state, segment, cache)
+        own = state.valid if state.sizes is None else state.sizes
         if isinstance(cache, PyramidCache):
-            mask = cache.extend(segment, state.valid, batch, length)
+            mask = cache.extend(segment, own, batch, length)
         else:
-            mask = state.valid if cache is None else attention_mask
+            mask = own if cache is None else attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
         if not layers:
             return state
-        # The positions of pooled tokens must not reach the mask or the layers: gaps would read as packed samples.
-        causal_mask = None
-        if mask is not None or length > 1:  # a single token sees all before it
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=mask,
-                layer_idx=layers.start,
-                position_ids=state.packed,
-                **{CACHE: cache},
-            )
+        causal_mask = self._causal_mask(state, mask, cache, layers.start)
         angles = state.angles
         if angles is None or positions is not state.positions or angles[0].device != hidden_states.device:
             angles = self.rotary_emb(hidden_states, position_ids=positions)
@@ -318,6 +308,30 @@ class PyramidTextMixin:
                 **kwargs,
             )
         return replace(state.after(hidden_states), angles=angles if positions is state.positions else None)
+
+    def _causal_mask(
+        self, state: PyramidState, mask: torch.Tensor | None, cache: Cache | None, layer_idx: int
+    ) -> torch.Tensor | None:
+        """Return the mask of a segment's layers, from that of their keys [B, K].
+
+        The positions of merged tokens must not reach it or the layers: gaps would read as packed samples.
+        """
+        length = state.hidden_states.shape[1]
+        if mask is None and length == 1:  # a single token sees all before it
+            return None
+        causal = create_causal_mask(
+            config=self.config,
+            inputs_embeds=state.hidden_states,
+            attention_mask=mask,
+            layer_idx=layer_idx,
+            position_ids=state.packed,
+            **{CACHE: cache},
+            **({} if mask is None else WITH_MASK),
+        )
+        if mask is None or mask.ndim > 2 or not mask.is_floating_point():
+            return causal
+        _refuse_kernel(self.config._attn_implementation)
+        return with_sizes(causal, mask, length, state.hidden_states.dtype)
 
     def _groups(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
@@ -346,7 +360,8 @@ class PyramidTextMixin:
             group = Group.of(rows, state.valid, state.lengths)
             own = None if cache is None else PyramidCache(self.config, len(self.segments))
             at = (group.rows, group.columns)
-            part = PyramidState(state.hidden_states[at], state.positions[at], group.valid)
+            sizes = None if state.sizes is None else state.sizes[at]
+            part = PyramidState(state.hidden_states[at], state.positions[at], group.valid, sizes)
             outputs.append((at, self.run_segment(part, segment, own, **kwargs).hidden_states))
             if own is not None:
                 parts.append((group, own))
@@ -355,7 +370,7 @@ class PyramidTextMixin:
             hidden_states[at] = output
         if isinstance(cache, PyramidCache):
             batch, length = state.valid.shape
-            cache.extend(segment, state.valid, batch, length)
+            cache.extend(segment, state.valid if state.sizes is None else state.sizes, batch, length)
             cache.join(self.segments[segment], batch, length, parts)
         return state.after(hidden_states)
 
@@ -407,7 +422,7 @@ class PyramidTextMixin:
     def _forced(self, routes: Sequence[Route], state: PyramidState, site: int) -> list[int]:
         """Return what forced routes take at a site, 1×1 where a sample is not pooled at all."""
         spread = _spread(routes, len(state.grids))
-        for route, grids in zip(spread, state.image_grids, strict=True):
+        for route, grids in set(zip(spread, state.image_grids, strict=True)):
             self.pyramid.walk(route, grids)
         return [
             route[site] if grids and self.pyramid.takes(grids) else 0
@@ -429,14 +444,10 @@ class PyramidTextMixin:
     def offers(self, state: PyramidState) -> list[Offer]:
         """Return, per sample, the options at the next site and the FLOPs fraction of each."""
         samples = zip(state.grids, state.image_grids, state.text_tokens, state.routes, strict=True)
-        return [self._offer(route, image, text, bool(grids)) for grids, image, text, route in samples]
-
-    def _offer(self, route: Route, image: tuple[Grid, ...], text_tokens: int, has_visual: bool) -> Offer:
-        options = self.pyramid.options(route, image) if has_visual else [Option(0, 0, self.pyramid.full_route)]
-        if len(options) == 1:  # where the mask hides a whole row there is no text either, and no cost
-            return options, [1.0]
-        fractions = [flops_fraction(self.shape, self.pyramid, o.route, image, text_tokens) for o in options]
-        return options, fractions
+        return [
+            offer(self.shape, self.pyramid, route, image if grids else (), text)
+            for grids, image, text, route in samples
+        ]
 
     def apply(self, state: PyramidState, site: int, choice: Choice) -> PyramidState:
         """Leave every sample with fewer visual tokens, by its own expert."""
@@ -447,10 +458,11 @@ class PyramidTextMixin:
         if untouched and choice.probability is None:
             return replace(state, routes=routes)
         assignment = assign(self, state, experts, pyramid.sites[site].after_layer + 1)
+        is_sized = pyramid.attention == "sized"
         if pyramid.pooling == "conv":
-            reduced = compact(state, assignment, weights=self._conv_weights(state, site, choice))
+            reduced = compact(state, assignment, weights=self._conv_weights(state, site, choice), sized=is_sized)
         else:
-            reduced = compact(state, assignment, pyramid.pooling)
+            reduced = compact(state, assignment, pyramid.pooling, sized=is_sized)
         assert reduced.coords is not None
         hidden_states = reduced.hidden_states
         if choice.probability is not None:
@@ -518,6 +530,14 @@ def _refuse_sliding_window(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"this {config.model_type} model uses sliding-window attention, whose window would count pooled tokens; "
             "a pyramid needs full attention in every layer (set sliding_window to null if the context allows it)"
+        )
+
+
+def _refuse_kernel(name: str) -> None:
+    if name not in ("sdpa", "eager"):
+        raise ValueError(
+            "attention that counts how many tokens each one stands for needs attn_implementation sdpa or eager, which "
+            f"take a mask of numbers, not {name}; or convert with --set pyramid.attention=plain"
         )
 
 

@@ -29,6 +29,8 @@ class PyramidState:
         hidden_states: [B, S, D].
         positions: [B, S] (or [1, S]) rotary positions; those of merged tokens may be fractions.
         valid: [B, S] bool, or None when no row of this chunk is padded.
+        sizes: [B, S] float, how many tokens each one stands for, 0 for padding; None while each stands for itself, or
+            where attention takes no notice of it.
         coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere; None in a chunk without images.
         columns: [B, L] where every original token is now; None while nothing has moved.
         instruction: [B] the original column of the last instruction token.
@@ -47,6 +49,7 @@ class PyramidState:
     hidden_states: torch.Tensor
     positions: torch.Tensor
     valid: torch.Tensor | None
+    sizes: torch.Tensor | None = None
     coords: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     instruction: torch.Tensor | None = None

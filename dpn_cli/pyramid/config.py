@@ -38,6 +38,7 @@ RouterOutput = Literal["routes", "distortion", "logits"]
 Pooling = Literal["avg", "max", "conv"]
 Gate = Literal["none", "probability"]
 Positions = Literal["persistent", "contiguous"]
+Attention = Literal["plain", "sized"]
 
 IMPORTED_KEY = "imported"  # in `calibration`
 IMPORTED_USE = (
@@ -145,6 +146,8 @@ class PyramidConfig:
         gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).
         positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or
             `contiguous` (re-indexed in every segment, as the paper's authors do).
+        attention: `plain`, or `sized`: a token that others were merged into counts as many as it stands for, log(size)
+            on its attention logits (RESTORE; ToMe, https://arxiv.org/abs/2210.09461, equation 1).
         rounding: `ceil` keeps the incomplete cells at a grid's edge, `floor` drops them.
         prepooling: side of the squares in which the vision tower's features are averaged, before the projector.
         min_visual_tokens: an expert that would leave a grid (a selection: a sample) with fewer tokens is not offered;
@@ -165,6 +168,7 @@ class PyramidConfig:
     pooling: Pooling = "avg"
     gate: Gate = "none"
     positions: Positions = "persistent"
+    attention: Attention = "plain"
     rounding: Rounding = "ceil"
     router: RouterConfig = field(default_factory=RouterConfig)
     prepooling: int = 1
@@ -174,7 +178,7 @@ class PyramidConfig:
     static_route: Route | None = None
     answer_cue: tuple[int, ...] = ()
     budgets: tuple[Budget, ...] = ()
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "PyramidConfig":

@@ -10,10 +10,13 @@ alike, and are reported apart.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
-from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.config import Option, PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
+
+Offer = tuple[tuple[Option, ...], tuple[float, ...]]  # what a sample can be given at a site, and what each costs
 
 
 def router_flops(shape: DecoderShape, pyramid: PyramidConfig, site: int) -> int:
@@ -48,3 +51,24 @@ def flops_fraction(
     if grids and pyramid.has_routers:
         routed += sum(router_flops(shape, pyramid, site) for site in range(len(pyramid.sites)))
     return routed / (shape.num_layers * shape.layer_flops(counts[0]))
+
+
+@lru_cache(maxsize=8192)
+def offer(
+    shape: DecoderShape, pyramid: PyramidConfig, taken: Route, grids: tuple[Grid, ...], text_tokens: int
+) -> Offer:
+    """Return what a sample can be given at its next site, and the FLOPs fraction of each option.
+
+    A prefill asks for every sample at every site, and samples of a size are many: the answer is kept.
+
+    Args:
+        shape: Shape of the decoder.
+        pyramid: The pyramid.
+        taken: Experts that the sample has taken so far.
+        grids: Visual grids of the sample before any reduction; none where it has no image.
+        text_tokens: Number of tokens of its prompt that are not visual.
+    """
+    options = tuple(pyramid.options(taken, grids)) if grids else (Option(0, 0, pyramid.full_route),)
+    if len(options) == 1:  # where the mask hides a whole row there is no text either, and no cost
+        return options, (1.0,)
+    return options, tuple(flops_fraction(shape, pyramid, option.route, grids, text_tokens) for option in options)

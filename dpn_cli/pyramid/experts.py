@@ -74,14 +74,17 @@ def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
 _DIVPRUNE, _CDPRUNER = "DivPrune, https://arxiv.org/abs/2503.02175", "CDPruner, https://arxiv.org/abs/2506.10967"
 _SCOPE, _DART = "SCOPE, https://arxiv.org/abs/2510.24214", "DART, https://arxiv.org/abs/2502.11494"
 _PYRAMIDDROP = "PyramidDrop, https://arxiv.org/abs/2410.17247"
+SELECTS = ("share", "share+cells")
+"""The settings of a selection whose rest goes or, with cells, is merged into one token a cell."""
+
 KINDS: dict[str, Kind] = {
     "keep": Kind(("",), "all visual tokens stay", "paper, section 3.2"),
     "pool": Kind(("cells",), "every cell of a grid becomes one token, its mean", "paper, section 3.2"),
     "pick": Kind(("cells",), "of every cell the token that stands out most stays as it is", "ours", _mean_flops),
-    "diverse": Kind(("share",), "the tokens that differ most from each other stay", _DIVPRUNE, _block_flops),
+    "diverse": Kind(SELECTS, "the tokens that differ most from each other stay", _DIVPRUNE, _block_flops),
     "attended": Kind(
-        ("share", "share+cells"),
-        "the tokens that the last token of the instruction attends to stay; with cells, the rest is merged",
+        SELECTS,
+        "the tokens that the last token of the instruction attends to stay",
         _PYRAMIDDROP,
         _attention_flops,
         reads_instruction=True,
@@ -89,13 +92,13 @@ KINDS: dict[str, Kind] = {
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "the same, over the whole picture, token by token", _DIVPRUNE, _pairs_flops),
     "relevant": Kind(
-        ("share",),
+        SELECTS,
         "of twice as many diverse tokens, those that the instruction attends to stay",
         _CDPRUNER,
         lambda shape, visual, text: _block_flops(shape, visual, text) + _attention_flops(shape, visual, text),
         reads_instruction=True,
     ),
-    "covering": Kind(("share",), "the tokens that the others are most similar to stay", _SCOPE, _block_flops),
+    "covering": Kind(SELECTS, "the tokens that the others are most similar to stay", _SCOPE, _block_flops),
     "distinct": Kind(("share",), "the tokens least similar to a few pivots stay", _DART, _pivot_flops),
     "random": Kind(("share",), "random tokens stay; a control", "UniPruneBench, https://arxiv.org/abs/2511.02650"),
     "stride": Kind(("share",), "evenly spaced tokens stay; a control", "ours"),

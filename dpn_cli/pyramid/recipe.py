@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dpn_cli.errors import RecipeError, UsageError, did_you_mean
 from dpn_cli.pyramid.config import (
+    Attention,
     Gate,
     Pooling,
     Positions,
@@ -114,6 +115,7 @@ class PyramidRecipe(_Section):
     pooling: Pooling = "avg"
     gate: Gate = "none"
     positions: Positions = "persistent"
+    attention: Attention = "sized"
     rounding: Rounding = "ceil"
     min_visual_tokens: Annotated[int, Field(ge=1)] = 16
     router: RouterRecipe = RouterRecipe()

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fixed, Prompt, full_flops, with_images
-from dpn_cli.modeling.pyramid_text import Offer
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
+from dpn_cli.pyramid.cost import Offer, flops_fraction, tokens_per_layer
 from dpn_cli.pyramid.route import format_route
 from dpn_cli.pyramid.shape import DecoderShape
 
@@ -196,7 +195,7 @@ def _only(offer: Offer, expert: int) -> Offer:
     """Return what leads to one expert of an offer."""
     options, costs = offer
     first = next(i for i, option in enumerate(options) if option.expert == expert)
-    return [options[first]], [costs[first]]
+    return (options[first],), (costs[first],)
 
 
 def routes_that_spend(

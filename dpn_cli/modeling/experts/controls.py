@@ -6,6 +6,7 @@ import torch
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.select import select
 from dpn_cli.modeling.state import put
 from dpn_cli.pyramid.experts import num_tokens
 
@@ -41,4 +42,4 @@ def random_tokens(batch: Reducible) -> Assignment:
         count = num_tokens(batch.state.grids[row])
         scores[row, -count:] = torch.rand(count, generator=generator)
     order = (batch.is_visual.sum(1, keepdim=True) - batch.is_visual.long().cumsum(1)).to(scores.device)
-    return batch.keep(batch.best(scores.flip(1).gather(1, order).to(batch.coords.device)))
+    return select(batch, scores.flip(1).gather(1, order).to(batch.coords.device))

@@ -12,6 +12,7 @@ import torch
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.blocks import Blocks
 from dpn_cli.modeling.experts.reducible import Reducible, cosines
+from dpn_cli.modeling.experts.select import select
 
 
 def covering_tokens(batch: Reducible) -> Assignment:
@@ -30,4 +31,4 @@ def covering_tokens(batch: Reducible) -> Assignment:
         free = free.scatter(-1, token, False)
         to_chosen = similarity.gather(2, token[..., None].expand(*token.shape, similarity.shape[-1]))[:, :, 0]
         covered = torch.maximum(covered, to_chosen)
-    return batch.keep(batch.best(blocks.scores(tokens, gains)))
+    return select(batch, blocks.scores(tokens, gains))

@@ -6,6 +6,7 @@ with the largest hidden states, where the authors rank by their keys.
 
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.reducible import Reducible, cosines
+from dpn_cli.modeling.experts.select import select
 from dpn_cli.modeling.state import precise
 from dpn_cli.pyramid.experts import PIVOTS
 
@@ -16,4 +17,4 @@ def distinct_tokens(batch: Reducible) -> Assignment:
     pivots = size.topk(min(PIVOTS, size.shape[1]), dim=1).indices  # [B, P]
     chosen = batch.features.gather(1, pivots[..., None].expand(-1, -1, batch.features.shape[-1]))
     distance = 1 - cosines(batch.features, chosen).amax(-1)
-    return batch.keep(batch.best(distance.scatter(1, pivots, 2 + size.gather(1, pivots).sign())))
+    return select(batch, distance.scatter(1, pivots, 2 + size.gather(1, pivots).sign()))

@@ -13,11 +13,12 @@ import torch
 from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.blocks import Blocks
 from dpn_cli.modeling.experts.reducible import Reducible, cosines
+from dpn_cli.modeling.experts.select import select
 
 
 def diverse_tokens(batch: Reducible) -> Assignment:
     """Keep the tokens that were farthest from all others when they were chosen in their blocks."""
-    return batch.keep(batch.best(diversity(batch)))
+    return select(batch, diversity(batch))
 
 
 def diversity(batch: Reducible) -> torch.Tensor:
@@ -38,7 +39,7 @@ def diverse_everywhere(batch: Reducible) -> Assignment:
     scores = torch.zeros_like(to_mean).scatter_reduce(
         -1, torch.cat(tokens, -1), order.to(to_mean).expand(len(distance), -1), "amax"
     )
-    return batch.keep(batch.best(scores))
+    return select(batch, scores)
 
 
 def farthest_first(

@@ -44,6 +44,7 @@ def pooled_cells(batch: Reducible) -> Assignment:
         target=torch.where(kept, first, DROPPED),
         coords=torch.where(batch.is_visual[..., None], torch.cat([grid[..., None], cell], -1), -1),
         lengths=batch.lengths(),
+        merges=True,
     )
 
 

@@ -52,14 +52,15 @@ def assign(text_model: Any, state: PyramidState, experts: Sequence[Expert], next
         return ASSIGNMENTS[experts[0].kind](Reducible(state, experts, text_model, next_layer))
     assert state.coords is not None
     target = torch.empty(state.coords.shape[:2], dtype=torch.long, device=state.coords.device)
-    coords, lengths = state.coords.clone(), [0] * len(experts)
+    coords, lengths, merges = state.coords.clone(), [0] * len(experts), False
     for kind in kinds:
         rows = [row for row, expert in enumerate(experts) if expert.kind == kind]
         index = put(rows, target.device)
         part = ASSIGNMENTS[kind](Reducible(state.rows(rows), [experts[r] for r in rows], text_model, next_layer))
         target[index] = part.target
+        merges |= part.merges
         if part.coords is not None:
             coords[index] = part.coords
         for row, length in zip(rows, part.lengths or (), strict=True):
             lengths[row] = length
-    return Assignment(target, coords, lengths)
+    return Assignment(target, coords, lengths, merges)

@@ -11,10 +11,11 @@ from dpn_cli.modeling.engine import Assignment
 from dpn_cli.modeling.experts.attention import instruction_attention
 from dpn_cli.modeling.experts.diverse import diversity
 from dpn_cli.modeling.experts.reducible import Reducible
+from dpn_cli.modeling.experts.select import select
 
 
 def relevant_tokens(batch: Reducible) -> Assignment:
     """Keep the most attended of the diverse tokens."""
     twice = replace(batch, experts=[replace(each, share=min(1.0, 2 * (each.share or 0))) for each in batch.experts])
     attention = instruction_attention(batch.text_model, batch.state, batch.next_layer)
-    return batch.keep(batch.best(attention.masked_fill(~twice.best(diversity(twice)), -1)))
+    return select(batch, attention.masked_fill(~twice.best(diversity(twice)), -1))

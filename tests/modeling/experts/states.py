@@ -23,7 +23,7 @@ def state_of(
     last = torch.full((batch,), length - 1)
     positions = torch.arange(length).float().expand(batch, -1)
     return PyramidState(
-        hidden, positions, valid, coords, instruction=last, grids=grids, coord_grids=grids,
+        hidden, positions, valid, coords=coords, instruction=last, grids=grids, coord_grids=grids,
         text_tokens=(0,) * batch, image_grids=grids,
         lengths=(length,) * batch if valid is None else tuple(valid.sum(1).tolist()),
     )  # fmt: skip

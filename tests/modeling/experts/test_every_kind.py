@@ -24,7 +24,9 @@ def static(expert: Expert, *after_layers: int) -> dict[str, Any]:
     """Return the settings of a pyramid whose sites all take one expert, then exit after layer 5."""
     after_layers = after_layers[-1:] if expert.share and expert.cells else after_layers  # it needs a grid
     sites = [*(Site(layer, (KEEP, expert)) for layer in after_layers), Site(5, (KEEP, Expert("exit")))]
-    return {"sites": tuple(sites), "static_route": (1,) * len(sites), "min_visual_tokens": 1}
+    return {
+        "sites": tuple(sites), "static_route": (1,) * len(sites), "min_visual_tokens": 1, "attention": "sized"
+    }  # fmt: skip
 
 
 def test_every_kind_has_an_assignment_and_a_name_that_reads_back() -> None:
@@ -76,13 +78,16 @@ def test_what_is_left_is_what_the_grids_say_and_text_stays(batch: list, seed: in
         tokens = after.coords[b] if after.valid is None else after.coords[b][after.valid[b]]
         assert int((tokens[:, 0] >= 0).sum()) == num_tokens(expert.left(old)) == num_tokens(after.grids[b])
         assert int((tokens[:, 0] < 0).sum()) == text + 2
+        if after.sizes is not None and (expert.kind == "pool" or (expert.share and expert.cells)):
+            own = before.lengths[b] if before.sizes is None else before.sizes[b].sum()
+            assert after.sizes[b].sum() == own, "what is merged stands for all that it was"
 
 
 def reduced(text_model: Any, state: Any, experts: list[Expert]) -> Any:
     """Return a state after a site, as `apply` makes it."""
     from dataclasses import replace
 
-    after = compact(state, assign(text_model, state, experts, next_layer=1))
+    after = compact(state, assign(text_model, state, experts, next_layer=1), sized=True)
     pairs = list(zip(experts, state.grids, state.coord_grids, strict=True))
     return replace(
         after,
