@@ -18,6 +18,7 @@ from dpn_cli.evaluation.metrics import exact_match
 from tools.teacher.assembly import build_processor, prompt
 from tools.teacher.batches import Packer, Stream
 from tools.teacher.compression import attention_misses, decode_pooled, decode_without
+from tools.teacher.demo import DEMO
 from tools.teacher.evaluate import Asked, by_kind, exact, held_out, in_two_turns
 from tools.teacher.network import Decoder, decode, patch_features
 from tools.teacher.trainer import Trainer
@@ -62,7 +63,7 @@ def lost(scores: list[Tensor], asked: list[Asked], model: LlavaForConditionalGen
 
 @cache
 def packer_of() -> Packer:
-    return Packer(AutoProcessor.from_pretrained(teacher_path()).tokenizer)
+    return Packer(DEMO, AutoProcessor.from_pretrained(teacher_path()).tokenizer)
 
 
 def test_size_and_shape(model: LlavaForConditionalGeneration) -> None:
@@ -201,5 +202,5 @@ def test_training_learns(packer: Packer) -> None:
     losses = []
     for batch in islice(Stream(packer, 2, seed=0), 6):
         trainer.step(batch, done=0.1)
-        losses.append(trainer.report(KINDS)["dense"])
+        losses.append(trainer.report()["dense"])
     assert losses[-1] < losses[0]

@@ -1,5 +1,7 @@
 """The parts of the teacher before training: tokenizer, processor, and a LLaVA of the right shape."""
 
+from collections.abc import Iterable
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -38,7 +40,7 @@ def prompt(question: str) -> str:
     return f"USER: {IMAGE}\n{question} ASSISTANT:"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: a word in small letters is one token, a capital or digit one of its own."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(
@@ -54,7 +56,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*corpus(), *["USER: ASSISTANT:", " ASSISTANT:"] * 9], trainer)
+    tokenizer.train_from_iterator([*texts, *["USER: ASSISTANT:", " ASSISTANT:"] * 9], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -80,7 +82,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(corpus()),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

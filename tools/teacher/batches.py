@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from dpn_cli.demo.drawing import draw
-from dpn_cli.demo.pictures import KINDS, Scene, Turn, scenes
-from dpn_cli.demo.questions import ask, ask_on
+from dpn_cli.demo.questions import Turn
 from tools.teacher.assembly import EOS, IMAGE, prompt
-from tools.teacher.labels import patch_labels
+from tools.teacher.subject import Subject
 
-TEXT = 192
-"""Tokens of a conversation after the picture."""
-ANSWERS = 44
-"""Places for answer tokens per picture, the mean over a batch: about a quarter more than are needed."""
 USES, APART = 4, 16
 """How many conversations there are about each picture, and after how many batches of a process the next one comes."""
 IGNORE = -100
@@ -30,25 +25,6 @@ REPEAT = 0.2
 """How often a question stays whose answer an earlier turn has already read from the same patches."""
 MORE = 0.3
 """How often another question follows that can only be understood after the one before."""
-WEIGHTS = {
-    "background": 0.4,
-    "count": 1.8,
-    "colour": 0.9,
-    "shape": 0.6,
-    "list": 0.6,
-    "relation": 1.6,
-    "letter": 0.8,
-    "extreme": 1.6,
-    "owner": 1.2,
-    "compare": 1.8,
-    "word": 0.5,
-    "after": 0.6,
-    "lead": 1.2,
-    "next": 1.2,
-    "follow": 2.5,
-    "path": 1.2,
-}
-"""How often each kind is asked, hard ones more often."""
 
 
 @dataclass
@@ -89,10 +65,12 @@ class Packer:
     """Turns questions and answers into rows of tokens.
 
     Args:
+        subject: What the questions are about.
         tokenizer: The teacher's tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, subject: Subject, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.subject = subject
         self._encode = lru_cache(300_000)(
             lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         )
@@ -117,37 +95,37 @@ class Packer:
                 break
             row[0, at:end] = question + answer
             row[1, start - 1 : end - 1] = answer
-            row[2, start - 1 : end - 2] = KINDS.index(turn.kind)
+            row[2, start - 1 : end - 2] = self.subject.kinds.index(turn.kind)
             at = end
         return row
 
 
-def conversation(scene: Scene, rng: Random, most: int = 18) -> list[Turn]:
+def conversation(subject: Subject, scene: Any, rng: Random, most: int = 18) -> list[Turn]:
     """Draw questions about a scene, no two alike."""
     turns: list[Turn] = []
     known: set[object] = set()
-    for kind in rng.choices(KINDS, tuple(WEIGHTS[kind] for kind in KINDS), k=most):
-        turn = ask(kind, scene, rng)
+    for kind in rng.choices(subject.kinds, tuple(subject.weights[kind] for kind in subject.kinds), k=most):
+        turn = subject.ask(kind, scene, rng)
         if turn is None or turn.question in known or (turn.looks[-1:] in known and rng.random() > REPEAT):
             continue
         known.update((turn.question, turn.looks[-1:]) if turn.looks else (turn.question,))
         turns.append(turn)
-        more = ask_on(turn, rng) if rng.random() < MORE else None
+        more = subject.ask_on(turn, rng) if subject.ask_on and rng.random() < MORE else None
         turns += [more] if more else []
     return turns
 
 
-def drawn(pictures: list[Scene]) -> tuple[Tensor, Tensor]:
+def drawn(subject: Subject, pictures: list[Any]) -> tuple[Tensor, Tensor]:
     """Draw pictures: their pixels and dense labels."""
-    pixels = np.stack([draw(scene) for scene in pictures])
-    return torch.from_numpy(pixels), torch.from_numpy(np.stack([patch_labels(scene) for scene in pictures]))
+    pixels = np.stack([subject.draw(scene) for scene in pictures])
+    return torch.from_numpy(pixels), torch.from_numpy(np.stack([subject.labels(scene) for scene in pictures]))
 
 
-def pack(images: tuple[Tensor, Tensor], conversations: list[list[Turn]], packer: Packer, length: int = TEXT) -> Batch:
+def pack(images: tuple[Tensor, Tensor], conversations: list[list[Turn]], packer: Packer, length: int) -> Batch:
     """Put drawn pictures and conversations about them into a batch of fixed shapes."""
     rows = torch.from_numpy(np.stack([packer.row(turns, length) for turns in conversations], axis=1)).long()
     text, answers, kinds = rows.flatten(1)
-    where = torch.argsort((answers == IGNORE).byte(), stable=True)[: ANSWERS * len(conversations)]
+    where = torch.argsort((answers == IGNORE).byte(), stable=True)[: packer.subject.answers * len(conversations)]
     return Batch(images[0], text.view(-1, length), where, answers[where], kinds[where], images[1])
 
 
@@ -168,14 +146,16 @@ class Stream(IterableDataset[Batch]):
         torch.set_num_threads(1)
         worker = get_worker_info()
         seed = 1000 * (self._seed + 1) + (worker.id if worker else 0)
-        endless, rng = scenes("train", seed), Random(seed)
-        again: deque[tuple[list[Scene], tuple[Tensor, Tensor]]] = deque()
+        subject = self._packer.subject
+        endless, rng = subject.scenes("train", seed), Random(seed)
+        again: deque[tuple[list[Any], tuple[Tensor, Tensor]]] = deque()
         while True:
             pictures = [next(endless) for _ in range(self._size)]
-            images = drawn(pictures)
+            images = drawn(subject, pictures)
             again.append((pictures, images))
             for known, shown in [again[-1 - use * APART] for use in range(USES) if use * APART < len(again)]:
-                yield pack(shown, [conversation(scene, rng) for scene in known], self._packer)
+                turns = [conversation(subject, scene, rng) for scene in known]
+                yield pack(shown, turns, self._packer, subject.text)
             if len(again) > (USES - 1) * APART:
                 again.popleft()
 

@@ -6,6 +6,7 @@
 import argparse
 from collections.abc import Callable
 from functools import partial
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -13,13 +14,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dpn_cli.demo.pictures import GRAINS, GRID, KINDS
 from tools.teacher.batches import IGNORE, Packer
 from tools.teacher.evaluate import Asked, by_kind, exact, held_out
 from tools.teacher.network import Decoder, embed, patch_features
-
-TOP = GRID**2 // 10
-"""A tenth of the patches."""
+from tools.teacher.subject import Subject
+from tools.teacher.subjects import SUBJECTS
 
 
 def decode_without(model: LlavaForConditionalGeneration, start: int, after: int, embeds: Tensor) -> Tensor:
@@ -32,20 +31,25 @@ def decode_without(model: LlavaForConditionalGeneration, start: int, after: int,
         embeds: Of whole prompts.
     """
     picture = torch.zeros(embeds.shape[1], dtype=torch.bool, device=embeds.device)
-    picture[start : start + GRID**2] = True
+    picture[start : start + model.config.image_seq_length] = True
     return _masked(model, embeds, lambda layer: picture & (layer >= after))
 
 
 def decode_pooled(model: LlavaForConditionalGeneration, start: int, cell: tuple[int, int], embeds: Tensor) -> Tensor:
-    """Run the decoder on averages over cells of the picture, each at the position of its cell's first patch."""
+    """Run the decoder on averages over cells of the picture, each at the position of its cell's first patch.
+
+    Cells at the right and lower edge are smaller where the grid does not divide by them.
+    """
     rows, columns = cell
-    side = (GRID // rows, rows, GRID // columns, columns)
-    picture = embeds[:, start : start + GRID**2].unflatten(1, side)
-    pooled = picture.mean((2, 4), keepdim=True).expand_as(picture).flatten(1, 4)
-    index = torch.arange(GRID**2, device=embeds.device)
+    count = model.config.image_seq_length
+    grid = isqrt(count)
+    embeds, index = embeds.clone(), torch.arange(count, device=embeds.device)
+    picture = embeds[:, start : start + count]
+    cells = index // grid // rows * grid + index % grid // columns
+    members = (cells[:, None] == cells).to(embeds.dtype)
+    picture[:] = (members / members.sum(1, keepdim=True)) @ picture
     hidden = torch.zeros(embeds.shape[1], dtype=torch.bool, device=embeds.device)
-    hidden[start : start + GRID**2] = (index // GRID % rows > 0) | (index % columns > 0)
-    embeds = torch.cat([embeds[:, :start], pooled, embeds[:, start + GRID**2 :]], dim=1)
+    hidden[start : start + count] = (index // grid % rows > 0) | (index % grid % columns > 0)
     return _masked(model, embeds, lambda layer: hidden)
 
 
@@ -71,7 +75,7 @@ def attention_misses(model: LlavaForConditionalGeneration, packer: Packer, asked
     It does if some patch of the last look is not among the tenth of the patches that the last token of the question
     attends to most in a layer, the mean over the heads.
     """
-    batch = asked.batch.to(next(model.parameters()).device)
+    batch, grid = asked.batch.to(next(model.parameters()).device), packer.subject.grid
     embeds = embed(model, packer.before, patch_features(model, batch.pixels), batch.text)
     language = model.model.language_model
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
@@ -86,13 +90,13 @@ def attention_misses(model: LlavaForConditionalGeneration, packer: Packer, asked
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     real = batch.answers != IGNORE
     cue = torch.full((len(batch.text),), batch.text.shape[1], device=batch.text.device)
-    last = start + GRID**2 + cue.scatter_reduce(0, batch.rows[real], batch.where[real] % batch.text.shape[1], "amin")
+    last = start + grid**2 + cue.scatter_reduce(0, batch.rows[real], batch.where[real] % batch.text.shape[1], "amin")
     query = query[torch.arange(len(last), device=last.device), :, last]
     scores = (query[:, :, None] * key).sum(-1) / attention.head_dim**0.5
     scores.masked_fill_(positions[:, None] > last[:, None, None], float("-inf"))
-    share = scores.softmax(-1).mean(1)[:, start : start + GRID**2]
-    top = torch.zeros_like(share, dtype=torch.bool).scatter_(1, share.topk(TOP).indices, True).cpu()
-    needed = [[row * GRID + column for row, column in turn.looks[-1]] if turn.looks else [] for turn in asked.turns]
+    share = scores.softmax(-1).mean(1)[:, start : start + grid**2]
+    top = torch.zeros_like(share, dtype=torch.bool).scatter_(1, share.topk(grid**2 // 10).indices, True).cpu()
+    needed = [[row * grid + column for row, column in turn.looks[-1]] if turn.looks else [] for turn in asked.turns]
     return torch.tensor([not row[patches].all() for row, patches in zip(top, needed, strict=True)])
 
 
@@ -111,12 +115,12 @@ def figures(model: LlavaForConditionalGeneration, packer: Packer, asked: list[As
     return found
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(subject: Subject, found: dict[str, dict[str, float]]) -> str:
     """Format figures as a table, a row per kind."""
     lines = ["| kind | grain | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
-    for kind in KINDS:
+    for kind, grain in subject.grains.items():
         values = " | ".join(f"{100 * each[kind]:.0f}" for each in found.values())
-        lines.append(f"| {kind} | {GRAINS[kind]} | {values} |")
+        lines.append(f"| {kind} | {grain} | {values} |")
     return "\n".join(lines)
 
 
@@ -124,12 +128,13 @@ def main() -> None:
     """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description="Measure how hard a teacher is to compress.")
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--teacher", choices=SUBJECTS, default="demo")
     parser.add_argument("--per-kind", type=int, default=100)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlavaForConditionalGeneration.from_pretrained(args.checkpoint, dtype=torch.float32).to(device).eval()
-    packer = Packer(LlavaProcessor.from_pretrained(args.checkpoint).tokenizer)
-    print(table(figures(model, packer, held_out(packer, args.per_kind, seed=2))))  # noqa: T201
+    packer = Packer(SUBJECTS[args.teacher], LlavaProcessor.from_pretrained(args.checkpoint).tokenizer)
+    print(table(packer.subject, figures(model, packer, held_out(packer, args.per_kind, seed=2))))  # noqa: T201
 
 
 if __name__ == "__main__":

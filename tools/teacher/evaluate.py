@@ -4,18 +4,19 @@ Greedy decoding gives an answer exactly when every token of it is the most likel
 pass over question and answer says what generating would.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from dpn_cli.demo.pictures import KINDS, Scene, Turn, scenes
-from dpn_cli.demo.questions import ask, ask_on
+from dpn_cli.demo.questions import Turn
 from tools.teacher.batches import IGNORE, Batch, Packer, drawn, pack
 from tools.teacher.network import Decoder, answer_logits, patch_features
+from tools.teacher.subject import Subject
 
 LENGTH = 56
 """More tokens than any question with its answer has."""
@@ -31,35 +32,38 @@ class Asked:
 
 def held_out(packer: Packer, per_kind: int, seed: int = 1) -> list[Asked]:
     """Draw the same number of questions of every kind."""
-    endless, rng = scenes("heldout", seed), Random(seed)
-    return _packed(packer, [(*_draw(kind, endless, rng), None) for _ in range(per_kind) for kind in KINDS])
+    subject = packer.subject
+    endless, rng = subject.scenes("heldout", seed), Random(seed)
+    return _packed(packer, [_draw(subject, kind, endless, rng) for _ in range(per_kind) for kind in subject.kinds])
 
 
 def in_two_turns(packer: Packer, count: int, seed: int = 1) -> list[Asked]:
     """Draw conversations of two turns, the second of which can only be understood after the first."""
-    endless, rng = scenes("heldout", seed), Random(seed)
-    found: list[tuple[Scene, Turn, Turn | None]] = []
+    subject = packer.subject
+    endless, rng = subject.scenes("heldout", seed), Random(seed)
+    found: list[tuple[Any, *tuple[Turn, ...]]] = []
     while len(found) < count:
-        scene, turn = _draw(KINDS[rng.randrange(len(KINDS))], endless, rng)
-        more = ask_on(turn, rng)
+        scene, turn = _draw(subject, subject.kinds[rng.randrange(len(subject.kinds))], endless, rng)
+        more = subject.ask_on(turn, rng) if subject.ask_on else None
         found += [(scene, turn, more)] if more else []
     return _packed(packer, found)
 
 
-def _packed(packer: Packer, found: list[tuple[Scene, Turn, Turn | None]], size: int = 160) -> list[Asked]:
+def _packed(packer: Packer, found: Sequence[tuple[Any, *tuple[Turn, ...]]], size: int = 160) -> list[Asked]:
     asked = []
     for start in range(0, len(found), size):
         chunk = found[start : start + size]
-        rows = [[turn for turn in turns if turn] for _, *turns in chunk]
+        rows = [turns for _, *turns in chunk]
         length = LENGTH * max(map(len, rows))
-        asked.append(Asked(pack(drawn([scene for scene, *_ in chunk]), rows, packer, length), [row[0] for row in rows]))
+        images = drawn(packer.subject, [scene for scene, *_ in chunk])
+        asked.append(Asked(pack(images, rows, packer, length), [row[0] for row in rows]))
     return asked
 
 
-def _draw(kind: str, endless: Iterator[Scene], rng: Random) -> tuple[Scene, Turn]:
+def _draw(subject: Subject, kind: str, endless: Iterator[Any], rng: Random) -> tuple[Any, Turn]:
     while True:
         scene = next(endless)
-        turn = ask(kind, scene, rng)
+        turn = subject.ask(kind, scene, rng)
         if turn:
             return scene, turn
 
@@ -78,10 +82,10 @@ def by_kind(asked: list[Asked], scores: list[Tensor]) -> dict[str, float]:
     """Average the scores of batches per kind."""
     kinds = [turn.kind for each in asked for turn in each.turns]
     flat = torch.cat(scores).float().tolist()
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[float]] = {}
     for kind, score in zip(kinds, flat, strict=True):
-        found[kind].append(score)
-    return {kind: sum(each) / len(each) for kind, each in found.items() if each}
+        found.setdefault(kind, []).append(score)
+    return {kind: sum(each) / len(each) for kind, each in found.items()}
 
 
 def accuracy(model: LlavaForConditionalGeneration, packer: Packer, asked: list[Asked]) -> dict[str, float]:

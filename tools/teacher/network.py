@@ -8,29 +8,34 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
 
-from tools.teacher.assembly import MEAN, STD, TOWER_WIDTH
+from tools.teacher.assembly import MEAN, STD
 from tools.teacher.batches import Batch
-from tools.teacher.labels import CLASSES
+from tools.teacher.subject import Subject
 
 WRITTEN_WEIGHT = 4.0
-GLYPH = list(CLASSES).index("glyph")
 
 Decoder = Callable[[Tensor], Tensor]
 """From embeddings to the last hidden states, both of shape (batch, length, width)."""
 
 
 class DenseHeads(nn.Module):
-    """One linear classifier per attribute on every patch feature; they are thrown away after training."""
+    """One linear classifier per dense label on every patch feature; they are thrown away after training.
 
-    def __init__(self) -> None:
+    Args:
+        subject: Has the labels.
+        width: Size of a patch feature.
+    """
+
+    def __init__(self, subject: Subject, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(TOWER_WIDTH, elementwise_affine=False)
-        self.classify = nn.Linear(TOWER_WIDTH, sum(CLASSES.values()))
+        self._sizes, self._written = list(subject.classes.values()), list(subject.classes).index(subject.written)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.classify = nn.Linear(width, sum(self._sizes))
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy summed over the attributes; patches with writing count more."""
-        logits = self.classify(self.norm(features)).float().split(list(CLASSES.values()), dim=-1)
-        weight = 1 + (WRITTEN_WEIGHT - 1) * (labels[:, GLYPH].flatten() > 0)
+        logits = self.classify(self.norm(features)).float().split(self._sizes, dim=-1)
+        weight = 1 + (WRITTEN_WEIGHT - 1) * (labels[:, self._written].flatten() > 0)
         losses = [
             (weight * cross_entropy(each.flatten(0, 1), labels[:, i].flatten(), reduction="none")).sum()
             for i, each in enumerate(logits)
@@ -47,8 +52,10 @@ def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
     """Return what the projector gets for pictures in bytes: shape (batch, patches, width)."""
     images = ((pixels.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD).contiguous()
     tower = tower_of(model)
-    embedded = tower.pre_layrnorm(tower.embeddings(images))
-    features: Tensor = tower.encoder(inputs_embeds=embedded).last_hidden_state[:, 1:]
+    embedded = tower.embeddings(images)
+    if hasattr(tower, "pre_layrnorm"):  # CLIP has it, and a class token; SigLIP has neither
+        embedded = tower.pre_layrnorm(embedded)
+    features: Tensor = tower.encoder(inputs_embeds=embedded).last_hidden_state[:, -model.config.image_seq_length :]
     return features
 
 

@@ -30,12 +30,14 @@ class Trainer:
 
     def __init__(self, model: LlavaForConditionalGeneration, packer: Packer, rate: float, compiled: bool) -> None:
         self._model, self._device = model, next(model.parameters()).device
-        self._heads = DenseHeads().to(self._device)
+        self._heads = DenseHeads(packer.subject, model.config.vision_config.hidden_size).to(self._device)
+        self._kinds = packer.subject.kinds
         self._before = packer.before.to(self._device)
         self._dense_weight = torch.tensor(0.0, device=self._device)
         tower, language = tower_of(model), model.model.language_model
         layers: list[nn.Module] = [tower.encoder.layers, language.layers]
-        others = [tower.embeddings, tower.pre_layrnorm, model.model.multi_modal_projector, self._heads]
+        others = [each for name, each in tower.named_children() if name in ("embeddings", "pre_layrnorm")]
+        others += [model.model.multi_modal_projector, self._heads]
         self._optimiser = Optimiser(layers, [*others, language.embed_tokens, language.norm, model.lm_head], rate)
         self._steps = 0
         self._recording: torch.cuda.CUDAGraph | None = None
@@ -74,7 +76,7 @@ class Trainer:
             self._recording = recording
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=batch.pixels.is_cuda):
+        with torch.autocast(self._device.type, torch.bfloat16):
             features = patch_features(self._model, batch.pixels)
             dense = self._heads.loss(features, batch.patches.long())
             logits = answer_logits(self._model, self._before, features, batch)
@@ -83,10 +85,10 @@ class Trainer:
         self._optimiser.step()
         return dense.detach(), answer.detach(), logits.detach()
 
-    def report(self, kinds: tuple[str, ...]) -> dict[str, float]:
+    def report(self) -> dict[str, float]:
         """Return the step's number and losses, and the accuracy of its answer tokens per kind."""
         dense, answer, logits = self._found
         right = (logits.argmax(-1) == self._batch.answers).float()
-        shares = {kind: right[self._batch.kinds == i] for i, kind in enumerate(kinds)}
+        shares = {kind: right[self._batch.kinds == i] for i, kind in enumerate(self._kinds)}
         by_kind = {kind: share.mean().item() for kind, share in shares.items() if len(share)}
         return {"step": self._steps, "dense": dense.item(), "answer": answer.item(), **by_kind}

@@ -1,0 +1,138 @@
+"""What a poster shows, as plain data, and its composition: words, emblems with a letter, letters in the corners."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from random import Random
+
+from dpn_cli.demo.pictures import stream
+from dpn_cli.demo.scene import Patch, Split
+
+PATCH, GRID = 10, 10
+SIZE = PATCH * GRID
+LETTERS = "ACEHKLMORSTX"
+INKS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 30, 35),
+    "green": (20, 125, 45),
+    "blue": (35, 65, 205),
+    "purple": (135, 40, 165),
+    "orange": (225, 115, 10),
+    "black": (20, 20, 20),
+}
+PAPERS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 240),
+    "pink": (250, 205, 215),
+    "yellow": (250, 240, 165),
+    "grey": (200, 200, 200),
+}
+FORMS = ("disc", "square", "triangle", "star")
+FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+CORNERS: dict[str, Patch] = {
+    "top left": (0, 0),
+    "top right": (0, GRID - 1),
+    "bottom left": (GRID - 1, 0),
+    "bottom right": (GRID - 1, GRID - 1),
+}
+_EMBLEM = 3
+_SPLITS: tuple[Split, ...] = ("heldout", "calibration", *("train",) * 8)
+
+
+@dataclass(frozen=True)
+class Emblem:
+    """A drawn form of three by three patches with a pale letter in its middle."""
+
+    form: str
+    ink: str
+    letter: str
+    patch: Patch
+    """Of its upper left corner."""
+
+    @property
+    def middle(self) -> Patch:
+        """The patch with the letter."""
+        return self.patch[0] + 1, self.patch[1] + 1
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """All its patches."""
+        row, column = self.patch
+        return tuple((row + i, column + j) for i in range(_EMBLEM) for j in range(_EMBLEM))
+
+
+@dataclass(frozen=True)
+class Word:
+    """Letters in one ink, a patch each, from left to right."""
+
+    letters: str
+    ink: str
+    patch: Patch
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches of its letters."""
+        return tuple((self.patch[0], self.patch[1] + i) for i in range(len(self.letters)))
+
+
+@dataclass(frozen=True, eq=False)
+class Poster:
+    """Everything a poster shows; equal ones have equal numbers."""
+
+    paper: str
+    noisy: bool
+    font: str
+    corners: str
+    """A letter each, in the order of ``CORNERS``, or none."""
+    emblems: tuple[Emblem, ...]
+    words: tuple[Word, ...]
+
+    @cached_property
+    def number(self) -> int:
+        """Name the content; it decides every pixel and the split."""
+        content = repr(astuple(self)).encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def posters(split: Split, seed: int) -> Iterator[Poster]:
+    """Yield posters of a split without end; the splits share none.
+
+    Args:
+        split: Which of the splits to draw from.
+        seed: Names the stream; equal arguments give equal posters.
+    """
+    rng = stream(split, seed)
+    while True:
+        poster = compose(rng)
+        if _SPLITS[poster.number % len(_SPLITS)] == split:
+            yield poster
+
+
+def compose(rng: Random) -> Poster:
+    """Draw one poster at random, from nearly empty ones, on which a teacher learns to look, to crowded ones."""
+    free = {(row, column) for row in range(GRID) for column in range(GRID)} - set(CORNERS.values())
+    emblems = tuple(
+        Emblem(rng.choice(FORMS), rng.choice(tuple(INKS)), rng.choice(LETTERS), patch)
+        for patch in (_place(rng, free, _EMBLEM, _EMBLEM) for _ in range(rng.randint(0, 4)))
+        if patch
+    )
+    count = rng.randint(0, 3)
+    words = []
+    for first, ink in zip(rng.sample(LETTERS, count), rng.sample(tuple(INKS), count), strict=True):
+        length = rng.randint(3, 4)
+        patch = _place(rng, free, 1, length)
+        if patch:
+            rest = rng.sample([letter for letter in LETTERS if letter != first], length - 1)
+            words.append(Word(first + "".join(rest), ink, patch))
+    corners = "".join(rng.choices(LETTERS, k=len(CORNERS))) if rng.random() < 0.7 else ""
+    return Poster(rng.choice(tuple(PAPERS)), rng.random() < 0.5, rng.choice(FONTS), corners, emblems, tuple(words))
+
+
+def _place(rng: Random, free: set[Patch], height: int, width: int) -> Patch | None:
+    """Take a free rectangle, if chance finds one soon."""
+    for _ in range(12):
+        row, column = rng.randint(0, GRID - height), rng.randint(0, GRID - width)
+        wanted = {(row + i, column + j) for i in range(height) for j in range(width)}
+        if wanted <= free:
+            free -= wanted
+            return row, column
+    return None

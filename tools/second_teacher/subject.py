@@ -1,0 +1,104 @@
+"""The subject of the second teacher: posters, a SigLIP tower without a class token, and a Qwen2 decoder."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
+from tools.second_teacher.drawing import draw
+from tools.second_teacher.labels import CLASSES, patch_labels
+from tools.second_teacher.questions import GRAINS, ask, corpus
+from tools.second_teacher.scene import GRID, PATCH, SIZE, posters
+from tools.teacher.assembly import CHAT_TEMPLATE, IMAGE, MEAN, STD, build_tokenizer
+from tools.teacher.subject import Subject
+
+WIDTH = 96
+WEIGHTS = {"paper": 0.5, "count": 1.3, "colour": 1.0, "side": 1.3, "word": 0.8, "ink": 1.5, "corner": 0.7, "badge": 1.3}
+
+
+def build_processor() -> LlavaProcessor:
+    """Build the processor: image normalisation, tokenizer and chat template."""
+    image_processor = SiglipImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(corpus()),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Build the untrained teacher."""
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=SIZE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.06,
+        **special,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=GRID**2,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            tie_word_embeddings=False,
+        )
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(4)  # about the size of what the projector puts beside them
+    model.generation_config = GenerationConfig(**special)
+    return model
+
+
+SECOND = Subject(
+    grid=GRID,
+    grains=GRAINS,
+    weights=WEIGHTS,
+    classes=CLASSES,
+    written="letter",
+    text=96,
+    answers=22,
+    scenes=posters,
+    draw=draw,
+    labels=patch_labels,
+    ask=ask,
+    ask_on=None,
+    card=Path(__file__).parent,
+    build_processor=build_processor,
+    build_model=build_model,
+)
