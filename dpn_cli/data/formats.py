@@ -72,6 +72,7 @@ class Format:
 FORMATS = {
     "demo": Format("demo", "demo.open_demo"),
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
+    "vqa": Format("a folder with VQAv2's questions and annotations", "vqa.open_vqa"),
     "llava": Format("a LLaVA .json or .jsonl file", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
     "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),

@@ -76,6 +76,16 @@ def test_lines_in_a_json_file_and_blank_lines(tmp_path: Path, picture: Path) -> 
     assert [sample.row for sample in load(path).samples] == [1, 3]
 
 
+def test_rows_under_a_key_keep_their_numbers_and_faults(tmp_path: Path, picture: Path) -> None:
+    row = json.dumps(llava_row())
+    (tmp_path / "data.json").write_text(f'{{"about": {{"by": ["me"]}}, "rows": [{row}, {{"a": 1,}}, {row}], "n": 2}}')
+    (tmp_path / "config.json").write_text('{"architectures": ["A"], "layers": [1, 2]}')
+    for data in (tmp_path, tmp_path / "data.json"):
+        scan = load(data, on_bad_row="skip", max_bad=0.5).scan
+        assert (scan.with_image, [fault.row for fault in scan.faults]) == (2, [2])
+        assert "LLaVA JSON, key 'rows'" in scan.format
+
+
 def test_a_folder_with_one_file_of_rows_is_no_folder_of_images(tmp_path: Path, picture: Path) -> None:
     write(tmp_path / "train.json", [llava_row()])
     (tmp_path / "config.json").write_text('{"a": 1}')
@@ -308,6 +318,12 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
     [
         ("data.json", "{", "expected"),
         ("data.json", "{}", "holds no JSON list"),
+        ("data.json", '{"image": "a.png", "messages": [{"role": "user"}]}', "holds no JSON list"),
+        ("data.json", '{"turns": [{"answer": "a"}], "question": "what ?"}', "holds one row, expected"),
+        ("data.json", '{"data": [{}], "more": [{}]}', r"holds several lists \(data, more\): expected one"),
+        ("data.json", '{"data": [{}], "more": }', "row 1, line 1: the object with the key 'data' does not end well"),
+        ("data.json", '{"data": [{}]', "does not end well"),
+        ("data.json", '{"data": [{}, {', "row 2, line 1: it has no end"),
         ("data.json", "[]", "holds no rows"),
         ("data.json", "", "holds no rows"),
         ("data.json", "[{}, {", "row 2, line 1: it has no end"),

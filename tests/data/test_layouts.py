@@ -58,6 +58,7 @@ def test_the_example_of_a_layout_is_read(layout: str, in_folder: Path, monkeypat
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", in_folder / "cache")
         datasets.disable_progress_bars()
     for name, content in FILE.findall(text):
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
     for code in CODE.findall(text):
         exec(code, {})

@@ -1,0 +1,213 @@
+"""Rows as JSON text: a list of objects, an object that holds one, or one object per line."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import assign
+from dpn_cli.errors import DataError
+
+SUFFIXES = {".json", ".jsonl"}
+_DECODER = json.JSONDecoder()
+_BEGINNING = 1 << 16  # characters
+_LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+_EXPECTED = 'expected [{…}, …], an object with one such list, as {"data": [{…}, …]}, or one row per line'
+_Span = tuple[int, int, int]  # the number of a row, and where it starts and ends
+
+
+def key_of_rows(path: Path) -> str | None:
+    """Return the key of the list of rows that a file begins with, empty if it needs none; None if it has no rows."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            text = file.read(_BEGINNING)
+    except OSError:
+        return None
+    start = _skip_space(text, 0)
+    if _LIST_OF_OBJECTS.match(text, start) or (path.suffix.lower() == ".jsonl" and text.startswith("{", start)):
+        return ""
+    wrapped = _wrapped_list(text, start)
+    return wrapped[0][-1] if wrapped else None
+
+
+class JsonRows:
+    """The rows of a file, kept as text and decoded one at a time.
+
+    Attributes:
+        name: Path of the file.
+        kind: Description of the layout.
+        about: What stands beside the list of rows in an object that wraps it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file and find where its rows are.
+
+        Raises:
+            DataError: if it is not text, or holds no rows.
+        """
+        self.name = str(path)
+        self.about: dict[str, Any] = {}
+        try:
+            self.text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        start = _skip_space(self.text, 0)
+        wrapped = _wrapped_list(self.text, start) if path.suffix.lower() == ".json" else None
+        if self.text.startswith("[", start):
+            self.kind, self.spans = "JSON", self._only_list(start)
+        elif wrapped is not None:
+            self.kind, self.spans = f"JSON, key {wrapped[0][-1]!r}", self._wrapped_rows(*wrapped)
+        else:
+            self.kind, self.spans = "JSON lines", list(self._lines())
+        if not self.spans:
+            raise DataError(f"{path} holds no rows")
+        if self.kind == "JSON lines" and path.suffix == ".json" and (len(self) == 1 or not any(self.objects())):
+            raise DataError(f"{path} holds no JSON list of rows: {_EXPECTED}")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.spans)
+
+    def number(self, index: int) -> int:
+        """Return the row's number in a list, or its line in a file of lines."""
+        return self.spans[index][0]
+
+    def row(self, index: int) -> Any:
+        """Return a row.
+
+        Raises:
+            RowError: if it is not JSON.
+        """
+        _, start, end = self.spans[index]
+        try:
+            return json.loads(self.text[start:end])
+        except json.JSONDecodeError as error:
+            position = start + error.pos
+            hint = "; is there a comma too many?" if self.text[start:position].rstrip().endswith(",") else ""
+            where = f"{error.msg}, line {self._line(position)}"
+            raise RowError("not JSON", f"{where}{hint}" if start < end else "a comma is followed by no row") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deeply
+            raise RowError("not JSON", str(error)) from None
+
+    def objects(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are objects."""
+        for index in range(len(self)):
+            with suppress(RowError):
+                if isinstance(row := self.row(index), dict):
+                    yield row
+
+    def _line(self, position: int) -> int:
+        return self.text.count("\n", 0, position) + 1
+
+    def _lines(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (line number, start, end) of every line that is not blank."""
+        start = number = 0
+        while start < len(self.text):
+            number += 1
+            end = self.text.find("\n", start)
+            end = len(self.text) if end == -1 else end
+            if _skip_space(self.text, start) < end:
+                yield number, start, end
+            start = end + 1
+
+    def _only_list(self, start: int) -> list[_Span]:
+        """Return the rows of the list at `start`, after which no text may follow."""
+        spans, end = self._list(start)
+        if _skip_space(self.text, end) < len(self.text):
+            raise self._broken(len(spans), end, "more text follows the list")
+        return spans
+
+    def _wrapped_rows(self, keys: list[str], start: int) -> list[_Span]:
+        """Return the rows of the list at `start`, the last of these keys of an object; note what else it holds.
+
+        Raises:
+            DataError: if that is another list of rows, or no JSON.
+        """
+        spans, end = self._list(start)
+        rest = self.text[_skip_space(self.text, end) :]
+        try:
+            before = json.loads(self.text[:start] + "null}")
+            after = json.loads("{" + rest.removeprefix(","))
+        except (ValueError, RecursionError):
+            raise self._broken(len(spans), end, f"the object with the key {keys[-1]!r} does not end well") from None
+        self.about = before | after
+        lists = [keys[-1], *(key for key, value in after.items() if isinstance(value, list))]
+        if len(lists) > 1:
+            raise DataError(f"{self.name} holds several lists ({', '.join(lists)}): expected one, of rows")
+        if _is_row(self.about):
+            raise DataError(f"{self.name} holds one row, {_EXPECTED}")
+        return spans
+
+    def _list(self, start: int) -> tuple[list[_Span], int]:
+        """Return the rows of the list at `start`, bad ones too where they can be told apart, and where it ends.
+
+        Raises:
+            DataError: if no end of a row can be found.
+        """
+        spans: list[_Span] = []
+        position = _skip_space(self.text, start + 1)
+        while not self.text.startswith("]", position):
+            number = len(spans) + 1
+            end = self._end(number, position)
+            spans.append((number, position, end))
+            position = _skip_space(self.text, end)
+            if self.text.startswith(",", position):
+                position = _skip_space(self.text, position + 1)
+                if self.text.startswith("]", position):
+                    spans.append(
+                        (number + 1, position, position)
+                    )  # the comma after the last row: a row that is not there
+            elif not self.text.startswith("]", position):
+                raise self._broken(number, position, "no comma and no ] follows it")
+        return spans, position + 1
+
+    def _end(self, number: int, start: int) -> int:
+        """Return where a row ends: by its grammar, or, if that is broken, by its brackets."""
+        try:
+            return _DECODER.raw_decode(self.text, start)[1]
+        except (ValueError, RecursionError):
+            depth = 0
+            for match in _BRACKETS.finditer(self.text, start):
+                depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
+                if depth == 0 and match.start() > start:
+                    return match.end()
+                if depth <= 0:
+                    break
+        raise self._broken(number, start, "it has no end")
+
+    def _broken(self, number: int, position: int, what: str) -> DataError:
+        return DataError(f"{self.name} is not JSON: row {number}, line {self._line(position)}: {what}")
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _wrapped_list(text: str, start: int) -> tuple[list[str], int] | None:
+    """Return the keys of an object up to that of its first list of objects, and where that begins, if it does."""
+    keys: list[str] = []
+    position = start
+    try:
+        while text[position] in ("{", ",")[bool(keys)]:
+            key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
+            keys.append(key)
+            position = _skip_space(text, _skip_space(text, position) + 1)
+            if _LIST_OF_OBJECTS.match(text, position):
+                return None if _is_row(keys) else (keys, position)
+            _, position = _DECODER.raw_decode(text, position)
+            position = _skip_space(text, position)
+    except (ValueError, IndexError, RecursionError):
+        pass
+    return None
+
+
+def _is_row(keys: Iterable[str]) -> bool:
+    """Tell whether keys of an object are those of a row, not of what stands beside a list of rows."""
+    return bool(assign(keys).keys() - {"id"})
