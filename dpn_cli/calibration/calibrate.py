@@ -34,11 +34,13 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
+from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
+from dpn_cli.parallel.launch import on_this_machine
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
@@ -203,14 +205,13 @@ def _open(
         if restart and processes.is_main:
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
-        model = load_frozen(
-            checkpoint,
-            pyramid,
-            recipe.load_in,
-            frozen_dtype(recipe),
-            healed=budgets_only,
-            device_map=default_device(),
+        device, asked_dtype = default_device(), frozen_dtype(recipe)
+        dtype = compute_dtype(
+            checkpoint, layout, asked_dtype, device, reporter.note, load_in=recipe.load_in, copies=on_this_machine()
         )
+    dtype = processes.agree(dtype)
+    with processes.as_one():
+        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtype, healed=budgets_only, device_map=device)
     if not budgets_only:
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""

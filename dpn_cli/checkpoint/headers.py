@@ -31,6 +31,7 @@ BITS = {
 }  # fmt: skip
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # of the floats
 FLOATS = set(TORCH_DTYPES)
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # what the user says, what safetensors says
 
 
 @dataclass(frozen=True)

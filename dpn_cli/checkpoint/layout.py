@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import Checkpoint, adapter_refusal, read_config
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unmerged, unwrap
@@ -146,6 +146,13 @@ def _open(folder: Path, config: dict[str, Any]) -> tuple[Checkpoint, LlavaLayout
         raise CheckpointError(adapter_refusal(folder))
     checkpoint = Checkpoint.open(folder, config)
     return checkpoint, LlavaLayout.of(checkpoint)
+
+
+def stored_dtype(source: Checkpoint, layout: LlavaLayout) -> str | None:
+    """Return the dtype that a checkpoint is loaded in, in torch's words: its config's, else its embedding's."""
+    stored = source.tensors[f"{layout.text_prefix}embed_tokens.weight"].dtype
+    config = source.config
+    return config.get("dtype") or config.get("torch_dtype") or TORCH_DTYPES.get(stored)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from dpn_cli.commands.options import (
     Size,
     baseline_names,
     checkpoint_folder,
+    dtype_option,
     model_option,
     wide_option,
 )
@@ -82,6 +83,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--rounds", type=click.IntRange(1), default=8, show_default=True, help="Timed rounds after one warm-up round."
 )
+@dtype_option("auto")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results as a picture, .png or .svg."
 )
@@ -100,6 +102,7 @@ def command(
     data: "DataOptions | None",
     new_tokens: int,
     rounds: int,
+    dtype: str,
     plot: Path | None,
     wide: bool,
     as_json: bool,
@@ -125,7 +128,7 @@ def command(
     from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
 
-    options = BenchOptions(budgets, routes, names, batch_sizes, new_tokens, rounds)
+    options = BenchOptions(budgets, routes, names, batch_sizes, new_tokens, rounds, dtype)
     result = bench_folder(folder, data or SyntheticPrompts(**synthetic), options, console.REPORTER)
     if as_json:
         console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))

@@ -12,6 +12,7 @@ from dpn_cli.commands.options import (
     Choice,
     Fraction,
     checkpoint_folder,
+    dtype_option,
     model_option,
     processes_option,
     together,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--load-in", type=Choice(["4bit", "8bit"]), help="Load the frozen model quantised; default: the recipe's."
 )
+@dtype_option(None)
 @click.option(
     "--budgets-only", is_flag=True,
     help="Keep the routers and only solve the budget table again, so that budgets are met on these data.",
@@ -64,6 +66,7 @@ def command(
     experts: str | None,
     heal: str | None,
     load_in: str | None,
+    dtype: str | None,
     budgets_only: bool,
     overrides: tuple[str, ...],
     restart: bool,
@@ -81,7 +84,7 @@ def command(
     """
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 
-    options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in}
+    options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
     overrides = (*overrides, f"calibration.survey.experts=[{experts}]") if experts else overrides
     with together():

@@ -16,6 +16,7 @@ from dpn_cli.commands.options import (
     Fraction,
     baseline_names,
     checkpoint_folder,
+    dtype_option,
     model_option,
     processes_option,
     together,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     help="Largest number of tokens per answer.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
+@dtype_option("auto")
 @processes_option
 @click.option(
     "--plot",
@@ -97,6 +99,7 @@ def command(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
+    dtype: str,
     plot: Path | None,
     wide: bool,
     as_json: bool,
@@ -117,7 +120,7 @@ def command(
 
             check_plot(plot)
     if data is None:
-        _run_benchmarks(folder, tasks or "", budgets, batch_size, samples, include_path, as_json)
+        _run_benchmarks(folder, tasks or "", budgets, batch_size, dtype, samples, include_path, as_json)
         return
     from dpn_cli.evaluation.drawing import plot_evaluation
     from dpn_cli.evaluation.options import EvaluationOptions
@@ -125,7 +128,7 @@ def command(
 
     options = EvaluationOptions(
         budgets=budgets, routes=routes, against=names, metric=metric, samples=samples, seed=seed,
-        answer_tokens=max_new_tokens, batch_size=batch_size,
+        answer_tokens=max_new_tokens, batch_size=batch_size, dtype=dtype,
     )  # fmt: skip
     try:
         result = evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER)
@@ -170,6 +173,7 @@ def _run_benchmarks(
     tasks: str,
     budgets: Sequence[float],
     batch_size: int,
+    dtype: str,
     samples: int | None,
     include_path: Path | None,
     as_json: bool,
@@ -182,7 +186,7 @@ def _run_benchmarks(
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]
-    rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note)
+    rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note, dtype)
     pyramid = open_converted(folder)[2]
     spent = spendings(rows, budgets, pyramid.budget)
     for line in unmet(spent, pyramid, folder, data=None):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.checkpoint.headers import check_folder
+from dpn_cli.checkpoint.headers import DTYPES, check_folder
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.parallel.launch import is_launched, launch, place, speaks
@@ -30,6 +30,16 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
+
+
+def dtype_option(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option `--dtype`, which a model is computed in; without a default the recipe's counts."""
+    otherwise = "" if default else "; default: the recipe's"
+    return click.option(
+        "--dtype", type=Choice(["auto", *DTYPES]), default=default, show_default=default is not None,
+        help="Dtype to compute in; auto is the checkpoint's, or float32 on a CPU that only emulates the checkpoint's, "
+        f"if memory allows{otherwise}.",
+    )  # fmt: skip
 
 
 def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.options import Fraction, checkpoint_folder, dtype_option, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Largest number of tokens in the answer.",
 )
+@dtype_option("auto")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
 def command(
     question: str,
@@ -43,6 +44,7 @@ def command(
     budget: float | None,
     route: str | None,
     max_new_tokens: int,
+    dtype: str,
     as_json: bool,
 ) -> None:
     """Answer QUESTION about one or several images, greedily.
@@ -62,6 +64,7 @@ def command(
     from dpn_cli.data.samples import Sample, Turn
     from dpn_cli.evaluation.spending import Spending, unmet
     from dpn_cli.inference.answering import answer
+    from dpn_cli.inference.dtypes import compute_dtype
     from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
     from dpn_cli.pyramid.reach import validate_in_table
     from dpn_cli.pyramid.route import parse_route
@@ -74,7 +77,8 @@ def command(
         sample = Sample("question", sources, (Turn(question),))
         sample.open_images()  # an image that cannot be read is named before the model is loaded
         processor = load_opened_processor(checkpoint, layout)
-        loaded = load_opened(checkpoint, pyramid, device_map=default_device())
+        dtype = compute_dtype(checkpoint, layout, dtype, default_device(), console.note)
+        loaded = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
     _choose(loaded, budget, experts)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     asked = loaded.pyramid.budget if experts is None else None

@@ -18,6 +18,7 @@ from dpn_cli.errors import DataError
 from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthetic_inputs
 from dpn_cli.evaluation.lineup import Lineup, line_up
 from dpn_cli.evaluation.spending import unmet
+from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.reach import typical_length, validate_in_table
@@ -53,6 +54,7 @@ class BenchOptions:
         batch_sizes: batch sizes, each measured separately.
         new_tokens: number of tokens to generate for every sample.
         rounds: number of timed rounds after one warm-up round.
+        dtype: dtype to compute in, see `compute_dtype`.
     """
 
     budgets: Sequence[float] = ()
@@ -61,6 +63,7 @@ class BenchOptions:
     batch_sizes: Sequence[int] = (1,)
     new_tokens: int = 16
     rounds: int = 8
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def bench_folder(
         validate_in_table(options.budgets, pyramid)
         processor = load_opened_processor(checkpoint, layout)
         drawn = _draw(data, max(options.batch_sizes), options.rounds) if data else []
-        model = load_opened(checkpoint, pyramid, device_map=default_device())
+        dtype = compute_dtype(checkpoint, layout, options.dtype, default_device(), reporter.note)
+        model = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
     results, lineups = [], []
     for batch_size in options.batch_sizes:
         if isinstance(prompts, SyntheticPrompts):

@@ -75,6 +75,7 @@ def run_benchmarks(
     limit: int | None = None,
     include_path: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    dtype: str = "auto",
 ) -> list[Benchmark]:
     """Let the teacher and the pyramid at every budget answer benchmarks.
 
@@ -86,6 +87,7 @@ def run_benchmarks(
         limit: samples per task; None for all.
         include_path: a folder with tasks of one's own.
         say: called with every line that lmms-eval prints.
+        dtype: dtype to compute in, see `compute_dtype`.
 
     Raises:
         MissingExtraError: if lmms-eval is not installed.
@@ -101,7 +103,7 @@ def run_benchmarks(
     results = {}
     for name, setting in settings.items():
         say(f"{name}: {', '.join(tasks)}")
-        model_args = ",".join(filter(None, [f"pretrained={checkpoint}", setting]))
+        model_args = ",".join(filter(None, [f"pretrained={checkpoint}", f"dtype={dtype}", setting]))
         options = ["--tasks", ",".join(tasks), "--batch_size", str(batch_size)]
         options += [] if limit is None else ["--limit", str(limit)]
         options += [] if include_path is None else ["--include_path", str(include_path)]

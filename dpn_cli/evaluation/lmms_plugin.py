@@ -6,6 +6,7 @@ Installing this package is enough, lmms-eval finds the plugin (see `harness.mani
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -14,14 +15,19 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
-from dpn_cli.inference.loading import default_device, load_model, load_processor
+from dpn_cli.inference.dtypes import compute_dtype
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
 from dpn_cli.parallel.launch import is_launched
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
+
+_LOG = logging.getLogger(__name__)
 
 
 class DpnLlava(lmms):
@@ -33,6 +39,7 @@ class DpnLlava(lmms):
         teacher: whether to answer with the pyramid off.
         batch_size: samples per forward pass.
         device: the device; None for the first GPU, or this process's in a launch of several, else the CPU.
+        dtype: dtype to compute in, see `compute_dtype`.
         record: a JSON file that takes the mean FLOPs fraction of every task.
     """
 
@@ -43,6 +50,7 @@ class DpnLlava(lmms):
         teacher: bool = False,
         batch_size: int | str = 1,
         device: str | None = None,
+        dtype: str = "auto",
         record: str | None = None,
     ) -> None:
         super().__init__()
@@ -51,8 +59,11 @@ class DpnLlava(lmms):
             self.device += f":{os.environ['LOCAL_RANK']}"
         self.batch_size = int(batch_size)
         self.method = Original() if teacher else Routed(None if budget is None else float(budget))
-        self.processor = load_processor(Path(pretrained))
-        self.model = load_model(Path(pretrained), device_map=self.device)
+        with in_use(Path(pretrained)):
+            checkpoint, layout, pyramid = open_converted(Path(pretrained))
+            self.processor = load_opened_processor(checkpoint, layout)
+            dtype = compute_dtype(checkpoint, layout, dtype, self.device, _LOG.warning)
+            self.model = load_opened(checkpoint, pyramid, dtype, device_map=self.device)
         self.record = None if record is None else Path(record)
         self.fractions: dict[str, list[float]] = {}
 

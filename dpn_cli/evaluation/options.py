@@ -17,6 +17,7 @@ class EvaluationOptions:
         seed: random seed for sampling.
         answer_tokens: the most tokens in an answer.
         batch_size: samples per forward pass.
+        dtype: dtype to compute in, see `compute_dtype`.
     """
 
     budgets: Sequence[float] = ()
@@ -27,3 +28,4 @@ class EvaluationOptions:
     seed: int = 0
     answer_tokens: int = 32
     batch_size: int = 8
+    dtype: str = "auto"

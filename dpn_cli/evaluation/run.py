@@ -16,9 +16,11 @@ from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
+from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
+from dpn_cli.parallel.launch import on_this_machine
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.route import parse_route
@@ -60,13 +62,17 @@ def evaluate_folder(
                 check=token_limit(processor, layout, max_positions(checkpoint), options.answer_tokens),
             )  # fmt: skip
             shown = [sample for sample in dataset.samples if sample.images]
-            model = load_opened(checkpoint, pyramid, device_map=default_device())
+            device = default_device()
+            dtype = compute_dtype(checkpoint, layout, options.dtype, device, reporter.note, copies=on_this_machine())
+        dtype = processes.agree(dtype)
+        with processes.as_one():
+            model = load_opened(checkpoint, pyramid, dtype, device_map=device)
             reporter.note(f"{len(shown)} samples from {data.name}; model in {model.dtype} on {model.device}")
             for line in _caveats(model, pyramid, dataset):
                 reporter.note(line)
             depends_on = {
                 **evaluation_fingerprint(checkpoint, Lora.of(folder, pyramid), dataset.digest),
-                "answer_tokens": options.answer_tokens, "batch_size": options.batch_size, "dtype": str(model.dtype),
+                "answer_tokens": options.answer_tokens, "batch_size": options.batch_size, "dtype": options.dtype,
             }  # fmt: skip
         validate_same(processes.gather(depends_on))
         with processes.as_one():

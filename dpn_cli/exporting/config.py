@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, WEIGHTS_KEY, Checkpoint
-from dpn_cli.checkpoint.layout import LlavaLayout
+from dpn_cli.checkpoint.headers import DTYPES, TORCH_DTYPES, WEIGHTS_KEY, Checkpoint
+from dpn_cli.checkpoint.layout import LlavaLayout, stored_dtype
 from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
-from dpn_cli.exporting.plan import DTYPES
 from dpn_cli.families.family import Family
 from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.modeling.code import auto_map
@@ -34,13 +33,6 @@ def export_config(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfi
         config[part] = {key: value for key, value in config[part].items() if key not in {"dtype", "torch_dtype"}}
     config.pop("torch_dtype", None)
     return config | {"dtype": TORCH_DTYPES[DTYPES[dtype]]}
-
-
-def stored_dtype(source: Checkpoint, layout: LlavaLayout) -> str | None:
-    """Return the dtype that a checkpoint is loaded in, in torch's words: its config's, else its embedding's."""
-    stored = source.tensors[f"{layout.text_prefix}embed_tokens.weight"].dtype
-    config = source.config
-    return config.get("dtype") or config.get("torch_dtype") or TORCH_DTYPES.get(stored)
 
 
 def without_unused_layers(config: dict[str, Any], source: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.cue import answer_cue
-from dpn_cli.checkpoint.headers import TORCH_DTYPES
-from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
+from dpn_cli.checkpoint.headers import DTYPES, TORCH_DTYPES
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised, stored_dtype
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.processor import Completion, complete_processor
@@ -19,11 +19,11 @@ from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_file
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import DpnError, UsageError
-from dpn_cli.exporting.config import export_config, stored_dtype, without_unused_layers
+from dpn_cli.exporting.config import export_config, without_unused_layers
 from dpn_cli.exporting.content import verify_untouched, write_weights
 from dpn_cli.exporting.model_card import model_card
 from dpn_cli.exporting.options import DEFAULTS, ExportOptions
-from dpn_cli.exporting.plan import DTYPES, POOLERS, ROUTERS, Plan, parse_size, plan_export
+from dpn_cli.exporting.plan import POOLERS, ROUTERS, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
 from dpn_cli.families.family import CONVERTED

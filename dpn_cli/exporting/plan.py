@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from dpn_cli.checkpoint.headers import BITS, SINGLE_FILE, TORCH_DTYPES, Checkpoint, TensorInfo
+from dpn_cli.checkpoint.headers import BITS, DTYPES, SINGLE_FILE, TORCH_DTYPES, Checkpoint, TensorInfo
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
 from dpn_cli.families.tensors import COMPUTED, memory_name
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # what the user says, what safetensors says
 ROUTERS, POOLERS = "model.language_model.routers.", "model.language_model.poolers."
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -59,14 +59,17 @@ def load_opened(
     source: Checkpoint, pyramid: PyramidConfig, dtype: str | torch.dtype = "auto", healed: bool = True, **kwargs: Any
 ) -> PyramidGenerationMixin:
     """Load a checkpoint as it was when it was opened, whatever is calibrated meanwhile; see `load_model`."""
-    folder = source.path
+    folder, config = source.path, without_code(source.config)
     config_class, model_class = _classes(source)
-    if "quantization_config" in source.config:
+    if "quantization_config" in config:
         hush_bitsandbytes()
+        if dtype != "auto":  # else 4-bit layers compute in the one that they were stored from
+            compute = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+            config = config | {"quantization_config": config["quantization_config"] | compute}
     with _quietly():
         model, info = model_class.from_pretrained(
             folder,
-            config=config_class.from_dict(without_code(source.config)),
+            config=config_class.from_dict(config),
             dtype=dtype,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are reported below

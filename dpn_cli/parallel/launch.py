@@ -69,6 +69,11 @@ def end_with_launcher() -> None:
         child.end_with(os.getppid())
 
 
+def on_this_machine() -> int:
+    """Return how many of the processes that a launcher has started run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment for a program that is to run by itself, whatever this process is part of."""
     left_out = {name for names in (_NUMBERS, *_MPI_NUMBERS) for name in names}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dpn_cli.errors import DpnError, RelayedError, UsageError
-from dpn_cli.parallel.launch import place
+from dpn_cli.parallel.launch import on_this_machine, place
 
 PATIENCE = timedelta(hours=2)  # for the slowest process; one that ends is noticed at once
 MEETING_NOTICE_S, EXCHANGE_NOTICE_S = 5.0, 60.0  # of waiting, after which it is said what for
@@ -94,7 +94,7 @@ class Processes:
         index, count = place()
         if count == 1:
             return cls()
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        here, gpus = on_this_machine(), torch.cuda.device_count()
         if 0 < gpus < here:
             raise UsageError(f"{here} processes need a GPU each, but this machine has {gpus}: start at most {gpus}")
         from accelerate import PartialState

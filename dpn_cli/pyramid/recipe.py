@@ -30,6 +30,7 @@ ExpertName = Annotated[str, AfterValidator(lambda name: str(Expert.parse(name)))
 ExpertKind = Annotated[str, AfterValidator(known_kind)]
 Kernel = Annotated[int, Field(ge=1, le=64)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -136,7 +137,7 @@ class TrainingRecipe(_Section):
         gradient_accumulation: forward passes per step.
         learning_rate: the highest; it warms up, then falls to zero as a cosine.
         optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.
-        dtype: Dtype of the frozen weights and the activations; `auto` is the checkpoint's. What is trained is float32.
+        dtype: Dtype of the frozen weights and the activations if calibration's is `auto`. What is trained is float32.
         gradient_checkpointing: compute activations twice to keep fewer of them.
         save_every: steps between two saved states; a killed run goes on from the last one.
     """
@@ -146,7 +147,7 @@ class TrainingRecipe(_Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 4
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    dtype: Dtype = "auto"
     gradient_checkpointing: bool = False
     save_every: Annotated[int, Field(ge=1)] = 20
 
@@ -222,6 +223,8 @@ class CalibrationRecipe(_Section):
         seed: Random seed for sampling and fitting.
         budget: the mean fraction of prefill FLOPs to reach when the command names none.
         prompts: questions for pictures that come without one.
+        dtype: Dtype of the frozen weights and the activations; `auto` is the checkpoint's, or float32 on a CPU that
+            only emulates the checkpoint's, if memory allows.
         load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
         survey: Settings of the survey.
         objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
@@ -244,6 +247,7 @@ class CalibrationRecipe(_Section):
         "Describe this image in detail.",
         "What text can be read in the image?",
     )
+    dtype: Dtype = "auto"
     load_in: Literal["4bit", "8bit"] | None = None
     survey: SurveyRecipe = SurveyRecipe()
     objective: Literal["rate_distortion", "paper"] = "rate_distortion"

@@ -42,6 +42,10 @@ def make_plugin(make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyP
     sys.modules.pop("dpn_cli.evaluation.lmms_plugin", None)
 
 
+def test_the_dtype_is_passed_on(make_plugin: Callable[..., Any]) -> None:
+    assert str(make_plugin(dtype="bf16").model.dtype) == "torch.bfloat16"
+
+
 def requests(plugin: Any, samples: list[Any], settings: list[dict[str, Any]]) -> list[Any]:
     """Return one request per sample, as lmms-eval makes them."""
     plugin.task_dict = {"demo": {"test": samples}, "text": {"test": samples}}

@@ -15,8 +15,6 @@ from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.recipe import CalibrationRecipe, TrainingRecipe
 from dpn_cli.reporter import Reporter
 
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # the recipe's → torch's
-
 
 class Encoded(Sequence[Example]):
     """Samples that are encoded when they are asked for, so that their pixels are not all in memory."""
@@ -41,9 +39,9 @@ def training_recipe(recipe: CalibrationRecipe) -> TrainingRecipe | None:
 
 
 def frozen_dtype(recipe: CalibrationRecipe) -> str:
-    """Return the dtype to load the model in: what training asks for, else `auto`."""
+    """Return the dtype to load the model in, in the recipe's words: the calibration's, else the training's."""
     training = training_recipe(recipe)
-    return DTYPES[training.dtype] if training else "auto"
+    return training.dtype if training and recipe.dtype == "auto" else recipe.dtype
 
 
 def validate_processes(recipe: CalibrationRecipe, count: int) -> None:

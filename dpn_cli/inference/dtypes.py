@@ -1,0 +1,117 @@
+"""The dtype that a model is computed in: the checkpoint's own, or float32 where a CPU only emulates that one."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from dpn_cli.checkpoint.headers import BITS, DTYPES, FLOATS, TORCH_DTYPES, Checkpoint, TensorInfo
+from dpn_cli.checkpoint.layout import LlavaLayout, stored_dtype
+from dpn_cli.inference.threads import one_thread
+
+AUTO = "auto"
+HALVES = {TORCH_DTYPES[DTYPES[name]]: name for name in ("bf16", "fp16")}  # torch's word → the user's
+SLOW = 2.0  # times float32's time; emulated products take 4 to 10 times as long, others at most 1.4 times
+HEADROOM = 1.25  # times the size of the weights: the rest is for activations
+BITS_PER_WEIGHT = {"4bit": 4, "8bit": 8}
+
+_ROUNDS = 5
+_INPUTS, _WEIGHT = (64, 512), (512, 512)
+_CGROUPS = (  # limit, use and the key in memory.stat of what the kernel can drop: version 2, then 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def compute_dtype(
+    checkpoint: Checkpoint,
+    layout: LlavaLayout,
+    asked: str,
+    device: str,
+    say: Callable[[str], None],
+    *,
+    load_in: Literal["4bit", "8bit"] | None = None,
+    copies: int = 1,
+) -> str:
+    """Return the dtype to load a model in, in torch's words, or `auto` for the checkpoint's own.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        layout: its layout.
+        asked: `auto` for the fast one, or a key of `DTYPES`.
+        device: the device that the model is loaded on.
+        say: told if `auto` is not the checkpoint's own, or would not be if there was more memory.
+        load_in: how the decoder's linear layers are quantised on loading.
+        copies: number of processes of this machine that each load the model.
+    """
+    if asked != AUTO:
+        return TORCH_DTYPES[DTYPES[asked]]
+    stored = stored_dtype(checkpoint, layout)
+    if torch.device(device).type != "cpu" or stored not in HALVES or slowdown(stored) < SLOW:
+        return AUTO
+    own, wide = (_size(checkpoint, layout, dtype, load_in) * copies for dtype in (None, "F32"))
+    emulated = f"This CPU emulates {stored}, which takes {slowdown(stored):.1f} times as long as float32"
+    if wide * HEADROOM > (free := available_memory()):
+        say(
+            f"{emulated}, but in float32 the weights take {wide / 1e9:.3g} GB in place of {own / 1e9:.3g} GB and "
+            f"{free / 1e9:.3g} GB are free: computing in {stored}."
+        )
+        return AUTO
+    say(
+        f"{emulated}: computing in float32, with {wide / 1e9:.3g} GB of weights in memory in place of {own / 1e9:.3g} "
+        f"GB; --dtype {HALVES[stored]} keeps the checkpoint's."
+    )
+    return TORCH_DTYPES["F32"]
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """Return how many times as long as in float32 this CPU takes for a product in a dtype, measured in milliseconds.
+
+    What the processor says of itself is no answer: some libraries have no kernel for instructions that it has, and
+    others convert so fast that it does not need them.
+    """
+    least = dict.fromkeys((dtype, TORCH_DTYPES["F32"]), float("inf"))
+    pairs = {name: [torch.ones(size, dtype=getattr(torch, name)) for size in (_INPUTS, _WEIGHT)] for name in least}
+    with one_thread(), torch.inference_mode():
+        for _ in range(_ROUNDS):
+            for name, pair in pairs.items():
+                start = time.perf_counter()
+                F.linear(*pair)
+                least[name] = min(least[name], time.perf_counter() - start)
+    return least[dtype] / least[TORCH_DTYPES["F32"]]
+
+
+def available_memory(system: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Return how many bytes this process can still take, of the machine's or of the container's that it runs in."""
+    free = _number_after("MemAvailable:", meminfo) * 1024
+    for limit, use, droppable in _CGROUPS:
+        try:
+            room = int((system / limit).read_text()) - int((system / use).read_text())
+            free = min(free, room + _number_after(droppable, (system / use).with_name("memory.stat")))
+        except (OSError, ValueError):  # there is no such file, or no limit
+            continue
+    return free
+
+
+def _number_after(word: str, file: Path) -> int:
+    words = file.read_text().split()
+    return int(words[words.index(word) + 1])
+
+
+def _size(
+    checkpoint: Checkpoint, layout: LlavaLayout, dtype: str | None, load_in: Literal["4bit", "8bit"] | None
+) -> int:
+    """Return the size of a model's weights in memory, their floats in a dtype of safetensors, or as they are stored."""
+    decoder = f"{layout.text_prefix}layers."
+
+    def bits(tensor: TensorInfo) -> int:
+        if load_in and tensor.name.startswith(decoder) and len(tensor.shape) == 2:
+            return BITS_PER_WEIGHT[load_in]
+        return BITS[dtype if dtype and tensor.dtype in FLOATS else tensor.dtype]
+
+    return sum(tensor.num_values * bits(tensor) for tensor in checkpoint.tensors.values()) // 8
