@@ -31,6 +31,7 @@ NO_ROOM = {
 
 COMMANDS = {
     "convert": "Make a LLaVA's language model a pyramid; lossless until calibrated.",
+    "data": "Show what is read of some data, and what a calibration on it costs.",
     "calibrate": "Fit the routers to the model itself, on your data, for any budget.",
     "export": "Write one compact folder that stock transformers loads.",
     "inspect": "Show sites, rates, budgets, and tokens and FLOPs per layer.",

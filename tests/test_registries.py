@@ -80,7 +80,7 @@ def test_no_two_formats_claim_one_file(tmp_path: Path) -> None:
     ("command", "words"),
     [
         ("convert", ALIASES),
-        *product(("eval", "calibrate"), [[each.description for each in FORMATS.values()]]),
+        *product(("eval", "calibrate", "data"), [[each.description for each in FORMATS.values()]]),
         ("eval", [*BASELINES, *METRICS, *(metric.description for metric in METRICS.values())]),
         ("bench", BASELINES),
         ("export", PRESETS),

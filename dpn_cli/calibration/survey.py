@@ -177,8 +177,8 @@ def survey(
     parents: list[Route] = [full]
     for _ in range(min(MOST_EXPERTS, len(pyramid.sites))):
         known: set[Route] = set(tried.routes) if tried else set()
-        children = [*_children(pyramid, parents), *(cheapest if tried is None else ())]
-        routes = [route for route in dict.fromkeys(children) if route not in known and route != full]
+        following = [*children(pyramid, parents), *(cheapest if tried is None else ())]
+        routes = [route for route in dict.fromkeys(following) if route not in known and route != full]
         routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]
         if not routes:
             break
@@ -229,12 +229,12 @@ def pruned(pyramid: PyramidConfig, routes: Sequence[Route]) -> PyramidConfig:
     )
 
 
-def _children(pyramid: PyramidConfig, parents: Sequence[Route]) -> list[Route]:
+def children(pyramid: PyramidConfig, parents: Sequence[Route]) -> list[Route]:
     """Return the routes with one expert more than some have, at a site after their last one."""
-    children = []
+    found = []
     for route in parents:
         last = max((site for site, k in enumerate(route) if k), default=-1)
         for site in range(last + 1, len(pyramid.sites)):
             for k in range(1, len(pyramid.sites[site].experts)):
-                children.append((*route[:site], k, *route[site + 1 :]))
-    return children
+                found.append((*route[:site], k, *route[site + 1 :]))
+    return found

@@ -93,6 +93,17 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
                 help=f"What to read: {describe_formats()}.",
             ),
             reading_options,
+            bad_row_options,
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def bad_row_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what becomes of rows that cannot be used."""
+    for option in reversed(
+        (
             click.option(
                 "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
                 help="Whether rows that cannot be used stop the run or are left out.",

@@ -31,6 +31,10 @@ class DemoPictures:
         """Return the number of samples."""
         return len(self.samples)
 
+    def columns(self) -> dict[str, str]:
+        """Return no columns."""
+        return {}
+
     def number(self, index: int) -> int:
         """Return the place in the stream, from 1."""
         return index + 1

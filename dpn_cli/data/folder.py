@@ -40,6 +40,10 @@ class ImageFolder:
         """Return the number of images."""
         return len(self.files)
 
+    def columns(self) -> dict[str, str]:
+        """Return no columns."""
+        return {}
+
     def number(self, index: int) -> int:
         """Return the place of a file in the order of names, from 1."""
         return index + 1

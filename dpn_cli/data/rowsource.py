@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from dpn_cli.data.fields import Fields, asks, assign, known_names, mapping, present, validate_named
+from dpn_cli.data.fields import Fields, asks, assign, known_names, lettered, mapping, present, validate_named
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import ImageSource, Sample
@@ -19,6 +19,7 @@ class RowSource:
     Attributes:
         name: Name of the data, as the user gave it.
         format: Description of the format, and of how the fields are read.
+        fullest: Fields of the row that has most of those that are known, or all columns.
     """
 
     name: str
@@ -47,6 +48,7 @@ class RowSource:
         roles = ((names, assign(names, reading.columns)) for names in looked_at)
         fullest, _ = max(roles, key=lambda each: ("image" in each[1], len(each[1])), default=([], {}))
         self.format = f"{kind} ({mapping(fullest, reading.columns)})"
+        self.fullest = fullest
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -68,6 +70,15 @@ class RowSource:
         """Return the fields by which rows can be grouped, in the order of their appearance."""
         groups = (name for row in self.outlines() for name, value in row.items() if group(value) is not None)
         return list(dict.fromkeys(groups))
+
+    def columns(self) -> dict[str, str]:
+        """Return the fields of the fullest row with their roles, empty for those that are not read."""
+        roles = assign(self.fullest, self.reading.columns)
+        choices = roles.get("choices") or ""
+        read = {name: role for role, name in roles.items()}
+        if not choices and "question" in roles:
+            read |= {name: f"choice {letter}" for letter, name in lettered(self.fullest).items()}
+        return {name: read.get(name, "") for name in self.fullest}
 
     def number(self, index: int) -> int:
         """Return the number that the user knows a row by; its place, from 1, unless it is a line."""

@@ -37,6 +37,9 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of rows."""
 
+    def columns(self) -> dict[str, str]:
+        """Return the roles in which the columns are read, empty for those that are not; nothing without columns."""
+
     def number(self, index: int) -> int:
         """Return the number that the user knows a row by."""
 
@@ -59,11 +62,13 @@ class Dataset:
         samples: the good samples.
         scan: what the scan found.
         digest: a digest of the samples' texts and image bytes: the same data gives the same digest anywhere.
+        columns: Roles of the columns, as `Source.columns`.
     """
 
     samples: Sequence[Sample]
     scan: Scan
     digest: str
+    columns: dict[str, str]
 
 
 def scan(
@@ -111,7 +116,7 @@ def scan(
         pool.shutdown(cancel_futures=True)
     good.sort(key=lambda each: each.index)
     digest = hashlib.sha256("\n".join(each.digest for each in good).encode()).hexdigest()
-    return Dataset([each.sample for each in good], found, digest)
+    return Dataset([each.sample for each in good], found, digest, source.columns())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""What a calibration will cost, from the lengths of its samples and the sizes of its model, before anything runs."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpn_cli.calibration.survey import FINAL_SAMPLES, MOST_EXPERTS, SHORTLIST, children
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.experts import num_tokens
+from dpn_cli.pyramid.reach import Length
+from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.pyramid.shape import DecoderShape
+
+EFFICIENCY = 0.5  # of a forward pass, as a share of the speed of its largest matrix product alone
+_PRODUCT_S = 0.2  # for how long the speed of the product is measured
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a model that its calibration depends on.
+
+    Attributes:
+        shape: Shape of the decoder.
+        nbytes: Size of the weights in memory.
+        vision_parameters: Number of parameters of the vision tower.
+        dtype: Dtype of the weights.
+        device: Device that the model will run on.
+    """
+
+    shape: DecoderShape
+    nbytes: int
+    vision_parameters: int
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An estimate of what a calibration costs.
+
+    Attributes:
+        forward_flops: FLOPs of all forward passes.
+        flops_per_s: Speed that the passes are expected to run at.
+        seconds: Time of the forward passes.
+        memory_bytes: Largest memory of one process: weights, activations of a batch and measurements.
+        disk_bytes: Largest size of what is kept while it runs, for a rerun after a kill.
+        basis: What the figures were computed from, as sentences.
+    """
+
+    forward_flops: float
+    flops_per_s: float
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    basis: tuple[str, ...]
+
+
+def forecast(
+    model: Model, pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length], unanswered: int, *,
+    surveys: bool,
+) -> Forecast:  # fmt: skip
+    """Estimate what a calibration costs.
+
+    Args:
+        model: Sizes of the model.
+        pyramid: Pyramid that is calibrated; with a survey, the sites and experts to choose from.
+        recipe: Settings of the calibration.
+        lengths: Visual grids and prompt's text tokens of every sample.
+        unanswered: Number of samples that the model answers itself.
+        surveys: Whether a survey chooses the routes.
+    """
+    shape, fitted = model.shape, round((1 - recipe.holdout) * len(lengths))
+    num_routes = recipe.survey.routes if surveys else _num_routes(pyramid, recipe, lengths)
+    tried = _tried(pyramid, recipe) if surveys else []
+    per_route = _mean_route_flops(shape, pyramid, lengths)
+    vision = sum(2 * model.vision_parameters * num_tokens(grids) for grids, _ in lengths) / len(lengths)
+    passes = [
+        *((min(recipe.survey.samples, fitted), routes) for routes in tried),
+        *([(min(FINAL_SAMPLES * recipe.survey.samples, fitted), SHORTLIST * recipe.survey.routes)] if surveys else []),
+        (len(lengths), num_routes),
+    ]
+    whole = sum(shape.num_layers * shape.layer_flops(num_tokens(grids) + text) for grids, text in lengths) / len(
+        lengths
+    )
+    answering = unanswered * (whole + vision + recipe.answer_tokens * whole / _mean_tokens(lengths))
+    flops = answering + sum(samples * (vision + routes * per_route) for samples, routes in passes)
+    speed = EFFICIENCY * product_speed(model, recipe.batch_size * round(_mean_tokens(lengths)))
+    features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
+    return Forecast(
+        forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
+        memory_bytes=model.nbytes + features + _activations(model, recipe, lengths),
+        disk_bytes=features,
+        basis=_basis(model, recipe, passes, unanswered),
+    )  # fmt: skip
+
+
+def product_speed(model: Model, tokens: int) -> float:
+    """Measure the FLOPs per second of the decoder's largest matrix product on a batch of so many tokens."""
+    shape = model.shape
+    left = torch.ones(tokens, shape.hidden_size, dtype=model.dtype, device=model.device)
+    right = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=model.dtype, device=model.device)
+    flops = 2 * tokens * shape.hidden_size * shape.intermediate_size
+
+    def run() -> float:
+        start = time.perf_counter()
+        product = left @ right
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    run()
+    best, spent = torch.inf, 0.0
+    while spent < _PRODUCT_S:
+        seconds = run()
+        best, spent = min(best, seconds), spent + seconds
+    return flops / best
+
+
+def _num_routes(pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length]) -> int:
+    offered = max(sum(1 for _ in pyramid.routes_for(grids)) for grids in {grids for grids, _ in lengths})
+    return offered if recipe.routes == "all" else min(offered, recipe.routes)
+
+
+def _tried(pyramid: PyramidConfig, recipe: CalibrationRecipe) -> list[int]:
+    """Return how many routes every round of a survey tries, by the mean number of children of a route."""
+    routes: list[Route] = children(pyramid, [pyramid.full_route])
+    counts = [len(routes)]
+    for _ in range(1, min(MOST_EXPERTS, len(pyramid.sites))):
+        following = children(pyramid, routes)
+        counts.append(round(recipe.survey.width * len(following) / max(1, len(routes))))
+        routes = following
+    return counts
+
+
+def _mean_route_flops(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]) -> float:
+    """Return the FLOPs that a route adds for a sample, where routes share the layers before they part.
+
+    Routes of one expert stand for all.
+    """
+    routes = [pyramid.full_route, *children(pyramid, [pyramid.full_route])]
+    segments = [len(layers) for layers in pyramid.segments(shape.num_layers)]
+    total = 0.0
+    for (grids, text), count in Counter(lengths).items():
+        offered = [route for route in routes if pyramid.can_walk(route, grids)]
+        nodes = {
+            route[:site]: segments[site] * shape.layer_flops(text + num_tokens(stage))
+            for route in offered
+            for site, stage in enumerate(pyramid.walk(route, grids))
+        }
+        total += count * sum(nodes.values()) / len(offered)
+    return total / len(lengths)
+
+
+def _mean_tokens(lengths: Sequence[Length]) -> float:
+    return sum(num_tokens(grids) + text for grids, text in lengths) / len(lengths)
+
+
+def _activations(model: Model, recipe: CalibrationRecipe, lengths: Sequence[Length]) -> int:
+    """Return the bytes of a batch of the longest samples: two layers' worth of values, the MLP's and the logits."""
+    shape = model.shape
+    longest = max(num_tokens(grids) + text for grids, text in lengths)
+    width = 6 * shape.hidden_size + 3 * shape.intermediate_size
+    values = recipe.batch_size * longest * width * model.dtype.itemsize
+    return values + 3 * recipe.batch_size * recipe.answer_tokens * shape.vocab_size * _FLOAT_BYTES
+
+
+def _basis(
+    model: Model, recipe: CalibrationRecipe, passes: Sequence[tuple[int, int]], unanswered: int
+) -> tuple[str, ...]:
+    """Return in sentences what the figures were computed from, and what they leave out."""
+    *tried, (samples, routes) = passes
+    survey = "".join(f"{some} samples down {many} routes, " for some, many in tried)
+    answers = f" {unanswered} samples are answered by the model first." if unanswered else ""
+    trained = recipe.heal.method != "none" or recipe.objective == "paper"
+    return (
+        f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a matrix "
+        f"product in {str(model.dtype).removeprefix('torch.')}, measured here on {model.device} just now.{answers}",
+        f"Memory: the weights on disk, a batch of {recipe.batch_size} of the longest samples, and the measurements; "
+        "libraries take 1 to 2 GB more.",
+        "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
+        *(["Training an adapter comes in addition and is not part of the time."] if trained else []),
+    )

@@ -1,0 +1,143 @@
+"""What a calibration would read, ask and cost, before any model is loaded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dpn_cli.calibration.forecast import Forecast, Model, forecast
+from dpn_cli.calibration.settings import candidates
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.findings import Scan
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import ImageSource, Sample, StoredImage
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.reporter import SILENT, Reporter
+
+SHOWN = 3  # samples
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sample as a model is asked.
+
+    Attributes:
+        row: Number of its row.
+        images: Names of its images, each with height and width in pixels.
+        prompt: Text up to the last answer, from the chat template if there is a checkpoint.
+        answer: Answer that is the target; None where the model answers itself.
+    """
+
+    row: int
+    images: tuple[tuple[str, int, int], ...]
+    prompt: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a calibration would read, ask and cost.
+
+    Attributes:
+        scan: Counts of what was read.
+        columns: Roles of the columns, empty for those that are not read.
+        asked: First samples, as they are asked.
+        forecast: Cost of the calibration; None without a checkpoint, or without an image.
+    """
+
+    scan: Scan
+    columns: dict[str, str]
+    asked: tuple[Asked, ...]
+    forecast: Forecast | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, reporter: Reporter = SILENT) -> Preview:
+    """Read the data as a calibration does, with the same checks, and say what it would ask and cost.
+
+    Args:
+        data: Data to read.
+        folder: Checkpoint to calibrate; None for the data alone.
+        recipe: Settings of the calibration.
+        reporter: Told about the progress.
+
+    Raises:
+        DataError: as `load_data`.
+        CheckpointError: if the checkpoint cannot be calibrated.
+    """
+    if folder is None:
+        dataset = load_data(data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter)
+        asked = tuple(_asked(sample, None) for sample in dataset.samples[:SHOWN])
+        return Preview(dataset.scan, dataset.columns, asked, None)
+    checkpoint, layout, pyramid = open_converted(folder)
+    processor = load_opened_processor(checkpoint, layout)
+    dataset = load_data(
+        data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter,
+        check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
+    )  # fmt: skip
+    used = [sample for sample in dataset.samples if sample.images]
+    surveyed = candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
+    lengths = [
+        (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in used
+    ]
+    cost = None
+    if used:
+        unanswered = sum(not sample.is_answered for sample in used)
+        cost = forecast(
+            _model(checkpoint, folder), surveyed or pyramid, recipe, lengths, unanswered, surveys=surveyed is not None
+        )
+    return Preview(
+        dataset.scan, dataset.columns, tuple(_asked(each, processor) for each in dataset.samples[:SHOWN]), cost
+    )
+
+
+def _model(checkpoint: Checkpoint, folder: Path) -> Model:
+    found = inspect_checkpoint(folder)
+    sizes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    dtypes = [name for name, _ in sizes.most_common() if name in _DTYPES]
+    return Model(
+        found.layout.shape,
+        sum(part.nbytes for part in found.parts),
+        sum(part.parameters for part in found.parts if part.name == "vision_tower"),
+        _DTYPES[dtypes[0]] if dtypes else torch.float32,
+        default_device(),
+    )
+
+
+def _asked(sample: Sample, processor: Any) -> Asked:
+    """Return a sample as it is asked, with all turns before the last question."""
+    names = [_name(image) for image in sample.images]
+    images = tuple((name, *size) for name, size in zip(names, sample.image_sizes(), strict=True))
+    last = len(sample.turns) - 1
+    prompt = _plain(sample) if processor is None else chat_prompt(processor, sample, last)
+    return Asked(sample.row, images, prompt, sample.turns[last].answer)
+
+
+def _name(image: ImageSource) -> str:
+    if isinstance(image, Image.Image):
+        return "a picture in memory"
+    return image.name if isinstance(image, StoredImage) else str(image)
+
+
+def _plain(sample: Sample) -> str:
+    """Return the texts of a conversation, where no chat template is known."""
+    texts: Sequence[str | None] = [
+        sample.system,
+        *(text for turn in sample.turns for text in (turn.question, turn.answer)),
+    ]
+    return "\n".join(text for text in texts[: len(texts) - 1] if text)

@@ -1,0 +1,97 @@
+"""`dpn data`: what was read, how it will be asked, and what a calibration on it will cost."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpn_cli import console
+from dpn_cli.commands.data_options import bad_row_options, reading_options, takes_data
+from dpn_cli.commands.options import model_option
+from dpn_cli.data.formats import describe_formats
+from dpn_cli.reporter import Reporter
+
+if TYPE_CHECKING:
+    from dpn_cli.calibration.forecast import Forecast
+    from dpn_cli.calibration.preview import Preview
+    from dpn_cli.data.options import DataOptions
+
+
+@click.command(
+    "data",
+    help=f"""Show what is read of DATA, how it is asked, and what a calibration on it will cost.
+
+    DATA: {describe_formats()}.
+
+    The rows are drawn and checked as by `dpn calibrate`. With a current checkpoint, or --model, the samples are shown
+    with its chat template, and time, memory and disk are estimated. No model is loaded.""",
+)
+@click.argument("data", metavar="DATA")
+@model_option
+@reading_options
+@bad_row_options
+@click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: the recipe's.")
+@click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling; default: the recipe's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@takes_data
+def command(model: Path | None, data: "DataOptions", samples: int | None, seed: int | None, as_json: bool) -> None:
+    """Show what is read of some data."""
+    from dpn_cli.calibration.preview import preview
+    from dpn_cli.calibration.settings import calibration_recipe
+    from dpn_cli.pyramid.recipe import CalibrationRecipe
+
+    folder = _checkpoint(model)
+    given: dict[str, Any] = {name: value for name, value in (("samples", samples), ("seed", seed)) if value is not None}
+    recipe = CalibrationRecipe(**given) if folder is None else calibration_recipe(folder, (), given)
+    found = preview(data, folder, recipe, Reporter(progress=console.progress))
+    if as_json:
+        result = {"data": data.name, "checkpoint": folder and str(folder), **found.to_dict()}
+        console.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    _show(found)
+    if folder is None:
+        console.note("There is no checkpoint here: `dpn convert MODEL` first, to see what a calibration will cost.")
+
+
+def _checkpoint(model: Path | None) -> Path | None:
+    """Return the checkpoint that is given or current; None where there is none yet."""
+    from dpn_cli import workspace
+    from dpn_cli.commands.options import checkpoint_folder
+
+    return checkpoint_folder(model) if model is not None or workspace.STATE_FILE.is_file() else None
+
+
+def _show(found: "Preview") -> None:
+    for line in found.scan.lines():
+        console.echo(line)
+    if found.columns:
+        rows = [(name, role or "not read") for name, role in found.columns.items()]
+        console.table("Columns", ["column", "read as"], rows, texts=["column", "read as"])
+    for asked in found.asked:
+        console.echo(f"Row {asked.row}, as it is asked:" if asked.row else "A sample, as it is asked:")
+        for name, height, width in asked.images:
+            console.echo(f"  image: {name}, {width}×{height} pixels")
+        console.echo("\n".join(f"  | {line}" for line in asked.prompt.splitlines()))
+        console.echo(f"  answer: {asked.answer}\n" if asked.answer is not None else "  answer: the model's own\n")
+    if found.forecast:
+        _show_forecast(found.forecast)
+
+
+def _show_forecast(cost: "Forecast") -> None:
+    console.table(
+        "A calibration on these data, estimated",
+        ["time", "memory", "disk"],
+        [(_duration(cost.seconds), _size(cost.memory_bytes), _size(cost.disk_bytes))],
+        legend=" ".join(cost.basis),
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{max(1, round(nbytes / 1e6))} MB"

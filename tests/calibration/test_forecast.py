@@ -1,0 +1,74 @@
+"""What a calibration is expected to cost: from counts that can be checked by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dpn_cli.calibration import forecast as module
+from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, forecast, product_speed
+from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.pyramid.experts import pool
+from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
+from tests.evaluation.naive import SHAPE
+
+MODEL = Model(SHAPE, nbytes=1000, vision_parameters=50, dtype=torch.float32, device="cpu")
+PYRAMID = PyramidConfig(tuple(Site(layer, pool((1, 1), (2, 2))) for layer in (-1, 0)), min_visual_tokens=1)
+LENGTHS = [(((4, 4),), 8)] * 20
+RECIPE = CalibrationRecipe(samples=20, batch_size=4, holdout=0.25, answer_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def a_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "product_speed", lambda model, tokens: 1e6)
+
+
+def cost(recipe: CalibrationRecipe = RECIPE, unanswered: int = 0, lengths: Any = LENGTHS, **options: Any) -> Forecast:
+    return forecast(MODEL, PYRAMID, recipe, lengths, unanswered, surveys=options.pop("surveys", False))
+
+
+def test_routes_share_the_layers_before_they_part() -> None:
+    tokens = {
+        route: [8 + 16 // (4 if 1 in route[:site] else 1) for site in (0, 1, 2)] for route in [(0, 0), (1, 0), (0, 1)]
+    }
+    assert tokens == {(0, 0): [24, 24, 24], (1, 0): [24, 12, 12], (0, 1): [24, 24, 12]}
+    first, rest = SHAPE.layer_flops, SHAPE.num_layers - 1
+    nodes = [
+        first(24),
+        first(12),
+        rest * first(24),
+        rest * first(12),
+        rest * first(12),
+    ]  # keep|, pool|, then the second site
+    vision = 2 * MODEL.vision_parameters * 16
+    routes = len(list(PYRAMID.routes_for(((4, 4),))))
+    found = cost()
+    assert found.forward_flops == pytest.approx(20 * (vision + routes * sum(nodes) / 3))
+    assert found.seconds == pytest.approx(found.forward_flops / (EFFICIENCY * 1e6))
+
+
+def test_what_costs_more_is_expected_to_cost_more() -> None:
+    plain = cost()
+    assert cost(lengths=LENGTHS * 2).forward_flops == pytest.approx(2 * plain.forward_flops)
+    assert cost(lengths=LENGTHS * 2).disk_bytes == 2 * plain.disk_bytes
+    assert cost(unanswered=20).forward_flops > plain.forward_flops < cost(surveys=True).forward_flops
+    wide = cost(RECIPE.model_copy(update={"survey": SurveyRecipe(width=40)}), surveys=True)
+    assert wide.forward_flops > cost(surveys=True).forward_flops
+    assert cost(RECIPE.model_copy(update={"batch_size": 16})).memory_bytes > plain.memory_bytes > MODEL.nbytes
+    assert cost(RECIPE.model_copy(update={"routes": 2})).forward_flops < plain.forward_flops
+
+
+def test_the_figures_say_what_they_come_from() -> None:
+    said = " ".join(cost(surveys=True, unanswered=3).basis)
+    assert "15 samples down 2 routes" in said and "20 samples down 16" in said and "3 samples are answered by" in said
+    assert "product in float32, measured here on cpu" in said and "Training" not in said
+    healing = RECIPE.model_copy(update={"heal": RECIPE.heal.model_copy(update={"method": "lora"})})
+    assert "Training an adapter comes in addition" in " ".join(cost(healing).basis)
+
+
+def test_the_speed_of_a_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 100, 1))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks) / 2)
+    flops = 2 * 5 * SHAPE.hidden_size * SHAPE.intermediate_size
+    assert product_speed(replace(MODEL, device="cpu"), 5) == pytest.approx(flops / 0.5)

@@ -1,0 +1,67 @@
+"""`dpn data`: what was read, how it will be asked, and what a calibration will cost."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpn_cli.cli import main
+from tests.runs import noise_pictures
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise_pictures(folder, 5)
+    names = sorted(path.name for path in folder.iterdir())
+    rows = [{"picture": f"pictures/{name}", "question": f"what {i} ?", "answer": "red"} for i, name in enumerate(names)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path / "rows.json"
+
+
+def test_the_data_alone_are_shown_where_there_is_no_checkpoint(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    assert main(["data", "rows.json", "--samples", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "Data: LLaVA JSON (`picture`, `question` and `answer`); 2 of 5 rows read" in shown.out
+    assert "dpn convert MODEL" in shown.err
+    assert main(["data", "rows.json", "--columns", "question=answer", "--ignore-fields", "question", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["columns"] == {"picture": "image", "answer": "question"} and found["forecast"] is None
+    assert [(each["row"], each["prompt"], each["answer"]) for each in found["asked"]] == [
+        (n, "red", None) for n in (1, 2, 3)
+    ]
+    assert found["asked"][0]["images"][0][0].endswith(
+        "pictures/" + sorted(p.name for p in Path("pictures").iterdir())[0]
+    )
+
+
+def test_samples_are_shown_as_the_checkpoint_asks_them(
+    rows: Path, make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["data", str(rows), "--model", str(make_converted())]
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "<image>" in found["asked"][0]["prompt"] and "what 0 ?" in found["asked"][0]["prompt"]
+    cost = found["forecast"]
+    assert cost["seconds"] > 0 and cost["memory_bytes"] > cost["disk_bytes"] > 0
+    assert found["scan"]["with_image"] == 5 and len(found["asked"]) == 3
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    assert "picture" in shown and "read as" in shown and "estimated" in shown and "measured here" in shown
+
+
+def test_bad_rows_end_it_as_they_end_a_calibration(
+    rows: Path, make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows.write_text(json.dumps([*json.loads(rows.read_text()), {"picture": "gone.png", "question": "what ?"}]))
+    line = ["data", str(rows), "--model", str(make_converted())]
+    assert main(line) == 4
+    assert "row 6: missing image file" in capsys.readouterr().err
+    assert main([*line, "--on-bad-row", "skip", "--max-bad", "20%"]) == 0
+    assert "bad rows: 1 (16.7%)" in capsys.readouterr().out
+    assert main(["data", str(rows), "--model", str(rows.parent / "nowhere")]) == 3
