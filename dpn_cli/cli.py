@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from dpn_cli import __version__, console
+from dpn_cli import __version__, channels, console, workspace
 from dpn_cli.errors import DpnError, RelayedError, did_you_mean
 from dpn_cli.parallel.launch import end_with_launcher, is_launched
 
@@ -94,6 +94,7 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """  # noqa: D301 - click takes \\b as "do not rewrap"
     ctx.ensure_object(Settings).debug = debug
     console.set_quiet(quiet)
+    workspace.check_current_folder()
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
 
@@ -107,7 +108,7 @@ def run() -> NoReturn:
     end_with_launcher()
     code = main()
     if is_launched():
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
         os._exit(code)
@@ -123,11 +124,12 @@ def main(args: Sequence[str] | None = None) -> int:
     for each in STOPPING:
         if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # as nohup does
             signal.signal(each, _interrupt)
+    channels.prepare()
     console.guard_libraries()
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
-        if sys.stdout is not None:  # `>&-`
+        with channels.results():
             sys.stdout.flush()
     except RelayedError as error:
         return error.exit_code
@@ -141,7 +143,8 @@ def main(args: Sequence[str] | None = None) -> int:
         console.error("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
-        return _closed_stdout()
+        channels.silence(channels.STDOUT)  # in the interpreter's last flush
+        return 1
     except Exception as error:
         console.speak_up()
         if settings.debug:
@@ -169,20 +172,16 @@ def _short(sentence: str) -> str:
     return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]} … (cut)"
 
 
-def _closed_stdout() -> int:
-    """Let the interpreter's last flush go nowhere: the reader (`| head -1`) has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
-
-
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     """Let the command tidy up and leave; a second signal ends it at once."""
     for each in STOPPING:
         signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else _leave_at_once)  # a terminal hangs up twice
+    if signum == signal.SIGHUP:
+        channels.silence(*filter(os.isatty, (channels.STDOUT, channels.STDERR)))
     raise KeyboardInterrupt
 
 
 def _leave_at_once(signum: int, frame: FrameType | None) -> NoReturn:
-    if os.isatty(2):
-        os.write(2, SHOW_CURSOR)  # a progress bar hides it
+    if os.isatty(channels.STDERR):
+        os.write(channels.STDERR, SHOW_CURSOR)  # a progress bar hides it
     os._exit(INTERRUPTED)

@@ -12,7 +12,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, cast
 
 import click
 from rich import box
@@ -31,6 +32,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dpn_cli import channels
 from dpn_cli.reporter import Reporter
 
 PLAIN_INTERVAL_S = 10.0
@@ -43,7 +45,7 @@ DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _formatwarning = warnings.formatwarning
-_stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+_stderr = Console(file=cast("IO[str]", channels.Stderr()), highlight=False, markup=False, emoji=False, soft_wrap=True)
 _hushed: list[int] = []  # stderr as it was before `hush`
 
 
@@ -54,25 +56,23 @@ def set_quiet(quiet: bool) -> None:
 
 def hush() -> None:
     """Write nowhere from now on: another process of this run says the same."""
-    _hushed.append(os.dup(2))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
+    _hushed.append(os.dup(channels.STDERR))
+    channels.silence(channels.STDOUT, channels.STDERR)
 
 
 def speak_up() -> None:
     """Write to stderr again, since no other process says what follows."""
     while _hushed:
         descriptor = _hushed.pop()
-        os.dup2(descriptor, 2)
+        os.dup2(descriptor, channels.STDERR)
         os.close(descriptor)
 
 
 def aloud(message: str) -> None:
     """Say something about the work even after `hush`, since no other process says it."""
     if not _stderr.quiet:
-        os.write(_hushed[0] if _hushed else 2, f"{harmless(message)}\n".encode())
+        with suppress(OSError):
+            os.write(_hushed[0] if _hushed else channels.STDERR, f"{harmless(message)}\n".encode())
 
 
 def harmless(text: str) -> str:
@@ -96,7 +96,8 @@ class _Record(logging.LogRecord):
 
 def echo(text: str, nl: bool = True, err: bool = False) -> None:
     """Print plain text on stdout, or on stderr."""
-    click.echo(harmless(text), nl=nl, err=err)
+    with channels.messages() if err else channels.results():
+        click.echo(harmless(text), sys.stderr if err else sys.stdout, nl)
 
 
 def note(message: str) -> None:
@@ -106,7 +107,8 @@ def note(message: str) -> None:
 
 def error(message: str) -> None:
     """Say on stderr, however quiet, what went wrong."""
-    click.echo(_for_terminal(harmless(message)), err=True)
+    with channels.messages():
+        click.echo(_for_terminal(harmless(message)), sys.stderr)
 
 
 def table(
@@ -128,7 +130,7 @@ def table(
         texts: heads of the columns that, like the first one, are aligned to the left and may break; others are numbers.
         legend: below the table.
     """
-    stdout = Console(width=None if sys.stdout and sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    stdout = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     cells = [[harmless(str(cell)) for cell in row] for row in (columns, *rows)]
     breaks = [i == 0 or column in texts for i, column in enumerate(columns)]
     spans = [_span(column, can_break) for column, can_break in zip(zip(*cells, strict=True), breaks, strict=True)]
@@ -139,9 +141,10 @@ def table(
     for row in cells[1:]:
         result.add_row(*map(_broken, row, widths))
     stdout.width = max(stdout.width, sum(widths) + EDGES + GAP * (len(columns) - 1))
-    stdout.print(Text(harmless(title), "bold"), result)
-    if legend:
-        stdout.print(Padding(Text(harmless(legend)), (0, 2, 1, 2), expand=False))
+    with channels.results():
+        stdout.print(Text(harmless(title), "bold"), result)
+        if legend:
+            stdout.print(Padding(Text(harmless(legend)), (0, 2, 1, 2), expand=False))
 
 
 class _Breaks(textwrap.TextWrapper):

@@ -10,6 +10,18 @@ FOLDER = Path(".dpn")  # of the current directory
 STATE_FILE = FOLDER / "current.json"
 
 
+def check_current_folder() -> None:
+    """Check that the current folder exists, without which much that is called works no more.
+
+    Raises:
+        UsageError: if it was removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder was removed: change to another one first (cd)") from None
+
+
 def check_state_folder() -> None:
     """Check that what is written and deleted under .dpn is in this directory, which may be a stranger's.
 

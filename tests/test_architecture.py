@@ -8,8 +8,8 @@ import dpn_cli
 
 ORDER = [
     "errors", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling", "checkpoint", "workspace",
-    "conversion", "data", "inference", "parallel", "calibration", "exporting", "evaluation", "console", "commands",
-    "cli",
+    "conversion", "data", "inference", "parallel", "calibration", "exporting", "evaluation", "channels", "console",
+    "commands", "cli",
 ]  # fmt: skip
 """From the ground up. `modeling` goes along with exports: it needs nothing of `checkpoint` or above."""
 

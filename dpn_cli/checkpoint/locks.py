@@ -15,7 +15,7 @@ from pathlib import Path
 from dpn_cli.errors import DpnError, UsageError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 _PROGRAMS = {"dpn", "dpn_cli"}
 
 
@@ -92,10 +92,9 @@ def locked(target: Path, refusal: str, advice: str) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import click
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.data_options import reading_options, takes_data
+from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     Fraction,
     Size,
@@ -127,16 +128,18 @@ def command(
 
     from dpn_cli.commands.tables import print_latency
     from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
+    from dpn_cli.evaluation.drawing import plot_latency
 
     options = BenchOptions(budgets, routes, names, batch_sizes, new_tokens, rounds, dtype)
     result = bench_folder(folder, data or SyntheticPrompts(**synthetic), options, console.REPORTER)
-    if as_json:
-        console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        for each in result.results:
-            print_latency(each, result.has_data, wide)
-    if plot is not None:
-        from dpn_cli.evaluation.drawing import plot_latency
-
-        plot_latency(plot, result.results, result.has_data)
-        console.note(f"Picture: {plot}")
+    try:
+        if as_json:
+            console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        else:
+            for each in result.results:
+                print_latency(each, result.has_data, wide)
+    finally:
+        if plot is not None:
+            with extra(f"the picture {plot} is not drawn"):
+                plot_latency(plot, result.results, result.has_data)
+            console.note(f"Picture: {plot}")

@@ -1,13 +1,18 @@
 """`dpn convert`: insert a pyramid into a LLaVA."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.commands.extras import extra
 from dpn_cli.commands.tables import SITES
 from dpn_cli.families.family import ALIASES
+
+if TYPE_CHECKING:
+    from dpn_cli.conversion.convert import Conversion
 
 PLACEMENTS = {
     "copied": "copied unchanged",
@@ -80,8 +85,20 @@ def command(
         chat_template=chat_template,
     )  # fmt: skip
 
-    if not dry_run:
-        workspace.remember(done.output)  # before anything is shown: the reader may be gone
+    try:
+        if not dry_run:  # before anything is shown: the reader may be gone
+            with extra(f"{workspace.FOLDER} cannot be written here, so pass  --model {done.output}"):
+                workspace.remember(done.output)
+    finally:
+        _show(done, link)
+    if dry_run:
+        console.note("Dry run: nothing was written.")
+        return
+    step = "export" if done.recipe == IMPORTED else "calibrate --data DATA"
+    console.note(f"Wrote {done.output}. Next: dpn {step}")
+
+
+def _show(done: "Conversion", link: bool) -> None:
     rows = [(str(site), ", ".join(map(str, site.experts))) for site in done.pyramid.sites]
     title = f"{done.source.reference} → {done.output} (recipe {done.recipe})"
     console.table(title, ["site", "experts"], rows, texts=["experts"], legend=SITES)
@@ -93,8 +110,3 @@ def command(
         f"{done.base_bytes / 1e6:,.1f} MB of tensors {PLACEMENTS[done.placement]}, {len(done.added)} tensors "
         f"({done.added_parameters:,} parameters) added."
     )
-    if dry_run:
-        console.note("Dry run: nothing was written.")
-        return
-    step = "export" if done.recipe == IMPORTED else "calibrate --data DATA"
-    console.note(f"Wrote {done.output}. Next: dpn {step}")

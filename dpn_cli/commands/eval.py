@@ -11,6 +11,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import data_options
+from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
@@ -30,6 +31,7 @@ from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions
+    from dpn_cli.evaluation.evaluate import Evaluation
 
 
 @click.command("eval")
@@ -122,6 +124,7 @@ def command(
     if data is None:
         _run_benchmarks(folder, tasks or "", budgets, batch_size, dtype, samples, include_path, as_json)
         return
+    from dpn_cli.commands.tables import print_evaluation
     from dpn_cli.evaluation.drawing import plot_evaluation
     from dpn_cli.evaluation.options import EvaluationOptions
     from dpn_cli.evaluation.run import evaluate_folder
@@ -130,23 +133,24 @@ def command(
         budgets=budgets, routes=routes, against=names, metric=metric, samples=samples, seed=seed,
         answer_tokens=max_new_tokens, batch_size=batch_size, dtype=dtype,
     )  # fmt: skip
+    about = {"checkpoint": str(folder), "data": data.name}
+
+    def deliver(result: "Evaluation") -> None:
+        try:
+            if as_json:
+                console.echo(json.dumps(about | result.to_dict(), indent=2, ensure_ascii=False))
+            else:
+                print_evaluation(result, wide)
+        finally:
+            if plot is not None:
+                with extra(f"the picture {plot} is not drawn"):
+                    plot_evaluation(plot, result)
+
     try:
-        result = evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER)
+        evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER, deliver=deliver)
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise
-    if result is None:
-        return
-    if plot is not None:
-        plot_evaluation(plot, result)
-    if as_json:
-        console.echo(
-            json.dumps({"checkpoint": str(folder), "data": data.name} | result.to_dict(), indent=2, ensure_ascii=False)
-        )
-        return
-    from dpn_cli.commands.tables import print_evaluation
-
-    print_evaluation(result, wide)
 
 
 def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequence[str], by: str | None) -> None:

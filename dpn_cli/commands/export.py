@@ -102,11 +102,16 @@ def command(
     done = export(folder, output, options, force)
     for note in done.notes:
         console.note(note)
-    url = hub.push(output, push, private) if push else None
+    url = None
+    try:
+        url = hub.push(output, push, private) if push else None
+    finally:
+        if as_json:
+            _print_json(done, budget, url)
+        else:
+            _show(done, budget)
     if as_json:
-        _print_json(done, budget, url)
         return
-    _show(done, budget)
     if done.num_verified is not None:
         console.note(f"{done.num_verified} tensors equal the checkpoint's, byte for byte.")
     if url:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,48 @@ class KeptResults:
     The folder is named by what the results depend on, so that another evaluation finds none of them.
     """
 
-    def __init__(self, depends_on: dict[str, Any], root: Path = FOLDER) -> None:
+    def __init__(self, depends_on: dict[str, Any], say: Callable[[str], None], root: Path = FOLDER) -> None:
         """Find the results of an earlier run.
+
+        Args:
+            depends_on: see `keeping`.
+            say: told if no more can be kept.
+            root: see `keeping`.
 
         Raises:
             UsageError: if .dpn leads elsewhere.
         """
         workspace.check_state_folder()
         self.depends_on = depends_on
+        self.say = say
         self.root = root
         self.folder = root / _digest(json.dumps(depends_on, sort_keys=True))
+        self.is_lost = False
 
-    def of(self, what: str) -> KeptFiles[list[Any]]:
+    def of(self, what: str) -> "KeptBatches":
         """Return the batches of one kind of result."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self._record, lambda path: write_json(path, self.depends_on))
-        return KeptFiles(
+        files = KeptFiles[list[Any]](
             self.folder,
             f"{_digest(what)}-{{:06d}}.json",
             read=lambda path: list(read_json(path)["results"]),
             write=lambda path, results: write_json(path, {"results": results}),
         )
+        return KeptBatches(self, files)
+
+    def save(self, files: KeptFiles[list[Any]], batch: int, results: list[Any]) -> None:
+        """Keep a batch, unless that has failed before: an evaluation goes on without."""
+        if self.is_lost:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._record.exists():
+                replace_file(self._record, lambda path: write_json(path, self.depends_on))
+            files.save(batch, results)
+        except OSError as error:
+            self.is_lost = True
+            self.say(
+                f"Note: {self.folder} cannot be written ({error.strerror}): a killed run will not go on from here."
+            )
 
     def unused(self) -> str | None:
         """Say which unfinished results of the same weights and data are not used, and why; None if there are none."""
@@ -60,12 +82,29 @@ class KeptResults:
     def drop(self) -> None:
         """Forget everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._record.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._record.unlink()
 
     @property
     def _record(self) -> Path:
         """Where it is written down what the results depend on, beside their folder."""
         return self.folder.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class KeptBatches:
+    """The batches of one kind of result."""
+
+    results: KeptResults
+    files: KeptFiles[list[Any]]
+
+    def load(self, batch: int) -> list[Any] | None:
+        """Return a batch, or None if it was not kept or cannot be read."""
+        return self.files.load(batch)
+
+    def save(self, batch: int, results: list[Any]) -> None:
+        """Keep a batch if that is possible."""
+        self.results.save(self.files, batch, results)
 
 
 @contextmanager
@@ -85,7 +124,7 @@ def keeping(
     Raises:
         UsageError: if another run is doing the same evaluation.
     """
-    kept = KeptResults(depends_on, root)
+    kept = KeptResults(depends_on, say, root)
     refusal = (
         f"this evaluation is being run by {{holder}}, which keeps its results in {kept.folder}: wait for it, or stop it"
     )

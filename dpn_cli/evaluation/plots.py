@@ -3,6 +3,7 @@
 Every method has a colour of its own, and a marker and a line style too.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,13 +52,15 @@ def check_plot(path: Path) -> None:
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
-        UsageError: if the format is unknown, or the folder is missing.
+        UsageError: if the format is unknown, or the folder is missing or cannot be written.
     """
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: expected a file that ends in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--plot {path}: the folder {path.parent} cannot be written")
 
 
 def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def evaluate_folder(
     options: EvaluationOptions,
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
+    deliver: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Evaluation | None:
     """Evaluate a converted or exported checkpoint; nothing is written into it.
 
@@ -45,6 +46,7 @@ def evaluate_folder(
         reporter: told what goes on, and about the progress.
         processes: the processes that evaluate together, each with this call; by default those that a launcher has
             started.
+        deliver: given the evaluation in the main process; until it has shown it, all results are kept.
 
     Returns:
         The evaluation; None in all processes but the main one.
@@ -81,6 +83,7 @@ def evaluate_folder(
         result = evaluate(evaluator, shown, options, reporter)
         if not processes.is_main:
             return None
+        deliver(result)
     for line in unmet(result.spendings, pyramid, folder, data):
         reporter.note(line)
     return result

@@ -56,6 +56,29 @@ def test_exit_codes(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["convert", str(tiny_llava), "-o", "out", "--force"]) == 0
 
 
+def test_a_current_folder_that_cannot_remember_costs_no_results(
+    tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(".dpn").write_text("mine")
+    assert main(["convert", str(tiny_llava), "-o", "out"]) == 1
+    captured = capsys.readouterr()
+    assert "before the first layer" in captured.out and Path("out/config.json").is_file()
+    error = "Error: the results are complete, but .dpn cannot be written here, so pass  --model out: File exists"
+    assert captured.err.splitlines()[-1] == error
+    assert Path(".dpn").read_text() == "mine"
+
+
+def test_a_current_folder_that_is_gone_is_refused_before_the_work(
+    tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["convert", str(tiny_llava), "-o", str(tmp_path / "out")]) == 2
+    assert "Error: the current folder was removed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_how_the_weights_came_is_said(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(tiny_llava), "-o", "linked", "--link", "--check-values", "--verify"]) == 0
     assert "shared with the source" in capsys.readouterr().err

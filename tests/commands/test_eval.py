@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpn_cli import channels
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.judging import Evaluator
+from tests.test_channels import Full
 
 
 @pytest.fixture
@@ -284,6 +287,65 @@ def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(
     monkeypatch.setattr(os, "open", read_only)
     assert evaluate() == 0
     assert "cannot be written (Read-only file system): no results are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_picture_that_fails_costs_no_results(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    assert evaluate(*option) == 0
+    undisturbed = capsys.readouterr().out
+    (data / "pictures").mkdir()
+    line = [*option, "--plot", "pictures/frontier.png"]
+    with monkeypatch.context() as patch:
+        judge = Evaluator.judge
+        patch.setattr(
+            Evaluator, "judge", lambda *args: (shutil.rmtree("pictures", ignore_errors=True), judge(*args))[1]
+        )
+        assert evaluate(*line) == 1
+    captured = capsys.readouterr()
+    assert captured.out == undisturbed
+    error = "Error: the results are complete, but the picture pictures/frontier.png is not drawn: No such file or "
+    assert captured.err.splitlines()[-1] == f"{error}directory"
+    (data / "pictures").mkdir()
+    monkeypatch.setattr(Evaluator, "_judge_batch", None)
+    assert evaluate(*line) == 0, "nothing is asked again"
+    assert (data / "pictures" / "frontier.png").is_file() and capsys.readouterr().out == undisturbed
+    assert not (data / ".dpn").exists()
+
+
+def test_results_that_could_not_be_printed_are_kept(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate("--json") == 0
+    undisturbed = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Full())
+        patch.setattr(channels, "silence", lambda *numbers: None)  # it is not this process's own
+        assert evaluate("--json") == 1
+    assert "stdout cannot be written (No space left on device): the results are not shown" in capsys.readouterr().err
+    monkeypatch.setattr(Evaluator, "_judge_batch", None)
+    assert evaluate("--json") == 0
+    assert capsys.readouterr().out == undisturbed
+
+
+def test_a_place_for_what_is_kept_that_is_lost_meanwhile_costs_no_results(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate("--json") == 0
+    undisturbed = capsys.readouterr().out
+    judge = Evaluator.judge
+
+    def meanwhile(self: Evaluator, *args: Any) -> Any:
+        shutil.rmtree(".dpn")
+        Path(".dpn").touch()
+        return judge(self, *args)
+
+    monkeypatch.setattr(Evaluator, "judge", meanwhile)
+    assert evaluate("--json", "--batch-size", "2") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["samples"] == json.loads(undisturbed)["samples"]
+    assert captured.err.count("cannot be written (") == 1 and "will not go on from here" in captured.err
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, methods = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
     undisturbed = judge(evaluator(folder), methods, samples)
-    kept = KeptResults({"a": 1}, tmp_path / "kept")
+    kept = KeptResults({"a": 1}, print, tmp_path / "kept")
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
@@ -123,7 +123,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     resumed = judge(second, methods, samples)
     assert resumed == undisturbed
     assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
-    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, tmp_path / "kept")), methods[:1], samples)
+    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, print, tmp_path / "kept")), methods[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
     assert not kept.folder.exists()
