@@ -110,9 +110,9 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     asked = [sample for sample in dataset.samples if sample.images]
     texts = [(sample, True) for sample in dataset.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
-    held, fitted = _split(len(samples), recipe)
+    held, fitted, further = _split(len(samples), recipe)
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
-    learned = [*((samples[i], asked[i].is_answered) for i in fitted), *texts]
+    learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
@@ -124,7 +124,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     if paper:
         objective = held_out_objective(routers, held_table)
     else:
-        learned_table = table.select(torch.arange(len(held), len(samples)))
+        learned_table = table.select(torch.arange(len(held), len(held) + len(fitted)))
         objective = _fit(job, routers, learned_table, held_table)
         if job.model.pyramid.routes is not None:
             means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
@@ -181,7 +181,7 @@ def _open(
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         processor = load_opened_processor(checkpoint, layout)
         dataset = load_data(
-            data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter,
+            data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter,
             check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
         )  # fmt: skip
         asked = [sample for sample in dataset.samples if sample.images]
@@ -229,11 +229,11 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
     return recipe.model_copy(update={"budget": cheapest})
 
 
-def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int]]:
-    """Return the rows that are held out, and those that are learned from."""
+def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
+    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    num_held = max(1, round(recipe.holdout * count))
-    return order[:num_held], order[num_held:]
+    num_held = max(1, round(recipe.holdout * min(count, recipe.samples)))
+    return order[:num_held], order[num_held : recipe.samples], order[recipe.samples :]
 
 
 def _start_afresh(routers: nn.ModuleList) -> None:

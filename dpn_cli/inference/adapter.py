@@ -55,6 +55,14 @@ def add_adapter(
     return adapter_parameters(model)
 
 
+def remove_adapter(model: PyramidGenerationMixin) -> None:
+    """Take the adapter off a model, which is then what it was before."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _peft().tuners.tuners_utils.BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return an adapter's parameters by their names in the model, cast to float32 in place."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}

@@ -157,6 +157,8 @@ class HealRecipe(TrainingRecipe):
 
     Attributes:
         method: `none`, or `lora`: a low-rank adapter, merged into the weights at export.
+        samples: Number of samples to train on, where that is more than the calibration measures; those that come in
+            addition take no part in fitting the routers.
         rank: Rank of the adapter.
         alpha: the adapter's output is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
@@ -164,9 +166,12 @@ class HealRecipe(TrainingRecipe):
         ce_weight: Weight of the cross-entropy to the labels, where the data has them and the route reduces tokens.
         budget_spread: routes are drawn with a FLOPs fraction within the budget ± so much.
         full_share: Share of forward passes that keep every token, so that the full model stays the teacher.
+        judge_every: Number of steps between two looks at samples that are held out: the adapter that does best on them
+            is kept, and none if every one does harm.
     """
 
     method: Literal["none", "lora"] = "none"
+    samples: Annotated[int, Field(ge=1)] | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
@@ -174,6 +179,7 @@ class HealRecipe(TrainingRecipe):
     ce_weight: Annotated[float, Field(ge=0)] = 0.1
     budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.2
     full_share: Annotated[float, Field(ge=0, le=1)] = 0.15
+    judge_every: Annotated[int, Field(ge=1)] = 25
 
 
 class PaperRecipe(TrainingRecipe):
@@ -253,6 +259,11 @@ class CalibrationRecipe(_Section):
     objective: Literal["rate_distortion", "paper"] = "rate_distortion"
     heal: HealRecipe = HealRecipe()
     paper: PaperRecipe = PaperRecipe()
+
+    @property
+    def samples_read(self) -> int:
+        """How many samples to take from the data, those that only healing reads included."""
+        return max(self.samples, self.heal.samples or 0) if self.heal.method == "lora" else self.samples
 
 
 class Recipe(_Section):

@@ -5,6 +5,7 @@ forward pass takes one route, drawn around the budget; some take the full route,
 what it was.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits
-from dpn_cli.calibration.training.loop import Draw, Draws, TrainingReport, train
+from dpn_cli.calibration.training.loop import Draw, Draws, Judge, TrainingReport, train
 from dpn_cli.data.encoding import Example
-from dpn_cli.inference.adapter import add_adapter
+from dpn_cli.inference.adapter import add_adapter, remove_adapter
 from dpn_cli.inference.scoring import divergence
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -25,6 +26,8 @@ from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.recipe import HealRecipe
 
+MOST_HELD_OUT = 64  # samples that judge; an eighth of all where that is fewer
+ROUTES_PER_HELD_OUT = 4
 
 def heal(
     model: PyramidGenerationMixin,
@@ -40,6 +43,8 @@ def heal(
     advance: Callable[[int], None] = lambda steps: None,
 ) -> TrainingReport:
     """Train an adapter; the model carries it from then on, all else of it is untouched.
+
+    A part of the samples only judges. What did best on it is kept: an adapter, or none if every one did harm.
 
     Args:
         model: converted, without an adapter, in eval mode.
@@ -58,12 +63,26 @@ def heal(
         MissingExtraError: if peft is not installed.
     """
     parameters = add_adapter(model, recipe.rank, recipe.alpha, recipe.target_modules, seed)
+    order = random.Random(f"{seed}, held out").sample(range(len(examples)), len(examples))
+    count = min(MOST_HELD_OUT, len(examples) // 8)
+    held, learned = order[:count], order[count:]
 
-    def loss_of(draw: Draw) -> torch.Tensor:
-        trunk = run_trunk(model, [examples[i] for i in draw.rows], [has_labels[i] for i in draw.rows], pad_token_id)
-        return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
+    def loss_on(some: Sequence[int], recipe: HealRecipe) -> Callable[[Draw], torch.Tensor]:
+        def loss_of(draw: Draw) -> torch.Tensor:
+            rows = [some[i] for i in draw.rows]
+            trunk = run_trunk(model, [examples[i] for i in rows], [has_labels[i] for i in rows], pad_token_id)
+            return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
 
-    return train(model, parameters, loss_of, Draws(len(examples), recipe, seed), state, processes, advance)
+        return loss_of
+
+    divergence_alone = loss_on(held, recipe.model_copy(update={"ce_weight": 0.0}))
+    passes = math.ceil(ROUTES_PER_HELD_OUT * len(held) / recipe.batch_size)
+    judge = Judge(divergence_alone, Draws(len(held), recipe, seed), passes, recipe.judge_every) if held else None
+    draws = Draws(len(learned), recipe, seed)
+    report = train(model, parameters, loss_on(learned, recipe), draws, state, processes, advance, judge)
+    if report.kept == 0:
+        remove_adapter(model)
+    return report
 
 
 def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:

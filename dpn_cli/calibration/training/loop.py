@@ -1,7 +1,8 @@
 """Training a few parameters for a number of steps: the loop that healing and the paper's objective share.
 
 Nothing is drawn from a random state that runs along: what a step sees follows from the seed and its number, so that
-a run that was killed goes on exactly as it would have gone.
+a run that was killed goes on exactly as it would have gone. Where held-out samples judge, the parameters that did best
+on them are kept, be they the untrained ones.
 """
 
 import math
@@ -34,19 +35,30 @@ class TrainingReport:
     Attributes:
         trained: parameters that were trained.
         loss: Loss, per step.
+        held_out: Loss on held-out samples by the number of steps done; empty if none judge.
     """
 
     trained: int
     loss: list[float]
+    held_out: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """The number of steps after which the parameters were kept."""
+        return min(self.held_out, key=self.held_out.__getitem__) if self.held_out else len(self.loss)
 
     def summary(self) -> dict[str, Any]:
         """Return plain data: the loss is the mean of the first and of the last tenth of the steps."""
         tenth = max(1, len(self.loss) // 10)
+        looks = self.held_out
+        judged = {"held_out_at_first": looks[0], "held_out_at_kept": looks[self.kept]} if looks else {}
         return {
             "trained_parameters": self.trained,
             "steps": len(self.loss),
             "loss_at_first": sum(self.loss[:tenth]) / tenth,
             "loss_at_last": sum(self.loss[-tenth:]) / tenth,
+            "kept_after": self.kept,
+            **judged,
         }
 
 
@@ -64,6 +76,44 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Held-out samples that say which parameters to keep.
+
+    Attributes:
+        loss_of: The loss of one forward pass on them, a mean over its samples.
+        draws: What the passes are about; the same at every look.
+        passes: Number of passes of a look.
+        every: Number of steps between two looks.
+    """
+
+    loss_of: Callable[[Draw], torch.Tensor]
+    draws: "Draws"
+    passes: int
+    every: int
+
+
+@dataclass
+class _Progress:
+    """How far training is.
+
+    Attributes:
+        loss: Loss, per step so far.
+        held_out: See `TrainingReport`.
+        best: Parameters that did best on held-out samples, by name.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def note(self, held_out: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take down a look at held-out samples, and the parameters if none did better."""
+        if held_out < min(self.held_out.values(), default=math.inf):
+            self.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.held_out[len(self.loss)] = held_out
+
+
+@dataclass(frozen=True)
 class Draws:
     """The samples of every forward pass: each once per epoch, shuffled anew in each."""
 
@@ -74,8 +124,11 @@ class Draws:
 
     def at(self, step: int, part: int) -> Draw:
         """Return the draw of one of a step's forward passes."""
+        return self.of(step * self.recipe.gradient_accumulation + part)
+
+    def of(self, number: int) -> Draw:
+        """Return the draw of a forward pass by its number, counted from 0 over all steps."""
         recipe = self.recipe
-        number = step * recipe.gradient_accumulation + part
         first = number * recipe.batch_size
         rows = [self._order(i // self.count)[i % self.count] for i in range(first, first + recipe.batch_size)]
         return Draw(rows, random.Random(f"{self.seed}, pass {number}"))
@@ -96,6 +149,7 @@ def train(
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
+    judge: Judge | None = None,
 ) -> TrainingReport:
     """Train parameters of a model in place; afterwards no parameter of it asks for a gradient.
 
@@ -109,14 +163,17 @@ def train(
         state: a folder; the state is kept there every few steps, and found there after a kill; the main process's.
         processes: that train together; the parameters are the same in all.
         advance: called with the number of steps done.
+        judge: decides which parameters to keep; by default the last ones are.
 
     Raises:
         DpnError: if the loss or its gradient is not a finite number.
     """
     with training_mode(model, draws.recipe.gradient_checkpointing):
-        loss = _steps(parameters, loss_of, draws, model.dtype, state, processes, advance)
+        progress = _steps(parameters, loss_of, draws, model.dtype, state, processes, advance, judge)
+    for name, tensor in progress.best.items():
+        parameters[name].data.copy_(tensor)
     model.requires_grad_(False)
-    return TrainingReport(sum(p.numel() for p in parameters.values()), loss)
+    return TrainingReport(sum(p.numel() for p in parameters.values()), progress.loss, progress.held_out)
 
 
 def _steps(
@@ -127,15 +184,18 @@ def _steps(
     state: Path | None,
     processes: Processes,
     advance: Callable[[int], None],
-) -> list[float]:
-    """Take the steps that are left; return the loss of every step."""
+    judge: Judge | None,
+) -> _Progress:
+    """Take the steps that are left, and look at held-out samples now and then."""
     recipe = draws.recipe
     optimizer = _optimizer(parameters, recipe)
     scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16)
     path = state / STATE_FILE if state else None
-    history = _restore(processes.agree(_read(path, parameters)), parameters, optimizer, scaler)
-    advance(len(history))
-    for step in range(len(history), recipe.steps):
+    progress = _restore(processes.agree(_read(path, parameters)), parameters, optimizer, scaler)
+    advance(len(progress.loss))
+    for step in range(len(progress.loss), recipe.steps):
+        if judge and step % judge.every == 0:
+            progress.note(_look(judge, processes), parameters)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         loss = _backward(loss_of, draws, step, scaler, processes)
@@ -151,11 +211,13 @@ def _steps(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        history.append(loss)
-        if path and (len(history) % recipe.save_every == 0 or len(history) == recipe.steps):
-            _save(path, parameters, optimizer, scaler, history)
+        progress.loss.append(loss)
+        if judge and step + 1 == recipe.steps:
+            progress.note(_look(judge, processes), parameters)
+        if path and ((step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps):
+            _save(path, parameters, optimizer, scaler, progress)
         advance(1)
-    return history
+    return progress
 
 
 def _backward(
@@ -169,6 +231,15 @@ def _backward(
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
     return sum(processes.gather(loss))
+
+
+@torch.no_grad()
+def _look(judge: Judge, processes: Processes) -> float:
+    """Return the mean loss of all held-out passes; this process runs its share."""
+    with processes.as_one():
+        parts = range(processes.index, judge.passes, processes.count)
+        loss = sum(judge.loss_of(judge.draws.of(part)).item() for part in parts)
+    return sum(processes.gather(loss)) / judge.passes
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -188,13 +259,15 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -
 
 
 def _save(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, history: list[float]
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, progress: _Progress
 ) -> None:
     content = {
         "parameters": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "history": history,
+        "history": progress.loss,
+        "held_out": progress.held_out,
+        "best": {name: tensor.cpu() for name, tensor in progress.best.items()},
     }
     replace_file(path, lambda stage: torch.save(content, stage))
 
@@ -213,12 +286,12 @@ def _read(path: Path | None, parameters: Mapping[str, nn.Parameter]) -> dict[str
 
 def _restore(
     content: dict[str, Any] | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any
-) -> list[float]:
-    """Bring a kept state back; return its history."""
+) -> _Progress:
+    """Bring a kept state back; return how far it was."""
     if content is None:
-        return []
+        return _Progress()
     for name, parameter in parameters.items():
         parameter.data.copy_(content["parameters"][name])
     optimizer.load_state_dict(content["optimizer"])
     scaler.load_state_dict(content["scaler"])
-    return list(content["history"])
+    return _Progress(list(content["history"]), dict(content["held_out"]), dict(content["best"]))

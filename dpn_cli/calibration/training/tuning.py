@@ -105,4 +105,15 @@ def tune(
         if recipe.objective == "paper":
             return train_as_paper(model, examples, recipe, advance=advance, **options)
         has_labels = [labelled for _, labelled in samples]
-        return heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)
+        report = heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)
+    if report.held_out:
+        reporter.note(_outcome(report))
+    return report
+
+
+def _outcome(report: TrainingReport) -> str:
+    """Say what held-out samples say of healing."""
+    if report.kept == 0:
+        return "Healing did no good on held-out samples, so the model stays without an adapter."
+    before, after = report.held_out[0], report.held_out[report.kept]
+    return f"On held-out samples, healing lowers the KL from {before:.3f} to {after:.3f} nats ({report.kept} steps)."

@@ -176,6 +176,38 @@ def test_half_precision_trains_a_float32_adapter(make_pair: Any, examples: list[
     assert all(parameter.abs().sum() > 0 for parameter in moved)
 
 
+def test_what_did_best_on_held_out_samples_is_kept(make_pair: Any, examples: list[Example]) -> None:
+    recipe = RECIPE.model_copy(update={"steps": 12, "judge_every": 3, "learning_rate": 0.3})  # soon leads astray
+    _, model = make_pair()
+    report = run(model, examples * 3, recipe)
+    assert list(report.held_out) == [0, 3, 6, 9, 12]
+    assert report.held_out[report.kept] == min(report.held_out.values()) < report.held_out[12]
+    figures = report.summary()
+    assert figures["kept_after"] == report.kept
+    assert figures["held_out_at_kept"] <= figures["held_out_at_first"]
+
+
+def test_where_every_adapter_does_harm_none_is_kept(
+    make_pair: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, model = make_pair()
+    before = weights(model)
+
+    def harmful(*args: Any) -> torch.Tensor:
+        return -heal_loss(*args) if torch.is_grad_enabled() else heal_loss(*args)
+
+    monkeypatch.setattr(healing, "heal_loss", harmful)
+    report = run(model, examples * 3, RECIPE.model_copy(update={"judge_every": 3}))
+    assert report.kept == 0
+    assert not model.is_adapted
+    after = weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        model.set_route(model.pyramid.full_route)
+        assert torch.equal(forward(model, examples[0]), forward(stock, examples[0]))
+
+
 def test_a_loss_that_is_no_number_ends_the_run(
     make_pair: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

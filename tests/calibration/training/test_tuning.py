@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +15,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.training import heal as healing
 from dpn_cli.calibration.training import tuning
+from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
@@ -46,6 +50,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({"id": "text", "conversations": text})
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_adapter_is_kept() -> Iterator[None]:
+    """Let no held-out samples judge: three steps make no good adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "MOST_HELD_OUT", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +194,9 @@ def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
     shutil.copytree(converted, tmp_path / "tiny-dpn")
     seen: dict[str, bool] = {}
 
-    def spy(model: Any, examples: Any, has_labels: Any, *args: Any, **options: Any) -> None:
+    def spy(model: Any, examples: Any, has_labels: Any, *args: Any, **options: Any) -> TrainingReport:
         seen.update({sample.id: labelled for sample, labelled in zip(examples.samples, has_labels, strict=True)})
+        return TrainingReport(0, [0.0])
 
     monkeypatch.setattr(tuning, "heal", spy)
     report = run(tmp_path / "tiny-dpn", data, RECIPE)
@@ -191,6 +204,24 @@ def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
     assert len(seen) == 13
     assert seen.pop("text")
     assert {labelled == (int(i) < 8) for i, labelled in seen.items()} == {True}
+
+
+def test_samples_that_only_healing_reads_come_in_addition(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(converted, tmp_path / "tiny-dpn")
+    seen: list[int] = []
+
+    def spy(model: Any, examples: Any, *args: Any, **options: Any) -> TrainingReport:
+        seen.append(len(examples))
+        return TrainingReport(0, [0.0])
+
+    monkeypatch.setattr(tuning, "heal", spy)
+    monkeypatch.setattr(calibration, "MIN_SAMPLES", 4)
+    heal = HEAL.model_copy(update={"samples": 14})
+    report = run(tmp_path / "tiny-dpn", data, RECIPE.model_copy(update={"samples": 8, "heal": heal}))
+    assert report.settings["held_out"] == 2
+    assert seen in ([14 - 2], [14 - 2 + 1])  # the row of text is met on the way, or not
 
 
 def test_the_papers_objective_trains_routers_and_adapter(tiny_llava: Path, data: Path, tmp_path: Path) -> None:
