@@ -20,11 +20,11 @@ import torch
 
 from dpn_cli import console
 from dpn_cli.calibration.policy import Policy, outcome
-from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.store import REPORT_FILE
 from dpn_cli.checkpoint.layout import open_converted
-from dpn_cli.data.encoding import encode
+from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.generation import greedy_answers
@@ -149,8 +149,9 @@ def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> M
     with network.teacher():
         answers = greedy_answers(network, processor, held_out, batch_size, ANSWER_TOKENS)
     asked = [sample.answered(answer) for sample, answer in zip(held_out, answers, strict=True)]
-    examples = [encode(sample, processor, ANSWER_TOKENS) for sample in asked]
-    grids, pad = sample_grids(network, examples), processor.tokenizer.pad_token_id
+    examples = Encoded(asked, processor, ANSWER_TOKENS)
+    layout, pad = open_converted(model)[1], processor.tokenizer.pad_token_id
+    grids = [expected_grids(sample, layout) for sample in asked]
 
     def down(tree: RouteTree, title: str) -> RouteTable:
         batches = plan_batches(tree, network.pyramid, grids, batch_size, None)

@@ -21,8 +21,9 @@ import click
 import torch
 
 from dpn_cli import console
-from dpn_cli.calibration.rollout import Batch, RouteTree, measure, plan_batches, sample_grids
-from dpn_cli.data.encoding import IGNORED, Example, collate, encode
+from dpn_cli.calibration.rollout import Batch, RouteTree, measure, plan_batches
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.data.encoding import IGNORED, Example, collate, encode, expected_grids
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.loading import default_device, load_model, load_processor
@@ -56,8 +57,10 @@ class Job:
         model = load_model(self.model, device_map=default_device())
         processor = load_processor(self.model)
         rows = load_data(DataOptions(self.data), limit=self.samples).samples
-        examples = [encode(sample, processor, answer_tokens=8) for sample in rows if sample.images]
-        grids = sample_grids(model, examples)
+        samples = [sample for sample in rows if sample.images]
+        examples = [encode(sample, processor, answer_tokens=8) for sample in samples]
+        layout = open_converted(self.model)[1]
+        grids = [expected_grids(sample, layout) for sample in samples]
         tree = RouteTree.of(model.pyramid, grids)
         batches = plan_batches(tree, model.pyramid, grids, self.batch_size, None)
         return model, examples, tree, batches, processor.tokenizer.pad_token_id

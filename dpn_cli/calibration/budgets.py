@@ -7,6 +7,7 @@ from torch import nn
 
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import Budget
 
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
@@ -17,6 +18,7 @@ CONFIDENCE = 1.64  # standard errors: 95%, one-sided
 TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those that are tried
 
 
+@one_thread()
 def budget_table(
     routers: nn.ModuleList, table: RouteTable, mean_distortions: Sequence[float] = ()
 ) -> tuple[Budget, ...]:

@@ -14,7 +14,7 @@ from dpn_cli.calibration.cases import answer_both, extremes
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
-from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import calibrating, save_calibration, sweep
@@ -26,9 +26,9 @@ from dpn_cli.calibration.training.tuning import (
     validate_processes,
 )
 from dpn_cli.checkpoint.initial import initial_tensors
-from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data.encoding import encode, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.encoding import Encoded, expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
@@ -119,12 +119,12 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
     if not processes.is_main:
         return None
-    held_table = table.select(torch.arange(len(held)))
+    held_table = table.part(range(len(held)))
     routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
         objective = held_out_objective(routers, held_table)
     else:
-        learned_table = table.select(torch.arange(len(held), len(held) + len(fitted)))
+        learned_table = table.part(range(len(held), len(held) + len(fitted)))
         objective = _fit(job, routers, learned_table, held_table)
         if job.model.pyramid.routes is not None:
             means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
@@ -153,6 +153,7 @@ class _Job:
     """
 
     model: PyramidGenerationMixin
+    layout: LlavaLayout
     processor: Any
     recipe: CalibrationRecipe
     state: MeasurementState | None
@@ -216,7 +217,7 @@ def _open(
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; model in {model.dtype} on {model.device}{together}")
-    return _Job(model, processor, recipe, state, processes, reporter, lengths, surveyed), dataset
+    return _Job(model, layout, processor, recipe, state, processes, reporter, lengths, surveyed), dataset
 
 
 def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
@@ -269,8 +270,8 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tup
     model, recipe, pieces = job.model, job.recipe, 0
     with job.processes.as_one():
         some = samples[: FINAL_SAMPLES * recipe.survey.samples]
-        examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in some]
-    grids = sample_grids(model, examples)
+        examples = Encoded(some, job.processor, recipe.answer_tokens)
+        grids = [expected_grids(sample, job.layout) for sample in some]
 
     def measure_some(title: str, tree: RouteTree, count: int) -> RouteTable:
         nonlocal pieces
@@ -279,7 +280,7 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tup
         pieces += len(batches)
         with job.reporter.progress(title, len(grids[:count])) as advance:
             pad = job.processor.tokenizer.pad_token_id
-            table = measure(model, examples[:count], tree, batches, pad, kept, job.processes, advance)
+            table = measure(model, examples[:count], tree, batches, pad, kept, processes=job.processes, advance=advance)
         return job.processes.agree(table)
 
     with model.as_pyramid(pyramid):
@@ -303,15 +304,15 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
     """
     model, recipe = job.model, job.recipe
     with job.processes.as_one():
-        examples = [encode(sample, job.processor, recipe.answer_tokens) for sample in samples]
-    grids = sample_grids(model, examples)
+        examples = Encoded(samples, job.processor, recipe.answer_tokens)
+        grids = [expected_grids(sample, job.layout) for sample in samples]
     num_routes = None if recipe.routes == "all" else recipe.routes
     tree = RouteTree.of(model.pyramid, grids)
     batches = plan_batches(tree, model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
-    kept = job.state.measurements if job.state else None
+    kept, features = (job.state.measurements, job.state.features) if job.state else (None, None)
     with job.reporter.progress("measuring routes", len(examples)) as advance:
         pad = job.processor.tokenizer.pad_token_id
-        table = measure(model, examples, tree, batches, pad, kept, job.processes, advance)
+        table = measure(model, examples, tree, batches, pad, kept, features, job.processes, advance)
     return table, grids
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.inference.threads import one_thread
 
 BATCH = 64  # samples per step
 EVALUATE_EVERY = 5  # epochs
@@ -46,6 +47,7 @@ def spread_of_trade_offs(count: int) -> torch.Tensor:
     return low * (high / low) ** torch.linspace(0, 1, count)
 
 
+@one_thread()
 def fit_routers(
     routers: nn.ModuleList,
     table: RouteTable,
@@ -88,6 +90,7 @@ def fit_routers(
     return Fit(best[0], best[1], history)
 
 
+@one_thread()
 def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
     """Return D + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ; see `Fit`."""
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.routers import trusted
 from dpn_cli.pyramid.config import PyramidConfig, Route
 
@@ -29,6 +30,7 @@ class Policy:
     logits: torch.Tensor
 
     @classmethod
+    @one_thread()
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
         """Ask the routers at every prefix of every sample."""
         columns = [routers[len(prefix)](table.features[:, node]) for node, prefix in enumerate(table.tree.prefixes)]

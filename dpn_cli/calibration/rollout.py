@@ -10,17 +10,18 @@ Shapes: N samples, B batch, A answer tokens, R routes, P prefixes, D hidden, V v
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from dpn_cli.calibration.features import StoredFeatures
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.data.encoding import Example, collate
 from dpn_cli.errors import DataError
 from dpn_cli.inference.scoring import answer_log_probs, answer_positions, mean_by_row
 from dpn_cli.modeling.state import PyramidState
-from dpn_cli.modeling.visual import GRID_INPUTS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Kept, Processes
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -62,7 +63,8 @@ class RouteTable:
 
     Attributes:
         tree: names the columns.
-        features: [N, P, inputs, D] in float16, what a router reads at every prefix of a measured route.
+        features: [N, P, inputs, D] in float16, what a router reads at every prefix of a measured route; in memory or
+            in a file.
         offered: [N, R] bool, whether the sample may take the route.
         distortion: [N, R] KL(teacher ‖ route) in nats, the mean over the answer tokens; NaN where not measured.
         agreement: [N, R] fraction of the answer tokens whose most likely token is the teacher's; NaN likewise.
@@ -70,7 +72,7 @@ class RouteTable:
     """
 
     tree: RouteTree
-    features: torch.Tensor
+    features: torch.Tensor | StoredFeatures
     offered: torch.Tensor
     distortion: torch.Tensor
     agreement: torch.Tensor
@@ -82,15 +84,19 @@ class RouteTable:
         return ~self.distortion.isnan()
 
     def select(self, rows: torch.Tensor) -> "RouteTable":
-        """Return the table of some samples."""
-        columns = (self.features, self.offered, self.distortion, self.agreement, self.fraction)
-        return RouteTable(self.tree, *(column[rows] for column in columns))
+        """Return the table of some samples, in memory."""
+        return self._of(rows, self.features[rows])
 
-    @property
-    def bytes_per_sample(self) -> int:
-        """Return the size of a row."""
-        columns = (self.features, self.offered, self.distortion, self.agreement, self.fraction)
-        return sum(column[:1].nbytes for column in columns)
+    def part(self, rows: Sequence[int]) -> "RouteTable":
+        """Return the table of some samples; features that are in a file stay there."""
+        features = self.features
+        return self._of(
+            torch.tensor(rows), features.part(rows) if isinstance(features, StoredFeatures) else features[rows]
+        )
+
+    def _of(self, rows: torch.Tensor, features: torch.Tensor | StoredFeatures) -> "RouteTable":
+        columns = (self.offered, self.distortion, self.agreement, self.fraction)
+        return RouteTable(self.tree, features, *(column[rows] for column in columns))
 
 
 @dataclass(frozen=True)
@@ -99,15 +105,6 @@ class Batch:
 
     rows: tuple[int, ...]
     routes: tuple[Route, ...]
-
-
-def sample_grids(model: PyramidGenerationMixin, examples: Sequence[Example]) -> list[tuple[Grid, ...]]:
-    """Return the visual grids of every example."""
-    grids = []
-    for example in examples:
-        sizes = {name: tensor for name, tensor in example.visual.items() if name in GRID_INPUTS}
-        grids.append(model.model.image_grids(len(example.visual.get("pixel_values", ())), **sizes))
-    return grids
 
 
 def plan_batches(
@@ -160,6 +157,7 @@ def measure(
     batches: Sequence[Batch],
     pad_token_id: int,
     kept: Kept[dict[str, torch.Tensor]] | None = None,
+    features: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda done: None,
 ) -> RouteTable:
@@ -172,6 +170,7 @@ def measure(
         batches: Batches that `plan_batches` made.
         pad_token_id: fills up the shorter samples of a batch.
         kept: keeps each batch as soon as it is measured, and brings back those of an earlier run.
+        features: the file to keep in what routers read; None to keep it in memory.
         processes: that measure together, a batch at a time each.
         advance: called with the number of samples done after each batch.
 
@@ -183,9 +182,10 @@ def measure(
     """
     hidden_size, num_inputs = model.text_model.shape.hidden_size, model.pyramid.router.num_inputs
     size = (len(examples), len(tree.routes))
+    read = (len(examples), len(tree.prefixes), num_inputs, hidden_size)
     table = RouteTable(
         tree=tree,
-        features=torch.zeros(len(examples), len(tree.prefixes), num_inputs, hidden_size, dtype=torch.float16),
+        features=StoredFeatures.create(features, read) if features else torch.zeros(read, dtype=torch.float16),
         offered=torch.zeros(size, dtype=torch.bool),
         distortion=torch.full(size, torch.nan),
         agreement=torch.full(size, torch.nan),

@@ -29,6 +29,7 @@ class MeasurementState:
         answers: the teacher's, by batch.
         surveys: the columns of a batch's candidates, by round and batch.
         measurements: the columns of a batch's rows in the route table, by batch.
+        features: the file for what routers read, of all batches.
     """
 
     def __init__(self, checkpoint: Path, fingerprint: dict[str, Any]) -> None:
@@ -60,6 +61,7 @@ class MeasurementState:
             read=load_file,
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )
+        self.features = self.folder / "features.bin"
         stored = self._stored_fingerprint()
         if stored is None:  # a kill may have left batches of nobody knows what
             drop_state(checkpoint)

@@ -15,6 +15,7 @@ import torch
 
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
 from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree
+from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.recipe import SurveyRecipe
@@ -67,6 +68,7 @@ class Candidates:
         routes = (*self.routes, *(other.routes[i] for i in new))
         return Candidates(routes, *(torch.cat([a, b[:, new]], dim=1) for a, b in pairs))
 
+    @one_thread()
     def best_set(self, size: int) -> list[int]:
         """Return the indices of the routes to have, the full one first; at most `size`.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jinja2 import TemplateError
@@ -99,6 +99,30 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
         labels += tokens if piece.labelled else [IGNORED] * len(tokens)
     name = f"row {sample.row}" if sample.row else f"sample {sample.id}"
     return Example(torch.tensor(ids), torch.tensor(labels), visual, name)
+
+
+class Encoded(Sequence[Example]):
+    """Samples that are encoded whenever they are asked for, so that their pixels are never all in memory."""
+
+    def __init__(self, samples: Sequence[Sample], processor: Any, answer_tokens: int) -> None:
+        self.samples = samples
+        self.processor = processor
+        self.answer_tokens = answer_tokens
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Encoded": ...
+
+    def __getitem__(self, index: int | slice) -> "Example | Encoded":
+        """Encode one sample, or return some that are not encoded yet."""
+        if isinstance(index, slice):
+            return Encoded(self.samples[index], self.processor, self.answer_tokens)
+        return encode(self.samples[index], self.processor, self.answer_tokens)
 
 
 def _visual(images: Sequence[Image.Image], processor: Any) -> dict[str, torch.Tensor]:

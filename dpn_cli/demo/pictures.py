@@ -24,15 +24,20 @@ __all__ = ["GRAINS", "GRID", "KINDS", "PATCH", "SIZE", "Grain", "Sample", "Scene
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with one question, for calibration and evaluation."""
+    """A picture with one question, for calibration and evaluation; it is drawn when it is asked for."""
 
     id: str
-    image: Image.Image
+    scene: Scene
     question: str
     answer: str
     kind: str
     grain: Grain
     looks: tuple[Look, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        """Draw the picture."""
+        return Image.fromarray(draw(self.scene))
 
 
 def stream(split: Split, seed: int = 0) -> Random:
@@ -69,9 +74,8 @@ def samples(split: Split, count: int, seed: int = 0) -> Iterator[Sample]:
         while turn is None:
             scene = next(endless)
             turn = ask(KINDS[index % len(KINDS)], scene, rng)
-        picture = Image.fromarray(draw(scene))
         grain = GRAINS[turn.kind]
-        yield Sample(f"{split}-{seed}-{index}", picture, turn.question, turn.answer, turn.kind, grain, turn.looks)
+        yield Sample(f"{split}-{seed}-{index}", scene, turn.question, turn.answer, turn.kind, grain, turn.looks)
 
 
 def corpus() -> list[str]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dpn_cli.calibration.rollout import RouteTree, measure, plan_batches, sample_grids
+from dpn_cli.calibration.rollout import RouteTree, measure, plan_batches
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
-from dpn_cli.data.encoding import IGNORED, collate, encode, prompts, token_limit
+from dpn_cli.data.encoding import IGNORED, collate, encode, expected_grids, prompts, token_limit
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.judging import Evaluator
@@ -89,7 +89,8 @@ def test_measured_routes_equal_forced_forwards(converted: Path) -> None:
     images = [(WIDE,), (TALL,), (SQUARE, WIDE), (SQUARE,)]
     samples = [Sample(str(i), each, (Turn("what is this ?", "red circle"),)) for i, each in enumerate(images)]
     examples = [encode(sample, processor, answer_tokens=8) for sample in samples]
-    grids = sample_grids(model, examples)
+    layout = open_converted(converted)[1]
+    grids = [expected_grids(sample, layout) for sample in samples]
     assert len(set(grids)) == 4
     tree = RouteTree.of(model.pyramid, grids)
     batches = plan_batches(tree, model.pyramid, grids, 4, None)
@@ -104,6 +105,7 @@ def test_measured_routes_equal_forced_forwards(converted: Path) -> None:
             model.set_route(route)
             with torch.no_grad():
                 student = model(**inputs).logits[0, answers].log_softmax(-1)
+            assert model.last_grids == [grids[row]]
             divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
             assert table.distortion[row, column] == pytest.approx(divergence.item(), abs=1e-4)
 

@@ -7,28 +7,13 @@ from typing import Any
 from dpn_cli.calibration.training.heal import heal
 from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.calibration.training.paper import train_as_paper
-from dpn_cli.data.encoding import Example, encode
+from dpn_cli.data.encoding import Encoded
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.recipe import CalibrationRecipe, TrainingRecipe
 from dpn_cli.reporter import Reporter
-
-
-class Encoded(Sequence[Example]):
-    """Samples that are encoded when they are asked for, so that their pixels are not all in memory."""
-
-    def __init__(self, samples: Sequence[Sample], processor: Any, answer_tokens: int) -> None:
-        self.samples = samples
-        self.processor = processor
-        self.answer_tokens = answer_tokens
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return encode(self.samples[index], self.processor, self.answer_tokens)
 
 
 def training_recipe(recipe: CalibrationRecipe) -> TrainingRecipe | None:
