@@ -30,9 +30,10 @@ DPN = (sys.executable, "-P", "-m", "dpn_cli")
 
 @dataclass(frozen=True)
 class Run:
-    """A process that ended well: seconds on the clock, and its peak memory in bytes."""
+    """A process that ended well: seconds on the clock and of the CPU, and its peak memory in bytes."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -50,7 +51,8 @@ def run(*args: str | Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise click.ClickException(f"{' '.join(map(str, args))} ended with {process.returncode}: {said}")
-    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Run(time.perf_counter() - start, cpu_seconds, usage.ru_maxrss * 1024)
 
 
 def cold(source: Path) -> None:
