@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from dpn_cli.calibration.survey import FINAL_SAMPLES, MOST_EXPERTS, SHORTLIST, children
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -14,8 +15,9 @@ from dpn_cli.pyramid.reach import Length
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.pyramid.shape import DecoderShape
 
-EFFICIENCY = 0.5  # of a forward pass, as a share of the speed of its largest matrix product alone
-_PRODUCT_S = 0.2  # for how long the speed of the product is measured
+EFFICIENCY = 0.5  # of a calibration's forward passes, as a share of the speed of decoder layers alone
+_MEASURED_S = 0.2  # for how long each size of a decoder layer is measured
+_FIRST_TOKENS = 64
 _FLOAT_BYTES = 4
 
 
@@ -88,7 +90,7 @@ def forecast(
     )
     answering = unanswered * (whole + vision + recipe.answer_tokens * whole / _mean_tokens(lengths))
     flops = answering + sum(samples * (vision + routes * per_route) for samples, routes in passes)
-    speed = EFFICIENCY * product_speed(model, recipe.batch_size * round(_mean_tokens(lengths)))
+    speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
@@ -98,25 +100,57 @@ def forecast(
     )  # fmt: skip
 
 
-def product_speed(model: Model, tokens: int) -> float:
-    """Measure the FLOPs per second of the decoder's largest matrix product on a batch of so many tokens."""
-    shape = model.shape
-    left = torch.ones(tokens, shape.hidden_size, dtype=model.dtype, device=model.device)
-    right = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=model.dtype, device=model.device)
-    flops = 2 * tokens * shape.hidden_size * shape.intermediate_size
+def layer_speed(model: Model, batch_size: int, tokens: int) -> float:
+    """Measure the FLOPs per second of a decoder layer, with as much of a batch as takes a moment.
 
-    def run() -> float:
+    Args:
+        model: Sizes of the model, of which a layer with weights of zero is made.
+        batch_size: Number of samples of a whole batch.
+        tokens: Number of tokens of a sample.
+    """
+    layer = _Layer(model)
+    sizes = [
+        (1, min(tokens, _FIRST_TOKENS)),
+        *((rows, tokens) for rows in range(1, batch_size + 1) if batch_size % rows == 0),
+    ]
+    speed = 0.0
+    for rows, length in sizes:
+        layer.run(rows, length)
+        seconds, runs = 0.0, 0
+        while seconds < _MEASURED_S:
+            seconds, runs = seconds + layer.run(rows, length), runs + 1
+        speed = runs * rows * model.shape.layer_flops(length) / seconds
+        if seconds > _MEASURED_S * batch_size:
+            break
+    return speed
+
+
+class _Layer:
+    """The products and the attention of a decoder layer."""
+
+    def __init__(self, model: Model) -> None:
+        shape, self.model = model.shape, model
+        query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.attention = self._zeros(query + 2 * key_value, shape.hidden_size)
+        self.output = self._zeros(shape.hidden_size, query)
+        self.up = self._zeros(2 * shape.intermediate_size, shape.hidden_size)
+        self.down = self._zeros(shape.hidden_size, shape.intermediate_size)
+
+    def _zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=self.model.dtype, device=self.model.device)
+
+    def run(self, rows: int, length: int) -> float:
+        """Run on so many samples of a length; return the seconds."""
+        shape, values = self.model.shape, self._zeros(rows, length, self.model.shape.hidden_size)
         start = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()  # waits for the device
+        heads = F.linear(values, self.attention).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
+        query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        values = values + F.linear(attended.transpose(1, 2).flatten(-2), self.output)
+        gate, up = F.linear(values, self.up).chunk(2, dim=-1)
+        values = values + F.linear(F.silu(gate) * up, self.down)
+        values[0, 0, 0].item()  # waits for the device
         return time.perf_counter() - start
-
-    run()
-    best, spent = torch.inf, 0.0
-    while spent < _PRODUCT_S:
-        seconds = run()
-        best, spent = min(best, seconds), spent + seconds
-    return flops / best
 
 
 def _num_routes(pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length]) -> int:
@@ -174,10 +208,11 @@ def _basis(
     *tried, (samples, routes) = passes
     survey = "".join(f"{some} samples down {many} routes, " for some, many in tried)
     answers = f" {unanswered} samples are answered by the model first." if unanswered else ""
+    dtype = str(model.dtype).removeprefix("torch.")
     trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
-        f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a matrix "
-        f"product in {str(model.dtype).removeprefix('torch.')}, measured here on {model.device} just now.{answers}",
+        f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a "
+        f"decoder layer in {dtype}, measured here on {model.device} just now.{answers}",
         f"Memory: the weights on disk, a batch of {recipe.batch_size} of the longest samples, and the measurements; "
         "libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",

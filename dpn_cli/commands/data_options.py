@@ -64,6 +64,10 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
                 help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
             ),
+            click.option(
+                "--stream", is_flag=True,
+                help="Read no more of a hub data set, or of parquet and arrow files, than the samples that are drawn.",
+            ),
         )
     ):  # fmt: skip
         command = option(command)

@@ -25,7 +25,9 @@ class Request:
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         reading: Options for reading rows.
         split: which split of the demo data to open.
-        limit: number of samples to draw from the demo data.
+        limit: Number of samples to draw, of data that are not there as a whole; None for all.
+        seed: Random seed for sampling of such data.
+        stream: Whether to read no more of a table than is drawn.
     """
 
     data: str
@@ -33,6 +35,8 @@ class Request:
     reading: "Reading"
     split: str
     limit: int | None
+    seed: int = 0
+    stream: bool = False
 
     @property
     def path(self) -> Path:
@@ -76,6 +80,7 @@ FORMATS = {
     "llava": Format("a LLaVA .json or .jsonl file", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
     "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),
+    "webdataset": Format("a WebDataset .tar file or a folder of them", "webdataset.open_tars"),
     "hub": Format("owner/name[:configuration[:split]] on the hub", "huggingface.open_hub"),
     "images": Format("a folder of images (asked stock prompts, answered by the model)", "folder.open_images"),
 }

@@ -7,11 +7,12 @@ from typing import Any
 
 from dpn_cli.data.fields import Fields
 from dpn_cli.data.formats import Request
-from dpn_cli.data.places import Places
-from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource, validate_readable
+from dpn_cli.data.webdataset import KEY, row_of
 from dpn_cli.errors import DataError, MissingExtraError
 
+STREAMED = "streamed"  # begins the descriptions of such tables
+SPARE = 2  # rows of a stream that are kept for each that is wanted
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
@@ -37,25 +38,25 @@ def table_files(folder: Path) -> list[Path]:
 class Table(RowSource):
     """The rows of a data set, images undecoded."""
 
-    def __init__(self, name: str, places: Places, reading: Reading) -> None:
+    def __init__(self, request: Request) -> None:
         """Open a data set.
 
         Args:
-            name: A folder from `save_to_disk`, a folder or file of parquet or arrow, or a data set of the hub as
+            request: A folder from `save_to_disk`, a folder or file of parquet or arrow, or a data set of the hub as
                 owner/name[:configuration[:split]]; without a split, `train` or else the first one.
-            places: Where images outside of the table are looked for.
-            reading: Options for reading rows.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
             MissingExtraError: if the package `datasets` is not installed.
         """
-        kind, dataset = _open(name)
+        name = request.data
+        kind, dataset = _open(request)
         if len(dataset) == 0:
             raise DataError(f"{name} holds no rows")
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
-        super().__init__(name, kind, places, reading)
-        validate_readable(dataset.column_names, reading, name)
+        self.is_webdataset = KEY in dataset.column_names
+        super().__init__(name, kind, request.places, request.reading)
+        validate_readable([name for row in self.outlines() for name in row], request.reading, name)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -63,44 +64,48 @@ class Table(RowSource):
 
     def outlines(self) -> Iterator[Fields]:
         """Yield the columns, with a text for those that hold groups."""
-        yield {name: "" if _is_plain(kind) else b"" for name, kind in self.rows.features.items()}
+        columns = {name: _outline(kind) for name, kind in self.rows.features.items()}
+        yield row_of(columns) if self.is_webdataset else columns
 
     def row(self, index: int) -> Any:
         """Return a row."""
-        return self.rows[index].to_pylist()[0]
+        row = self.rows[index].to_pylist()[0]
+        return row_of(row) if self.is_webdataset else row
 
 
-def _is_plain(kind: Any) -> bool:
-    """Tell whether a column of this kind holds texts, numbers or truth values."""
+def _outline(kind: Any) -> Any:
+    """Return what stands for the values of a column: a text for texts, numbers and truth values, which are groups."""
     from datasets import ClassLabel, Value
 
-    return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype)
+    if isinstance(kind, dict):
+        return {name: _outline(inner) for name, inner in kind.items()}
+    return "" if isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype) else b""
 
 
 def open_saved(request: Request) -> Table | None:
     """Open a folder from `save_to_disk`."""
-    return Table(str(request.path), request.places, request.reading) if is_saved_dataset(request.path) else None
+    return Table(request) if is_saved_dataset(request.path) else None
 
 
 def open_table(request: Request) -> Table | None:
     """Open a parquet or arrow file, or a folder with such files."""
     path = request.path
     if path.is_dir():
-        return Table(str(path), request.places, request.reading) if table_files(path) else None
+        return Table(request) if table_files(path) else None
     is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-    return Table(request.data, request.places, request.reading) if is_table else None
+    return Table(request) if is_table else None
 
 
 def open_hub(request: Request) -> Table | None:
     """Open a data set of the hub, where nothing on disk has this name."""
     if request.path.exists() or not is_hub_id(request.data):
         return None
-    return Table(request.data, request.places, request.reading)
+    return Table(request)
 
 
-def _open(name: str) -> tuple[str, Any]:
+def _open(request: Request) -> tuple[str, Any]:
     """Return in words what was opened, and the data set."""
-    path = Path(name).expanduser()
+    name, path = request.data, request.path
     try:
         import datasets
     except ImportError:
@@ -109,17 +114,36 @@ def _open(name: str) -> tuple[str, Any]:
     try:
         if is_saved_dataset(path):
             return _one_split(datasets.load_from_disk(str(path)), "saved data set")
-        if path.exists():
-            files = [path] if path.is_file() else table_files(path)
-            kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-            loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
-            return f"{kind} of {len(files)} files", loaded
-        repository, config, split = [*name.split(":"), "", ""][:3]
-        loaded = datasets.load_dataset(repository, config or None, split=split or None)
-        return _one_split(loaded, f"data set {name} of the hub")
+        kind, loaded = _load(datasets, request)
+        return (f"{STREAMED} {kind}", _drawn(datasets, loaded, request)) if request.stream else (kind, loaded)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = "cannot be opened" if path.exists() else "is not a file or folder here, and cannot be read from the hub"
         raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
+
+
+def _load(datasets: Any, request: Request) -> tuple[str, Any]:
+    """Return in words what was loaded, from files or the hub, and the data set, or the stream of its rows."""
+    if request.path.exists():
+        files = [request.path] if request.path.is_file() else table_files(request.path)
+        kind = TABLE_SUFFIXES[files[0].suffix.lower()]
+        names = [str(file) for file in files]
+        loaded = datasets.load_dataset(kind, data_files=names, split="train", streaming=request.stream)
+        return f"{kind} of {len(files)} files", loaded
+    repository, config, split = [*request.data.split(":"), "", ""][:3]
+    loaded = datasets.load_dataset(repository, config or None, split=split or None, streaming=request.stream)
+    return _one_split(loaded, f"data set {request.data} of the hub")
+
+
+def _drawn(datasets: Any, stream: Any, request: Request) -> Any:
+    """Return the first rows of a shuffled stream: twice as many as are wanted, to replace bad and text-only ones."""
+    import pyarrow
+
+    count = SPARE * (request.limit or 1)
+    shuffled = stream.shuffle(seed=request.seed, buffer_size=count).take(count)
+    rows = list(shuffled.with_format("arrow").iter(batch_size=1))  # tables, whose columns may differ in order
+    if not rows:
+        raise ValueError("the stream holds no rows")
+    return datasets.Dataset(pyarrow.concat_tables(rows, promote_options="default"), info=stream.info)
 
 
 def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:

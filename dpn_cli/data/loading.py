@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dpn_cli.data.formats import Request, open_source
+from dpn_cli.data.huggingface import STREAMED
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.rows import KIND_FIELD, Reading
 from dpn_cli.data.rowsource import RowSource
@@ -42,7 +43,13 @@ def load_data(
             have none.
     """
     reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored, data.columns)
-    source = open_source(Request(data.name, data.image_root, reading, split, limit))
+    if data.stream and limit is None:
+        raise UsageError("--stream reads no more than is asked for: say how much, with --samples")
+    source = open_source(Request(data.name, data.image_root, reading, split, limit, seed, data.stream))
+    if data.stream and not source.format.startswith(STREAMED):
+        raise UsageError(
+            f"--stream: {data.name} is a {source.format}, which is not read through `datasets`: leave it out"
+        )
     if (data.columns or data.ignored) and not isinstance(source, RowSource):
         option = "--columns" if data.columns else "--ignore-fields"
         raise UsageError(f"{option}: {data.name} is a {source.format}, which has no columns")

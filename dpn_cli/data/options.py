@@ -19,6 +19,7 @@ class DataOptions:
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         ignored: fields of the rows that are left unread, as if they were not there.
         columns: Roles of fields, each with the field that has it: (("image", "picture"), ("question", "prompt")).
+        stream: Whether to read no more of a table or of the hub than the samples that are drawn.
         on_bad_row: `fail`, or `skip` up to `max_bad`.
         max_bad: the largest share of the rows read that may be bad.
         kind_field: the field that names a sample's group; None for `kind`, where there is one.
@@ -28,6 +29,7 @@ class DataOptions:
     image_root: Path | None = None
     ignored: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
+    stream: bool = False
     on_bad_row: OnBadRow = "fail"
     max_bad: float = MAX_BAD
     kind_field: str | None = None
@@ -39,4 +41,5 @@ class DataOptions:
             *(["--image-root", str(self.image_root)] if self.image_root else []),
             *(["--columns", ",".join(map("=".join, self.columns))] if self.columns else []),
             *(["--ignore-fields", ",".join(self.ignored)] if self.ignored else []),
+            *(["--stream"] if self.stream else []),
         ]  # fmt: skip

@@ -39,14 +39,16 @@ class Places:
         """Return the image that a row's value stands for, still encoded.
 
         Args:
-            value: A path with slashes or backslashes, a file: or data: URI, base64 text, encoded bytes, or an object
-                with one of them under one of `HOLDERS`.
+            value: A path with slashes or backslashes, a file: or data: URI, base64 text, encoded bytes, an object with
+                one of them under one of `HOLDERS`, or an image that is found already.
             name: Name for messages of an image that has no path.
             again: Function that returns the same value again, so that samples do not hold on to encoded images.
 
         Raises:
             RowError: if it stands for none.
         """
+        if isinstance(value, StoredImage):
+            return value
         held = _held(value)
         if isinstance(held, bytes) or (isinstance(held, str) and _is_encoded(held)):
             return StoredImage(name, lambda: _decode(_held(again()), name))

@@ -1,13 +1,12 @@
 """What a calibration is expected to cost: from counts that can be checked by hand."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dpn_cli.calibration import forecast as module
-from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, forecast, product_speed
+from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, forecast, layer_speed
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import pool
 from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
@@ -21,7 +20,7 @@ RECIPE = CalibrationRecipe(samples=20, batch_size=4, holdout=0.25, answer_tokens
 
 @pytest.fixture(autouse=True)
 def a_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "product_speed", lambda model, tokens: 1e6)
+    monkeypatch.setattr(module, "layer_speed", lambda model, batch_size, tokens: 1e6)
 
 
 def cost(recipe: CalibrationRecipe = RECIPE, unanswered: int = 0, lengths: Any = LENGTHS, **options: Any) -> Forecast:
@@ -62,13 +61,25 @@ def test_what_costs_more_is_expected_to_cost_more() -> None:
 def test_the_figures_say_what_they_come_from() -> None:
     said = " ".join(cost(surveys=True, unanswered=3).basis)
     assert "15 samples down 2 routes" in said and "20 samples down 16" in said and "3 samples are answered by" in said
-    assert "product in float32, measured here on cpu" in said and "Training" not in said
+    assert "decoder layer in float32, measured here on cpu" in said and "Training" not in said
     healing = RECIPE.model_copy(update={"heal": RECIPE.heal.model_copy(update={"method": "lora"})})
     assert "Training an adapter comes in addition" in " ".join(cost(healing).basis)
 
 
-def test_the_speed_of_a_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter(range(0, 100, 1))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks) / 2)
-    flops = 2 * 5 * SHAPE.hidden_size * SHAPE.intermediate_size
-    assert product_speed(replace(MODEL, device="cpu"), 5) == pytest.approx(flops / 0.5)
+def test_the_speed_of_a_layer_is_measured_on_a_whole_batch_if_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def run(self: Any, rows: int, length: int) -> float:
+        seen.append((rows, length))
+        return rows * length * seconds_per_token
+
+    monkeypatch.setattr(module._Layer, "run", run)
+    for seconds_per_token, last in ((1e-3, (4, 100)), (0.1, (1, 64))):
+        seen.clear()
+        length = last[1]
+        assert layer_speed(MODEL, 4, 100) == pytest.approx(SHAPE.layer_flops(length) / (length * seconds_per_token))
+        assert seen[-1] == last
+
+
+def test_a_layer_of_the_decoder_runs() -> None:
+    assert 0 < module._Layer(MODEL).run(2, 5) < 60

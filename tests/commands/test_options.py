@@ -73,12 +73,12 @@ def test_options_about_data_reach_a_command_as_one() -> None:
     def reads(data: DataOptions | None) -> None:
         seen.append(data)
 
-    options = ["--image-root", ".", "--ignore-fields", "a,b", "--columns", "image=img 1, answer=a=b"]
+    options = ["--image-root", ".", "--ignore-fields", "a,b", "--columns", "image=img 1, answer=a=b", "--stream"]
     options += ["--on-bad-row", "skip", "--max-bad", "20%"]
     for line in (["--data", "rows.json", *options], ["--data", "demo"], options):
         assert CliRunner().invoke(reads, line).exit_code == 0
     columns = (("image", "img 1"), ("answer", "a=b"))
-    rows = DataOptions("rows.json", Path(), ("a", "b"), columns, "skip", 0.2)
+    rows = DataOptions("rows.json", Path(), ("a", "b"), columns, True, "skip", 0.2)
     assert seen == [rows, DataOptions("demo"), None]
     again = CliRunner().invoke(reads, [*rows.arguments(), "--on-bad-row", "skip", "--max-bad", "20%"])
     assert again.exit_code == 0 and seen[-1] == rows
@@ -101,6 +101,7 @@ def test_columns_that_are_none_are_refused(value: str, message: str) -> None:
 # What a command needs beside --model.
 NEEDED = {
     "run": ["--image", "picture.png", "what ?"],
+    "data": ["data.json"],
     "calibrate": ["--data", "data.json"],
     "eval": ["--data", "data.json"],
 }

@@ -169,3 +169,22 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
     for name, message in [(str(tmp_path / "data.parquet"), "a table"), ("some/where", "no such file or folder here")]:
         with pytest.raises(MissingExtraError, match=rf"{message}.* needs .*pip install 'dpn-cli\[data\]'"):
             load_data(DataOptions(name))
+
+
+def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"bytes": png()}] * 50
+    table = datasets.Dataset.from_dict({"image": images, "question": [f"what {i} ?" for i in range(50)]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
+    stream = DataOptions(str(tmp_path / "data.parquet"), stream=True)
+    first, again, other = (load_data(stream, limit=4, seed=seed) for seed in (0, 0, 1))
+    assert (first.scan.with_image, first.scan.available) == (4, 8) and first.scan.format.startswith("streamed parquet")
+    assert first.digest == again.digest != other.digest
+    assert first.samples[0].open_images()[0].size == (20, 30)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(UsageError, match="--stream reads no more than is asked for: say how much, with --samples"):
+        load_data(stream)
+    (tmp_path / "data.jsonl").write_text('{"question": "what ?"}')
+    with pytest.raises(
+        UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read through"
+    ):
+        load_data(DataOptions(str(tmp_path / "data.jsonl"), stream=True), limit=2)

@@ -1,0 +1,175 @@
+"""WebDataset archives: the files of a tar that share a name up to its first dot make one sample.
+
+Source: https://github.com/webdataset/webdataset
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.data.faults import RowError
+from dpn_cli.data.fields import ROLES, Fields
+from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
+from dpn_cli.data.images import MAX_FILE_BYTES
+from dpn_cli.data.places import Places
+from dpn_cli.data.rows import Reading
+from dpn_cli.data.rowsource import RowSource
+from dpn_cli.data.samples import StoredImage
+from dpn_cli.errors import DataError
+
+KEY = "__key__"  # the name of a sample, as `datasets` calls it too
+_SUFFIX = ".tar"
+_IMAGE = ROLES["image"][0]  # goes before what the JSON may say of the image
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+_TEXTS = {"txt", "text", "caption"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of a sample: where its bytes are in an archive."""
+
+    archive: Path
+    name: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Return the bytes.
+
+        Raises:
+            RowError: if there are too many, or the archive has changed.
+        """
+        name = f"{self.name} in {self.archive.name}"
+        if self.size > MAX_FILE_BYTES:
+            raise RowError("image too large", f"{name} has {self.size} bytes, at most {MAX_FILE_BYTES} are read")
+        with self.archive.open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise RowError("an archive that has changed", f"{name} is cut off")
+        return data
+
+
+class TarSamples(RowSource):
+    """The samples of some archives, in their order; only what is asked for is read."""
+
+    def __init__(self, name: str, archives: Sequence[Path], places: Places, reading: Reading) -> None:
+        """Find where the files of all samples are.
+
+        Raises:
+            DataError: if an archive is damaged or compressed, or there are no samples.
+        """
+        found: dict[tuple[Path, str], dict[str, _Part]] = {}
+        for archive in archives:
+            for key, extension, part in _parts(archive):
+                found.setdefault((archive, key), {})[extension] = part
+        if not found:
+            raise DataError(f"{name} holds no samples, which are files such as 0001.jpg and 0001.json")
+        self.samples = [(key, parts) for (_, key), parts in found.items()]
+        super().__init__(name, f"WebDataset of {len(archives)} archives", places, reading)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.samples)
+
+    def outlines(self) -> Iterator[Fields]:
+        """Yield the samples that are whole."""
+        for index in range(len(self)):
+            try:
+                yield self.row(index)
+            except RowError:
+                continue
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return a sample as a row, its images unread."""
+        key, parts = self.samples[index]
+        if missing := self._kinds - {_kind(extension) for extension in parts}:
+            there = ", ".join(part.name for part in parts.values())
+            raise RowError(
+                "a sample that lacks a file", f"{key} has {there}, but no {' and no '.join(sorted(missing))}"
+            )
+        return row_of({KEY: key} | {extension: _value(extension, part) for extension, part in parts.items()})
+
+    @cached_property
+    def _kinds(self) -> set[str]:
+        """The kinds of files of the first sample, which all must have."""
+        return {_kind(extension) for extension in self.samples[0][1]}
+
+
+def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the files of a sample, by their extensions, as one row.
+
+    The fields of its JSON stand beside the image, a text is the caption, and what is not known goes by its extension.
+
+    Raises:
+        RowError: if its JSON is no object.
+    """
+    row: dict[str, Any] = {"id": parts[KEY]}
+    images = []
+    for extension, value in parts.items():
+        kind = _kind(extension)
+        if kind == "image":
+            images.append(value)
+        elif kind == "json":
+            row |= _object(value)
+        elif kind == "text":
+            row["caption"] = value
+        elif not extension.startswith("__"):
+            row[extension] = value
+    return row | ({_IMAGE: images} if images else {})
+
+
+def _kind(extension: str) -> str:
+    last = extension.rpartition(".")[2].lower()
+    return "image" if f".{last}" in IMAGE_SUFFIXES else "text" if last in _TEXTS else last
+
+
+def _value(extension: str, part: _Part) -> Any:
+    """Return the text of a text, an image to be read later, and of other files nothing but that they are there."""
+    kind = _kind(extension)
+    if kind == "image":
+        return StoredImage(f"{part.name} in {part.archive.name}", part.read)
+    if kind not in ("json", "text", "cls"):
+        return part.name.encode()
+    try:
+        return part.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("broken text", f"{part.name} in {part.archive.name} is not UTF-8: {error}") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise RowError("not JSON", str(error)) from None
+    if not isinstance(value, dict):
+        raise RowError("not an object", f"expected an object in the JSON of a sample, found {type(value).__name__}")
+    return value
+
+
+def _parts(archive: Path) -> Iterator[tuple[str, str, _Part]]:
+    """Yield key, extension and place of every file in an archive, hidden ones apart."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                match = _NAME.fullmatch(member.name)
+                if member.isdir() or match is None:
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(f"{archive} holds {member.name}, which is a link or no plain file: expected files")
+                yield match[1], match[2], _Part(archive, member.name, member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{archive} is damaged, or not an uncompressed tar: {error}") from None
+
+
+def open_tars(request: Request) -> TarSamples | None:
+    """Open an archive, or a folder of them."""
+    path = request.path
+    archives = sorted(path.rglob(f"*{_SUFFIX}")) if path.is_dir() else [path] if path.suffix.lower() == _SUFFIX else []
+    archives = [archive for archive in archives if archive.is_file()]
+    return TarSamples(request.data, archives, request.places, request.reading) if archives else None
