@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from dpn_cli.checkpoint.workplace import workplace
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
 
@@ -36,7 +37,8 @@ def check_state_folder() -> None:
 def remember(path: Path) -> None:
     """Make `path` the current checkpoint of this directory."""
     FOLDER.mkdir(exist_ok=True)
-    replace_file(STATE_FILE, lambda stage: write_json(stage, {"checkpoint": str(path.resolve())}))
+    with workplace(STATE_FILE, f"{STATE_FILE} is being written by {{holder}}", "pass --model DIR") as work:
+        replace_file(STATE_FILE, lambda stage: write_json(stage, {"checkpoint": str(path.resolve())}), work)
 
 
 def current(model: Path | None) -> Path:

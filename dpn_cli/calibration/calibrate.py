@@ -17,7 +17,7 @@ from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.state import MeasurementState, drop_state
-from dpn_cli.calibration.store import calibrating, save_calibration, sweep
+from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
 from dpn_cli.calibration.training.tuning import (
     frozen_dtype,
@@ -85,26 +85,26 @@ def calibrate(
             differs from this one.
     """
     processes = processes or Processes.join(reporter.note)
-    with _in_charge(folder, processes):
+    with _in_charge(folder, processes) as claim:
         job, dataset = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate
-        return run(job, dataset, folder, data.name)
+        return run(job, dataset, claim, data.name)
 
 
 @contextmanager
-def _in_charge(folder: Path, processes: Processes) -> Iterator[None]:
+def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
     """Keep other runs from a checkpoint; when the block ends well, sweep what is no longer needed in it."""
     with ExitStack() as held:
         with processes.as_one():
-            use = held.enter_context(calibrating(folder)) if processes.is_main else None
-        yield
-        if use is not None:
-            if use.is_alone():
-                sweep(folder)
+            claim = held.enter_context(calibrating(folder)) if processes.is_main else None
+        yield claim
+        if claim is not None:
+            if claim.use.is_alone():
+                sweep(claim)
             drop_state(folder)
 
 
-def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report | None:
+def _calibrate(job: "_Job", dataset: Dataset, claim: Claim | None, data: str) -> Report | None:
     """Answer, train, measure, fit and save."""
     recipe, processes = job.recipe, job.processes
     asked = [sample for sample in dataset.samples if sample.images]
@@ -117,7 +117,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
-    if not processes.is_main:
+    if claim is None:
         return None
     held_table = table.part(range(len(held)))
     routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
@@ -139,7 +139,7 @@ def _calibrate(job: "_Job", dataset: Dataset, folder: Path, data: str) -> Report
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     report = replace(report, tried=tried or ())
-    save_calibration(folder, job.model, routers, pyramid, report)
+    save_calibration(claim, job.model, routers, pyramid, report)
     return report
 
 
@@ -332,11 +332,11 @@ def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfi
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
 
-def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Report | None:
+def _solve_budgets(job: _Job, dataset: Dataset, claim: Claim | None, data: str) -> Report | None:
     """Solve λ and the budget table anew, on all samples of other data, and store them."""
     asked = [sample for sample in dataset.samples if sample.images]
     table, grids = _measure(job, _answer(job, asked), len(asked))
-    if not job.processes.is_main:
+    if claim is None:
         return None
     routers = job.model.text_model.routers.to("cpu", torch.float32)
     pyramid = _solve(job, routers, table)
@@ -346,7 +346,7 @@ def _solve_budgets(job: _Job, dataset: Dataset, folder: Path, data: str) -> Repo
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
-    save_calibration(folder, job.model, None, pyramid, report)
+    save_calibration(claim, job.model, None, pyramid, report)
     return report
 
 

@@ -4,13 +4,15 @@ Every batch has files of its own, each whole or not at all; a fingerprint tells 
 """
 
 import json
-import shutil
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
+from dpn_cli.calibration.training.loop import STATE_FILE as TRAINING_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError
@@ -19,6 +21,11 @@ from dpn_cli.parallel.kept import KeptFiles
 
 STATE_FOLDER = Path("calibration", "state")
 FINGERPRINT_FILE = "fingerprint.json"
+
+_FILES = (
+    rf"((answers|survey|batch)-\d{{6}}\.(json|safetensors)|{re.escape(FINGERPRINT_FILE)}|{re.escape(TRAINING_FILE)})"
+)
+_OURS = re.compile(rf"{_FILES}|\.{_FILES}\.\d+\.tmp")  # all that is written there, and what a kill leaves of it
 
 
 class MeasurementState:
@@ -83,5 +90,10 @@ class MeasurementState:
 
 
 def drop_state(checkpoint: Path) -> None:
-    """Forget the measurements of a checkpoint's calibration, finished or not."""
-    shutil.rmtree(checkpoint / STATE_FOLDER, ignore_errors=True)
+    """Forget the measurements of a checkpoint's calibration, finished or not; a file of another name is not dpn's."""
+    folder = checkpoint / STATE_FOLDER
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()

@@ -6,10 +6,9 @@ one: config.json, which is replaced last, decides, and what it does not name is 
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from dpn_cli.calibration.reporting.html import render
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, check_folder, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
-from dpn_cli.checkpoint.locks import Use, in_use, locked
-from dpn_cli.checkpoint.lora import ADAPTER_KEY
+from dpn_cli.checkpoint.locks import Use, in_use
+from dpn_cli.checkpoint.lora import ADAPTER_KEY, CONFIG_FILE, WEIGHTS_FILE
 from dpn_cli.checkpoint.staging import sync_entry, sync_folder
+from dpn_cli.checkpoint.workplace import workplace
 from dpn_cli.checkpoint.writer import replace_file, write_index, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.adapter import save_adapter
@@ -35,11 +35,26 @@ REPORT_FILE = CALIBRATION / "report.json"
 PAGE_FILE = CALIBRATION / "report.html"
 
 _ADAPTER = "adapter"
-_FIRST_FILES = (INDEX_FILE, DPE_FILE, CALIBRATION / _ADAPTER)  # of a conversion, or an earlier version's calibration
+_ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A checkpoint that this run alone calibrates.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        work: a folder for what is unfinished.
+        use: the lock on the folder, which readers share.
+    """
+
+    folder: Path
+    work: Path
+    use: Use
 
 
 @contextmanager
-def calibrating(folder: Path) -> Iterator[Use]:
+def calibrating(folder: Path) -> Iterator[Claim]:
     """Keep other calibrations of a checkpoint, and whoever would replace it, away; others may read it.
 
     Raises:
@@ -49,83 +64,83 @@ def calibrating(folder: Path) -> Iterator[Use]:
     """
     check_folder(folder)
     refusal = f"{folder} is being calibrated by " + "{holder}: wait for it, or stop it"
-    with in_use(folder) as use, locked(folder / CALIBRATION, refusal, "copy it to where it can"):
-        yield use
+    with in_use(folder) as use, workplace(folder / CALIBRATION, refusal, "copy it to where it can") as work:
+        yield Claim(folder, work, use)
 
 
 def save_calibration(
-    folder: Path, model: PyramidGenerationMixin, routers: nn.ModuleList | None, pyramid: PyramidConfig, report: Report
+    claim: Claim, model: PyramidGenerationMixin, routers: nn.ModuleList | None, pyramid: PyramidConfig, report: Report
 ) -> None:
     """Store fitted routers, the adapter that the model has, the pyramid's new settings and the report.
 
     Args:
-        folder: The checkpoint's folder.
+        claim: the checkpoint.
+        model: the calibrated model.
         routers: None where they stay as they are.
-        pyramid: Pyramid with the new settings.
-        report: Report on the calibration.
+        pyramid: with the new settings.
+        report: on them.
 
     Raises:
         CheckpointError: if the folder has no DPE tensors.
     """
-    page = render(report)
+    folder, page = claim.folder, render(report)
     config = read_config(folder)
     calibration = report.summary()
+    (folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
     if routers is not None:
-        generation = _write_generation(Checkpoint.open(folder, config), model if model.is_adapted else None, routers)
+        generation = _write_generation(claim, config, model if model.is_adapted else None, routers)
         calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
         config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
     config |= {"pyramid": replace(pyramid, calibration=calibration).to_dict()}
-    (folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
-    _replace(folder, Path("config.json"), lambda path: write_json(path, config))
-    _replace(folder, REPORT_FILE, lambda path: write_json(path, report.to_dict()))
-    _replace(folder, PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))
+    _replace(claim, Path("config.json"), lambda path: write_json(path, config))
+    _replace(claim, REPORT_FILE, lambda path: write_json(path, report.to_dict()))
+    _replace(claim, PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))
 
 
-def sweep(folder: Path) -> None:
-    """Remove what config.json does not name: earlier generations, and what killed calibrations left.
+def sweep(claim: Claim) -> None:
+    """Remove what config.json does not name any more: earlier generations, and what came before the first.
 
-    What cannot be removed does no harm, and stays.
+    Nothing else is touched, whatever its name. What cannot be removed does no harm, and stays.
     """
+    folder = claim.folder
     current = Path(read_config(folder).get(WEIGHTS_KEY, INDEX_FILE)).parent
     if current.parent != GENERATIONS:
         return
-    stale = [path for path in (folder / GENERATIONS).iterdir() if path.name != current.name]
-    for path in (*stale, *(folder / file for file in _FIRST_FILES)):
+    generations = (path for path in (folder / GENERATIONS).iterdir() if path.name != current.name)
+    stale = [path for path in generations if _holds_only(path, {INDEX_FILE, DPE_FILE}, _ADAPTER)]
+    stale += [path for path in [folder / CALIBRATION / _ADAPTER] if _holds_only(path, _ADAPTER_FILES)]
+    for path in (*stale, folder / INDEX_FILE, folder / DPE_FILE):
         with suppress(OSError):
-            path.replace(_empty_stage(folder))  # at once: half a generation must not look like a whole one
-    _empty_stage(folder)
+            path.replace(claim.work / path.name)  # at once: half a generation must not look like a whole one
 
 
-def _write_generation(source: Checkpoint, adapted: PyramidGenerationMixin | None, routers: nn.ModuleList) -> Path:
+def _holds_only(folder: Path, files: set[str], adapter: str | None = None) -> bool:
+    """Say whether a folder is there that holds no other files than these, but for those of an adapter in its folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    others = {path.name for path in folder.iterdir()} - files
+    return not others or (others == {adapter} and _holds_only(folder / _ADAPTER, _ADAPTER_FILES))
+
+
+def _write_generation(
+    claim: Claim, config: dict[str, Any], adapted: PyramidGenerationMixin | None, routers: nn.ModuleList
+) -> Path:
     """Write routers, index and adapter; return where they are, inside the checkpoint's folder."""
-    folder = source.path
-    stage = _empty_stage(folder)
-    stage.mkdir(parents=True)
-    try:
-        file, tensors = _with_routers(source, routers)
-        (stage / DPE_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        if adapted is not None:
-            save_adapter(adapted, stage / _ADAPTER)
-        generation = GENERATIONS / _digest(stage)
-        base = [tensor for tensor in source.tensors.values() if tensor.file != file]
-        write_index(stage, [*base, *read_header(stage / DPE_FILE, (generation / DPE_FILE).as_posix()).values()])
-        sync_folder(stage)
-        if not (folder / generation).is_dir():  # else an earlier calibration had the very same result
-            stage.rename(folder / generation)
-        sync_entry(folder / GENERATIONS)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    folder, stage = claim.folder, claim.work / "generation"
+    source = Checkpoint.open(folder, config)
+    stage.mkdir()
+    file, tensors = _with_routers(source, routers)
+    (stage / DPE_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+    if adapted is not None:
+        save_adapter(adapted, stage / _ADAPTER)
+    generation = GENERATIONS / _digest(stage)
+    base = [tensor for tensor in source.tensors.values() if tensor.file != file]
+    write_index(stage, [*base, *read_header(stage / DPE_FILE, (generation / DPE_FILE).as_posix()).values()])
+    sync_folder(stage)
+    if not (folder / generation).is_dir():  # else an earlier calibration had the very same result
+        stage.rename(folder / generation)
+    sync_entry(folder / GENERATIONS)
     return generation
-
-
-def _empty_stage(folder: Path) -> Path:
-    """Return the path of what a generation is made in, or removed from, with nothing there."""
-    stage = folder / GENERATIONS / "stage"
-    if stage.is_dir() and not stage.is_symlink():
-        shutil.rmtree(stage, ignore_errors=True)
-    else:
-        stage.unlink(missing_ok=True)
-    return stage
 
 
 def _with_routers(source: Checkpoint, routers: nn.ModuleList) -> tuple[str, dict[str, Any]]:
@@ -157,7 +172,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _replace(folder: Path, file: Path, write: Any) -> None:
-    """Replace a file of the checkpoint; what a kill leaves of it is among the generations, which are swept."""
-    replace_file(folder / file, write, folder / GENERATIONS)
-    sync_entry((folder / file).parent)
+def _replace(claim: Claim, file: Path, write: Any) -> None:
+    """Replace a file of the checkpoint."""
+    path = claim.folder / file
+    replace_file(path, write, claim.work)
+    sync_entry(path.parent)

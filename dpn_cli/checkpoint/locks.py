@@ -6,21 +6,15 @@ Where a file system has none, runs are not kept apart, and all else works.
 import errno
 import fcntl
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dpn_cli.errors import DpnError, UsageError
+from dpn_cli.errors import UsageError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 _PROGRAMS = {"dpn", "dpn_cli"}
-
-
-class NotWritableError(DpnError):
-    """Nothing can be written at a place."""
 
 
 class Use:
@@ -67,41 +61,10 @@ def to_be_replaced(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(target: Path, refusal: str, advice: str) -> Iterator[None]:
-    """Hold the lock of something that only one run at a time may write.
-
-    The lock is a hidden file beside `target`, which is there for as long as the lock is held.
-
-    Args:
-        target: its path; its parents are made.
-        refusal: the sentence for a second run, in which `{holder}` stands for the first one.
-        advice: what to do where nothing can be written.
-
-    Raises:
-        UsageError: if another run holds the lock.
-        NotWritableError: if nothing can be written there.
-        DpnError: if the file that is there is no lock.
-    """
-    path = target.with_name(f".{target.name}.lock")
-    try:
-        descriptor = _acquire(path, _open_lock, fcntl.LOCK_EX, refusal)
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        raise NotWritableError(f"{target.parent} cannot be written ({error.strerror}): {advice}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
-
-
-@contextmanager
 def _holding(folder: Path, kind: int, refusal: str) -> Iterator[int | None]:
     """Lock a folder itself, which works where no file can be made, and goes along when the folder is renamed."""
     try:
-        descriptor = _acquire(folder, _open_folder, kind, f"{folder} {refusal}")
+        descriptor = acquire(folder, _open_folder, kind, f"{folder} {refusal}")
     except OSError:
         yield None
         return
@@ -111,8 +74,21 @@ def _holding(folder: Path, kind: int, refusal: str) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str) -> int:
-    """Open and lock what is at a path; return its descriptor."""
+def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str) -> int:
+    """Open and lock what is at a path.
+
+    Args:
+        path: what is locked.
+        open_it: opens it, or makes it.
+        kind: of the lock, as in flock(2).
+        refusal: the sentence for a second run, in which `{holder}` stands for the first one.
+
+    Returns:
+        The descriptor; when it is closed, the lock is gone.
+
+    Raises:
+        UsageError: if another run holds the lock.
+    """
     while True:
         descriptor = open_it(path)
         try:
@@ -131,22 +107,6 @@ def _acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str
 
 def _open_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _open_lock(path: Path) -> int:
-    """Open a lock file, or make it; never follow a link, nor take a file that holds anything."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise DpnError(f"{path} is a symbolic link, through which dpn does not write: remove it") from None
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and not found.st_size:
-        return descriptor
-    os.close(descriptor)
-    raise DpnError(f"{path} is not a lock of dpn's, but has the name of one: move it elsewhere")
 
 
 def _flock(descriptor: int, kind: int) -> None:

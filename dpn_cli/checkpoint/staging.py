@@ -1,6 +1,6 @@
 """Write a folder whole or not at all: fill a hidden sibling, sync it to disk, rename it into place.
 
-A lock beside the target keeps two runs apart: who holds it may sweep what lies beside the target.
+A lock beside the target keeps two runs apart.
 """
 
 import os
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpn_cli.checkpoint.headers import read_config
-from dpn_cli.checkpoint.locks import locked, to_be_replaced
+from dpn_cli.checkpoint.locks import to_be_replaced
+from dpn_cli.checkpoint.workplace import OLD, workplace
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
 
-STAGE, OLD = "stage", "old"
 MARGIN_BYTES = 64 << 20  # for the small files beside the weights
 
 
@@ -35,18 +35,14 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     check_target(target, force, may_replace, source)
     target = target.resolve()
     refusal = f"{target} is being written by " + "{holder}: wait for its end, or choose another --output"
-    with locked(target, refusal, "choose another --output"), to_be_replaced(target):
-        _recover(target)
+    with workplace(target, refusal, "choose another --output") as work, to_be_replaced(target):
         check_target(target, force, may_replace, source)
-        stage = _sibling(target, STAGE)
+        stage = work / "stage"
         stage.mkdir()
-        try:
-            yield stage
-            sync_folder(stage)
-            _put_in_place(stage, target, force)
-            sync_entry(target.parent)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+        yield stage
+        sync_folder(stage)
+        _put_in_place(stage, target, force, work / OLD)
+        sync_entry(target.parent)
 
 
 def check_target(target: Path, force: bool, may_replace: str, source: Path | None = None) -> None:
@@ -101,40 +97,14 @@ def _is_ours(folder: Path, prefix: str) -> bool:
         return not any(folder.iterdir())
 
 
-def _put_in_place(stage: Path, target: Path, force: bool) -> None:
+def _put_in_place(stage: Path, target: Path, force: bool, old: Path) -> None:
     if not os.path.lexists(target):
         stage.rename(target)
         return
     if not force:
         raise UsageError(f"{target} appeared meanwhile: choose another --output, or pass --force to replace it")
-    old = _sibling(target, OLD)
     target.rename(old)
-    try:
-        stage.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(target: Path, role: str) -> Path:
-    return target.parent / f".{target.name}.{role}"
-
-
-def _recover(target: Path) -> None:
-    """Sweep what a dead process left beside `target`; bring back a target caught between two names."""
-    old = _sibling(target, OLD)
-    if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
-        old.rename(target)
-    for path in (old, _sibling(target, STAGE)):
-        _drop_link(path)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _drop_link(path: Path) -> None:
-    """Remove a symbolic link from where dpn puts files of its own: it is somebody else's, and could lead anywhere."""
-    if path.is_symlink():
-        path.unlink()
+    stage.rename(target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpn_cli import workspace
 from dpn_cli.checkpoint.headers import read_json
-from dpn_cli.checkpoint.locks import NotWritableError, locked
+from dpn_cli.checkpoint.workplace import NotWritableError, workplace
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.parallel.fingerprint import differences
@@ -61,7 +61,7 @@ class KeptResults:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._record.exists():
-                replace_file(self._record, lambda path: write_json(path, self.depends_on))
+                replace_file(self._record, lambda path: write_json(path, self.depends_on), self.folder)
             files.save(batch, results)
         except OSError as error:
             self.is_lost = True
@@ -131,7 +131,7 @@ def keeping(
     try:
         with ExitStack() as held:
             try:
-                held.enter_context(locked(kept.folder, refusal, "no results are kept, so a killed run begins anew"))
+                held.enter_context(workplace(kept.folder, refusal, "no results are kept, so a killed run begins anew"))
             except NotWritableError as error:
                 say(f"Note: {error}.")
                 yield None

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.workplace import workplace
 from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import MissingExtraError, UsageError
 
@@ -149,7 +150,9 @@ def _figure(path: Path, panels: int) -> Iterator[tuple[Any, list[Any]]]:
         yield figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
         kind = path.suffix.lower().removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {}
-        replace_file(path, lambda stage: figure.savefig(stage, format=kind, metadata=metadata))
+        refusal = f"{path} is being drawn by " + "{holder}: wait for it, or choose another file"
+        with workplace(path, refusal, "choose another folder") as work:
+            replace_file(path, lambda stage: figure.savefig(stage, format=kind, metadata=metadata), work)
 
 
 def _styles() -> Iterator[dict[str, Any]]:

@@ -90,8 +90,9 @@ def folders(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             calibration.calibrate(folder, DataOptions(str(data)), recipe)
 
         def save(where: Path, arguments: tuple[Any, ...] = saved[0][1:]) -> None:
-            with calibration._in_charge(where, ALONE):
-                save_calibration(where, *arguments)
+            with calibration._in_charge(where, ALONE) as claim:
+                assert claim is not None
+                save_calibration(claim, *arguments)
 
         save(folder)
         found[name] = folder, save
@@ -180,7 +181,12 @@ def test_a_calibration_of_an_earlier_version_is_replaced_whole(
 def test_a_sweep_leaves_what_is_not_calibrations(folders: dict[str, tuple[Path, Save]], tmp_path: Path) -> None:
     source, save = folders["plain"]
     folder = Path(shutil.copytree(source, tmp_path / "tiny-dpn"))
-    for name in ("notes.txt", "calibration/notes.txt", "dpe-notes.safetensors"):
+    for name in (
+        "notes.txt", "calibration/notes.txt", "dpe-notes.safetensors", "calibration/state/notes.txt",
+        "calibration/adapter/notes.txt", "calibration/generations/notes.txt", "calibration/generations/mine/notes.txt",
+        ".config.json.1.tmp", "calibration/.report.json.1.tmp", ".calibration.lock",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
     before = digests(folder)
     save(folder)
@@ -199,15 +205,16 @@ def test_links_are_not_followed(folders: dict[str, tuple[Path, Save]], tmp_path:
             save(folder)
     folder = Path(shutil.copytree(source, tmp_path / "lock" / "tiny-dpn"))
     (tmp_path / "secret").write_text("mine")
-    (folder / ".calibration.lock").symlink_to(tmp_path / "secret")
-    with pytest.raises(DpnError, match="is a symbolic link out of its folder"):
+    (folder / ".calibration.dpn").mkdir()
+    (folder / ".calibration.dpn" / "lock").symlink_to(tmp_path / "secret")
+    with pytest.raises(DpnError, match="is a symbolic link, through which dpn does not write"):
         save(folder)
-    (folder / ".calibration.lock").unlink()
-    (folder / ".calibration.lock").write_text("mine")
+    (folder / ".calibration.dpn" / "lock").unlink()
+    (folder / ".calibration.dpn" / "notes.txt").write_text("mine")
     with pytest.raises(DpnError, match="move it elsewhere"):
         save(folder)
     assert (mine / "generations" / "old").is_dir() and (tmp_path / "secret").read_text() == "mine"
-    assert (folder / ".calibration.lock").read_text() == "mine"
+    assert (folder / ".calibration.dpn" / "notes.txt").read_text() == "mine"
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(folders: dict[str, tuple[Path, Save]], tmp_path: Path) -> None:
@@ -228,9 +235,10 @@ def busy(folders: dict[str, tuple[Path, Save]], tmp_path: Path) -> Iterator[tupl
     """A checkpoint that another process is calibrating, and its number."""
     folder = Path(shutil.copytree(folders["plain"][0], tmp_path / "tiny-dpn"))
     script = (
-        "import sys; from pathlib import Path; from dpn_cli.checkpoint.locks import in_use, locked\n"
+        "import sys; from pathlib import Path\n"
+        "from dpn_cli.checkpoint.locks import in_use; from dpn_cli.checkpoint.workplace import workplace\n"
         "folder = Path(sys.argv[1])  # what `calibrating` does, which imports torch\n"
-        "with in_use(folder), locked(folder / 'calibration', '', ''):\n"
+        "with in_use(folder), workplace(folder / 'calibration', '', ''):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -318,5 +326,6 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
 def test_what_was_never_calibrated_is_not_swept(tiny_llava: Path, tmp_path: Path) -> None:
     folder = convert(str(tiny_llava), output=tmp_path / "tiny-dpn").output
     before = digests(folder)
-    sweep(folder)
+    with calibrating(folder) as claim:
+        sweep(claim)
     assert digests(folder) == before

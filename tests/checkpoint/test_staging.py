@@ -102,7 +102,7 @@ def test_a_lock_that_ends_while_it_is_asked_for_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock = fcntl.flock
-    lock = tmp_path / ".out.lock"
+    lock = tmp_path / ".out.dpn" / "lock"
 
     def lost_race(descriptor: int, operation: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
@@ -134,15 +134,16 @@ def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.stage"}
+    assert [path.name for path in tmp_path.iterdir()] == [".out.dpn"]
     write(tmp_path / "out")
     assert listing(tmp_path) == {"out/config.json": OURS}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_target_caught_between_two_names_comes_back(tmp_path: Path) -> None:
-    old = tmp_path / ".out.old"
-    old.mkdir()
+    old = tmp_path / ".out.dpn" / "old"
+    old.mkdir(parents=True)
+    (old.parent / "lock").touch()
     (old / "config.json").write_text(OURS)
     with pytest.raises(UsageError, match="--force"):
         write(tmp_path / "out", config="{}")
@@ -189,14 +190,35 @@ def test_a_link_in_the_place_of_a_folder_of_ours_is_not_followed(tmp_path: Path,
     mine.mkdir()
     (mine / "config.json").write_text(OURS)
     for target in (mine, tmp_path / "nowhere"):
-        (tmp_path / f".out.{role}").symlink_to(target)
+        (tmp_path / ".out.dpn").mkdir()
+        (tmp_path / ".out.dpn" / "lock").touch()
+        (tmp_path / ".out.dpn" / role).symlink_to(target)
         write(tmp_path / "out", force=True)
         assert listing(tmp_path) == {"out/config.json": OURS, "mine/config.json": OURS}
         assert {path.name for path in tmp_path.iterdir()} == {"out", "mine"}
 
 
 def test_a_link_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ".out.lock").symlink_to(tmp_path / "mine")
+    (tmp_path / ".out.dpn").symlink_to(tmp_path / "mine")
     with pytest.raises(DpnError, match="symbolic link, through which dpn does not write"):
         write(tmp_path / "out", force=True)
     assert not (tmp_path / "mine").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [".out.dpn", ".out.dpn/config.json", ".out.dpn/stage/config.json", ".out.dpn/lock"])
+def test_what_has_the_name_of_a_workplace_is_refused_and_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DpnError, match=r"\.out\.dpn is not dpn's, but has the name of a folder of its own: move it"):
+        write(tmp_path / "out")
+    assert listing(tmp_path) == {name: "mine"}
+
+
+def test_what_has_other_names_is_left_alone(tmp_path: Path) -> None:
+    """Those of an earlier version, too, which nobody could tell from a user's own."""
+    names = [".out.old/config.json", ".out.stage/config.json", ".out.lock"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(OURS)
+    write(tmp_path / "out")
+    assert listing(tmp_path) == dict.fromkeys([*names, "out/config.json"], OURS)

@@ -100,7 +100,7 @@ def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert {path.name for path in Path().iterdir()} == {".out.lock", ".out.stage"}
+    assert {path.name for path in Path().iterdir()} == {".out.dpn"}
     assert main(["convert", str(tiny_llava), "-o", "out"]) == 0
     assert {path.name for path in Path().iterdir()} == {".dpn", "out"}
 
