@@ -164,7 +164,7 @@ class HealRecipe(TrainingRecipe):
         target_modules: the linear layers that get an adapter.
         temperature: Softmax temperature at which teacher and student are compared.
         ce_weight: Weight of the cross-entropy to the labels, where the data has them and the route reduces tokens.
-        budget_spread: routes are drawn with a FLOPs fraction within the budget ± so much.
+        budget_spread: Largest distance of a drawn route's fraction of the FLOPs from the budget; 1 for all routes.
         full_share: Share of forward passes that keep every token, so that the full model stays the teacher.
         judge_every: Number of steps between two looks at samples that are held out: the adapter that does best on them
             is kept, and none if every one does harm.
@@ -176,9 +176,9 @@ class HealRecipe(TrainingRecipe):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    ce_weight: Annotated[float, Field(ge=0)] = 0.1
-    budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.2
-    full_share: Annotated[float, Field(ge=0, le=1)] = 0.15
+    ce_weight: Annotated[float, Field(ge=0)] = 0.0
+    budget_spread: Annotated[float, Field(ge=0, le=1)] = 1.0
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     judge_every: Annotated[int, Field(ge=1)] = 25
 
 

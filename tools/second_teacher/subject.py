@@ -22,7 +22,7 @@ from tools.teacher.assembly import CHAT_TEMPLATE, IMAGE, MEAN, STD, build_tokeni
 from tools.teacher.subject import Subject
 
 WIDTH = 96
-WEIGHTS = {"paper": 0.5, "count": 1.3, "colour": 1.0, "side": 1.3, "word": 0.8, "ink": 1.5, "corner": 0.7, "badge": 1.3}
+WEIGHTS = {"paper": 0.3, "count": 0.8, "colour": 0.4, "side": 2.0, "word": 0.8, "ink": 0.8, "corner": 1.5, "badge": 2.0}
 
 
 def build_processor() -> LlavaProcessor:

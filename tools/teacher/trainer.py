@@ -26,9 +26,13 @@ class Trainer:
         packer: Made the batches.
         rate: Peak learning rate.
         compiled: Compile the layers.
+        dense: Begin with the dense labels.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, packer: Packer, rate: float, compiled: bool) -> None:
+    def __init__(
+        self, model: LlavaForConditionalGeneration, packer: Packer, rate: float, compiled: bool, dense: bool = True
+    ) -> None:
+        self._dense = dense
         self._model, self._device = model, next(model.parameters()).device
         self._heads = DenseHeads(packer.subject, model.config.vision_config.hidden_size).to(self._device)
         self._kinds = packer.subject.kinds
@@ -49,7 +53,7 @@ class Trainer:
     def step(self, batch: Batch, done: float) -> None:
         """Learn from a batch; ``done`` is the fraction of the time that has gone."""
         self._optimiser.schedule(done)
-        self._dense_weight.fill_(max(0.0, 1 - done / DENSE_UNTIL))
+        self._dense_weight.fill_(self._dense * max(0.0, 1 - done / DENSE_UNTIL))
         self._steps += 1
         if self._device.type != "cuda":
             self._batch, self._found = batch, self._step(batch)

@@ -27,7 +27,7 @@ from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.recipe import HealRecipe
 
 MOST_HELD_OUT = 64  # samples that judge; an eighth of all where that is fewer
-ROUTES_PER_HELD_OUT = 4
+ROUTES_PER_HELD_OUT = 2
 
 def heal(
     model: PyramidGenerationMixin,
@@ -86,7 +86,11 @@ def heal(
 
 
 def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
-    """Return KL to the teacher plus, where the route pools, the weighted cross-entropy to the data's labels."""
+    """Return the bounded KL to the teacher plus, where the route pools, the weighted cross-entropy to the labels.
+
+    The bound, 1 - exp(-KL), is about KL where that is small. Where a route has lost what an answer needs, KL is large,
+    and no adapter can mend it: unbounded, these answers would outweigh those that can be mended, and do them harm.
+    """
     text_model: Any = model.text_model
 
     def follow(state: PyramidState, site: int) -> Choice:
@@ -94,7 +98,7 @@ def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe:
 
     teacher = teacher_logits(model, trunk)
     student = student_logits(model, trunk, follow)
-    loss = divergence(student, teacher, recipe.temperature)
+    loss = 1 - (-divergence(student, teacher, recipe.temperature)).exp()
     if any(route):
         labelled = trunk.has_labels[trunk.answers[0]]
         loss = loss + recipe.ce_weight * labelled * F.cross_entropy(student, trunk.targets, reduction="none")
@@ -108,25 +112,27 @@ def draw_route(
     recipe: HealRecipe,
     rng: random.Random,
 ) -> Route:
-    """Draw the route of a batch: the full one now and then, else the one whose FLOPs are next to a drawn fraction.
+    """Draw the route of a batch: the full one now and then, else any whose FLOPs are around the budget.
 
     Args:
         model: offers the routes.
         state: the batch before the first site.
-        budget: the middle of the drawn fractions.
+        budget: the middle of the fractions of FLOPs to draw from.
         recipe: their spread, and the share of the full route.
         rng: Random generator.
     """
-    full = rng.random() < recipe.full_share
-    wanted = rng.uniform(budget - recipe.budget_spread, budget + recipe.budget_spread)
+    pyramid, shape = model.pyramid, model.text_model.shape
     samples = [(grids, text) for grids, text in zip(state.image_grids, state.text_tokens, strict=True) if grids]
-    if full or not samples:
-        return model.pyramid.full_route
-    shape = model.text_model.shape
-    offered = set.intersection(*(set(model.pyramid.routes_for(grids)) for grids in {grids for grids, _ in samples}))
+    if rng.random() < recipe.full_share or not samples:
+        return pyramid.full_route
+    offered = set.intersection(*(set(pyramid.routes_for(grids)) for grids in {grids for grids, _ in samples}))
 
     def distance(route: Route) -> float:
-        fractions = [flops_fraction(shape, model.pyramid, route, grids, text) for grids, text in samples]
-        return abs(sum(fractions) / len(fractions) - wanted)
+        fractions = [flops_fraction(shape, pyramid, route, grids, text) for grids, text in samples]
+        return abs(sum(fractions) / len(fractions) - budget)
 
-    return min(sorted(offered), key=distance)
+    distances = {route: distance(route) for route in sorted(offered - {pyramid.full_route})}
+    if not distances:
+        return pyramid.full_route
+    reach = max(recipe.budget_spread, min(distances.values()))
+    return rng.choice([route for route, away in distances.items() if away <= reach])

@@ -101,4 +101,4 @@ def _outcome(report: TrainingReport) -> str:
     if report.kept == 0:
         return "Healing did no good on held-out samples, so the model stays without an adapter."
     before, after = report.held_out[0], report.held_out[report.kept]
-    return f"On held-out samples, healing lowers the KL from {before:.3f} to {after:.3f} nats ({report.kept} steps)."
+    return f"On held-out samples, healing lowers the loss from {before:.3f} to {after:.3f} ({report.kept} steps)."
