@@ -26,8 +26,9 @@ from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.recipe import HealRecipe
 
-MOST_HELD_OUT = 64  # samples that judge; an eighth of all where that is fewer
+HELD_OUT = (8, 64)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
 ROUTES_PER_HELD_OUT = 2
+
 
 def heal(
     model: PyramidGenerationMixin,
@@ -63,9 +64,7 @@ def heal(
         MissingExtraError: if peft is not installed.
     """
     parameters = add_adapter(model, recipe.rank, recipe.alpha, recipe.target_modules, seed)
-    order = random.Random(f"{seed}, held out").sample(range(len(examples)), len(examples))
-    count = min(MOST_HELD_OUT, len(examples) // 8)
-    held, learned = order[:count], order[count:]
+    held, learned = _split(len(examples), seed)
 
     def loss_on(some: Sequence[int], recipe: HealRecipe) -> Callable[[Draw], torch.Tensor]:
         def loss_of(draw: Draw) -> torch.Tensor:
@@ -83,6 +82,14 @@ def heal(
     if report.kept == 0:
         remove_adapter(model)
     return report
+
+
+def _split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the samples that judge, and those to learn from."""
+    order = random.Random(f"{seed}, held out").sample(range(count), count)
+    least, most = HELD_OUT
+    held = min(most, count // 8) if count // 8 >= least else 0
+    return order[:held], order[held:]
 
 
 def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:

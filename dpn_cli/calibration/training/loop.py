@@ -258,9 +258,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -
     return bitsandbytes.optim.AdamW8bit(parameters.values(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
 
 
-def _save(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, progress: _Progress
-) -> None:
+def _save(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, progress: _Progress) -> None:
     content = {
         "parameters": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),

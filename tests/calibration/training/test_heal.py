@@ -179,7 +179,7 @@ def test_half_precision_trains_a_float32_adapter(make_pair: Any, examples: list[
 def test_what_did_best_on_held_out_samples_is_kept(make_pair: Any, examples: list[Example]) -> None:
     recipe = RECIPE.model_copy(update={"steps": 12, "judge_every": 3, "learning_rate": 0.3})  # soon leads astray
     _, model = make_pair()
-    report = run(model, examples * 3, recipe)
+    report = run(model, examples * 11, recipe)
     assert list(report.held_out) == [0, 3, 6, 9, 12]
     assert report.held_out[report.kept] == min(report.held_out.values()) < report.held_out[12]
     figures = report.summary()
@@ -197,7 +197,7 @@ def test_where_every_adapter_does_harm_none_is_kept(
         return -heal_loss(*args) if torch.is_grad_enabled() else heal_loss(*args)
 
     monkeypatch.setattr(healing, "heal_loss", harmful)
-    report = run(model, examples * 3, RECIPE.model_copy(update={"judge_every": 3}))
+    report = run(model, examples * 11, RECIPE.model_copy(update={"judge_every": 3}))
     assert report.kept == 0
     assert not model.is_adapted
     after = weights(model)

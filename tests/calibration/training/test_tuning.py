@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +16,6 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration.calibrate import calibrate
-from dpn_cli.calibration.training import heal as healing
 from dpn_cli.calibration.training import tuning
 from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.checkpoint.lora import Lora
@@ -50,14 +48,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({"id": "text", "conversations": text})
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def every_adapter_is_kept() -> Iterator[None]:
-    """Let no held-out samples judge: three steps make no good adapter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(healing, "MOST_HELD_OUT", 0)
-        yield
 
 
 @pytest.fixture(scope="module")
