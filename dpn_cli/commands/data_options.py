@@ -47,6 +47,12 @@ class Columns(click.ParamType[tuple[tuple[str, str], ...]]):
         return tuple(columns.items())
 
 
+allow_urls_option = click.option(
+    "--allow-urls", is_flag=True,
+    help="Fetch images that are given as http or https URLs, once: they are kept in ~/.cache/dpn.",
+)  # fmt: skip
+
+
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how the rows of data are read; `takes_data` passes them on."""
     for option in reversed(
@@ -64,6 +70,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
                 help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
             ),
+            allow_urls_option,
             click.option(
                 "--stream", is_flag=True,
                 help="Read no more of a hub data set, or of parquet and arrow files, than the samples that are drawn.",

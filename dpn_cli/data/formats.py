@@ -28,6 +28,7 @@ class Request:
         limit: Number of samples to draw, of data that are not there as a whole; None for all.
         seed: Random seed for sampling of such data.
         stream: Whether to read no more of a table than is drawn.
+        allow_urls: Whether images of the web are fetched.
     """
 
     data: str
@@ -37,6 +38,7 @@ class Request:
     limit: int | None
     seed: int = 0
     stream: bool = False
+    allow_urls: bool = False
 
     @property
     def path(self) -> Path:
@@ -49,7 +51,7 @@ class Request:
         from dpn_cli.data.places import Places
 
         beside = self.path if self.path.is_dir() else self.path.parent
-        return Places(self.image_root or (beside if self.path.exists() else Path()))
+        return Places(self.image_root or (beside if self.path.exists() else Path()), self.allow_urls)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def load_data(
     reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored, data.columns)
     if data.stream and limit is None:
         raise UsageError("--stream reads no more than is asked for: say how much, with --samples")
-    source = open_source(Request(data.name, data.image_root, reading, split, limit, seed, data.stream))
+    request = Request(data.name, data.image_root, reading, split, limit, seed, data.stream, data.allow_urls)
+    source = open_source(request)
     if data.stream and not source.format.startswith(STREAMED):
         raise UsageError(
             f"--stream: {data.name} is a {source.format}, which is not read through `datasets`: leave it out"

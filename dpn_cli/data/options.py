@@ -19,6 +19,7 @@ class DataOptions:
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         ignored: fields of the rows that are left unread, as if they were not there.
         columns: Roles of fields, each with the field that has it: (("image", "picture"), ("question", "prompt")).
+        allow_urls: Whether to fetch images of the web.
         stream: Whether to read no more of a table or of the hub than the samples that are drawn.
         on_bad_row: `fail`, or `skip` up to `max_bad`.
         max_bad: the largest share of the rows read that may be bad.
@@ -29,6 +30,7 @@ class DataOptions:
     image_root: Path | None = None
     ignored: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
+    allow_urls: bool = False
     stream: bool = False
     on_bad_row: OnBadRow = "fail"
     max_bad: float = MAX_BAD
@@ -41,5 +43,6 @@ class DataOptions:
             *(["--image-root", str(self.image_root)] if self.image_root else []),
             *(["--columns", ",".join(map("=".join, self.columns))] if self.columns else []),
             *(["--ignore-fields", ",".join(self.ignored)] if self.ignored else []),
+            *(["--allow-urls"] if self.allow_urls else []),
             *(["--stream"] if self.stream else []),
         ]  # fmt: skip

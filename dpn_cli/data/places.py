@@ -1,4 +1,4 @@
-"""Where an image may sit: in a file, or encoded in the row itself. `docs/data-layouts.md` shows all places."""
+"""Where an image may sit: in a file, encoded in the row itself, or on the web (see docs/data-layouts.md)."""
 
 import base64
 import binascii
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+from dpn_cli.data.downloads import fetch, shown
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.images import is_file
 from dpn_cli.data.samples import ImageSource, StoredImage
@@ -18,6 +19,7 @@ HOLDERS = ("bytes", "base64", "path", "image", "image_url", "url")
 
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:([^,]*),", re.IGNORECASE)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _BASE64 = re.compile(
     r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA)[A-Za-z0-9+/\s]{32,}={0,2}\s*"
@@ -31,16 +33,18 @@ class Places:
 
     Attributes:
         root: Folder that relative paths start in.
+        allow_urls: Whether images of the web are fetched.
     """
 
     root: Path = Path()
+    allow_urls: bool = False
 
     def find(self, value: Any, name: str, again: Callable[[], Any]) -> ImageSource:
         """Return the image that a row's value stands for, still encoded.
 
         Args:
-            value: A path with slashes or backslashes, a file: or data: URI, base64 text, encoded bytes, an object with
-                one of them under one of `HOLDERS`, or an image that is found already.
+            value: A path with slashes or backslashes, a file:, data: or http(s) URI, base64 text, encoded bytes, an
+                object with one of them under one of `HOLDERS`, or an image that is found already.
             name: Name for messages of an image that has no path.
             again: Function that returns the same value again, so that samples do not hold on to encoded images.
 
@@ -56,6 +60,10 @@ class Places:
             keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
             expected = f"expected the path of an image, or an object with one as {', '.join(HOLDERS)}"
             raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
+        if _WEB.match(held):
+            if not self.allow_urls:
+                raise RowError("image on the web", f"{shown(held)} is fetched with --allow-urls only")
+            return StoredImage(shown(held), lambda: fetch(held))
         if _ELSEWHERE.match(held) and not _FILE_URI.match(held):
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
         path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held

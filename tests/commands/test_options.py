@@ -73,12 +73,21 @@ def test_options_about_data_reach_a_command_as_one() -> None:
     def reads(data: DataOptions | None) -> None:
         seen.append(data)
 
-    options = ["--image-root", ".", "--ignore-fields", "a,b", "--columns", "image=img 1, answer=a=b", "--stream"]
+    options = [
+        "--image-root",
+        ".",
+        "--ignore-fields",
+        "a,b",
+        "--columns",
+        "image=img 1, answer=a=b",
+        "--stream",
+        "--allow-urls",
+    ]
     options += ["--on-bad-row", "skip", "--max-bad", "20%"]
     for line in (["--data", "rows.json", *options], ["--data", "demo"], options):
         assert CliRunner().invoke(reads, line).exit_code == 0
     columns = (("image", "img 1"), ("answer", "a=b"))
-    rows = DataOptions("rows.json", Path(), ("a", "b"), columns, True, "skip", 0.2)
+    rows = DataOptions("rows.json", Path(), ("a", "b"), columns, True, True, "skip", 0.2)
     assert seen == [rows, DataOptions("demo"), None]
     again = CliRunner().invoke(reads, [*rows.arguments(), "--on-bad-row", "skip", "--max-bad", "20%"])
     assert again.exit_code == 0 and seen[-1] == rows

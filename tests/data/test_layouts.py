@@ -12,6 +12,7 @@ from PIL import Image
 from dpn_cli.commands.data_options import data_options
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
+from tests.data.web import serving
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data-layouts.md"
 ROWS = re.compile(r"^\| \[(.+?)\]\(#(.+?)\)", re.MULTILINE)  # of the table of layouts
@@ -52,8 +53,18 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     return tmp_path
 
 
+@pytest.fixture
+def web(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve the folder in place of example.org."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(in_folder / "cache"))
+    with serving(in_folder, {}) as (address, _):
+        yield address
+
+
 @pytest.mark.parametrize("layout", SECTIONS)
-def test_the_example_of_a_layout_is_read(layout: str, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_a_layout_is_read(
+    layout: str, in_folder: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = SECTIONS[layout]
     if "datasets" in text:
         datasets = pytest.importorskip("datasets")
@@ -61,7 +72,7 @@ def test_the_example_of_a_layout_is_read(layout: str, in_folder: Path, monkeypat
         datasets.disable_progress_bars()
     for name, content in FILE.findall(text):
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(content)
+        Path(name).write_text(content.replace("https://example.org", web))
     for code in CODE.findall(text):
         exec(code, {})
     [line] = COMMAND.findall(text)
