@@ -27,11 +27,12 @@ def check_state_folder() -> None:
     """Check that what is written and deleted under .dpn is in this directory, which may be a stranger's.
 
     Raises:
-        UsageError: if there is a symbolic link.
+        UsageError: if there is a symbolic link, a pipe or a device.
     """
     for path in (FOLDER, *FOLDER.glob("*"), *FOLDER.glob("*/*")):
-        if path.is_symlink():
-            raise UsageError(f"{path} is a symbolic link, expected dpn's own file or folder: remove it")
+        if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
+            what = "a symbolic link" if path.is_symlink() else "neither a file nor a folder"
+            raise UsageError(f"{path} is {what}, expected dpn's own file or folder: remove it")
 
 
 def remember(path: Path) -> None:

@@ -49,14 +49,17 @@ def test_code_of_a_source_is_never_run(
     if only_foreign:
         known = {"processor_class": "EvilProcessor"}
         write_json(source / "processor_config.json", read_json(source / "processor_config.json") | known)
-    assert main(["convert", str(source), "-o", "out"]) == 0
+    converted = main(["convert", str(source), "-o", "out"])
+    assert not Path("ran").exists() and converted == (3 if only_foreign else 0), capsys.readouterr().err
+    if only_foreign:
+        return
     assert not list(Path("out").glob("*.py")) and "auto_map" not in read_json(Path("out", "config.json"))
     shutil.copy(source / "evil.py", "out")
     code = main(["run", "--model", "out", "--image", str(picture), "what colour ?", "--max-new-tokens", "1"])
     assert main(["export", "--model", "out", "-o", "exported", "--uncalibrated"]) == 0
     assert not Path("exported", "evil.py").exists()
     assert not Path("ran").exists()
-    assert code == (3 if only_foreign else 0), capsys.readouterr().err
+    assert code == 0, capsys.readouterr().err
 
 
 def test_a_processor_that_needs_foreign_code_is_refused(source: Path) -> None:
@@ -180,8 +183,9 @@ def test_deep_json_is_one_sentence(source: Path, capsys: pytest.CaptureFixture[s
     for _ in range(400):
         deep = {"x": [deep]}
     (source / "generation_config.json").write_text(json.dumps(deep))
-    assert main(["convert", str(source), "-o", "out"]) == 0
-    assert "auto_map" not in Path("out", "generation_config.json").read_text()
+    assert main(["convert", str(source), "-o", "out"]) == 3
+    message = capsys.readouterr().err
+    assert f"{source / 'generation_config.json'} has the x" in message and message.count("\n") == 1
     (source / "generation_config.json").write_text('{"x": ' * 10**5)
     assert main(["convert", str(source), "-o", "again"]) == 3
     assert "generation_config.json is not JSON" in capsys.readouterr().err

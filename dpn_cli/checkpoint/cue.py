@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpn_cli.checkpoint.headers import TOKENIZER_FILE
+from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.template import QUESTION, ChatTemplate
 from dpn_cli.checkpoint.tokens import Tokens
 from dpn_cli.errors import CheckpointError
@@ -27,7 +28,8 @@ def answer_cue(folder: Path) -> tuple[int, ...]:
     text = ChatTemplate.find(folder).prompt(Tokens.of(folder).special)
     start = len(text) - len(text.rpartition(QUESTION)[2].lstrip())
     try:
-        encoded = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
+        with no_panic():
+            encoded = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False)
     except Exception as error:  # noqa: BLE001 - the library raises nothing more special
         raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
     return tuple(token for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if end > start)

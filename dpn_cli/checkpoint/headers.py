@@ -11,6 +11,7 @@ from typing import Any
 from dpn_cli.checkpoint.links import check_links
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.errors import CheckpointError
+from dpn_cli.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,7 +21,7 @@ WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to
 PROCESSOR_FILE, IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+SPECIAL_TOKENS_FILE, GENERATION_FILE = "special_tokens_map.json", "generation_config.json"
 LFS_SIGNATURE = b"version https://git-lfs.github.com"
 
 BITS = {
@@ -189,7 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_bytes())
-        json.dumps(data, ensure_ascii=False).encode()  # no half characters, which nobody could write
+        # No half characters, which nobody could write, and no NaN or Infinity, which JSON does not have.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again") from None
     if not isinstance(data, dict):
@@ -258,7 +260,7 @@ def _parse_header(path: Path, file: str, raw: bytes, size: int) -> dict[str, Ten
 def _tensor(file: str, name: str, entry: dict[str, Any], body: int) -> TensorInfo:
     """Read a header entry; `body` is the file's first byte after the header."""
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name!r} has an impossible shape or place")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):

@@ -15,6 +15,7 @@ from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.families.tensors import TEXT_PREFIXES
 from dpn_cli.families.text import OPTIONAL_SIZES, ORIGINALS, REQUIRED_SIZES, TEXT_MODELS
 from dpn_cli.families.vision import VISION_TOWERS
+from dpn_cli.limits import MAX_LABELS, MAX_TILES
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.shape import DecoderShape
@@ -211,6 +212,11 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         )
     if type(config.get("image_token_index", config.get("image_token_id"))) is not int:
         raise CheckpointError(f"{where}: config.json has no image_token_index, so the image's place is unknown")
+    for part in (config, config["text_config"], config["vision_config"]):
+        if type(labels := part.get("num_labels", 0)) is not int or labels > MAX_LABELS:
+            raise CheckpointError(
+                f"{where}: config.json has the num_labels {labels!r}, expected at most {MAX_LABELS:,}: leave it out"
+            )
     if "quantization_config" in config and not is_converted(config):
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")
     _validate_text(config["text_config"], where)
@@ -301,6 +307,8 @@ def _tiling(config: dict[str, Any], grid: Grid, where: Path) -> Tiling | None:
             f"{where}: config.json does not say how images are cut into tiles: expected image_size in vision_config, "
             f"image_grid_pinpoints as [height, width] pairs and, for OneVision, a vision_aspect_ratio like anyres_max_9"
         ) from None
+    if any(tall * wide > MAX_TILES * tiling.pixels**2 for tall, wide in tiling.resolutions):
+        raise CheckpointError(f"{where}: config.json has image_grid_pinpoints of more than {MAX_TILES} tiles")
     return tiling
 
 

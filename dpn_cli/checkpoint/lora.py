@@ -24,12 +24,14 @@ class Lora:
 
     Attributes:
         folder: the adapter's folder.
-        scale: the factor alpha / rank.
+        rank: width of the matrices between.
+        alpha: the adapter's output is scaled by alpha / rank.
         targets: the names of the weights that it changes, as transformers 5 has them in memory.
     """
 
     folder: Path
-    scale: float
+    rank: int
+    alpha: float
     targets: frozenset[str]
 
     @classmethod
@@ -59,12 +61,14 @@ class Lora:
         config = read_json(folder / CONFIG_FILE)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
             raise CheckpointError(f"{folder} holds another adapter than plain LoRA: calibrate the checkpoint again")
-        names = [name for name in read_header(folder / WEIGHTS_FILE) if name.endswith(_DOWN)]
-        targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in names)
+        down = {name: t.shape for name, t in read_header(folder / WEIGHTS_FILE).items() if name.endswith(_DOWN)}
+        targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in down)
         alpha, rank = config.get("lora_alpha"), config.get("r")
         if not isinstance(alpha, int | float) or type(rank) is not int or rank < 1:
             raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_alpha and r: calibrate the checkpoint again")
-        return cls(folder, alpha / rank, targets)
+        if any(shape[:1] != (rank,) for shape in down.values()):
+            raise CheckpointError(f"{folder} has matrices of another width than its r, {rank}: calibrate again")
+        return cls(folder, rank, alpha, targets)
 
     def merged(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """Return one of the target weights [out, in] with the adapter in it, in float32.
@@ -81,7 +85,7 @@ class Lora:
             raise CheckpointError(
                 f"{self.folder} has NaN or infinite values for {name}: calibrate the checkpoint again"
             )
-        return weight.float().addmm(up, down, alpha=self.scale)
+        return weight.float().addmm(up, down, alpha=self.alpha / self.rank)
 
 
 def without_adapter(calibration: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import FAMILIES, IMAGE_PROCESSORS, Family
 from dpn_cli.families.vision import VISION_TOWERS
+from dpn_cli.limits import MAX_RESIZED
 from dpn_cli.pyramid.tiling import DEFAULT_ASPECT_RATIO, RESOLUTIONS
 
 
@@ -284,7 +285,7 @@ def _image_settings(files: _Files, config: dict[str, Any], layout: LlavaLayout) 
 
     def fits(size: Any) -> bool:
         if crops and not family.cuts_images:
-            return _side(size) >= side  # the middle is cut out
+            return side <= _side(size) <= MAX_RESIZED * side  # the middle is cut out
         is_square = isinstance(size, dict) and "height" in size
         pads = "do_pad" in assumed and given["do_pad"]
         return _side(size) == side and bool(is_square or pads or family.cuts_images)

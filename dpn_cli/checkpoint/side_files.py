@@ -13,6 +13,7 @@ from dpn_cli.checkpoint.headers import BIN_INDEX_FILE, INDEX_FILE, read_json
 from dpn_cli.checkpoint.links import WEIGHTS_SUFFIXES
 from dpn_cli.checkpoint.writer import RECIPE_FILE, copy_file, write_json
 from dpn_cli.errors import CheckpointError
+from dpn_cli.limits import MAX_SIDE_FILE_BYTES
 
 _PATTERNS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -23,7 +24,6 @@ _LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 _TEXT_SUFFIXES = {"", ".txt", ".md", ".rst", ".html", ".pdf"}
 _WRITTEN_ANEW = {"config.json", INDEX_FILE, BIN_INDEX_FILE, RECIPE_FILE, "README.md"}
 _SHOWN = {".md", ".png", ".jpg", ".jpeg", ".gif", ".webp"}  # on a model's page
-_MAX_BYTES = 64 << 20
 _NAMED = 5  # of the files that stay behind
 
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
@@ -42,8 +42,10 @@ def side_files(folder: Path) -> Iterator[Path]:
     """
     for path in _files(folder):
         if _goes_along(path.name):
-            if path.stat().st_size > _MAX_BYTES:
-                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected at most {_MAX_BYTES:,}")
+            if path.stat().st_size > MAX_SIDE_FILE_BYTES:
+                raise CheckpointError(
+                    f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_SIDE_FILE_BYTES:,}"
+                )
             yield path
 
 

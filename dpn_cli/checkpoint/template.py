@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.bounded import OverLimitError, run_bounded
 from dpn_cli.checkpoint.headers import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, read_json_if_there
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
+from dpn_cli.limits import MAX_PROMPT_CHARACTERS, TEMPLATE_BYTES, TEMPLATE_SECONDS
 
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
 
 QUESTION = "What is this?"
+
+_ASKED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+_ANSWERED = {"role": "assistant", "content": [{"type": "text", "text": "A bird."}]}
+_SYSTEM = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ class ChatTemplate:
         """
         try:
             text = self.prompt(special_tokens)
-        except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
-            found = f"fails with {next(iter(str(error).splitlines()), type(error).__name__)!r}"
+        except OverLimitError:
+            found = f"takes more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES / 1e6:.0f} MB"
+        except RuntimeError as error:
+            found = f"fails with {str(error)!r}"
         else:
             if text.count(image_token) == 1 and QUESTION in text:
                 return
@@ -80,17 +89,13 @@ class ChatTemplate:
         )
 
     def prompt(self, special_tokens: Mapping[str, str]) -> str:
-        """Return what it writes for `QUESTION` about an image, up to where the answer begins."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        """Return what it writes for `QUESTION` about an image, up to where the answer begins.
 
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        [text], _ = render_jinja_template(
-            conversations=[[{"role": "user", "content": content}]],
-            chat_template=self.text,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-        return str(text)
+        Raises:
+            OverLimitError: if it takes too long or too much memory, for this or for a longer conversation.
+            RuntimeError: with the message of what it raises.
+        """
+        return _prompt(self.text, tuple(special_tokens.items()))
 
     def write(self, folder: Path) -> None:
         """Make it the template of a folder's processor."""
@@ -99,6 +104,31 @@ class ChatTemplate:
         processor = read_json_if_there(folder / PROCESSOR_FILE)
         if processor.pop("chat_template", None) is not None:
             write_json(folder / PROCESSOR_FILE, processor)
+
+
+@lru_cache(maxsize=8)
+def _prompt(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def render(template: str, *messages: dict[str, Any]) -> str:
+        [text], _ = render_jinja_template(
+            conversations=[messages], chat_template=template, add_generation_prompt=True, **dict(special_tokens)
+        )
+        return str(text)
+
+    def try_all() -> str:
+        text = render(template, _ASKED)
+        for others in ([_ASKED, _ANSWERED, _ASKED], [_SYSTEM, _ASKED]):
+            try:
+                render(template, *others)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - what it refuses with words is found when data have it
+                pass
+        return text[:MAX_PROMPT_CHARACTERS]
+
+    render("", _ASKED)  # what rendering imports is imported here, without limits
+    return run_bounded(try_all, TEMPLATE_SECONDS, TEMPLATE_BYTES)
 
 
 def _default(stored: Any) -> str | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import (
+    GENERATION_FILE,
+    SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     read_json,
@@ -15,7 +17,7 @@ from dpn_cli.errors import CheckpointError
 
 DEFAULT_IMAGE_TOKEN = "<image>"  # of transformers' processors
 
-_ADDED_FILE, _SPECIAL_FILE, _GENERATION_FILE = "added_tokens.json", "special_tokens_map.json", "generation_config.json"
+_ADDED_FILE = "added_tokens.json"
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "tiktoken.model", "tekken.json")  # without the tokens added to them
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,8 +51,8 @@ class Tokens:
         """
         config = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
         noted, special_file = config, TOKENIZER_CONFIG_FILE
-        if "added_tokens_decoder" not in config and (folder / _SPECIAL_FILE).is_file():
-            noted, special_file = config | read_json(folder / _SPECIAL_FILE), _SPECIAL_FILE
+        if "added_tokens_decoder" not in config and (folder / SPECIAL_TOKENS_FILE).is_file():
+            noted, special_file = config | read_json(folder / SPECIAL_TOKENS_FILE), SPECIAL_TOKENS_FILE
         named = noted | noted["extra_special_tokens"] if isinstance(noted.get("extra_special_tokens"), dict) else noted
         contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         special = {key: text for key, text in contents.items() if key.endswith("_token") and isinstance(text, str)}
@@ -142,10 +144,10 @@ class Tokens:
 
     def _noted_ids(self, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
         """Yield file, key and value of every id that the model's configs have for a special token."""
-        generation = read_json_if_there(self.folder / _GENERATION_FILE)
+        generation = read_json_if_there(self.folder / GENERATION_FILE)
         text = config["text_config"]
         for file, prefix, data in (
-            (_GENERATION_FILE, "", generation), ("config.json", "text_config.", text), ("config.json", "", config),
+            (GENERATION_FILE, "", generation), ("config.json", "text_config.", text), ("config.json", "", config),
         ):  # fmt: skip
             for key in _ID_KEYS:
                 values = data.get(key)

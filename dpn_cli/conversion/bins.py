@@ -108,6 +108,8 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _describe(name: str, file: str, tensor: "torch.Tensor") -> TensorInfo:
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{file} holds {name!r} with fewer values than its shape has: download it again")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise CheckpointError(f"{file} holds {name!r} as {dtype}, expected one of {', '.join(DTYPES)}")

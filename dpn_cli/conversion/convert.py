@@ -1,6 +1,7 @@
-"""Insert a pyramid into a LLaVA checkpoint without loading the model.
+"""Insert a pyramid into a LLaVA checkpoint without loading its weights.
 
-A checkpoint in Hugging Face's layout, in safetensors, is copied byte for byte, and torch is not imported.
+The small files come first: the model that they describe is built and run once, without memory for its weights. Then
+the weights are written; those in Hugging Face's layout, in safetensors, are copied byte for byte.
 """
 
 import math
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpn_cli.checkpoint.completeness import check_complete
@@ -22,7 +24,7 @@ from dpn_cli.checkpoint.source import Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
 from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
 from dpn_cli.checkpoint.template import ChatTemplate
-from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, write_index, write_json, write_shard
+from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, copy_file, write_index, write_json, write_shard
 from dpn_cli.conversion.opening import Copied, Opened, open_source
 from dpn_cli.conversion.original import is_original
 from dpn_cli.conversion.rewriting import Written
@@ -104,6 +106,8 @@ def convert(
         UsageError: if the output exists or overlaps the source.
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
     """
+    from dpn_cli.inference.trial import try_out
+
     source = resolve_source(model)
     opened = open_source(source.path, vision_tower)
     if opened.pyramid is not None and recipe is not None:
@@ -128,15 +132,19 @@ def convert(
         notes=(*opened.notes, *completion.notes(), *left_behind(source.path)),
     )
     check_target(conversion.output, force, CONVERTED, source.path)
-    if check_values:
-        _check_values(opened)
-    if dry_run:
-        return conversion
-    check_space(conversion.output, _needed_bytes(opened, conversion))
-    with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
-        written = _write(stage, opened, conversion, recipe, completion)
-        if verify and written.placement != "linked":  # a hard link is the very same file
-            verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
+    with TemporaryDirectory() as name:
+        small_files = Path(name)
+        _write_small_files(small_files, opened, conversion, recipe, completion)
+        try_out(small_files, layout, source.path)
+        if check_values:
+            _check_values(opened)
+        if dry_run:
+            return conversion
+        check_space(conversion.output, _needed_bytes(opened, conversion))
+        with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
+            written = _write(stage, small_files, opened, conversion)
+            if verify and written.placement != "linked":  # a hard link is the very same file
+                verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
     return replace(conversion, placement=written.placement)
 
 
@@ -177,16 +185,26 @@ def _completion(source: Path, opened: Opened, layout: LlavaLayout, chat_template
     return Completion(template=template)
 
 
-def _write(stage: Path, opened: Opened, conversion: Conversion, recipe: Recipe, completion: Completion) -> Written:
-    """Write the folder; return what of it comes from the source."""
-    written = opened.write(stage, link=conversion.placement == "linked")
-    completion.write(stage)
-    _write_dpe(stage / DPE_FILE, opened, conversion)
-    tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
+def _write_small_files(
+    folder: Path, opened: Opened, conversion: Conversion, recipe: Recipe, completion: Completion
+) -> None:
+    """Write everything but the weights and their index."""
+    opened.write_side_files(folder)
+    completion.write(folder)
     if opened.pyramid is None:
-        write_json(stage / RECIPE_FILE, recipe.to_dict())
+        write_json(folder / RECIPE_FILE, recipe.to_dict())
+    write_json(folder / "config.json", _config(opened, conversion, conversion.pyramid))
+
+
+def _write(stage: Path, small_files: Path, opened: Opened, conversion: Conversion) -> Written:
+    """Write the folder; return what of it comes from the source."""
+    for file in small_files.iterdir():
+        copy_file(file, stage / file.name)
     pyramid = replace(conversion.pyramid, answer_cue=answer_cue(stage))
     write_json(stage / "config.json", _config(opened, conversion, pyramid))
+    written = opened.write_weights(stage, link=conversion.placement == "linked")
+    _write_dpe(stage / DPE_FILE, opened, conversion)
+    tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
     write_index(stage, tensors)
     _verify(stage, opened.checkpoint, conversion)
     return replace(written, tensors=tensors) if opened.dpe else written

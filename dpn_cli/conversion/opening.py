@@ -51,8 +51,11 @@ class Opened(Protocol):
     def dpe(self) -> Mapping[str, TensorInfo]:
         """Return the tensors of that pyramid as the source has them, by their names in the new folder."""
 
-    def write(self, stage: Path, link: bool = False) -> Written:
-        """Write everything but config and index into a folder.
+    def write_side_files(self, folder: Path) -> None:
+        """Write tokenizer, processor and what else belongs to the model into a folder."""
+
+    def write_weights(self, stage: Path, link: bool = False) -> Written:
+        """Write the shards into a folder.
 
         Args:
             stage: the folder to write into.
@@ -76,11 +79,14 @@ class Copied:
     pyramid: None = None
     dpe: Mapping[str, TensorInfo] = field(default_factory=dict)
 
-    def write(self, stage: Path, link: bool = False) -> Written:
-        """Copy side files; copy or link shards."""
+    def write_side_files(self, folder: Path) -> None:
+        """Copy what goes along."""
+        for path in side_files(self.checkpoint.path):
+            copy_side_file(path, folder)
+
+    def write_weights(self, stage: Path, link: bool = False) -> Written:
+        """Copy or link the shards."""
         folder = self.checkpoint.path
-        for path in side_files(folder):
-            copy_side_file(path, stage)
         tensors: list[TensorInfo] = []
         placements: set[Placement] = set()
         for file in self.checkpoint.files:

@@ -121,9 +121,8 @@ class Rewritten:
         planned, notes = {**self.planned, **dpe}, (*self.notes, *notes)
         return replace(self, planned=planned, notes=notes, pyramid=pyramid, dpe=infos)
 
-    def write(self, stage: Path, link: bool = False) -> Written:
-        """Write everything but config and index; about one tensor is in memory at a time; nothing can be linked."""
-        self.write_side_files(stage)
+    def write_weights(self, stage: Path, link: bool = False) -> Written:
+        """Write the shards; about one tensor is in memory at a time; nothing can be linked."""
         written: list[TensorInfo] = []
         for file in self.checkpoint.files:
             # Wide dtypes first: every tensor is aligned to its own elements.

@@ -8,11 +8,11 @@ from typing import Any
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields
 from dpn_cli.data.formats import Request, only_file
-from dpn_cli.data.images import MAX_FILE_BYTES
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource, validate_readable
 from dpn_cli.errors import DataError
+from dpn_cli.limits import MAX_IMAGE_BYTES
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -26,7 +26,7 @@ class CsvFile(RowSource):
         Raises:
             DataError: if it is not text, has a broken header or record, no rows, or no column that is known.
         """
-        csv.field_size_limit(MAX_FILE_BYTES)  # a cell may hold an image in base64
+        csv.field_size_limit(MAX_IMAGE_BYTES)  # a cell may hold an image in base64
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 lines = list(file)

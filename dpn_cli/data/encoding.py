@@ -10,7 +10,6 @@ from itertools import takewhile
 from typing import Any, overload
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout
@@ -58,14 +57,14 @@ def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": each.answer}]})
     if sample.system:
         system = {"role": "system", "content": [{"type": "text", "text": sample.system}]}
-        with suppress(TemplateError):
+        with suppress(Exception):  # a template may raise whatever it likes
             text = processor.apply_chat_template([system, *messages], add_generation_prompt=True)
             if sample.system in text:
                 return text
         messages[0]["content"][-1]["text"] = f"{sample.system}\n{sample.turns[0].question}"
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
-    except TemplateError as error:
+    except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
         raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from None
 
 

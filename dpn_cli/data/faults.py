@@ -17,5 +17,5 @@ class RowError(DataError):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        self.detail = detail[:MAX_DETAIL] or reason
+        self.detail = " ".join(detail[:MAX_DETAIL].split()) or reason
         super().__init__(f"{reason}: {self.detail}" if detail else reason)

@@ -1,6 +1,7 @@
 """What data can be: the formats that are known, and which one some data has. No torch, and no PIL until asked."""
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -117,10 +118,23 @@ def open_source(request: Request) -> "Source":
         DataError: if it has none, or is damaged.
         MissingExtraError: if it needs the package `datasets`.
     """
-    for each in FORMATS.values():
-        if (source := each.open(request)) is not None:
-            return source
     path = request.path
+    for each in _entries(path):
+        if not (each.is_file() or each.is_dir()) and Path(each).exists():
+            raise DataError(f"{each.path} is neither a file nor a folder: take it out of the data")
+    for form in FORMATS.values():
+        if (source := form.open(request)) is not None:
+            return source
     kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+    kind = kind if path.is_file() or path.is_dir() else "a pipe or a device"
     what = f"is {kind}" if path.exists() else "does not exist"
     raise DataError(f"--data {request.data} {what}: expected {describe_formats()}")
+
+
+def _entries(path: Path, depth: int = 2) -> Iterator[os.DirEntry[str]]:
+    """Yield what a folder holds, and those in it."""
+    if depth and path.is_dir():
+        for entry in os.scandir(path):
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(Path(entry), depth - 1)

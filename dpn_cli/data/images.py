@@ -13,11 +13,9 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps
 
 from dpn_cli.data.faults import MISSING, RowError
+from dpn_cli.limits import MAX_ASPECT_RATIO, MAX_IMAGE_BYTES, MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decoders that start no other program
-MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
-MAX_FILE_BYTES = 1 << 30
-MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds
 _UNSCALED = ("I", "F")  # Pillow's modes whose values may lie anywhere
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
 # What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
@@ -132,8 +130,8 @@ def _validate_file(path: Path) -> Path:
     """Return a path that leads to a file which is not too large to be an image."""
     if not is_file(path):
         raise RowError(MISSING, f"no image file {printable(path)}")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_FILE_BYTES} are read")
+    if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+        raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_IMAGE_BYTES} are read")
     return path
 
 

@@ -2,8 +2,11 @@
 
 import json
 import re
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ _DECODER = json.JSONDecoder()
 _BEGINNING = 1 << 16  # characters
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)  # a string without an end goes to the last
 _EXPECTED = 'expected [{…}, …], an object with one such list, as {"data": [{…}, …]}, or one row per line'
 _Span = tuple[int, int, int]  # the number of a row, and where it starts and ends
 
@@ -52,6 +55,7 @@ class JsonRows:
         """
         self.name = str(path)
         self.about: dict[str, Any] = {}
+        self._has_broken_rows = False
         try:
             self.text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -102,7 +106,11 @@ class JsonRows:
                     yield row
 
     def _line(self, position: int) -> int:
-        return self.text.count("\n", 0, position) + 1
+        return bisect_left(self._line_ends, position) + 1
+
+    @cached_property
+    def _line_ends(self) -> list[int]:
+        return [match.start() for match in re.finditer("\n", self.text)]
 
     def _lines(self) -> Iterator[tuple[int, int, int]]:
         """Yield (line number, start, end) of every line that is not blank."""
@@ -111,7 +119,7 @@ class JsonRows:
             number += 1
             end = self.text.find("\n", start)
             end = len(self.text) if end == -1 else end
-            if _skip_space(self.text, start) < end:
+            if _skip_space(self.text, start, end) < end:
                 yield number, start, end
             start = end + 1
 
@@ -167,25 +175,27 @@ class JsonRows:
         return spans, position + 1
 
     def _end(self, number: int, start: int) -> int:
-        """Return where a row ends: by its grammar, or, if that is broken, by its brackets."""
-        try:
-            return _DECODER.raw_decode(self.text, start)[1]
-        except (ValueError, RecursionError):
-            depth = 0
-            for match in _BRACKETS.finditer(self.text, start):
-                depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
-                if depth == 0 and match.start() > start:
-                    return match.end()
-                if depth <= 0:
-                    break
+        """Return where a row ends: by its grammar, or, from the first broken row on, by its brackets."""
+        if not self._has_broken_rows:
+            try:
+                return _DECODER.raw_decode(self.text, start)[1]
+            except (ValueError, RecursionError):
+                self._has_broken_rows = True  # each such error counts the lines of all the text before it
+        depth = 0
+        for match in _BRACKETS.finditer(self.text, start):
+            depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
+            if depth == 0 and match.start() > start:
+                return match.end()
+            if depth <= 0:
+                break
         raise self._broken(number, start, "it has no end")
 
     def _broken(self, number: int, position: int, what: str) -> DataError:
         return DataError(f"{self.name} is not JSON: row {number}, line {self._line(position)}: {what}")
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
+def _skip_space(text: str, position: int, end: int = sys.maxsize) -> int:
+    match = _SPACE.match(text, position, end)
     assert match is not None
     return match.end()
 

@@ -15,12 +15,12 @@ from typing import Any
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import ROLES, Fields
 from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
-from dpn_cli.data.images import MAX_FILE_BYTES
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource
 from dpn_cli.data.samples import StoredImage
 from dpn_cli.errors import DataError
+from dpn_cli.limits import MAX_IMAGE_BYTES
 
 KEY = "__key__"  # the name of a sample, as `datasets` calls it too
 _SUFFIX = ".tar"
@@ -45,8 +45,8 @@ class _Part:
             RowError: if there are too many, or the archive has changed.
         """
         name = f"{self.name} in {self.archive.name}"
-        if self.size > MAX_FILE_BYTES:
-            raise RowError("image too large", f"{name} has {self.size} bytes, at most {MAX_FILE_BYTES} are read")
+        if self.size > MAX_IMAGE_BYTES:
+            raise RowError("image too large", f"{name} has {self.size} bytes, at most {MAX_IMAGE_BYTES} are read")
         with self.archive.open("rb") as file:
             file.seek(self.start)
             data = file.read(self.size)

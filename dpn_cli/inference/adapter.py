@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpn_cli.checkpoint.lora import WEIGHTS_FILE
+from dpn_cli.checkpoint.lora import WEIGHTS_FILE, Lora
 from dpn_cli.errors import CheckpointError, MissingExtraError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -84,16 +84,22 @@ def save_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def load_adapter(model: PyramidGenerationMixin, folder: Path) -> None:
+def load_adapter(model: PyramidGenerationMixin, lora: Lora) -> None:
     """Put a saved adapter on a model, for inference.
+
+    peft's own file says no more than its rank and scale: patterns and paths in it, which may be a stranger's, are not
+    looked at.
 
     Raises:
         CheckpointError: if it is not this model's.
         MissingExtraError: if peft is not installed.
     """
     peft = _peft()
+    targets = [name.removesuffix(".weight") for name in sorted(lora.targets)]
+    folder = lora.folder
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), model, NAME)
+        config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+        peft.inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         raise CheckpointError(f"the adapter in {folder} does not fit the model ({error}): calibrate it again") from None
     parameters = adapter_parameters(model)

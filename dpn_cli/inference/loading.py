@@ -1,6 +1,6 @@
 """Opening converted and exported checkpoints, with nothing left to chance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, open_llava
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.processor import complete_processor
 from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.errors import CheckpointError
@@ -60,13 +61,13 @@ def load_opened(
 ) -> PyramidGenerationMixin:
     """Load a checkpoint as it was when it was opened, whatever is calibrated meanwhile; see `load_model`."""
     folder, config = source.path, without_code(source.config)
-    config_class, model_class = _classes(source)
+    config_class, model_class = model_classes(source.config)
     if "quantization_config" in config:
         hush_bitsandbytes()
         if dtype != "auto":  # else 4-bit layers compute in the one that they were stored from
             compute = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
             config = config | {"quantization_config": config["quantization_config"] | compute}
-    with _quietly():
+    with quietly():
         model, info = model_class.from_pretrained(
             folder,
             config=config_class.from_dict(config),
@@ -83,7 +84,7 @@ def load_opened(
                 "the model in config.json, convert it again"
             )
     if healed and (lora := Lora.of(folder, pyramid)):
-        load_adapter(model, lora.folder)
+        load_adapter(model, lora)
     return model.eval()
 
 
@@ -98,21 +99,26 @@ def load_processor(folder: Path) -> Any:
 
 def load_opened_processor(checkpoint: Checkpoint, layout: LlavaLayout) -> Any:
     """Load the processor of a checkpoint that is open already; see `load_processor`."""
-    folder = checkpoint.path
-    onevision = checkpoint.config["model_type"] == DpnLlavaOnevisionConfig.model_type
     completion = complete_processor(checkpoint, layout)
     try:
-        with completion.applied(folder) as complete:
-            processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
-                complete, local_files_only=True, trust_remote_code=False
-            )
-        if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
-            raise TypeError(f"{type(processor).__name__} is no processor")
+        with completion.applied(checkpoint.path) as complete, no_panic():
+            return build_processor(complete, checkpoint.config["model_type"])
     except Exception as error:
         raise CheckpointError(
-            f"{folder} has no processor that transformers loads without foreign code ({type(error).__name__}): convert "
-            "the model again from a folder that has its tokenizer and processor files"
+            f"{checkpoint.path} has no processor that transformers loads without foreign code "
+            f"({type(error).__name__}): convert the model again from a folder that has its tokenizer and processor "
+            "files"
         ) from error
+
+
+def build_processor(folder: Path, model_type: str) -> Any:
+    """Build the processor of a folder where nothing is missing; transformers raises what it likes."""
+    onevision = model_type == DpnLlavaOnevisionConfig.model_type
+    processor = (OnevisionImages if onevision else AutoProcessor).from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
+        raise TypeError(f"{type(processor).__name__} is no processor")
     if processor.tokenizer.pad_token is None:  # where a vocabulary is read by its own library alone
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -120,13 +126,13 @@ def load_opened_processor(checkpoint: Checkpoint, layout: LlavaLayout) -> Any:
 
 def max_positions(source: Checkpoint) -> int:
     """Return how many tokens the language model of a checkpoint takes, also where its config leaves it to a default."""
-    config_class, _ = _classes(source)
+    config_class, _ = model_classes(source.config)
     return int(config_class.from_dict(source.config).get_text_config().max_position_embeddings)
 
 
-def _classes(source: Checkpoint) -> tuple[Any, Any]:
+def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the classes of a converted checkpoint's config and model."""
-    [classes] = [each for each in MODELS.items() if each[0].model_type == source.config["model_type"]]
+    [classes] = [each for each in MODELS.items() if each[0].model_type == config["model_type"]]
     return classes
 
 
@@ -136,7 +142,7 @@ def default_device() -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hold back transformers' load report and progress bar: what the report would say is raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

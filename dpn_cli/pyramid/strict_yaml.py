@@ -1,12 +1,15 @@
 """YAML without its traps: 1e-5 is a number, `on` and `no` are words, a key may appear once."""
 
+import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from itertools import chain
 from typing import Any
 
 import yaml
 
 from dpn_cli.errors import RecipeError
+from dpn_cli.limits import MAX_YAML_BYTES, MAX_YAML_VALUES
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -46,12 +49,31 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         where: names the document in errors.
 
     Raises:
-        RecipeError: with the place of the fault.
+        RecipeError: with the place of the fault, or if it is larger than plain data of its kind can be.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise RecipeError(f"{where} has more than {MAX_YAML_BYTES:,} bytes")
     try:
-        return yaml.load(text, _StrictLoader)
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if _num_values(node, {}) > MAX_YAML_VALUES:
+            raise RecipeError(f"{where} has more than {MAX_YAML_VALUES:,} values, with its aliases written out")
+        return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{where}: not YAML ({error})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Return how many values a node stands for; `known` are those of other nodes, by identity."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: what holds itself has no end
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            children = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_num_values(child, known) for child in children)
+    return known[id(node)]

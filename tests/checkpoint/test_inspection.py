@@ -149,7 +149,7 @@ HUB: dict[str, dict[str, Any]] = {
 
 
 def write_hub_processor(folder: Path, config: dict[str, Any]) -> None:
-    """Write a processor's files as they are on the hub, with no words in the tokenizer."""
+    """Write a processor's files as they are on the hub, with words of no meaning in the tokenizer."""
     kind, side = config["model_type"], config["vision_config"]["image_size"]
     square = {"height": side, "width": side}
     images: dict[str, Any] = {
@@ -167,10 +167,19 @@ def write_hub_processor(folder: Path, config: dict[str, Any]) -> None:
     if kind == "llava_next":
         images["image_processor_type"], settings["processor_class"] = "LlavaNextImageProcessor", "LlavaNextProcessor"
     image = config["image_token_index"]
-    added = [{"id": image, "content": "<image>"}, {"id": image + 1, "content": "<pad>"}, {"id": 2, "content": "</s>"}]
+    words = {"</s>" if i == 2 else f"word{i}": i for i in range(image)}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": token, "special": True, **plain}
+        for token, i in (("</s>", 2), ("<image>", image), ("<pad>", image + 1))
+    ]
+    tokenizer = {
+        "version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "word0"},
+    }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(settings))
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": added}))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
 

@@ -4,16 +4,37 @@ import copy
 import json
 import random
 import struct
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 HOSTILE: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 64, 2**31, 2**63, 10**30, -(2**63), 0.5, 1e308, float("nan"), float("inf"),
     "", "x", "x" * 5000, "1", "\ud800", "\x00", "ü\n", "../x", "/etc/passwd", "../../x.safetensors", "llava", "llama",
     "mistral", "qwen2", "siglip_vision_model", "F16", "I8", "F4", "BOOL", [], {}, [[]], [None], [1, 2], ["x"], [-1, -2],
-    {"x": {}}, {"model_type": "llama"}, [10**9] * 3,
+    {"x": {}}, {"model_type": "llama"}, [10**9] * 3, 2_000_000, 10**7, 10**9, [1] * 100_000, [2**40] * 100_000,
 )  # fmt: skip
 
-NOISE = (b"[" * 50_000, b'{"x":' * 500, b"\x00", b"\xff\xfe", b"9" * 5000, b",")
+# What is small and asks for minutes or gigabytes, wherever it gets into a file.
+NOISE = (
+    b"[" * 50_000, b'{"x":' * 500, b"\x00", b"\xff\xfe", b"9" * 5000, b",", b"\n" * 100_000, b" \r\n" * 50_000,
+    b'"' + b'\\"' * 50_000, b'"' + b"\\" * 50_001,
+)  # fmt: skip
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefghi")
+)
+MERGE_BOMB = (
+    "a: &a {"
+    + ", ".join(f"k{i}: v" for i in range(9))
+    + "}\n"
+    + "\n".join(f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}" for before, name in pairwise("abcdefghi"))
+)
+LOOPS = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set all = namespace(x='x') %}{% for i in range(99) %}{% set all.x = all.x + all.x %}{% endfor %}",
+    "{{ 'x' * 10**11 }}",
+)
+YAML = (ALIAS_BOMB, MERGE_BOMB, "a: &a [*a, *a]", "[" * 5000, "date: 2024-99-99", "x: !!int y", "? [a]\n: b")
 
 
 def mutate_json(data: Any, chance: random.Random) -> Any:
@@ -53,9 +74,7 @@ def mutate_bytes(content: bytes, chance: random.Random) -> bytes:
         elif how == 2:
             content[start:start] = content[start:stop] * chance.choice((1, 2, 1000))
         else:
-            content[start:start] = chance.choice(
-                (b"[" * 50_000, b'{"x":' * 500, b"\x00", b"\xff\xfe", b"9" * 5000, b",")
-            )
+            content[start:start] = chance.choice(NOISE)
     return bytes(content)
 
 
@@ -69,10 +88,24 @@ def mutate_header(content: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", said) + raw + body
 
 
+def mutate_lines(content: bytes, hostile: Sequence[str], chance: random.Random) -> bytes:
+    """Return text with something put between two of its lines."""
+    lines = content.decode().split("\n")
+    lines.insert(chance.randrange(len(lines) + 1), chance.choice(hostile))
+    return "\n".join(lines).encode()
+
+
 def mutated(name: str, content: bytes, chance: random.Random) -> bytes:
     """Return a file of a checkpoint, damaged in a way that fits its kind."""
     if name.endswith(".safetensors"):
         return mutate_header(content, chance)
+    if name.endswith((".jinja", ".md", ".yaml")) and chance.random() < 0.75:
+        return mutate_lines(content, LOOPS if name.endswith(".jinja") else YAML, chance)
+    if name.endswith(".jsonl"):
+        lines = content.splitlines()
+        i = chance.randrange(len(lines))
+        lines[i] = json.dumps(mutate_json(json.loads(lines[i]), chance)).encode()
+        return b"\n".join(lines) if chance.random() < 0.5 else mutate_bytes(content, chance)
     if name.endswith(".json") and chance.random() < 0.75:
         return json.dumps(mutate_json(json.loads(content), chance)).encode()
     return mutate_bytes(content, chance)

@@ -1,10 +1,10 @@
 """Whatever the files of a checkpoint hold: an answer or one sentence, in bounded time and memory, nothing elsewhere."""
 
+import json
 import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
@@ -15,41 +15,69 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 
 from dpn_cli.checkpoint.headers import SINGLE_FILE
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.conversion.convert import convert
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DpnError
 from dpn_cli.exporting.export import export
+from dpn_cli.pyramid.recipe import load_recipe
 from tests.converted import pretend_calibration
 from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
+from tests.faults.limited import Hang, limited
 from tests.faults.mutation import mutated
 from tests.hr import Hr
 from tests.originals import Original
 
 SEED = 4
 BIN_SHARD, BIN_INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
-LIMIT_S = 60  # a case takes milliseconds: whoever gets here waits for something
+LIMIT_S = 5  # of CPU time: a case takes milliseconds
+CASE_BYTES = 1_000_000_000
 MEMORY_BYTES = 500_000_000  # all cases of a kind together may add so much to the peak
 
-PROCESSOR = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
+CARD, GENERATION, TEMPLATE = "README.md", "generation_config.json", "chat_template.jinja"
+PROCESSOR = ("processor_config.json", "tokenizer_config.json", "tokenizer.json", GENERATION, TEMPLATE)
 
 # What is damaged in each kind of source.
 FILES = {
-    "hub": (CONFIG, INDEX, SHARD, *PROCESSOR),
+    "hub": (CONFIG, INDEX, SHARD, CARD, *PROCESSOR),
     "converted": (CONFIG, INDEX, OTHER_SHARD, "dpe.safetensors"),
     "original": (CONFIG, BIN_INDEX, BIN_SHARD, "tokenizer_config.json", "added_tokens.json", "tokenizer.model"),
     "tower": (CONFIG, "preprocessor_config.json", "pytorch_model.bin"),
     "hr": (CONFIG, BIN_INDEX, BIN_SHARD),
     "tiled": (CONFIG, SINGLE_FILE, *PROCESSOR),
+    "rows": ("rows.jsonl",),
+    "recipe": ("recipe.yaml",),
 }
-CASES = {"hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000, "tiled": 1500}
-QUICK = {"hub": 180, "converted": 80, "original": 30, "tower": 10, "hr": 20, "tiled": 60}
+CASES = {
+    "hub": 5500, "converted": 3000, "original": 1000, "tower": 500, "hr": 1000, "tiled": 1500, "rows": 2000,
+    "recipe": 1000,
+}  # fmt: skip
+QUICK = {
+    "hub": 100, "converted": 60, "original": 30, "tower": 10, "hr": 20, "tiled": 30, "rows": 100, "recipe": 40,
+}  # fmt: skip
 
 
-class Hang(BaseException):
-    """A case that does not end."""
+def write_rows(folder: Path) -> Callable[[], Any]:
+    """Write data; return what reads them."""
+    rows = [{"id": i, "image": "x.png", "question": "what ?", "answer": "red"} for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (8, 8)).save(folder / "x.png")
+    return lambda: load_data(DataOptions(str(folder / "rows.jsonl")))
+
+
+def write_recipe(folder: Path) -> Callable[[], Any]:
+    """Write a recipe; return what reads it."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("llava-1.5-7b").to_dict()))
+    return lambda: load_recipe(str(folder / "recipe.yaml"))
+
+
+TEXTS = {"rows": write_rows, "recipe": write_recipe}
 
 
 @pytest.fixture
@@ -76,7 +104,11 @@ def subject(
 
     if kind == "hub":
         shutil.copytree(tiny_llava_factory(shards=2), folder)
+        (folder / CARD).write_text("---\nlicense: mit\n---\n# A model\n")
         return kind, folder, read_and_convert
+    if kind in TEXTS:
+        folder.mkdir()
+        return kind, folder, TEXTS[kind](folder)
     if kind == "tiled":
         shutil.copytree(tiny_tiled("llava_onevision", "qwen2"), folder)
         return kind, folder, read_and_convert
@@ -108,7 +140,7 @@ def fuzz(kind: str, folder: Path, use: Callable[[], Any], around: Path, cases: i
     contents = {name: (folder / name).read_bytes() for name in FILES[kind]}
     before = sorted(path.name for path in around.iterdir())
     use()  # what it needs to import is imported
-    shutil.rmtree(around / "out")
+    shutil.rmtree(around / "out", ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: Counter[str] = Counter()
     for case in range(cases):
@@ -129,7 +161,7 @@ def fuzz(kind: str, folder: Path, use: Callable[[], Any], around: Path, cases: i
 def result(use: Callable[[], Any], around: Path) -> str:
     """Say how a case ended: `an answer`, `a sentence`, or what is wrong."""
     try:
-        with time_limit(), watched(around) as elsewhere:
+        with limited(LIMIT_S, CASE_BYTES), watched(around) as elsewhere:
             use()
     except DpnError as error:
         message = str(error)
@@ -143,20 +175,6 @@ def result(use: Callable[[], Any], around: Path) -> str:
     else:
         outcome = "an answer"
     return f"wrote {elsewhere[0]}" if elsewhere else outcome
-
-
-@contextmanager
-def time_limit() -> Iterator[None]:
-    def hang(*_: object) -> None:
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 _watching: list[tuple[str, list[str]]] = []  # hooks of the interpreter cannot be removed: it sleeps while this is empty

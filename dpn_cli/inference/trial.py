@@ -1,0 +1,190 @@
+"""Can a converted folder run? What its small files describe is built, and run once without memory for weights.
+
+transformers builds most of a config, a tokenizer or a generation config without a look at their values: what is wrong
+shows when the first answer is generated. Here it shows before anything is written, with the file and the key.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dpn_cli.checkpoint.headers import (
+    GENERATION_FILE,
+    IMAGES_FILE,
+    PROCESSOR_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    read_json,
+    read_json_if_there,
+)
+from dpn_cli.checkpoint.layout import LlavaLayout
+from dpn_cli.checkpoint.panics import no_panic
+from dpn_cli.checkpoint.template import QUESTION
+from dpn_cli.checkpoint.writer import copy_file, write_json
+from dpn_cli.data.encoding import encode, prompts
+from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.errors import CheckpointError
+from dpn_cli.inference.loading import build_processor, model_classes, quietly
+from dpn_cli.modeling.visual import GRID_INPUTS
+
+CONFIG_FILE = "config.json"
+SEARCH_S = 3.0  # of CPU time, for the key that is to blame
+MAX_KEYS = 200  # of an object whose keys are tried: more are a vocabulary's
+MAX_SHOWN = 200  # characters of a value or a reason
+
+Key = tuple[str, ...]
+
+
+class Trial:
+    """One run of what a folder describes; every part is built when it is asked for."""
+
+    def __init__(self, folder: Path, layout: LlavaLayout) -> None:
+        self.folder = folder
+        self.layout = layout
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's config."""
+        data = read_json(self.folder / CONFIG_FILE)
+        return model_classes(data)[0].from_dict(data)
+
+    @cached_property
+    def inputs(self) -> Any:
+        """A question about an image, as the processor encodes it."""
+        processor = build_processor(self.folder, self.config.model_type)
+        side = self.layout.pixels
+        sample = Sample("trial", (Image.new("RGB", (side, side)),), (Turn(QUESTION, "It is red."),))
+        encode(sample, processor, answer_tokens=8)
+        return prompts([sample], processor)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, without memory for its weights."""
+        with torch.device("meta"):
+            return model_classes({"model_type": self.config.model_type})[1]._from_config(self.config).eval()
+
+    def run(self) -> None:
+        """Run the vision tower on the image, and the decoder on as many tokens as the prompt has."""
+        ids = self.inputs["input_ids"]
+        length, positions = ids.shape[1], self.config.get_text_config().max_position_embeddings
+        if length > positions:
+            raise ValueError(f"a question about one image takes {length} tokens, the model {positions}")
+        sizes = {name: self.inputs[name] for name in GRID_INPUTS if name in self.inputs}
+        pixels = self.inputs["pixel_values"].to("meta")
+        images = self.model.model.get_image_features(pixel_values=pixels, **sizes, return_dict=True).pooler_output
+        made, asked = sum(map(len, images)), int((ids == self.config.image_token_id).sum())
+        if made != asked:
+            raise ValueError(f"the vision tower makes {made} tokens of an image, the processor expects {asked}")
+        embeddings = self.model.get_input_embeddings()(ids.to("meta"))
+        if self.model(inputs_embeds=embeddings, use_cache=True).logits.shape[1] != length:
+            raise ValueError("the decoder does not return logits for every token")
+
+    def generate(self) -> None:
+        """Generate one token with logits that are all zero: what the generation config asks for is done."""
+
+        def forward(input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+            return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.config.text_config.vocab_size))
+
+        self.model.generation_config = self._generation_config()
+        self.model.forward = forward
+        text = {name: self.inputs[name] for name in ("input_ids", "attention_mask")}
+        self.model.generate(**text, max_new_tokens=1, do_sample=False, num_beams=1)
+
+    def _generation_config(self) -> GenerationConfig:
+        """Return what transformers takes on loading."""
+        if (self.folder / GENERATION_FILE).is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_pretrained(self.folder, config_file_name=CONFIG_FILE, _from_model_config=True)
+
+
+# What is done, one after another, and the files that decide whether it can be.
+_STEPS: tuple[tuple[Callable[[Trial], object], tuple[str, ...]], ...] = (
+    (lambda trial: trial.config, (CONFIG_FILE,)),
+    (
+        lambda trial: trial.inputs,
+        (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, PROCESSOR_FILE, IMAGES_FILE),
+    ),
+    (lambda trial: trial.model, (CONFIG_FILE,)),
+    (Trial.run, (CONFIG_FILE, PROCESSOR_FILE)),
+    (Trial.generate, (GENERATION_FILE, CONFIG_FILE)),
+)
+
+
+def try_out(folder: Path, layout: LlavaLayout, source: Path) -> None:
+    """Build and run what the small files of a converted folder describe.
+
+    Args:
+        folder: config.json, tokenizer and processor files, complete.
+        layout: layout of the model.
+        source: the folder that messages name.
+
+    Raises:
+        CheckpointError: if it cannot be built or run; names the file and, where it can be found, the key.
+    """
+    trial = Trial(folder, layout)
+    with quietly(), torch.inference_mode():
+        for step, files in _STEPS:
+            try:
+                with no_panic():
+                    step(trial)
+            except Exception as error:
+                raise CheckpointError(_blame(error, step, files, trial, source)) from error
+
+
+def _blame(
+    error: Exception, step: Callable[[Trial], object], files: tuple[str, ...], trial: Trial, source: Path
+) -> str:
+    """Return the sentence that names the key without which a step succeeds, else the file."""
+    reason = _shown(" ".join(str(error).split()) or type(error).__name__)
+    remedy = "correct it, or take the file from the model that this one was made from"
+    said, until = "".join(traceback.format_exception(error)), time.process_time() + SEARCH_S
+    candidates = [(file, key) for file in files for key in _keys(read_json_if_there(trial.folder / file))]
+    candidates.sort(key=lambda each: -said.rfind(each[1][-1]))  # what the traceback names last comes first
+    with TemporaryDirectory() as name:
+        for path in trial.folder.iterdir():
+            copy_file(path, Path(name, path.name))
+        for file, key in candidates:
+            if time.process_time() > until:
+                break
+            data = read_json(trial.folder / file)
+            value = _pop(data, key)
+            write_json(Path(name, file), data)
+            try:
+                with no_panic():
+                    step(Trial(Path(name), trial.layout))
+            except Exception:  # noqa: BLE001 - this key is not to blame
+                copy_file(trial.folder / file, Path(name, file))
+            else:
+                stated = _shown(repr(value))
+                return (
+                    f"{source / file} has the {'.'.join(key)} {stated}, with which no model runs ({reason}): {remedy}"
+                )
+    return f"{source / files[0]} describes what cannot be run ({reason}): {remedy}"
+
+
+def _keys(data: dict[str, Any], before: Key = ()) -> Iterator[Key]:
+    """Yield the keys of a JSON object, those of objects in it first."""
+    for key, value in data.items() if len(data) <= MAX_KEYS else ():
+        if isinstance(value, dict):
+            yield from _keys(value, (*before, key))
+        yield (*before, key)
+
+
+def _pop(data: dict[str, Any], key: Key) -> Any:
+    for each in key[:-1]:
+        data = data[each]
+    return data.pop(key[-1])
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"

@@ -1,0 +1,28 @@
+"""Limits on what an input can ask for, in one place; docs/limits.md says the same to users. No torch.
+
+Whatever is small on the disk is read in seconds and in a few hundred megabytes, or refused. Each limit is far above
+what models and data have.
+"""
+
+# Checkpoints
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library
+MAX_DIMENSIONS = 64  # of a tensor, as in torch
+MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
+MAX_LABELS = 10_000  # of a config's num_labels, for each of which transformers makes an entry
+MAX_RESIZED = 2  # the shorter side of a resized image, in sides of the vision tower's
+MAX_TILES = 64  # of one image
+MAX_CARD_BYTES = 64 << 10  # of a model card's head
+
+# Chat templates, for a handful of short conversations together
+TEMPLATE_SECONDS = 1  # of CPU time
+TEMPLATE_BYTES = 300_000_000
+MAX_PROMPT_CHARACTERS = 1_000_000
+
+# Recipes
+MAX_YAML_BYTES = 64 << 10
+MAX_YAML_VALUES = 10_000  # with every alias written out
+
+# Images
+MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
+MAX_IMAGE_BYTES = 1 << 30
+MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds

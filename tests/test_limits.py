@@ -1,0 +1,172 @@
+"""Small inputs that ask for minutes or gigabytes are refused; each case has a few seconds and megabytes to show it."""
+
+import json
+import os
+import resource
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import dpn_cli.inference.trial  # noqa: F401 - imports take memory, and none is to be taken by a case
+from dpn_cli import limits
+from dpn_cli.checkpoint.headers import read_header, read_json
+from dpn_cli.checkpoint.licence import read_licence
+from dpn_cli.checkpoint.template import ChatTemplate
+from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.cli import main
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.errors import CheckpointError, DataError, RecipeError
+from dpn_cli.pyramid.strict_yaml import parse_yaml
+from tests.conftest import CHAT_TEMPLATE
+from tests.faults.limited import limited
+from tests.faults.mutation import ALIAS_BOMB, LOOPS, MERGE_BOMB
+
+ROW = '{"image": "x.png", "question": "what ?"}'
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    with limited(seconds=10, nbytes=500_000_000):
+        yield
+
+
+def test_the_docs_state_every_limit() -> None:
+    stated = (Path(limits.__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
+    values = {name: value for name, value in vars(limits).items() if name.isupper()}
+    assert [name for name, value in values.items() if f"{value:,}" not in stated] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROW + "\n" * 200_000 + ROW,
+        ROW + " \r\n" * 200_000 + ROW,
+        '[{"x": "' + '\\"' * 200_000,
+        '[{"x": "' + "\\" * 200_001,
+        "[" + '{"x": ["a", ' * 50_000,
+        "[" + ",\n".join(['{"x": }'] * 20_000) + "]",
+        "\n".join([ROW, *['{"x": }'] * 20_000]),
+        "[" + "[{" * 200_000,
+    ],
+    ids=["blank", "crlf", "escapes", "backslashes", "unclosed", "broken-list", "broken-lines", "deep"],
+)
+def test_rows(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(DataError):
+        load_data(DataOptions(str(tmp_path / "rows.jsonl")))
+
+
+@pytest.mark.parametrize("shape", [[1] * 200_000, [2**40] * 200_000])
+def test_dimensions_of_a_tensor(tmp_path: Path, shape: list[int]) -> None:
+    raw = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4))
+    with pytest.raises(CheckpointError, match="impossible shape"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("text", [ALIAS_BOMB, "a: &a [*a, *a]", "[" * 30_000, "x: [" + "1, " * 200_000 + "]"])
+def test_yaml(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        parse_yaml(text, "recipe.yaml")
+
+
+def test_aliases_of_a_few_values_are_written_out() -> None:
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "x") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+@pytest.mark.parametrize(
+    "head", [MERGE_BOMB, ALIAS_BOMB, "[" * 30_000, "x: 1\n" * 200_000, "date: 2024-99-99", "x: !!int y", "? [a]\n: b"]
+)
+def test_the_head_of_a_model_card_never_stops_anything(tmp_path: Path, head: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{head}\n---\n")
+    assert read_licence(tmp_path, {"license": "other"})["license"] in ("mit", "other")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("where", ["", "{% if messages|length > 1 %}"])
+def test_templates(tmp_path: Path, loop: str, where: str) -> None:
+    text = f"{where}{loop}{where and '{% endif %}'}{CHAT_TEMPLATE}"
+    with pytest.raises(CheckpointError, match="takes more than 1 s or 300 MB"):
+        ChatTemplate(text, tmp_path / "chat_template.jinja").validate("<image>", {})
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value"),
+    [
+        ("config.json", ("num_labels",), 2_000_000),
+        ("config.json", ("text_config", "num_labels"), 2_000_000),
+        ("config.json", ("vision_config", "num_channels"), 10**9),
+        ("config.json", ("text_config", "max_position_embeddings"), 100),
+        ("processor_config.json", ("num_additional_image_tokens",), 10**9),
+        ("processor_config.json", ("image_processor", "size"), {"shortest_edge": 10**7}),
+    ],
+)
+def test_numbers(
+    tiny_llava: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    keys: tuple[str, ...],
+    value: object,
+) -> None:
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    data = inner = read_json(source / file)
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    write_json(source / file, data)
+    assert main(["convert", str(source), "-o", str(tmp_path / "out")]) == 3
+    assert keys[-1] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_in_the_file(tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    torch.save(tensors | {name: torch.zeros(1).expand(304, 64)}, source / "pytorch_model.bin")
+    assert main(["convert", str(source), "-o", str(tmp_path / "out")]) == 3
+    assert "fewer values than its shape has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "x.png", "state.json"])
+def test_pipes_as_data(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for data in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=r"neither a file nor a folder|a pipe or a device"):
+            load_data(DataOptions(str(data)))
+
+
+def test_a_pipe_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".dpn").mkdir()
+    os.mkfifo(".dpn/current.json")
+    assert main(["inspect"]) == 2
+    assert "current.json is neither a file nor a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (20_000, 20_000)])
+def test_pictures(
+    make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int]
+) -> None:
+    from PIL import Image
+
+    Image.new("1", size).save(tmp_path / "x.png")
+    assert main(["run", "--model", str(make_converted()), "--image", str(tmp_path / "x.png"), "what ?"]) == 4
+    assert "image too" in capsys.readouterr().err
+
+
+def test_templates_are_tried_under_limits_of_the_users_own(tmp_path: Path) -> None:
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))  # as `ulimit -t`, which cannot be raised again
+        ChatTemplate(CHAT_TEMPLATE + " ", tmp_path).validate("<image>", {})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
