@@ -12,6 +12,7 @@ how much of the gap from it to the oracle the routers close. Intervals are 95%, 
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.intervals import bootstrap_mean
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.recipe import SurveyRecipe
 from dpn_cli.pyramid.route import format_route, parse_route
 
@@ -132,6 +135,42 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A calibrated model, and held-out samples with the teacher's answers."""
+
+    network: PyramidGenerationMixin
+    examples: Encoded
+    grids: list[tuple[Grid, ...]]
+    pad: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, model: Path, data: DataOptions, samples: int, batch_size: int) -> "Opened":
+        """Load a model and the samples, and let the teacher answer."""
+        network, processor = load_model(model), load_processor(model)
+        held_out = load_data(data, split="heldout", limit=samples).samples
+        with network.teacher():
+            answers = greedy_answers(network, processor, held_out, batch_size, ANSWER_TOKENS)
+        asked = [sample.answered(answer) for sample, answer in zip(held_out, answers, strict=True)]
+        layout = open_converted(model)[1]
+        grids = [expected_grids(sample, layout) for sample in asked]
+        examples = Encoded(asked, processor, ANSWER_TOKENS)
+        return cls(network, examples, grids, processor.tokenizer.pad_token_id, batch_size)
+
+    def down(self, tree: RouteTree, title: str) -> RouteTable:
+        """Send every sample down every route of a tree."""
+        batches = plan_batches(tree, self.network.pyramid, self.grids, self.batch_size, None)
+        with console.progress(title, len(self.examples)) as advance:
+            return measure(self.network, self.examples, tree, batches, self.pad, advance=advance)
+
+    def routed(self, title: str) -> tuple[RouteTable, Policy]:
+        """Send every sample down every route of the pyramid, and ask its routers."""
+        table = self.down(RouteTree.of(self.network.pyramid, self.grids), title)
+        with torch.no_grad():
+            return table, Policy.of(deepcopy(self.network.text_model.routers).cpu().float(), table)
+
+
+@dataclass(frozen=True)
 class Measured:
     """Held-out samples down the pyramid's routes, and down the fixed routes of the whole menu."""
 
@@ -144,26 +183,12 @@ class Measured:
 
 def measure_held_out(model: Path, data: str, samples: int, batch_size: int) -> Measured:
     """Send held-out samples down every route."""
-    network, processor = load_model(model), load_processor(model)
-    held_out = load_data(DataOptions(data), split="heldout", limit=samples).samples
-    with network.teacher():
-        answers = greedy_answers(network, processor, held_out, batch_size, ANSWER_TOKENS)
-    asked = [sample.answered(answer) for sample, answer in zip(held_out, answers, strict=True)]
-    examples = Encoded(asked, processor, ANSWER_TOKENS)
-    layout, pad = open_converted(model)[1], processor.tokenizer.pad_token_id
-    grids = [expected_grids(sample, layout) for sample in asked]
-
-    def down(tree: RouteTree, title: str) -> RouteTable:
-        batches = plan_batches(tree, network.pyramid, grids, batch_size, None)
-        with console.progress(title, len(examples)) as advance:
-            return measure(network, examples, tree, batches, pad, advance=advance)
-
-    table = down(RouteTree.of(network.pyramid, grids), "measuring the pyramid's routes")
+    opened = Opened.of(model, DataOptions(data), samples, batch_size)
+    network = opened.network
+    table, policy = opened.routed("measuring the pyramid's routes")
     menu, routes = whole_menu(model, network.pyramid)
     with network.as_pyramid(menu):
-        fixed = down(RouteTree(routes, ()), "measuring fixed routes")
-    with torch.no_grad():
-        policy = Policy.of(network.text_model.routers.cpu().float(), table)
+        fixed = opened.down(RouteTree(routes, ()), "measuring fixed routes")
     return Measured(table, policy, network.pyramid, fixed, [format_route(route, menu.sites) for route in routes])
 
 

@@ -1,59 +1,115 @@
-"""What does healing bring? Accuracy and agreement on held-out questions, at some budgets, with and without it.
+"""What does healing bring? Fidelity on held-out samples at some budgets, with and without it.
 
-Calibrate one checkpoint twice, then compare the two:
+Calibrate one checkpoint twice, at one budget, then compare the two:
 
-    dpn convert demo --output plain && dpn calibrate --model plain --data demo --budget 0.44
-    dpn convert demo --output healed && dpn calibrate --model healed --data demo --budget 0.44 --heal lora
-    python benchmarks/healing.py --model plain --model healed
+    dpn convert demo --output plain && dpn calibrate --model plain --data demo --budget 0.15
+    dpn convert demo --output healed && dpn calibrate --model healed --data demo --budget 0.15 --heal lora
+    python benchmarks/healing.py --plain plain --healed healed
 
-Every answer is greedy, and right where it is the label, as VQA compares; agreement is with the same model's own answer
-where it pools nothing and no adapter is on.
+Both answer the same samples as their routers choose, each for the budget as it has solved it; the teacher is the
+original. "Won back" is how much of the agreement that the plain model has lost the healed one has. Intervals are 95%,
+of a paired bootstrap over the samples. The line of budget 1 is the full route.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+import torch
+from calibration import BUDGETS, Method, Opened, take
 
 from dpn_cli import console
 from dpn_cli.data.options import DataOptions
-from dpn_cli.evaluation.figures import Figures
-from dpn_cli.evaluation.options import EvaluationOptions
-from dpn_cli.evaluation.run import evaluate_folder
-from dpn_cli.parallel.processes import ALONE
+from dpn_cli.intervals import Estimate, bootstrap_mean
 
-BATCH_SIZE = 32
-NEW_TOKENS = 4  # of the demo's one-word answers
+
+@dataclass(frozen=True)
+class Row:
+    """Both models at a budget.
+
+    Attributes:
+        budget: Budget that was asked for; 1 for the full route.
+        fractions: Fractions of the FLOPs that the plain and the healed model spend.
+        agreement: Share of answer tokens that are the teacher's, of both.
+        distortion: KL from the teacher in nats per answer token, of both.
+        more_agreement: The healed model's agreement, less the plain one's.
+        less_distortion: The plain model's KL, less the healed one's.
+    """
+
+    budget: float
+    fractions: tuple[float, float]
+    agreement: tuple[float, float]
+    distortion: tuple[float, float]
+    more_agreement: Estimate
+    less_distortion: Estimate
+
+    @classmethod
+    def of(cls, budget: float, plain: Method, healed: Method) -> "Row":
+        """Compare the two, sample by sample."""
+        both = (plain, healed)
+        return cls(
+            budget,
+            *(
+                tuple(getattr(each, name).mean().item() for each in both)
+                for name in ("fraction", "agreement", "distortion")
+            ),
+            bootstrap_mean((healed.agreement - plain.agreement).tolist()),
+            bootstrap_mean((plain.distortion - healed.distortion).tolist()),
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the printed table."""
+        lost = 1 - self.agreement[0]
+        return (
+            f"{self.budget:g}",
+            " → ".join(f"{each:.3f}" for each in self.fractions),
+            " → ".join(f"{each:.2%}" for each in self.agreement),
+            _show(self.more_agreement, 100, 2),
+            f"{self.more_agreement.value / lost:.0%}" if lost else "",
+            " → ".join(f"{each:.4f}" for each in self.distortion),
+            _show(self.less_distortion, 1, 4),
+        )
+
+
+def _show(estimate: Estimate, scale: float, digits: int) -> str:
+    value, low, high = (f"{scale * number:+.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} … {high})"
+
+
+def methods(opened: Opened, name: str, budgets: tuple[float, ...]) -> dict[float, Method]:
+    """Return what a model does at every budget, and down its full route."""
+    table, policy = opened.routed(f"measuring the {name} model")
+    pyramid = opened.network.pyramid
+    found = {1.0: take(table, name, torch.zeros(len(table.fraction), dtype=torch.long))}
+    for budget in budgets:
+        found[budget] = take(table, name, policy.choose_as(pyramid, pyramid.trade_off_for(budget)))
+    return found
 
 
 @click.command()
-@click.option("--model", "models", type=click.Path(path_type=Path), multiple=True, required=True, help="Repeatable.")
+@click.option("--plain", type=click.Path(path_type=Path), required=True, help="A calibrated folder.")
+@click.option("--healed", type=click.Path(path_type=Path), required=True, help="The same, calibrated with --heal lora.")
 @click.option("--data", default="demo", show_default=True)
-@click.option("--questions", default=700, show_default=True)
-@click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.4, 1.0), show_default=True)
+@click.option("--samples", default=600, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--budget", "budgets", type=float, multiple=True, default=BUDGETS, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(models: tuple[Path, ...], data: str, questions: int, budgets: tuple[float, ...], as_json: bool) -> None:
-    """Ask every model the held-out questions at every budget."""
-    figures: dict[tuple[str, float], Figures] = {}
-    options = EvaluationOptions(budgets, samples=questions, answer_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
-    for folder in models:
-        evaluation = evaluate_folder(folder, DataOptions(data), options, console.REPORTER, ALONE)
-        assert evaluation is not None, "alone, this process is the main one"
-        figures |= {(str(folder), result.budget or 1.0): result.figures for result in evaluation.of("dpn")}
+def main(
+    plain: Path, healed: Path, data: str, samples: int, batch_size: int, budgets: tuple[float, ...], as_json: bool
+) -> None:
+    """Print a line per budget."""
+    folders = {"plain": plain, "healed": healed}
+    found = {
+        name: methods(Opened.of(folder, DataOptions(data), samples, batch_size), name, budgets)
+        for name, folder in folders.items()
+    }
+    rows = [Row.of(budget, found["plain"][budget], found["healed"][budget]) for budget in (1.0, *budgets)]
     if as_json:
-        click.echo(json.dumps([{"model": m, "budget": b, **asdict(f)} for (m, b), f in figures.items()], indent=2))
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    rows = [
-        (
-            model, f"{budget:g}", f"{f.fraction:.3f}", f"{f.accuracy.teacher:.1%}", f"{f.accuracy.score.value:.1%}",
-            f"{f.same_answer.value:.1%}",
-        )
-        for (model, budget), f in figures.items()
-        if f.accuracy
-    ]  # fmt: skip
-    columns = ["model", "budget", "FLOPs", "teacher", "pyramid", "same answer"]
-    console.table(f"{questions} held-out questions", columns, rows)
+    columns = ["budget", "FLOPs", "agreement", "healed, less plain, % (95%)", "won back", "KL", "less KL (95%)"]
+    console.table(f"{samples} held-out samples", columns, [row.cells() for row in rows])
 
 
 if __name__ == "__main__":

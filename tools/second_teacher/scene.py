@@ -108,14 +108,16 @@ def posters(split: Split, seed: int) -> Iterator[Poster]:
 
 
 def compose(rng: Random) -> Poster:
-    """Draw one poster at random, from nearly empty ones, on which a teacher learns to look, to crowded ones."""
+    """Draw one poster at random: half of them show one thing alone, on which a teacher learns to look."""
+    alone = rng.choice(("emblem", "word", "corners")) if rng.random() < 0.5 else None
     free = {(row, column) for row in range(GRID) for column in range(GRID)} - set(CORNERS.values())
+    num_emblems = {None: rng.randint(1, 4), "emblem": 1}.get(alone, 0)
     emblems = tuple(
         Emblem(rng.choice(FORMS), rng.choice(tuple(INKS)), rng.choice(LETTERS), patch)
-        for patch in (_place(rng, free, _EMBLEM, _EMBLEM) for _ in range(rng.randint(0, 4)))
+        for patch in (_place(rng, free, _EMBLEM, _EMBLEM) for _ in range(num_emblems))
         if patch
     )
-    count = rng.randint(0, 3)
+    count = {None: rng.randint(1, 3), "word": 1}.get(alone, 0)
     words = []
     for first, ink in zip(rng.sample(LETTERS, count), rng.sample(tuple(INKS), count), strict=True):
         length = rng.randint(3, 4)
@@ -123,7 +125,7 @@ def compose(rng: Random) -> Poster:
         if patch:
             rest = rng.sample([letter for letter in LETTERS if letter != first], length - 1)
             words.append(Word(first + "".join(rest), ink, patch))
-    corners = "".join(rng.choices(LETTERS, k=len(CORNERS))) if rng.random() < 0.7 else ""
+    corners = "".join(rng.choices(LETTERS, k=len(CORNERS))) if alone in (None, "corners") else ""
     return Poster(rng.choice(tuple(PAPERS)), rng.random() < 0.5, rng.choice(FONTS), corners, emblems, tuple(words))
 
 

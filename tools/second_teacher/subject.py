@@ -22,7 +22,7 @@ from tools.teacher.assembly import CHAT_TEMPLATE, IMAGE, MEAN, STD, build_tokeni
 from tools.teacher.subject import Subject
 
 WIDTH = 96
-WEIGHTS = {"paper": 0.3, "count": 0.8, "colour": 0.4, "side": 2.0, "word": 0.8, "ink": 0.8, "corner": 1.5, "badge": 2.0}
+WEIGHTS = {"paper": 0.3, "count": 0.8, "colour": 0.5, "side": 2.0, "word": 0.8, "ink": 1.2, "corner": 1.2, "badge": 2.0}
 
 
 def build_processor() -> LlavaProcessor:
