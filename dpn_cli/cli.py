@@ -106,6 +106,7 @@ def run() -> NoReturn:
     interpreter that tidies up first, and the exit code would be lost.
     """
     end_with_launcher()
+    wait_asleep()
     code = main()
     if is_launched():
         for stream in (sys.stdout, sys.stderr):
@@ -113,6 +114,14 @@ def run() -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def wait_asleep() -> None:
+    """Let OpenMP's threads sleep while they wait; call this before torch is imported.
+
+    They would spin. On a machine that others use too, that is most of what they do: ten times the CPU seconds.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -234,3 +234,17 @@ def test_quiet_silences_messages_but_not_results(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["model_type"] == "dpn_llava"
     assert ("Checkpoint: " in captured.err) is not quiet
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]) or 0)
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert seen == [expected]

@@ -32,6 +32,7 @@ ROUTES_PER_HELD_OUT = 2
 
 
 
+
 def heal(
     model: PyramidGenerationMixin,
     examples: Sequence[Example],
