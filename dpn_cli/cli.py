@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
@@ -56,7 +57,7 @@ class LazyGroup(click.Group):
             return None
         command = import_module(f"dpn_cli.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
-        return command
+        return with_global_options(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -79,12 +80,62 @@ class Settings:
     debug: bool = False
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("-q", "--quiet", is_flag=True, help="Show results and errors only.")
-@click.version_option(__version__, prog_name="dpn")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
+def _quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        console.set_quiet(True)
+
+
+def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        warnings.simplefilter("default")
+        console.show_logs()
+
+
+def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).debug = True
+        _verbose(ctx, param, value)
+
+
+def _log_file(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value:
+        try:
+            console.log_to(value)
+        except OSError as error:
+            raise click.BadParameter(f"{value!r} cannot be written: {error.strerror}", ctx, param) from None
+
+
+GLOBAL_OPTIONS = [
+    click.Option(
+        ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_quiet, help="Show results and errors only."
+    ),
+    click.Option(
+        ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_verbose,
+        help="Show what libraries log and warn of, too.",
+    ),
+    click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error, and -v."
+    ),
+    click.Option(
+        ["--log-file"], type=click.Path(dir_okay=False), metavar="FILE", expose_value=False, callback=_log_file,
+        help="Append all messages to FILE, with the time.",
+    ),
+]  # fmt: skip
+"""Options that stand before or after the verb; they set what holds for the whole process."""
+
+
+def with_global_options(command: click.Command) -> click.Command:
+    """Return a copy of a command that takes the global options too, and so do its subcommands."""
+    command = copy(command)
+    command.params = [*command.params, *GLOBAL_OPTIONS]
+    if isinstance(command, click.Group):
+        command.commands = {name: with_global_options(each) for name, each in command.commands.items()}
+    return command
+
+
+@click.group(cls=LazyGroup, params=[*GLOBAL_OPTIONS], context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="dpn")
+def cli() -> None:
     """Give a finished LLaVA a dynamic pyramid: the same answers for about half the compute.
 
     \b
@@ -92,11 +143,7 @@ def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     dpn calibrate --data mydata --budget 0.5
     dpn export
     """  # noqa: D301 - click takes \\b as "do not rewrap"
-    ctx.ensure_object(Settings).debug = debug
-    console.set_quiet(quiet)
     workspace.check_current_folder()
-    if not debug and not sys.warnoptions:
-        warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
 
 
 def run() -> NoReturn:
@@ -135,6 +182,9 @@ def main(args: Sequence[str] | None = None) -> int:
             signal.signal(each, _interrupt)
     channels.prepare()
     console.guard_libraries()
+    console.set_quiet(False)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what a user must know is said in sentences of our own
     settings = Settings()
     try:
         result = cli.main(args, prog_name="dpn", obj=settings, standalone_mode=False)
@@ -160,6 +210,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         console.error(f"Error: {_short(_sentence(error))}")
         return error.exit_code if isinstance(error, DpnError) else 1
+    finally:
+        console.end_logs()
     return result if isinstance(result, int) else 0
 
 
@@ -173,7 +225,7 @@ def _sentence(error: Exception) -> str:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where} (--debug shows where)"
     first_line = next(iter(str(error).strip().splitlines()), "no message")
-    return f"unexpected {type(error).__name__}: {first_line} (dpn --debug COMMAND shows the traceback)"
+    return f"unexpected {type(error).__name__}: {first_line} (--debug shows the traceback)"
 
 
 def _short(sentence: str) -> str:

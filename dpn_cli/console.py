@@ -27,7 +27,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -46,6 +45,9 @@ _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 _formatwarning = warnings.formatwarning
 _stderr = Console(file=cast("IO[str]", channels.Stderr()), highlight=False, markup=False, emoji=False, soft_wrap=True)
+_log = logging.getLogger("dpn")
+_handlers: list[logging.Handler] = []  # that messages go to as well
+_DESCRIPTION = TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}", markup=False)
 _hushed: list[int] = []  # stderr as it was before `hush`
 
 
@@ -54,8 +56,41 @@ def set_quiet(quiet: bool) -> None:
     _stderr.quiet = quiet
 
 
+def log_to(path: str) -> None:
+    """Append all messages, and what libraries log, to a file from now on.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    _add_handler(logging.FileHandler(path, encoding="utf-8", delay=False))
+
+
+def show_logs() -> None:
+    """Show what libraries log on stderr from now on."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name != _log.name)  # messages are shown anyway
+    _add_handler(handler)
+
+
+def _add_handler(handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    _log.setLevel(logging.INFO)
+    _handlers.append(handler)
+
+
+def end_logs() -> None:
+    """Close what `log_to` and `show_logs` have opened."""
+    while _handlers:
+        handler = _handlers.pop()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
 def hush() -> None:
     """Write nowhere from now on: another process of this run says the same."""
+    end_logs()
     _hushed.append(os.dup(channels.STDERR))
     channels.silence(channels.STDOUT, channels.STDERR)
 
@@ -102,11 +137,14 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
 
 def note(message: str) -> None:
     """Say something about the work on stderr."""
+    _log.info("%s", message)
     _stderr.print(_for_terminal(harmless(message)))
 
 
 def error(message: str) -> None:
     """Say on stderr, however quiet, what went wrong."""
+    if _handlers:  # without any, logging would write to stderr itself
+        _log.error("%s", message)
     with channels.messages():
         click.echo(_for_terminal(harmless(message)), sys.stderr)
 
@@ -199,33 +237,52 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     if not _stderr.is_terminal:
         yield _PlainProgress(description, total).advance
         return
-    columns = (
-        TextColumn(f"{{task.description:<{DESCRIPTION_WIDTH}}}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=_stderr) as bar:
+    with _live(MofNCompleteColumn()) as bar:
         task = bar.add_task(harmless(description), total=total)
         yield lambda n: bar.advance(task, n)
 
 
-REPORTER = Reporter(note, progress)
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Show that something goes on, nobody knows for how long: on a terminal by a clock, elsewhere in a line."""
+    if not _stderr.is_terminal:
+        note(f"{description} …")
+        yield
+        return
+    _log.info("%s", description)
+    with _live(transient=True) as bar:
+        bar.add_task(harmless(description), total=None)
+        yield
 
 
-class _RateColumn(ProgressColumn):
+REPORTER = Reporter(note, progress, waiting)
+
+
+def _live(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """Return a bar whose pace is that of all steps: a single one may take minutes."""
+    shown = (_DESCRIPTION, BarColumn(), *columns, _TimeColumn())
+    return Progress(*shown, console=_stderr, speed_estimate_period=float("inf"), transient=transient)
+
+
+class _TimeColumn(ProgressColumn):
+    """The time left, as soon as two steps have shown their pace; before that, and in the end, the time taken."""
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else _rate(speed))
+        left = task.time_remaining
+        if task.finished or left is None:
+            return Text(_clock(task.finished_time or task.elapsed or 0.0))
+        return Text(f"{_clock(left)} left")
 
 
-def _rate(per_second: float) -> str:
-    return f"{per_second:.0f}/s" if per_second >= 100 else f"{per_second:.3g}/s"
+def _clock(seconds: float) -> str:
+    """Return a time as 0:07, 12:34 or 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _PlainProgress:
-    """Prints `description: done/total, rate, time left`, seldom."""
+    """Prints `description: done/total, time left`, seldom."""
 
     def __init__(self, description: str, total: int) -> None:
         self.description = description
@@ -242,5 +299,5 @@ class _PlainProgress:
 
     def _line(self, elapsed_s: float) -> str:
         rate = self.done / max(elapsed_s, 1e-9)
-        left = "done" if self.done >= self.total else f"{(self.total - self.done) / rate:.0f} s left"
-        return f"{self.description}: {self.done}/{self.total}, {_rate(rate)}, {left}"
+        left = f"{_clock((self.total - self.done) / rate)} left"
+        return f"{self.description}: {self.done}/{self.total}, {'done' if self.done >= self.total else left}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dpn_cli.calibration.cases import Case, extremes
+from dpn_cli.calibration.cases import Case, ranked
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
@@ -19,6 +19,8 @@ from dpn_cli.pyramid.shape import DecoderShape
 GRIDS = ((24, 24),)
 SHAPE = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
 SITES = tuple(Site(layer, pool((1, 1), (1, 2), (2, 2))) for layer in (7, 15, 23))
+
+ORIGIN = {"model": "llava-1.5-7b", "date": "2026-11-26", "device": "CPU, 2 threads, float32"}
 
 
 def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:
@@ -51,9 +53,9 @@ def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:
     pyramid = PyramidConfig(sites=SITES, budgets=tuple(budgets))
     pyramid = replace(pyramid, trade_off=pyramid.trade_off_for(budget))
     cases = [
-        [Case(samples[each.index], each, "red", "red" if each.agreement > 0.5 else "dark red") for each in end]
-        for end in extremes(table, policy.choose(pyramid.trade_off))
+        Case(samples[each.index], each, "red", "red" if each.agreement > 0.5 else "dark red")
+        for each in ranked(table, policy.choose(pyramid.trade_off))
     ]
     grids = [GRIDS] * len(samples)
     settings = {"data": "mydata.json", "data_digest": "5e1f" * 16, "samples": 512, "seed": 0, "routes": "all"}
-    return Report.of(policy, pyramid, SHAPE, grids, budget, *cases, settings)
+    return Report.of(policy, pyramid, SHAPE, grids, budget, cases, settings, ORIGIN)

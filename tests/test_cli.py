@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from typing import NoReturn
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
-from dpn_cli import __version__, cli
+from dpn_cli import __version__, cli, console
 from dpn_cli.errors import CheckpointError, DataError, DpnError, MissingExtraError, RecipeError, UsageError
 
 HEAVY = {
@@ -71,8 +73,9 @@ def test_the_group_help_names_every_command(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
-    assert __version__ in capsys.readouterr().out
+    for option in ("--version", "-V"):
+        assert cli.main([option]) == 0
+        assert __version__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full (/x)"),
         (OSError(errno.EFBIG, "File too large"), 1, "larger than is allowed here (ulimit -f): make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Error: Permission denied: /x"),
-        (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (dpn --debug"),
+        (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (--debug"),
         (ValueError(), 1, "Error: unexpected ValueError: no message"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (click.BadParameter("bad"), 2, "bad"),
@@ -108,10 +111,61 @@ def test_errors_become_a_sentence_and_an_exit_code(
     assert "Traceback" not in captured.err
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", [["--debug", "demo"], ["demo", "--debug"]])
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
     fail_with(CheckpointError("no"), monkeypatch)
     with pytest.raises(CheckpointError):
-        cli.main(["--debug", "demo"])
+        cli.main(line)
+
+
+@pytest.mark.parametrize("verb", [*cli.COMMANDS, "recipes show"])
+def test_global_options_stand_after_every_verb_too(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert cli.main([*verb.split(), "-q", "-v", "--debug", "--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(output.count(f" {option}") == 1 for option in ("--quiet", "--verbose", "--debug ", "--log-file"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_said_is_logged_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
+    @click.command()
+    def command() -> NoReturn:
+        console.note("working on [it]")
+        logging.getLogger("library").info("a detail")
+        raise DataError("no such row")
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
+    options = ["--log-file", str(tmp_path / "log"), "-q"]
+    for _ in range(2):
+        assert cli.main([*options, "demo"] if first else ["demo", *options]) == 4
+    assert capsys.readouterr().err == "Error: no such row\n" * 2
+    said = [line.split(" ", 3)[2:] for line in (tmp_path / "log").read_text().splitlines()]
+    once = [["INFO", "dpn: working on [it]"], ["INFO", "library: a detail"], ["ERROR", "dpn: Error: no such row"]]
+    assert said == once * 2
+    assert cli.main(["demo", "-v"]) == 4
+    assert "INFO library: a detail" in (err := capsys.readouterr().err) and err.count("working on") == 1
+    assert cli.main(["demo", "--log-file", str(tmp_path / "none" / "log")]) == 2
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_shell_completes_what_dpn_knows() -> None:
+    def offered(line: str) -> set[str]:
+        *words, incomplete = line.split(" ")
+        found = ShellComplete(cli.cli, {}, "dpn", "_DPN_COMPLETE").get_completions(words, incomplete)
+        return {item.value for item in found if item.type == "plain"}
+
+    assert offered("convert llava-hr") == {"llava-hr-7b", "llava-hr-x-13b"}
+    assert offered("convert --recipe d") == offered("recipes show d") == {"demo"}
+    assert offered("recipes ") >= {"show", "demo", "llava-1.5-7b"}
+    assert offered("eval --against fastv,p") == {"fastv,prepool", "fastv,pyramiddrop"}
+    assert offered("bench --against al") == {"all"}
+    assert offered("calibrate --experts pool,pi") == {"pool,pick"}
+    assert offered("calibrate --heal ") == {"none", "lora"}
+    assert offered("calibrate --set calibration.survey.") >= {"calibration.survey.samples="}
+    assert offered("convert --set pyramid.router.") >= {"pyramid.router.hidden_ratio=", "pyramid.router.input="}
+    assert "demo" in offered("eval --data ")
+    assert "--log-file" in offered("inspect --l")
 
 
 ESCAPE = "\x1b]52;c;eA==\x07\u202e"

@@ -85,19 +85,17 @@ def test_off_a_terminal_progress_is_a_plain_last_line(capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith("counting: 300/300, ")
+    assert captured.err.startswith("counting: 300/300, done")
 
 
-def test_plain_progress_says_rate_and_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_progress_says_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 4.0, 20.0, 24.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("counting", total=100) as advance:
         advance(10)
         advance(30)
         advance(10)
-    assert capsys.readouterr().err == "counting: 40/100, 2/s, 30 s left\n"
+    assert capsys.readouterr().err == "counting: 40/100, 0:30 left\n"
 
 
 def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +105,39 @@ def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], mon
     shown = capsys.readouterr().err
     assert "30/30" in shown
     assert "[red]\\u001b]52;c;eA==\\u0007" in shown and "\x1b]52" not in shown
+
+
+@pytest.mark.parametrize("batch_s", [0.5, 40.0, 4000.0])
+def test_the_time_left_is_shown_from_the_second_batch_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, batch_s: float
+) -> None:
+    terminal = Console(stderr=True, force_terminal=True, width=80, highlight=False)
+    now = 0.0
+    terminal.get_time = lambda: now  # type: ignore[method-assign]
+    monkeypatch.setattr(console, "_stderr", terminal)
+    with console.progress("measuring", total=10) as advance:
+        for batch in range(3):
+            now += batch_s
+            advance(1)
+            capsys.readouterr()
+            terminal._live_stack[-1].refresh()
+            shown = capsys.readouterr().err
+            assert (" left" in shown) is (batch > 0), shown
+        assert f"{console._clock(7 * batch_s)} left" in shown or batch_s < 1
+        advance(7)
+
+
+def test_waiting_says_what_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with console.waiting("loading the model"):
+        assert capsys.readouterr().err == "loading the model …\n"
+    monkeypatch.setattr(console, "_stderr", Console(stderr=True, force_terminal=True, width=80, highlight=False))
+    with console.waiting("loading the model"):
+        pass
+    assert "loading the model" in (shown := capsys.readouterr().err) and "0:00" in shown
+
+
+def test_times_are_read_at_a_glance() -> None:
+    assert [console._clock(s) for s in (0, 7.9, 754, 3723)] == ["0:00", "0:07", "12:34", "1:02:03"]
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

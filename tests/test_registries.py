@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from dpn_cli.cli import cli
 from dpn_cli.data.formats import FORMATS
 from dpn_cli.data.loading import load_data
+from dpn_cli.data.metrics import METRICS
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError
 from dpn_cli.evaluation.baselines import BASELINES, make_baseline
 from dpn_cli.evaluation.baselines.baseline import Prompt
-from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
 from dpn_cli.pyramid.config import ROUTER_INPUTS, PyramidConfig, RouterConfig

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
-from dpn_cli.calibration.cases import answer_both, extremes
+from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
@@ -211,7 +212,7 @@ def _open(
             checkpoint, layout, asked_dtype, device, reporter.note, load_in=recipe.load_in, copies=on_this_machine()
         )
     dtype = processes.agree(dtype)
-    with processes.as_one():
+    with processes.as_one(), reporter.waiting("loading the model"):
         model = load_frozen(checkpoint, pyramid, recipe.load_in, dtype, healed=budgets_only, device_map=device)
     if not budgets_only:
         _start_afresh(model.text_model.routers)
@@ -259,7 +260,7 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
         answers.update(zip(batches[batch], texts, strict=True))
         advance(len(texts))
 
-    with job.model.teacher(), job.reporter.progress("asking the teacher", len(open_ones)) as advance:
+    with job.model.teacher(), job.reporter.progress("original answers", len(open_ones)) as advance:
         job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
     answers = job.processes.agree(answers)
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
@@ -359,18 +360,27 @@ def _report(
     grids: Sequence[tuple[Grid, ...]],
     settings: dict[str, Any],
 ) -> Report:
-    """Sum up, and ask both models about the held-out samples that fare worst and best at the budget."""
+    """Sum up, with what both models answer to the held-out samples at the budget."""
     model, recipe = job.model, job.recipe
     with torch.no_grad():
         policy = Policy.of(routers, held)
-    worst, best = extremes(held, policy.choose_as(pyramid, pyramid.trade_off))
+    measured = ranked(held, policy.choose_as(pyramid, pyramid.trade_off))
     _take(model, routers, pyramid)
-    with job.reporter.progress("asking both models", len(worst) + len(best)) as advance:
-        cases = answer_both(
-            model, job.processor, [*worst, *best], samples, recipe.batch_size, recipe.answer_tokens, advance
-        )
-    shape, count = model.text_model.shape, len(worst)
-    return Report.of(policy, pyramid, shape, grids, recipe.budget, cases[:count], cases[count:], settings)
+    with job.reporter.progress("both models answer", len(measured)) as advance:
+        cases = answer_both(model, job.processor, measured, samples, recipe.batch_size, recipe.answer_tokens, advance)
+    shape = model.text_model.shape
+    return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, _origin(model))
+
+
+def _origin(model: PyramidGenerationMixin) -> dict[str, str]:
+    """Say in words what was calibrated, when, and on what."""
+    is_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "model": str(model.config.base_model),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": f"{device}, {str(model.dtype).removeprefix('torch.')}",
+    }
 
 
 def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:

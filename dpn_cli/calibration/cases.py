@@ -1,4 +1,4 @@
-"""The held-out samples that came out worst and best, with the answers of both models."""
+"""What the held-out samples are answered, by both models: the samples that came out worst first."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Route
 
-CASES = 10  # at either end
+ANSWERED = 128  # held-out samples that are answered, at most
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Case:
         """The answer in the data, if there is one."""
         return self.sample.turns[self.sample.asked].answer
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the two answers differ, in whatever way."""
+        return self.student != self.teacher
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without the images."""
         return {
@@ -75,23 +80,21 @@ class Case:
         }
 
 
-def extremes(held: RouteTable, taken: torch.Tensor) -> tuple[list[Measured], list[Measured]]:
-    """Return the samples with the largest and those with the smallest distortion, no sample twice.
+def ranked(held: RouteTable, taken: torch.Tensor) -> list[Measured]:
+    """Return the samples to answer, the one with the largest distortion first: all, or as many evenly spread ones.
 
     Args:
-        held: Measurements of the held-out samples.
+        held: the measurements.
         taken: the index of the route that each sample takes, [N].
     """
     rows = torch.arange(len(taken))
     distortion, agreement, fraction = (t[rows, taken] for t in (held.distortion, held.agreement, held.fraction))
-    order = distortion.argsort(descending=True, stable=True).tolist()
-    cases = [
-        Measured(
-            i, distortion[i].item(), agreement[i].item(), fraction[i].item(), held.tree.routes[int(taken[i])]
-        )
-        for i in order
-    ]  # fmt: skip
-    return cases[:CASES], cases[CASES:][-CASES:][::-1]
+    order = distortion.argsort(descending=True, stable=True)
+    spread = torch.linspace(0, len(order) - 1, min(len(order), ANSWERED)).round().long()
+    return [
+        Measured(i, distortion[i].item(), agreement[i].item(), fraction[i].item(), held.tree.routes[int(taken[i])])
+        for i in order[spread].tolist()
+    ]
 
 
 def answer_both(

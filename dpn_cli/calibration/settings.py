@@ -8,12 +8,13 @@ from typing import Any
 from dpn_cli.checkpoint.headers import check_folder, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
-from dpn_cli.errors import CheckpointError, RecipeError
+from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.families.family import DEFAULT_RECIPE
 from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
 from dpn_cli.pyramid.experts import KINDS
 from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
 
+STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 
 
@@ -41,6 +42,22 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
             "with the source"
         )
     return _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
+
+
+def validate_replaceable(folder: Path, force: bool) -> None:
+    """Check that no results are lost that somebody wants to keep.
+
+    Raises:
+        UsageError: if the checkpoint is calibrated, and no calibration of it is unfinished.
+    """
+    pyramid = open_converted(folder)[2]
+    if pyramid.budgets and not force and not (folder / STATE_FOLDER).is_dir():
+        data, budget = pyramid.calibration.get("data", "other data"), pyramid.calibration.get("budget")
+        known = "" if budget is None else f" for budget {budget:g}"
+        raise UsageError(
+            f"{folder} is calibrated already, on {data}{known}: copy the folder if you want to keep that, and pass "
+            "--force to replace it (another budget needs no calibration: dpn export --budget)"
+        )
 
 
 def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:

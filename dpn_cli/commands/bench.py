@@ -8,6 +8,8 @@ import click
 
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
+from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.commands.completion import listed, names
 from dpn_cli.commands.data_options import reading_options, takes_data
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
@@ -56,7 +58,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     help="One route for all samples: an expert per site, such as keep,1x2,exit; repeatable.",
 )
 @click.option(
-    "--against", metavar="NAME,NAME,…", default="",
+    "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),
     help=f"Other methods to measure, at what dpn spends for each --budget: {', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
@@ -74,7 +76,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     f"{TEXT_TOKENS}.",
 )  # fmt: skip
 @click.option(
-    "--data", metavar="DATA",
+    "--data", metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
     help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.",
 )  # fmt: skip
 @reading_options
@@ -126,9 +128,10 @@ def command(
         check_plot(plot)
     folder = checkpoint_folder(model)
 
-    from dpn_cli.commands.tables import print_latency
-    from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
-    from dpn_cli.evaluation.drawing import plot_latency
+    with console.waiting("starting"):
+        from dpn_cli.commands.tables import print_latency
+        from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
+        from dpn_cli.evaluation.drawing import plot_latency
 
     options = BenchOptions(budgets, routes, names, batch_sizes, new_tokens, rounds, dtype)
     result = bench_folder(folder, data or SyntheticPrompts(**synthetic), options, console.REPORTER)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dpn_cli import console
+from dpn_cli import console, workspace
+from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
+from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     Choice,
     Fraction,
@@ -15,6 +17,7 @@ from dpn_cli.commands.options import (
     dtype_option,
     model_option,
     processes_option,
+    set_option,
     together,
     wide_option,
 )
@@ -22,6 +25,7 @@ from dpn_cli.errors import UsageError
 from dpn_cli.pyramid.experts import KINDS
 
 if TYPE_CHECKING:
+    from dpn_cli.calibration.reporting.report import Report
     from dpn_cli.data.options import DataOptions
 
 
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
 @click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
-    "--experts", metavar="KIND,KIND,…",
+    "--experts", metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),
     help=f"Kinds of experts to choose from; default: all that the recipe has. Kinds: {', '.join(KINDS)}; pool alone "
     "gives the paper's pyramid.",
 )  # fmt: skip
@@ -53,8 +57,9 @@ if TYPE_CHECKING:
     help="Keep the routers and only solve the budget table again, so that budgets are met on these data.",
 )  # fmt: skip
 @processes_option
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@set_option
 @click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start again.")
+@click.option("-f", "--force", is_flag=True, help="Replace the results of an earlier calibration.")
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -70,6 +75,7 @@ def command(
     budgets_only: bool,
     overrides: tuple[str, ...],
     restart: bool,
+    force: bool,
     wide: bool,
     as_json: bool,
 ) -> None:
@@ -82,7 +88,7 @@ def command(
     Budgets are means over the calibration data. If your data spend more or less than you ask for, --budgets-only
     solves the budgets on your data; the checkpoint may also be an export.
     """
-    from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
+    from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, validate_replaceable
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
@@ -93,10 +99,13 @@ def command(
         if budgets_only and experts:
             raise UsageError("--budgets-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)
+        if not budgets_only:
+            validate_replaceable(folder, force)
         read = budgets_recipe if budgets_only else calibration_recipe
         recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
-    from dpn_cli.calibration.calibrate import calibrate
+    with console.waiting("starting"):
+        from dpn_cli.calibration.calibrate import calibrate
 
     try:
         report = calibrate(folder, data, recipe, console.REPORTER, restart=restart, budgets_only=budgets_only)
@@ -105,13 +114,22 @@ def command(
         raise
     if report is None:
         return
-    if as_json:
-        console.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-        return
+    try:
+        with extra(f"{workspace.FOLDER} cannot be written here, so pass  --model {folder}"):
+            workspace.remember(folder)
+    finally:
+        _show(report, wide, as_json)
+    if not as_json:
+        what = "λ, the budget table" if budgets_only else "the routers"
+        console.note(
+            f"Wrote {what} and calibration/report.html to {folder}. Next: dpn {'eval' if budgets_only else 'export'}"
+        )
+
+
+def _show(report: "Report", wide: bool, as_json: bool) -> None:
     from dpn_cli.commands.tables import print_calibration
 
-    print_calibration(report, wide)
-    what = "λ, the budget table" if budgets_only else "the routers"
-    console.note(
-        f"Wrote {what} and calibration/report.html to {folder}. Next: dpn {'eval' if budgets_only else 'export'}"
-    )
+    if as_json:
+        console.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print_calibration(report, wide)

@@ -7,7 +7,9 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.commands.completion import names, recipe_names
 from dpn_cli.commands.extras import extra
+from dpn_cli.commands.options import set_option
 from dpn_cli.commands.tables import SITES
 from dpn_cli.families.family import ALIASES
 
@@ -30,9 +32,12 @@ PLACEMENTS = {
     {", ".join([*ALIASES, DEMO])}.
     """,
 )
-@click.argument("model")
-@click.option("--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.")
+@click.argument("model", shell_complete=names(lambda: (*ALIASES, DEMO), or_files=True))
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.",
+    shell_complete=names(recipe_names, or_files=True),
+)  # fmt: skip
+@set_option
 @click.option(
     "--vision-tower",
     metavar="PATH|ID",
@@ -77,13 +82,15 @@ def command(
     from dpn_cli.conversion.convert import IMPORTED, convert, default_recipe
     from dpn_cli.pyramid.recipe import load_recipe
 
+    source = resolve_source(model)  # a download shows how far it is
     if recipe is None and overrides:
-        recipe = default_recipe(source := resolve_source(model), read_config(source.path))
+        recipe = default_recipe(source, read_config(source.path))
     chosen = load_recipe(recipe, overrides) if recipe else None
-    done = convert(
-        model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,
-        chat_template=chat_template,
-    )  # fmt: skip
+    with console.waiting("converting"):
+        done = convert(
+            model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,
+            chat_template=chat_template,
+        )  # fmt: skip
 
     try:
         if not dry_run:  # before anything is shown: the reader may be gone

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from dpn_cli.checkpoint.source import DEMO
+from dpn_cli.commands.completion import names
 from dpn_cli.commands.options import Choice, Percent
 from dpn_cli.data.fields import ROLES
 from dpn_cli.data.formats import describe_formats
@@ -100,7 +102,7 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
     for option in reversed(
         (
             click.option(
-                "--data", required=required, metavar="DATA",
+                "--data", required=required, metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
                 help=f"What to read: {describe_formats()}.",
             ),
             reading_options,

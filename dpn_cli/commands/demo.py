@@ -4,13 +4,23 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dpn_cli import console
+from dpn_cli import console, workspace
+from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import Fraction
+from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+
+if TYPE_CHECKING:
+    from dpn_cli.calibration.reporting.report import Report
+    from dpn_cli.evaluation.bench import Bench
+    from dpn_cli.evaluation.evaluate import Evaluation
+    from dpn_cli.evaluation.figures import Figures
 
 BATCH_SIZE = 32
+TIMED_BATCH, TIMED_ROUNDS = 8, 7
 
 
 @click.command("demo")
@@ -29,52 +39,87 @@ BATCH_SIZE = 32
     show_default=True,
     help="Held-out questions to ask.",
 )
+@click.option("-f", "--force", is_flag=True, help="Replace the checkpoints of an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(output: Path, budget: float, samples: int | None, questions: int, as_json: bool) -> None:
+def command(output: Path, budget: float, samples: int | None, questions: int, force: bool, as_json: bool) -> None:
     """Convert, calibrate, export and evaluate a small embedded LLaVA on pictures that it has never seen."""
+    from dpn_cli.checkpoint.staging import check_target
     from dpn_cli.conversion.convert import convert
+    from dpn_cli.families.family import CONVERTED
 
     started = time.monotonic()
     converted, exported = output / "demo-dpn", output / "demo-dpn-export"
+    workspace.check_state_folder()
+    for folder in (converted, exported):
+        check_target(folder, force, CONVERTED)
     console.note(f"1/4 dpn convert demo --output {converted}")
-    convert("demo", output=converted, force=True)
+    convert("demo", output=converted, force=force)
 
-    from dpn_cli.calibration.calibrate import calibrate
-    from dpn_cli.calibration.settings import calibration_recipe
-    from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
-    from dpn_cli.data.options import DataOptions
-    from dpn_cli.evaluation.options import EvaluationOptions
-    from dpn_cli.evaluation.run import evaluate_folder
-    from dpn_cli.exporting.export import export
-    from dpn_cli.parallel.processes import ALONE
-    from dpn_cli.reporter import Reporter
-
-    console.note(f"2/4 dpn calibrate --model {converted} --data demo --budget {budget:g}")
-    options = {"budget": budget} | ({} if samples is None else {"samples": samples})
-    recipe = calibration_recipe(converted, (), options)
-    report = calibrate(converted, DataOptions("demo"), recipe, console.REPORTER, processes=ALONE)
-    assert report is not None, "alone, this process is the main one"
+    report = _calibrated(converted, budget, samples)
+    with extra(f"{workspace.FOLDER} cannot be written here"):
+        workspace.remember(converted)
     if not as_json:
         print_calibration(report)
 
-    console.note(f"3/4 dpn export --model {converted} --output {exported}")
-    export(converted, exported, force=True)
+    from dpn_cli.exporting.export import export
 
-    console.note(f"4/4 {questions} held-out questions, answered by the export and by its teacher")
-    asked = EvaluationOptions(samples=questions, answer_tokens=recipe.answer_tokens, batch_size=BATCH_SIZE)
-    result = evaluate_folder(exported, DataOptions("demo"), asked, Reporter(progress=console.progress), ALONE)
-    assert result is not None, "alone, this process is the main one"
+    console.note(f"3/4 dpn export --model {converted} --output {exported}")
+    export(converted, exported, force=force)
+
+    console.note(f"4/4 {questions} held-out questions, answered by the export and by the original")
+    result, timed = _asked(exported, questions, report.settings["answer_tokens"])
     [pyramid] = result.of("dpn")
     groups = {**pyramid.kinds, "all": pyramid.figures}
     if as_json:
         kinds = {kind: asdict(figures) for kind, figures in groups.items()}
-        console.echo(json.dumps({"calibration": report.to_dict(), "kinds": kinds}, indent=2, ensure_ascii=False))
+        found = {"calibration": report.to_dict(), "kinds": kinds, "latency": timed.to_dict()}
+        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
         print_routes(result, report.experts)
-    accuracy = pyramid.figures.accuracy
+    _sum_up(pyramid.figures, timed, time.monotonic() - started)
+
+
+def _calibrated(folder: Path, budget: float, samples: int | None) -> "Report":
+    """Calibrate on the demo's pictures."""
+    with console.waiting("starting"):
+        from dpn_cli.calibration.calibrate import calibrate
+        from dpn_cli.calibration.settings import calibration_recipe
+        from dpn_cli.data.options import DataOptions
+        from dpn_cli.parallel.processes import ALONE
+
+    console.note(f"2/4 dpn calibrate --model {folder} --data demo --budget {budget:g}")
+    options = {"budget": budget} | ({} if samples is None else {"samples": samples})
+    recipe = calibration_recipe(folder, (), options)
+    report = calibrate(folder, DataOptions("demo"), recipe, console.REPORTER, processes=ALONE)
+    assert report is not None, "alone, this process is the main one"
+    return report
+
+
+def _asked(folder: Path, questions: int, answer_tokens: int) -> "tuple[Evaluation, Bench]":
+    """Ask the export and the original, and time both."""
+    from dpn_cli.data.options import DataOptions
+    from dpn_cli.evaluation.bench import BenchOptions, bench_folder
+    from dpn_cli.evaluation.options import EvaluationOptions
+    from dpn_cli.evaluation.run import evaluate_folder
+    from dpn_cli.parallel.processes import ALONE
+    from dpn_cli.reporter import Reporter
+
+    progress = Reporter(progress=console.progress, waiting=console.waiting)
+    asked = EvaluationOptions(samples=questions, answer_tokens=answer_tokens, batch_size=BATCH_SIZE)
+    result = evaluate_folder(folder, DataOptions("demo"), asked, progress, ALONE)
+    assert result is not None, "alone, this process is the main one"
+    timed = BenchOptions(batch_sizes=(TIMED_BATCH,), rounds=TIMED_ROUNDS, new_tokens=2)
+    return result, bench_folder(folder, DataOptions("demo"), timed, progress)
+
+
+def _sum_up(figures: "Figures", timed: "Bench", seconds: float) -> None:
+    """Say what is kept, for how much, and how fast."""
+    accuracy, prefill = figures.accuracy, timed.results[0].measurements[1].phases["prefill"]
     assert accuracy is not None
     console.note(
-        f"The pyramid keeps {accuracy.score.value / accuracy.teacher:.1%} of the teacher's accuracy "
-        f"at {pyramid.figures.fraction:.1%} of its prefill FLOPs ({time.monotonic() - started:.0f} s in all)."
+        f"The pyramid keeps {accuracy.score.value / accuracy.teacher:.1%} of the original's accuracy at "
+        f"{figures.fraction:.1%} of its prefill FLOPs. Measured here in batches of {TIMED_BATCH}, its prefill is "
+        f"{prefill.speedup:.2f} times as fast (95% interval {prefill.speedup_low:.2f} to {prefill.speedup_high:.2f}). "
+        f"The demo took {seconds:.0f} s."
     )

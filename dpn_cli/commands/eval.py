@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
+from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
@@ -23,10 +24,10 @@ from dpn_cli.commands.options import (
     together,
     wide_option,
 )
+from dpn_cli.data.metrics import METRICS
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.harness import PAPER_TASKS
-from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     help="Ask one fixed route for all samples too: an expert per site, such as keep,1x2,exit; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--against", metavar="NAME,NAME,…", default="",
+    "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),
     help=f"Ask other methods too, at equal FLOPs: {', '.join(BASELINES)}, or all.",
 )  # fmt: skip
 @click.option(
@@ -124,10 +125,11 @@ def command(
     if data is None:
         _run_benchmarks(folder, tasks or "", budgets, batch_size, dtype, samples, include_path, as_json)
         return
-    from dpn_cli.commands.tables import print_evaluation
-    from dpn_cli.evaluation.drawing import plot_evaluation
-    from dpn_cli.evaluation.options import EvaluationOptions
-    from dpn_cli.evaluation.run import evaluate_folder
+    with console.waiting("starting"):
+        from dpn_cli.commands.tables import print_evaluation
+        from dpn_cli.evaluation.drawing import plot_evaluation
+        from dpn_cli.evaluation.options import EvaluationOptions
+        from dpn_cli.evaluation.run import evaluate_folder
 
     options = EvaluationOptions(
         budgets=budgets, routes=routes, against=names, metric=metric, samples=samples, seed=seed,

@@ -99,7 +99,8 @@ def command(
         dtype=dtype, max_shard_size=max_shard_size, budget=budget, quantize=cast("Scheme | None", quantize),
         static=static, drop_unused=drop_unused, check_values=check_values, verify=verify, uncalibrated=uncalibrated,
     )  # fmt: skip
-    done = export(folder, output, options, force)
+    with console.waiting("exporting"):
+        done = export(folder, output, options, force)
     for note in done.notes:
         console.note(note)
     url = None

@@ -13,6 +13,7 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import DTYPES, check_folder
+from dpn_cli.commands.completion import names, recipe_keys
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.parallel.launch import is_launched, launch, place, speaks
@@ -24,11 +25,15 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--model",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="The checkpoint; default: the one that `dpn convert` wrote last.",
+        help="The checkpoint; default: the one that was converted or calibrated last.",
     )
     return option(command)
 
 
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.",
+    shell_complete=names(recipe_keys),
+)  # fmt: skip
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
 
 

@@ -58,16 +58,17 @@ def command(
         raise UsageError("the question is empty")
     folder = checkpoint_folder(model)
 
-    from dpn_cli.checkpoint.layout import open_converted
-    from dpn_cli.checkpoint.locks import in_use
-    from dpn_cli.data.places import Places
-    from dpn_cli.data.samples import Sample, Turn
-    from dpn_cli.evaluation.spending import Spending, unmet
-    from dpn_cli.inference.answering import answer
-    from dpn_cli.inference.dtypes import compute_dtype
-    from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
-    from dpn_cli.pyramid.reach import validate_in_table
-    from dpn_cli.pyramid.route import parse_route
+    with console.waiting("starting"):
+        from dpn_cli.checkpoint.layout import open_converted
+        from dpn_cli.checkpoint.locks import in_use
+        from dpn_cli.data.places import Places
+        from dpn_cli.data.samples import Sample, Turn
+        from dpn_cli.evaluation.spending import Spending, unmet
+        from dpn_cli.inference.answering import answer
+        from dpn_cli.inference.dtypes import compute_dtype
+        from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
+        from dpn_cli.pyramid.reach import validate_in_table
+        from dpn_cli.pyramid.route import parse_route
 
     with in_use(folder):
         checkpoint, layout, pyramid = open_converted(folder)
@@ -78,7 +79,8 @@ def command(
         sample.open_images()  # an image that cannot be read is named before the model is loaded
         processor = load_opened_processor(checkpoint, layout)
         dtype = compute_dtype(checkpoint, layout, dtype, default_device(), console.note)
-        loaded = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
+        with console.waiting("loading the model"):
+            loaded = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
     _choose(loaded, budget, experts)
     done = answer(loaded, processor, sample, max_new_tokens, (lambda text: None) if as_json else _stream)
     asked = loaded.pyramid.budget if experts is None else None

@@ -114,7 +114,8 @@ def bench_folder(
         processor = load_opened_processor(checkpoint, layout)
         drawn = _draw(data, max(options.batch_sizes), options.rounds) if data else []
         dtype = compute_dtype(checkpoint, layout, options.dtype, default_device(), reporter.note)
-        model = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
+        with reporter.waiting("loading the model"):
+            model = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
     results, lineups = [], []
     for batch_size in options.batch_sizes:
         if isinstance(prompts, SyntheticPrompts):
@@ -122,10 +123,11 @@ def bench_folder(
         else:
             rounds = _in_batches(drawn, batch_size, options.rounds)
             batches = [encode_prompts(samples, processor, model.device) for samples in rounds]
-        found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
+        with reporter.waiting("setting the methods"):
+            found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)
-        with reporter.progress(f"batch of {batch_size}", (options.rounds + 1) * len(found.methods)) as advance:
+        with reporter.progress(f"batches of {batch_size}", (options.rounds + 1) * len(found.methods)) as advance:
             results.append(measure_latency(model, found.methods, batches, options.new_tokens, advance))
         lineups.append(found)
         for line in unmet(found.spendings, pyramid, folder, data) if data else ():

@@ -169,14 +169,14 @@ def evaluate(
     pyramids, refused = _pyramids(evaluator, budgets)
     sizes, pyramid = evaluator.sizes(samples), evaluator.model.pyramid
     fixed = walked_by_all(pyramid, [parse_route(route, pyramid.sites) for route in options.routes], sizes)
-    with reporter.progress("asking the teacher", len(samples)) as advance:
+    with reporter.progress("original answers", len(samples)) as advance:
         teacher = evaluator.ask(Original(), samples, advance)
     comparison = _Comparison(evaluator, samples, sizes, teacher, options.metric, reporter)
-    routed = comparison.measure("asking the pyramid", pyramids)
+    routed = comparison.measure("dpn answers + KL", pyramids)
     spent = {result.budget: result for result in routed}
     asked: list[float | None] = [*budgets] or list(spent)
     entries, out_of_reach = _baselines(evaluator, sizes, options.against, asked, spent)
-    others = comparison.measure("asking the others", [*entries, *((None, route) for route in fixed)], spent)
+    others = comparison.measure("others answer + KL", [*entries, *((None, route) for route in fixed)], spent)
     baselines, on_routes = _best(others[: len(entries)]), others[len(entries) :]
     order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
     return Evaluation(comparison.questions, (comparison.original(), *order, *on_routes), (*refused, *out_of_reach))

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
+from dpn_cli.data.metrics import METRICS
 from dpn_cli.evaluation.judging import SampleResult
-from dpn_cli.evaluation.metrics import METRICS
 from dpn_cli.intervals import Estimate, bootstrap_mean, mcnemar
 
 RIGHT = 0.5  # a score from here on counts as a right answer

@@ -68,7 +68,8 @@ def evaluate_folder(
             dtype = compute_dtype(checkpoint, layout, options.dtype, device, reporter.note, copies=on_this_machine())
         dtype = processes.agree(dtype)
         with processes.as_one():
-            model = load_opened(checkpoint, pyramid, dtype, device_map=device)
+            with reporter.waiting("loading the model"):
+                model = load_opened(checkpoint, pyramid, dtype, device_map=device)
             reporter.note(f"{len(shown)} samples from {data.name}; model in {model.dtype} on {model.device}")
             for line in _caveats(model, pyramid, dataset):
                 reporter.note(line)

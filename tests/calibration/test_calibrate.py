@@ -250,7 +250,7 @@ def test_the_report_names_the_routes_that_the_checkpoint_offers(calibrated: Path
 
     def in_full(route: Any) -> str:
         taken = dict(zip((site.after_layer for site in pyramid.sites), pyramid.experts(route), strict=True))
-        return ", ".join(str(taken.get(layer, "keep")) for layer in layers)
+        return ",".join(str(taken.get(layer, "keep")) for layer in layers)
 
     assert {in_full(route) for route in pyramid.routes} == chosen
     assert len(tried) > len(chosen) > 4
@@ -265,6 +265,6 @@ def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path
     assert {expert.kind for site in found.sites for expert in site.experts} == {"keep", "pool"}
     assert found.num_routes <= 5 and load_model(folder).pyramid == found
     again = run(folder, data)  # from the recipe's candidates, not from what an earlier survey has left of them
-    assert {kind for each in again.tried for kind in each.experts.replace(",", "").split()} > {"keep", "pool:1x2"}
+    assert {kind for each in again.tried for kind in each.experts.split(",")} > {"keep", "pool:1x2"}
     with pytest.raises(RecipeError, match=r"no site of .* has experts of the kinds stride"):
         run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("stride",))}))

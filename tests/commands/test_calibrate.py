@@ -12,7 +12,9 @@ from PIL import Image
 
 from dpn_cli.cli import main
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.workspace import current
 from tests.data.test_data import bomb
+from tests.runs import digests
 
 LIGHT = ["--samples", "24", "--set", "calibration.epochs=3", "--set", "calibration.holdout=0.25", "--budget", "0.6"]
 
@@ -50,6 +52,34 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
         "1 to be answered by the model itself"
     ) in captured.err
     assert "rows read" not in captured.out and "held-out samples" in captured.out
+
+
+def test_results_are_replaced_on_request_only_and_the_checkpoint_worked_on_last_is_current(
+    rows: list[Any], tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(rows) == 0
+    before = digests(Path("tiny-dpn"))
+    assert calibrate(rows) == 2
+    assert "is calibrated already, on data.json for budget 0.6: copy the folder" in capsys.readouterr().err
+    assert digests(Path("tiny-dpn")) == before
+    assert main(["convert", str(tiny_llava), "-o", "other"]) == 0
+    assert current(None) == Path("other").resolve()
+    assert calibrate(rows, "--force", "--seed", "1") == 0
+    assert digests(Path("tiny-dpn")) != before
+    assert current(None) == Path("tiny-dpn").resolve()
+
+
+def test_the_demo_replaces_nothing_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo-dpn", "demo-dpn-export"):
+        folder = tmp_path / "work" / name
+        folder.mkdir(parents=True)
+        assert main(["demo", "-o", "work"]) == 2
+        assert f"work/{name} exists: choose another --output, or pass --force" in capsys.readouterr().err
+        assert list(folder.iterdir()) == [] and list(folder.parent.iterdir()) == [folder]
+        folder.rmdir()
 
 
 def test_the_source_of_a_linked_checkpoint_stays_as_it_is(rows: list[Any], tiny_llava: Path) -> None:

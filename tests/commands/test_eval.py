@@ -93,7 +93,7 @@ def test_a_route_that_cannot_be_taken_is_refused(
 ) -> None:
     assert evaluate("--route", route) == 2
     captured = capsys.readouterr()
-    assert complaint in captured.err and "asking the teacher" not in captured.err
+    assert complaint in captured.err and "original answers" not in captured.err
 
 
 def test_what_was_asked_and_what_was_spent(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_what_was_found_with_other_files_is_not_used(
     assert evaluate("--json") == 0
     error = capsys.readouterr().err
     assert re.search(rf"Started again: the unfinished evaluation in \S+ had other values of {file}", error), error
-    assert "asking the teacher: 8/8" in error
+    assert "original answers: 8/8" in error
 
 
 def raise_interrupt(*args: Any) -> None:
@@ -368,7 +368,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
         process.wait()
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == undisturbed
-    assert "asking the teacher: 8/8" in found.stderr
+    assert "original answers: 8/8" in found.stderr
     assert not (data / ".dpn" / "evaluation").exists()
 
 

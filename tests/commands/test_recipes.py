@@ -15,6 +15,12 @@ def test_the_list_has_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} == set(available_recipes())
 
 
+def test_a_name_alone_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["recipes", "demo"], ["recipes", "show", "demo"]):
+        assert main([*line, "--set", "calibration.budget=0.3", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == load_recipe("demo", ["calibration.budget=0.3"]).to_dict()
+
+
 @pytest.mark.parametrize("name", available_recipes())
 def test_what_show_prints_is_the_same_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "show", name, "--set", "calibration.learning_rate=1e-5"]) == 0
@@ -24,5 +30,6 @@ def test_what_show_prints_is_the_same_recipe(name: str, tmp_path: Path, capsys: 
 
 
 def test_an_unknown_recipe_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", "show", "dem"]) == 2
-    assert "Did you mean 'demo'?" in capsys.readouterr().err
+    for line in (["recipes", "show", "dem"], ["recipes", "dem"]):
+        assert main(line) == 2
+        assert "Did you mean 'demo'?" in capsys.readouterr().err

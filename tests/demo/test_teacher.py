@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from dpn_cli.data.metrics import exact_match
 from dpn_cli.demo import teacher_path
 from dpn_cli.demo.drawing import draw
 from dpn_cli.demo.glyphs import LETTERS
 from dpn_cli.demo.pictures import GRAINS, GRID, KINDS, Turn, corpus, samples, scenes
-from dpn_cli.evaluation.metrics import exact_match
 from tools.teacher.assembly import build_processor, prompt
 from tools.teacher.batches import Packer, Stream
 from tools.teacher.compression import attention_misses, decode_pooled, decode_without

@@ -1,4 +1,4 @@
-"""A calibration's report as one page that needs nothing else: plots, budgets, the worst and the best samples."""
+"""A calibration's report as one page that needs nothing else: what was lost, then plots, budgets and settings."""
 
 import base64
 import json
@@ -15,8 +15,10 @@ from PIL import Image
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome
 from dpn_cli.calibration.reporting import svg
+from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.survey import Tried
+from dpn_cli.intervals import wilson_interval
 from dpn_cli.notation import nats, percent
 from dpn_cli.pyramid.config import Route
 
@@ -24,6 +26,7 @@ TEMPLATE = "report.html.jinja"
 THUMBNAIL_PX = 160
 THUMBNAILS = 3  # per sample
 BARS = 9
+CHANGED = 20  # answers that are shown side by side
 LONGEST_TEXT = 600  # characters of a question or an answer
 FLOPS = "prefill FLOPs, share of the original's"
 
@@ -47,7 +50,9 @@ def render(report: Report) -> str:
         DataError: if an image cannot be read.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, nats=nats, shorten=_shorten, thumbnails=_thumbnails)
+    environment.filters.update(
+        percent=percent, nats=nats, shorten=_shorten, breakable=_breakable, thumbnails=_thumbnails
+    )
     template = environment.from_string((files("dpn_cli.calibration.reporting") / TEMPLATE).read_text("utf-8"))
     coloured, others = _colours(report)
     text = template.render(
@@ -60,6 +65,9 @@ def render(report: Report) -> str:
         others=others,
         tokens=_tokens(report),
         survey=_survey(report) if report.tried else None,
+        shown=CHANGED,
+        losses=losses(report.cases),
+        changed_interval=wilson_interval(len(report.changed), len(report.cases)) if report.cases else None,
         settings=[(key, _plain(value)) for key, value in (report.settings | report.versions).items()],
     )
     return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
@@ -166,6 +174,11 @@ def _data_uri(image: Image.Image) -> str:
     stream = BytesIO()
     image.save(stream, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _breakable(route: str) -> Markup:
+    """Let a line break after the commas of a route."""
+    return Markup(",<wbr>").join(route.split(","))
 
 
 def _shorten(text: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from dpn_cli import __version__
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
+from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.survey import Tried
 from dpn_cli.intervals import wilson_interval
 from dpn_cli.pyramid.config import Budget, PyramidConfig, Route
@@ -19,6 +20,7 @@ from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.shape import DecoderShape
 
 LIBRARIES = ("torch", "transformers")
+CASES = 10  # that are shown at either end
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Report:
         visual_tokens: Mean number of visual tokens over the samples, per decoder layer.
         visual_tokens_full: the same where nothing is pooled.
         sites: the layer before every site, and the names of its experts.
-        worst: the samples with the largest distortion, the largest first.
-        best: those with the smallest, the smallest first.
+        cases: Held-out samples that both models answered, the one with the largest distortion first.
         settings: what was run, for the record.
         versions: Versions of the packages that it was run with.
+        origin: What was calibrated, by which recipe, when and on what device, for the reader.
         tried: the candidate routes of the survey, the dearest first; empty where the routes were given.
     """
 
@@ -57,11 +59,26 @@ class Report:
     visual_tokens: list[float]
     visual_tokens_full: list[float]
     sites: list[tuple[int, list[str]]]
-    worst: list[Case]
-    best: list[Case]
+    cases: list[Case]
     settings: dict[str, Any]
     versions: dict[str, str]
+    origin: dict[str, str]
     tried: tuple[Tried, ...] = ()
+
+    @property
+    def worst(self) -> list[Case]:
+        """The samples with the largest distortion, the largest first."""
+        return self.cases[:CASES]
+
+    @property
+    def best(self) -> list[Case]:
+        """The samples with the smallest distortion, the smallest first, none of them among the worst."""
+        return self.cases[CASES:][-CASES:][::-1]
+
+    @property
+    def changed(self) -> list[Case]:
+        """The samples whose answer is not the original's, the largest distortion first."""
+        return [case for case in self.cases if case.has_changed]
 
     @property
     def samples(self) -> str:
@@ -77,9 +94,9 @@ class Report:
         shape: DecoderShape,
         grids: Sequence[tuple[Grid, ...]],
         budget: float,
-        worst: Sequence[Case],
-        best: Sequence[Case],
+        cases: Sequence[Case],
         settings: dict[str, Any],
+        origin: dict[str, str],
     ) -> "Report":
         """Sum a calibration up.
 
@@ -89,9 +106,9 @@ class Report:
             shape: Shape of the decoder.
             grids: Visual grids, per held-out sample.
             budget: Budget that was asked for.
-            worst: Cases with the largest distortion.
-            best: Cases with the smallest distortion.
+            cases: Held-out samples that both models answered, the one with the largest distortion first.
             settings: what was run.
+            origin: What was calibrated, by which recipe, when and on what device.
         """
         held, taken = policy.table, policy.choose_as(pyramid, pyramid.trade_off)
         routed, fixed = outcome(held, taken), fixed_routes(held)
@@ -111,15 +128,15 @@ class Report:
             visual_tokens=_visual_tokens(pyramid, shape, routes, grids),
             visual_tokens_full=_visual_tokens(pyramid, shape, [pyramid.full_route] * len(routes), grids),
             sites=[(site.after_layer, list(map(str, site.experts))) for site in pyramid.sites],
-            worst=list(worst),
-            best=list(best),
+            cases=list(cases),
             settings={**settings, "held_out": len(taken)},
             versions={"dpn-cli": __version__, "python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
+            origin=origin,
         )
 
     def experts(self, route: Route) -> str:
-        """Return the names of a route's experts."""
-        return ", ".join(experts[k] for k, (_, experts) in zip(route, self.sites, strict=True))
+        """Return a route by its experts' names, as `format_route` does."""
+        return ",".join(experts[k] for k, (_, experts) in zip(route, self.sites, strict=True))
 
     def summary(self) -> dict[str, Any]:
         """Return what config.json remembers of a calibration."""
@@ -150,6 +167,9 @@ class Report:
             "best": [case.to_dict() for case in self.best],
             "settings": self.settings,
             "versions": self.versions,
+            "origin": self.origin,
+            "changed": [case.to_dict() for case in self.changed],
+            "losses": [asdict(loss) for loss in losses(self.cases)],
             "tried": [asdict(each) for each in self.tried],
         }
 

@@ -11,11 +11,14 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from dpn_cli.notation import SMALLEST_SHOWN
+
 WIDTH, HEIGHT = 520, 330
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 52
 NUM_COLOURS = 8
 FEW_TICKS = 6
-ZERO_BAND = 0.4  # decades that a logarithmic axis keeps below its lowest one, for zero
+NOISE = SMALLEST_SHOWN  # where a logarithmic axis ends: rounding alone makes a KL of about that
+ZERO_BAND = 0.4  # decades that it keeps below its lowest one, for what is less
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -45,7 +48,7 @@ class Axis:
     def at(self, value: float) -> float:
         """Return the pixel of a value; one beyond the scale stands at its end."""
         if self.log:
-            value = math.log10(value) if value > 0 else self.low
+            value = math.log10(value) if value >= NOISE else self.low
         share = (value - self.low) / (self.high - self.low)
         return self.start + min(max(share, 0.0), 1.0) * (self.stop - self.start)
 
@@ -70,14 +73,21 @@ def vertical(low: float, high: float, percent: bool = False) -> Axis:
 
 
 def vertical_log(values: Sequence[float]) -> Axis:
-    """Return a logarithmic axis up the left side that shows all values, zero at its foot."""
-    positive = [value for value in values if value > 0] or [1.0]
+    """Return a logarithmic axis up the left side that shows all values; what is noise stands at its foot, as zero."""
+    positive = [value for value in values if value >= NOISE] or [1.0]
     first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     last = max(last, first + 1)
     step = -(-(last - first) // FEW_TICKS)
     ticks = tuple((10.0**k, _power_of_ten(k)) for k in range(first, last + 1, step))
-    if any(value <= 0 for value in values):
-        return Axis(first - ZERO_BAND, last, HEIGHT - BOTTOM, TOP, ((0.0, "0"), *ticks), log=True)
+    if any(value < NOISE for value in values):
+        return Axis(
+            first - ZERO_BAND,
+            last,
+            HEIGHT - BOTTOM,
+            TOP,
+            ((0.0, f"<{_power_of_ten(round(math.log10(NOISE)))}"), *ticks),
+            log=True,
+        )
     return Axis(first, last, HEIGHT - BOTTOM, TOP, ticks, log=True)
 
 

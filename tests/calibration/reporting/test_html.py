@@ -8,13 +8,14 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from dpn_cli.calibration.reporting.html import LONGEST_TEXT, render
+from dpn_cli.calibration.reporting.html import CHANGED, LONGEST_TEXT, render
+from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.data.samples import Sample, Turn
 from tests.reports import made_up_report
 
 EVIL = "<script>alert('x')</script> & \"quotes\" </title>"
-VOID = {"meta", "img", "link"}
+VOID = {"meta", "img", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -57,12 +58,16 @@ def test_the_page_shows_every_figure_and_case(report: Report) -> None:
     page = Page(render(report))
     text = " ".join(" ".join(page.text).split())
     assert page.count("svg") == 4
-    assert page.count("article") == page.count("img") == 20
+    changed, kept = report.changed[:CHANGED], [case for case in (*report.worst, *report.best) if not case.has_changed]
+    assert page.count("article") == page.count("img") == len(changed) + len(kept)
+    assert f"{len(report.changed)} of {len(report.cases)} answers changed" in text
+    for value in report.origin.values():
+        assert value in text
     assert page.count("tr", **{"class": "chosen"}) == 1
     for figure in (report.routed.fraction, report.routed.agreement, *report.agreement_interval):
         assert f"{figure:.1%}" in text
     assert report.best_fixed is not None
-    assert report.experts(report.best_fixed[0]) in text
+    assert report.experts(report.best_fixed[0]) in "".join(page.text)
     for key in (*report.settings, *report.versions):
         assert key in text
     fixed = [attrs for tag, attrs in page.elements if tag == "circle" and attrs["class"] == "dot mark-1"]
@@ -83,10 +88,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing(report: Report) -> None:
 def test_whatever_the_data_holds_is_shown_as_text() -> None:
     report = made_up_report(samples(question=EVIL, answer=EVIL))
     report = replace(report, settings=report.settings | {"data": EVIL})
-    report = replace(report, worst=[replace(case, teacher=EVIL, student=EVIL) for case in report.worst])
+    report = replace(report, cases=[replace(case, teacher=EVIL, student=f"not {EVIL}") for case in report.cases])
     page = Page(render(report))
     assert page.count("script") == 0
-    assert page.text.count(EVIL) == 20 + 20 + 2 * 10 + 1
+    assert page.text.count(EVIL) == 3 * CHANGED + 1 and page.text.count(f"not {EVIL}") == CHANGED
 
 
 def test_a_lone_surrogate_does_not_stop_the_page(report: Report) -> None:
@@ -103,13 +108,32 @@ def test_long_texts_are_shortened() -> None:
 def test_without_labels_the_originals_answer_stands_alone() -> None:
     page = Page(render(made_up_report(samples(answer=None))))
     assert "label" not in page.text
-    assert page.text.count("original") == 20 + 1
+    assert page.text.count("original") == page.count("article") + 1
+    assert "Right answers" not in page.text
 
 
 def test_a_report_without_an_affordable_fixed_route_or_cases(report: Report) -> None:
-    page = Page(render(replace(report, best_fixed=None, worst=[], best=[])))
+    page = Page(render(replace(report, best_fixed=None, cases=[])))
     assert "No fixed route is as cheap" in " ".join(page.text)
     assert page.count("article") == 0
+
+
+def test_losses_are_told_by_kind_with_the_worst_kind_first() -> None:
+    given = [replace(sample, kind=f"kind {i % 3}") for i, sample in enumerate(samples(answer="Red."))]
+    report = made_up_report(given)
+    page = Page(render(report))
+    rows = [text for text in page.text if re.fullmatch(r"kind \d|all", text)][: len(losses(report.cases))]
+    *kinds, total = losses(report.cases)
+    assert rows == [*(loss.kind for loss in kinds), "all"] and len(kinds) == 3
+    assert [loss.changed / loss.count for loss in kinds] == sorted((x.changed / x.count for x in kinds), reverse=True)
+    assert sum(loss.changed for loss in kinds) == total.changed == len(report.changed) > 0
+    assert (total.original, total.calibrated) == (1.0, 1 - total.changed / total.count), "up to case and punctuation"
+
+
+def test_where_no_answer_changed_the_page_says_so(report: Report) -> None:
+    same = [replace(case, student=case.teacher) for case in report.cases]
+    text = " ".join(" ".join(Page(render(replace(report, cases=same))).text).split())
+    assert f"None of {len(same)} answers changed" in text and "Answers that changed" not in text
 
 
 def test_equal_reports_give_equal_pages(report: Report) -> None:

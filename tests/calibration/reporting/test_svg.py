@@ -25,9 +25,9 @@ def test_any_range_has_few_ticks(low: float, high: float) -> None:
 
 
 def test_zero_has_a_place_on_a_logarithmic_axis() -> None:
-    axis = svg.vertical_log([0.0, 3e-4, 2.0])
-    assert [label for _, label in axis.ticks] == ["0", "10⁻⁴", "10⁻³", "0.01", "0.1", "1", "10"]
-    assert axis.at(0.0) == HEIGHT - BOTTOM
+    axis = svg.vertical_log([0.0, 3e-9, 3e-4, 2.0])
+    assert [label for _, label in axis.ticks] == ["<10⁻⁴", "10⁻⁴", "10⁻³", "0.01", "0.1", "1", "10"]
+    assert axis.at(0.0) == axis.at(3e-9) == HEIGHT - BOTTOM, "where noise begins"
     assert axis.at(10.0) == pytest.approx(TOP)
     assert axis.at(1e-4) < axis.at(0.0)
     assert axis.at(0.1) - axis.at(1.0) == pytest.approx(axis.at(1.0) - axis.at(10.0))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.evaluation.metrics import anls, chosen_letter, edit_distance, exact_match, multiple_choice, normalise
+from dpn_cli.data.metrics import anls, chosen_letter, edit_distance, exact_match, multiple_choice, normalise
 
 
 @pytest.mark.parametrize(
