@@ -244,12 +244,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def waiting(description: str) -> Iterator[None]:
-    """Show that something goes on, nobody knows for how long: on a terminal by a clock, elsewhere in a line."""
+    """Show on a terminal that something goes on, nobody knows for how long, and for how long it has."""
+    _log.info("%s", description)
     if not _stderr.is_terminal:
-        note(f"{description} …")
         yield
         return
-    _log.info("%s", description)
     with _live(transient=True) as bar:
         bar.add_task(harmless(description), total=None)
         yield

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from dpn_cli.calibration.training.loop import STATE_FILE as TRAINING_FILE
 from dpn_cli.calibration.settings import STATE_FOLDER
+from dpn_cli.calibration.training.loop import STATE_FILE as TRAINING_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.errors import UsageError

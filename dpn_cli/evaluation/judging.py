@@ -4,7 +4,7 @@ Shapes: B batch, A answer tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
 
 Advance = Callable[[int], None]
+Known = dict[str, list[Any]]  # one plain value per sample, by what was asked of whom
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Evaluator:
         batch_size: samples per forward pass.
         answer_tokens: the most tokens in an answer.
         kept: results of an earlier run, and where new ones go; None to keep nothing.
+        known: results of earlier evaluations of the same samples, which are not asked for again; new ones are added.
         processes: the processes that share the work, each with the same evaluator.
     """
 
@@ -66,6 +68,7 @@ class Evaluator:
     batch_size: int
     answer_tokens: int
     kept: KeptResults | None = None
+    known: Known = field(default_factory=dict)
     processes: Processes = ALONE
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
@@ -86,8 +89,13 @@ class Evaluator:
             with method.applied(self.model):
                 return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
 
-        batches = self._each_batch(f"answers of {method}", samples, ask_batch, advance)
-        return [answer for answers in batches for answer in answers]
+        what = f"answers of {method}"
+        if what in self.known:
+            advance(len(samples))
+        else:
+            batches = self._each_batch(what, samples, ask_batch, advance)
+            self.known[what] = [answer for answers in batches for answer in answers]
+        return self.known[what]
 
     def judge(
         self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
@@ -105,12 +113,17 @@ class Evaluator:
         """
 
         def judge_batch(pairs: Sequence[tuple[Sample, str]]) -> list[list[dict[str, Any]]]:
-            judged = self._judge_batch(methods, [sample for sample, _ in pairs], [answer for _, answer in pairs])
+            judged = self._judge_batch(new, [sample for sample, _ in pairs], [answer for _, answer in pairs])
             return [[asdict(result) for result in results] for results in judged]
 
+        new = [method for method in methods if str(method) not in self.known]
         pairs = list(zip(samples, teacher, strict=True))
-        batches = self._each_batch(f"results of {list(methods)}", pairs, judge_batch, advance)
-        return [[SampleResult.from_dict(each) for batch in batches for each in batch[i]] for i in range(len(methods))]
+        if new:
+            batches = self._each_batch(f"results of {new}", pairs, judge_batch, advance)
+            self.known.update({str(x): [each for batch in batches for each in batch[i]] for i, x in enumerate(new)})
+        else:
+            advance(len(samples))
+        return [[SampleResult.from_dict(each) for each in self.known[str(method)]] for method in methods]
 
     def _judge_batch(
         self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str]

@@ -16,6 +16,7 @@ from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
+from dpn_cli.evaluation.stored import REPORT_FILE, read_known, write_report
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -35,9 +36,10 @@ def evaluate_folder(
     processes: Processes | None = None,
     deliver: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Evaluation | None:
-    """Evaluate a converted or exported checkpoint; nothing is written into it.
+    """Evaluate a converted or exported checkpoint; nothing but `evaluation/report.json` is written into it.
 
-    Results are kept in `.dpn/evaluation` while it runs, so that the same call goes on after a kill.
+    That holds the results, so that another evaluation on the same samples asks only whom it has to. While it runs, they
+    are kept in `.dpn/evaluation`, so that the same call goes on after a kill.
 
     Args:
         folder: the checkpoint folder.
@@ -80,10 +82,17 @@ def evaluate_folder(
         validate_same(processes.gather(depends_on))
         with processes.as_one():
             kept = held.enter_context(keeping(depends_on, reporter.note)) if processes.is_main else None
-        evaluator = Evaluator(model, processor, options.batch_size, options.answer_tokens, kept, processes)
+        known = processes.agree(read_known(folder, depends_on))
+        evaluator = Evaluator(model, processor, options.batch_size, options.answer_tokens, kept, known, processes)
         result = evaluate(evaluator, shown, options, reporter)
         if not processes.is_main:
             return None
+        try:
+            about = {"checkpoint": str(folder), "data": data.name}
+            write_report(folder, about, depends_on, known, result)
+            reporter.note(f"Wrote {folder / REPORT_FILE}: what else is asked of these samples is added to it.")
+        except OSError as error:
+            reporter.note(f"Note: {folder / REPORT_FILE} cannot be written ({error.strerror}).")
         deliver(result)
     for line in unmet(result.spendings, pyramid, folder, data):
         reporter.note(line)

@@ -55,7 +55,8 @@ def digests(folder: Path) -> dict[str, str]:
 def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(data)
     assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--json") == 0
-    assert digests(data) == before, "nothing is written into the checkpoint, and nothing is left in .dpn"
+    report = str(data / "tiny-dpn" / "evaluation" / "report.json")
+    assert digests(data) == before | {report: digests(data)[report]}, "nothing else is written, and none left in .dpn"
     result = json.loads(capsys.readouterr().out)
     original, *others = result["results"]
     assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
@@ -69,6 +70,35 @@ def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureF
             assert rival["figures"]["fraction"] == pytest.approx(dpn["figures"]["fraction"], abs=near)
             over = rival["figures"]["distortion"]["value"] - dpn["figures"]["distortion"]["value"]
             assert rival["distortion_over_dpn"]["value"] == pytest.approx(over)
+
+
+def test_an_evaluation_is_added_to_without_asking_again(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    judge = Evaluator._judge_batch
+
+    def judging(self: Evaluator, methods: Any, *rest: Any) -> Any:
+        asked.extend(method.name for method in methods)
+        return judge(self, methods, *rest)
+
+    def results(*options: str) -> dict[str, Any]:
+        asked.clear()
+        assert evaluate("--batch-size", "8", *options, "--json") == 0
+        return {each["label"]: each for each in json.loads(capsys.readouterr().out)["results"]}
+
+    monkeypatch.setattr(Evaluator, "_judge_batch", judging)
+    first = results("--budget", "0.8", "--against", "stride")
+    assert asked == ["dpn", "stride"]
+    report = read_json(data / "tiny-dpn" / "evaluation" / "report.json")
+    assert report["results"][1] == first["dpn"] and report["questions"][0].keys() == {"kind", "label", "teacher"}
+    with monkeypatch.context() as patch:
+        patch.setattr("dpn_cli.evaluation.judging.generate_texts", None)  # nobody answers
+        assert results("--budget", "0.8", "--against", "stride", "--by", "level") and asked == []
+    more = results("--budget", "0.8", "--against", "random,stride")
+    assert asked == ["random"] and first.items() <= more.items()
+    assert results("--budget", "0.6", "--against", "random") and asked == ["dpn"], "which spends the same"
+    assert results("--budget", "0.8", "--samples", "7") and asked == ["dpn"], "other samples: nothing is known"
 
 
 def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +229,7 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
     undisturbed = capsys.readouterr().out
+    (data / "tiny-dpn" / "evaluation" / "report.json").unlink()
     batches: list[int] = []
     judge = Evaluator._judge_batch
 

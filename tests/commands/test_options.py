@@ -113,6 +113,7 @@ NEEDED = {
     "data": ["data.json"],
     "calibrate": ["--data", "data.json"],
     "eval": ["--data", "data.json"],
+    "data": ["data.json"],
 }
 
 

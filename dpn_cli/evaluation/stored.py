@@ -1,0 +1,45 @@
+"""An evaluation's results beside their checkpoint: another evaluation on the same data asks only whom it has to."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.writer import replace_file, write_json
+from dpn_cli.errors import CheckpointError
+from dpn_cli.evaluation.evaluate import Evaluation
+from dpn_cli.evaluation.judging import Known
+
+REPORT_FILE = Path("evaluation", "report.json")
+_KNOWN, _DEPENDS_ON = "known", "depends_on"
+
+
+def read_known(folder: Path, depends_on: dict[str, Any]) -> Known:
+    """Return what an earlier evaluation has found that depended on the same; nothing where there is none."""
+    with suppress(CheckpointError, OSError):
+        found = read_json(folder / REPORT_FILE)
+        if found.get(_DEPENDS_ON) == json.loads(json.dumps(depends_on)) and isinstance(found.get(_KNOWN), dict):
+            return dict(found[_KNOWN])
+    return {}
+
+
+def write_report(
+    folder: Path, about: dict[str, Any], depends_on: dict[str, Any], known: Known, evaluation: Evaluation
+) -> None:
+    """Write an evaluation, and all that is known by now.
+
+    Args:
+        folder: Folder of the checkpoint.
+        about: What was evaluated on what, for the reader.
+        depends_on: Plain data that changes with the results.
+        known: What the evaluator knows.
+        evaluation: Evaluation to write.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    report = about | evaluation.to_dict() | {"questions": [asdict(question) for question in evaluation.questions]}
+    (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
+    replace_file(folder / REPORT_FILE, lambda path: write_json(path, report | {_DEPENDS_ON: depends_on, _KNOWN: known}))
