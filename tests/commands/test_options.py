@@ -113,7 +113,6 @@ NEEDED = {
     "data": ["data.json"],
     "calibrate": ["--data", "data.json"],
     "eval": ["--data", "data.json"],
-    "data": ["data.json"],
 }
 
 
