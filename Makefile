@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: install test lint demo
+.PHONY: install test lint demo evidence
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,3 +21,6 @@ test: lint
 
 demo: install
 	$(VENV)/bin/dpn demo
+
+evidence: install
+	$(VENV)/bin/python benchmarks/evidence.py

@@ -11,12 +11,16 @@ cannot reach, the budget itself. The teacher is the original, and the other meth
 95%, of a paired bootstrap over the samples. Two baselines stand for all at every budget: the one that agrees best with
 the original, and the one with the least KL, of those that spend no more than the pyramid. The verdict is `best` or
 `beaten` if at least one of the two intervals leaves zero out and none does on the other side, else `tied`.
+
+"Hard" is the agreement on those samples of which smaller pictures (`downsample`) get an answer token wrong at the same
+budget: many questions need no detail, and there all methods look good (VTC-Bench, https://arxiv.org/abs/2510.07143).
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import click
@@ -28,6 +32,8 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.baselines.baseline import TOLERANCE
+from dpn_cli.evaluation.baselines.downsampling import ImageDownsampling
+from dpn_cli.evaluation.baselines.routes import Routed
 from dpn_cli.evaluation.drawing import plot_evaluation
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.options import EvaluationOptions
@@ -62,7 +68,7 @@ class Verdict:
     @classmethod
     def of(cls, budget: float, results: Sequence[Result]) -> "Verdict":
         """Compare the pyramid with the others at a budget, where it is among the results."""
-        pyramid = next((each for each in results if each.method == "dpn"), None)
+        pyramid = next((each for each in results if each.method == Routed.name), None)
         others = [each for each in results if each is not pyramid and (each.fraction_over_dpn or 0) <= TOLERANCE]
         if pyramid is None or not others:
             return cls(budget) if pyramid is None else cls(budget, word="best: no other method spends so little")
@@ -93,28 +99,50 @@ def show(estimate: Estimate, scale: float, digits: int) -> str:
     return f"{value} ({low} … {high})"
 
 
-def row(budget: float, name: str, result: Result) -> tuple[str, ...]:
+def hard_samples(results: Sequence[Result]) -> list[int]:
+    """Return of which samples smaller pictures get an answer token wrong; none where they are out of reach."""
+    smaller = next((each for each in results if each.method == ImageDownsampling.name), None)
+    return [] if smaller is None else [i for i, each in enumerate(smaller.per_sample) if each.agreement < 1]
+
+
+def row(budget: float, name: str, result: Result, hard: Sequence[int]) -> tuple[str, ...]:
     """Return a line of the table of all methods."""
     figures = result.figures
     accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, 100, 1)
     agreement, kl = show(figures.agreement, 100, 2), show(figures.distortion, 1, 4)
     over = result.fraction_over_dpn or 0
     spent = f"{figures.fraction:.3f}" + (f" ({over:+.3f})" if abs(over) > TOLERANCE else "")
-    return (f"{budget:g}", name, spent, agreement, kl, accuracy)
+    on_hard = f"{100 * fmean(result.per_sample[i].agreement for i in hard):.1f}" if hard else ""
+    return (f"{budget:g}", name, spent, agreement, on_hard, kl, accuracy)
 
 
 def table(plain: Evaluation, healed: Evaluation | None, budgets: Sequence[float]) -> list[tuple[str, ...]]:
     """Return one block of rows per budget, the pyramids first, and last what cannot spend so little."""
-    rows = [row(1.0, "original", plain.results[0])]
+    rows = [row(1.0, "original", plain.results[0], ())]
     for budget in budgets:
         here = [result for result in plain.results if result.budget == budget]
-        after = [result for result in healed.of("dpn") if result.budget == budget] if healed else []
-        rows += [row(budget, result.label, result) for result in here if result.method == "dpn"]
-        rows += [row(budget, "dpn, healed", result) for result in after]
-        rows += [row(budget, result.label, result) for result in here if result.method != "dpn"]
+        hard = hard_samples(here)
+        after = [result for result in healed.of(Routed.name) if result.budget == budget] if healed else []
+        rows += [row(budget, result.label, result, hard) for result in here if result.method == Routed.name]
+        rows += [row(budget, "dpn, healed", result, hard) for result in after]
+        rows += [row(budget, result.label, result, hard) for result in here if result.method != Routed.name]
         rows += [
-            (f"{budget:g}", each.method, OUT_OF_REACH, "", "", "") for each in plain.left_out if each.budget == budget
+            (f"{budget:g}", each.method, OUT_OF_REACH, *[""] * 4) for each in plain.left_out if each.budget == budget
         ]
+    return rows
+
+
+def kinds_table(plain: Evaluation, verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """Return one row per kind of question: the pyramid's agreement at every budget, and that of who agrees best."""
+    rows = []
+    for kind in plain.results[0].kinds:
+        cells = []
+        for verdict in verdicts:
+            here = {each.label: each for each in plain.results if each.budget == verdict.budget}
+            ours = next((each for each in here.values() if each.method == Routed.name), None)
+            pair = [each for each in (ours, here.get(verdict.agreeing)) if each is not None]
+            cells.append(" / ".join(f"{100 * each.kinds[kind].agreement.value:.1f}" for each in pair))
+        rows.append((kind, *cells))
     return rows
 
 
@@ -153,7 +181,7 @@ def main(
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """Print two tables: all methods, and the pyramid beside the best baselines."""
+    """Print all methods, the pyramid beside the best baselines, and both by kind of question."""
 
     def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
         options = EvaluationOptions(
@@ -174,12 +202,17 @@ def main(
     if plot:
         pair = (plain, after) if after else (plain,)
         plot_evaluation(plot, *pair, names=("dpn", "dpn, healed")[: len(pair)])
-    columns = ["budget", "method", "FLOPs (over dpn's)", "agreement, % (95%)", "KL, nats (95%)", "accuracy, % (95%)"]
+    columns = ["budget", "method", "FLOPs (over dpn's)", "agreement, % (95%)", "hard, %", "KL, nats (95%)"]
+    columns += ["accuracy, % (95%)"]
     console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after, budgets), texts=["method"])
     for reason in plain.left_out:
         console.note(f"Left out: {reason}")
     columns = ["budget", "dpn is", "agrees best", "dpn's agreement, less its, %", "least KL", "its KL, less dpn's"]
     console.table("dpn beside the best baselines", columns, [each.cells() for each in verdicts], texts=columns[1:])
+    if len(plain.results[0].kinds) > 1:
+        columns = ["kind", *(f"at {budget:g}" for budget in budgets)]
+        kinds = kinds_table(plain, verdicts)
+        console.table("agreement by kind, %: dpn / who agrees best of the others", columns, kinds, texts=["kind"])
 
 
 if __name__ == "__main__":

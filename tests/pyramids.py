@@ -17,6 +17,7 @@ RATES = ((1, 1), (1, 2), (2, 2))
 POOLING = (  # overrides that make any recipe the paper's pyramid: three sites that pool, routers that score rates
     "pyramid.sites=[{after: 0.25}, {after: 0.5}, {after: 0.75}]",
     "pyramid.router.output=distortion",
+    "pyramid.attention=plain",
 )
 IMAGE, VISUAL = 4, 144
 

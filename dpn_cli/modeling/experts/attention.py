@@ -35,6 +35,8 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
     query = query[:, 0].unflatten(1, (keys.shape[2], -1))  # [B, G, R, d]
     logits = precise(torch.einsum("bgrd,bsgd->bgrs", query, keys)) * attention.scaling
 
+    if state.sizes is not None:
+        logits = logits + state.sizes.clamp(min=1).log()[:, None, None]
     visible = torch.arange(keys.shape[1], device=last.device) <= last  # [B, S]
     visible = visible if state.valid is None else visible & state.valid
     return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).mean((1, 2))

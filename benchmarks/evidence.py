@@ -1,0 +1,140 @@
+"""All figures and pictures of the README from scratch, in one run.
+
+    make evidence
+    python benchmarks/evidence.py --small --output somewhere
+
+The first takes hours on two cores and writes `docs/evidence/`, its checkpoints into `work/` there; the second runs the
+same steps on a handful of samples, for figures that mean nothing. A step is one command. What it prints goes into a
+file of its own, below the command, the date, the machine and the versions; a step whose file is there is not run again,
+so that a stopped run goes on.
+"""
+
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from dpn_cli import console
+from dpn_cli.errors import DpnError
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command whose output is evidence.
+
+    Attributes:
+        name: Name of the output file, without its suffix.
+        command: What is run in the output folder: `dpn` and its arguments, or a benchmark and its arguments.
+        small: Arguments added with `--small`.
+    """
+
+    name: str
+    command: str
+    small: str = ""
+
+    def words(self, is_small: bool) -> list[str]:
+        """Return the command line as one would type it."""
+        return shlex.split(f"{self.command} {self.small if is_small else ''}")
+
+    def arguments(self, is_small: bool) -> list[str]:
+        """Return the command line for this interpreter."""
+        program, *arguments = self.words(is_small)
+        runner = ["-m", "dpn_cli"] if program == "dpn" else [str(HERE / program)]
+        return [sys.executable, *runner, *arguments]
+
+
+DEMO = "work/demo/demo-dpn"
+STEPS = (
+    Step("demo", "dpn demo --output work/demo", "--samples 32 --questions 32"),
+    Step("calibration", f"calibration.py --model {DEMO} --samples 600", "--samples 16 --budget 0.25"),
+    Step(
+        "frontier",
+        f"frontier.py --model {DEMO} --samples 700 --max-new-tokens 12 --json frontier.json --plot frontier.png",
+        "--samples 16 --budget 0.25",
+    ),
+    Step("convert-healed", "dpn convert demo --output work/healed"),
+    Step(
+        "calibrate-healed",
+        "dpn calibrate --model work/healed --data demo --budget 0.2 --heal lora",
+        "--samples 32 --set calibration.heal.steps=2",
+    ),
+    Step(
+        "healing",
+        f"healing.py --model {DEMO} --model work/healed --questions 700",
+        "--questions 16 --budget 0.25",
+    ),
+    Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),
+    Step(
+        "latency",
+        "latency.py --shared --json latency.json --plot latency.png",
+        "--case 576 --rounds 1 --budget 0.25 --against divprune",
+    ),
+)
+
+
+def header(words: Sequence[str], seconds: float, cpu_seconds: float) -> str:
+    """Say what was run, when, where and with what."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("dpn-cli", *PACKAGES))
+    return "\n".join(
+        [
+            f"command: {shlex.join(words)}",
+            f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; wall time {seconds:.0f} s, CPU time {cpu_seconds:.0f} s",
+            f"machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
+            f"{platform.python_version()}",
+            f"versions: {packages}",
+            "seeds: those of the recipes, 0",
+        ]
+    )
+
+
+def run(step: Step, output: Path, is_small: bool) -> None:
+    """Run a step and keep what it prints; on failure nothing is kept.
+
+    Raises:
+        DpnError: if it fails; the last lines that it wrote are in the message.
+    """
+    start, cpu_start = time.perf_counter(), children_seconds()
+    ended = subprocess.run(step.arguments(is_small), cwd=output, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        last = "\n".join(ended.stderr.strip().splitlines()[-5:])
+        raise DpnError(f"step {step.name} ended with exit code {ended.returncode}: {last}")
+    text = header(step.words(is_small), time.perf_counter() - start, children_seconds() - cpu_start)
+    (output / f"{step.name}.txt").write_text(f"{text}\n\n{ended.stdout}", encoding="utf-8")
+
+
+def children_seconds() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), default=HERE.parent / "docs" / "evidence")
+@click.option("--only", multiple=True, type=click.Choice([step.name for step in STEPS]), help="Repeatable.")
+@click.option("--small", is_flag=True, help="A handful of samples: to see that every step runs.")
+def main(output: Path, only: tuple[str, ...], small: bool) -> None:
+    """Run every step whose file is missing."""
+    (output / "work").mkdir(parents=True, exist_ok=True)
+    for step in STEPS:
+        if (only and step.name not in only) or (output / f"{step.name}.txt").exists():
+            continue
+        console.note(f"{step.name}: {step.command}")
+        run(step, output, small)
+    console.note(f"All steps are in {output}.")
+
+
+if __name__ == "__main__":
+    main()
