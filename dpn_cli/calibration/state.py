@@ -21,10 +21,10 @@ from dpn_cli.parallel.fingerprint import differences
 from dpn_cli.parallel.kept import KeptFiles
 
 FINGERPRINT_FILE = "fingerprint.json"
+FEATURES_FILE = "features.bin"
 
-_FILES = (
-    rf"((answers|survey|batch)-\d{{6}}\.(json|safetensors)|{re.escape(FINGERPRINT_FILE)}|{re.escape(TRAINING_FILE)})"
-)
+_SINGLE = "|".join(map(re.escape, (FINGERPRINT_FILE, FEATURES_FILE, TRAINING_FILE)))
+_FILES = rf"((answers|survey|batch)-\d{{6}}\.(json|safetensors)|{_SINGLE})"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.\d+\.tmp")  # all that is written there, and what a kill leaves of it
 
 
@@ -68,7 +68,7 @@ class MeasurementState:
             read=load_file,
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )
-        self.features = self.folder / "features.bin"
+        self.features = self.folder / FEATURES_FILE
         stored = self._stored_fingerprint()
         if stored is None:  # a kill may have left batches of nobody knows what
             drop_state(checkpoint)

@@ -79,8 +79,8 @@ def test_a_kill_at_a_file_event_mixes_nothing_and_costs_nothing(calibrated: Path
     assert undisturbed.code == 0
     wanted, outputs = files(where), [files(each / "out") for each in (calibrated, where)]
     exports = [exported(calibrated), exported(where)]
-    for moment in range(MOMENTS):
-        event = round(moment * (undisturbed.events - 1) / (MOMENTS - 1))
+    last, moments = undisturbed.events - 1, range(MOMENTS)
+    for event in sorted({round(moment * last / (MOMENTS - 1)) for moment in moments}):  # all, where there are fewer
         folder = copy(calibrated, f"{command}-{event}")
         assert run(line, folder, event).was_killed
         assert not (folder / "out").exists() or files(folder / "out") in outputs
