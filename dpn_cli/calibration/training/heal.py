@@ -30,9 +30,6 @@ HELD_OUT = (8, 64)  # samples that judge, an eighth of all: none where that is f
 ROUTES_PER_HELD_OUT = 2
 
 
-
-
-
 def heal(
     model: PyramidGenerationMixin,
     examples: Sequence[Example],
