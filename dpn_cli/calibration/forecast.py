@@ -48,7 +48,7 @@ class Forecast:
         forward_flops: FLOPs of all forward passes.
         flops_per_s: Speed that the passes are expected to run at.
         seconds: Time of the forward passes.
-        memory_bytes: Largest memory of one process: weights, activations of a batch and measurements.
+        memory_bytes: Largest memory of one process: weights and activations of a batch.
         disk_bytes: Largest size of what is kept while it runs, for a rerun after a kill.
         basis: What the figures were computed from, as sentences.
     """
@@ -94,7 +94,7 @@ def forecast(
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
-        memory_bytes=model.nbytes + features + _activations(model, recipe, lengths),
+        memory_bytes=model.nbytes + _activations(model, recipe, lengths),
         disk_bytes=features,
         basis=_basis(model, recipe, passes, unanswered),
     )  # fmt: skip
@@ -213,7 +213,7 @@ def _basis(
     return (
         f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a "
         f"decoder layer in {dtype}, measured here on {model.device} just now.{answers}",
-        f"Memory: the weights on disk, a batch of {recipe.batch_size} of the longest samples, and the measurements; "
+        f"Memory: the weights and a batch of {recipe.batch_size} of the longest samples; "
         "libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
         *(["Training an adapter comes in addition and is not part of the time."] if trained else []),

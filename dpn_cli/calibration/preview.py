@@ -1,6 +1,5 @@
 """What a calibration would read, ask and cost, before any model is loaded."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,20 +10,22 @@ from PIL import Image
 
 from dpn_cli.calibration.forecast import Forecast, Model, forecast
 from dpn_cli.calibration.settings import candidates
-from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.calibration.training.tuning import frozen_dtype
+from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
-from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
 from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.findings import Scan
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
+from dpn_cli.inference.dtypes import AUTO, compute_dtype, weights_size
 from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 SHOWN = 3  # samples
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,44 +80,42 @@ def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, r
         CheckpointError: if the checkpoint cannot be calibrated.
     """
     if folder is None:
-        dataset = load_data(data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter)
+        dataset = load_data(data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter)
         asked = tuple(_asked(sample, None) for sample in dataset.samples[:SHOWN])
         return Preview(dataset.scan, dataset.columns, asked, None)
     checkpoint, layout, pyramid = open_converted(folder)
     processor = load_opened_processor(checkpoint, layout)
     dataset = load_data(
-        data, recipe.prompts, limit=recipe.samples, seed=recipe.seed, reporter=reporter,
+        data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter,
         check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
     )  # fmt: skip
-    used = [sample for sample in dataset.samples if sample.images]
-    surveyed = candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
-    lengths = [
-        (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in used
-    ]
-    cost = None
-    if used:
-        unanswered = sum(not sample.is_answered for sample in used)
-        cost = forecast(
-            _model(checkpoint, folder), surveyed or pyramid, recipe, lengths, unanswered, surveys=surveyed is not None
-        )
-    return Preview(
-        dataset.scan, dataset.columns, tuple(_asked(each, processor) for each in dataset.samples[:SHOWN]), cost
-    )
+    used = [sample for sample in dataset.samples if sample.images][: recipe.samples]
+    cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter) if used else None
+    asked = tuple(_asked(sample, processor) for sample in dataset.samples[:SHOWN])
+    return Preview(dataset.scan, dataset.columns, asked, cost)
 
 
-def _model(checkpoint: Checkpoint, folder: Path) -> Model:
-    found = inspect_checkpoint(folder)
-    sizes = Counter[str]()
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.dtype] += tensor.nbytes
-    dtypes = [name for name, _ in sizes.most_common() if name in _DTYPES]
-    return Model(
-        found.layout.shape,
-        sum(part.nbytes for part in found.parts),
-        sum(part.parameters for part in found.parts if part.name == "vision_tower"),
-        _DTYPES[dtypes[0]] if dtypes else torch.float32,
-        default_device(),
-    )
+def _forecast(
+    samples: Sequence[Sample], processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
+    recipe: CalibrationRecipe, reporter: Reporter,
+) -> Forecast:  # fmt: skip
+    """Estimate what the calibration of a checkpoint costs on some samples with images."""
+    surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
+    lengths = [(expected_grids(each, layout), prompt_tokens(each, processor, recipe.answer_tokens)) for each in samples]
+    unanswered = sum(not sample.is_answered for sample in samples)
+    model = _model(checkpoint, layout, recipe, reporter)
+    return forecast(model, surveyed or pyramid, recipe, lengths, unanswered, surveys=surveyed is not None)
+
+
+def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecipe, reporter: Reporter) -> Model:
+    """Return the sizes of a checkpoint's model as a calibration loads it."""
+    device = default_device()
+    dtype = compute_dtype(checkpoint, layout, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in)
+    name = stored_dtype(checkpoint, layout) if dtype == AUTO else dtype
+    stored = None if dtype == AUTO else next(key for key, value in TORCH_DTYPES.items() if value == dtype)
+    vision = sum(part.parameters for part in inspect_checkpoint(checkpoint.path).parts if part.name == "vision_tower")
+    size = weights_size(checkpoint, layout, stored, recipe.load_in)
+    return Model(layout.shape, size, vision, getattr(torch, name or "float32"), device)
 
 
 def _asked(sample: Sample, processor: Any) -> Asked:

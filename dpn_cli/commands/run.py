@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console
+from dpn_cli.commands.data_options import allow_urls_option
 from dpn_cli.commands.options import Fraction, checkpoint_folder, dtype_option, model_option
 from dpn_cli.errors import UsageError
 
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
     from dpn_cli.inference.answering import Answer
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
+SHOWN = 40  # characters of an image that is no file
+
 
 @click.command("run")
 @click.argument("question")
 @click.option(
     "--image", "images", type=click.Path(), metavar="FILE", multiple=True, required=True,
-    help="An image that the question is about; repeatable.",
+    help="An image that the question is about, or its URI: file:, data: or, with --allow-urls, http(s):; repeatable.",
 )  # fmt: skip
+@allow_urls_option
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 def command(
     question: str,
     images: tuple[str, ...],
+    allow_urls: bool,
     model: Path | None,
     budget: float | None,
     route: str | None,
@@ -61,12 +66,14 @@ def command(
     with console.waiting("starting"):
         from dpn_cli.checkpoint.layout import open_converted
         from dpn_cli.checkpoint.locks import in_use
+        from dpn_cli.data.encoding import token_limit
         from dpn_cli.data.places import Places
         from dpn_cli.data.samples import Sample, Turn
+        from dpn_cli.data.scan import validate_images
         from dpn_cli.evaluation.spending import Spending, unmet
         from dpn_cli.inference.answering import answer
         from dpn_cli.inference.dtypes import compute_dtype
-        from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
+        from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
         from dpn_cli.pyramid.reach import validate_in_table
         from dpn_cli.pyramid.route import parse_route
 
@@ -74,10 +81,12 @@ def command(
         checkpoint, layout, pyramid = open_converted(folder)
         experts = None if route is None else parse_route(route, pyramid.sites)
         validate_in_table([] if budget is None else [budget], pyramid)
-        sources = tuple(Places().find(image, f"--image {image:.40}", partial(str, image)) for image in images)
+        places = Places(allow_urls=allow_urls)
+        sources = tuple(places.find(image, f"--image {image:.{SHOWN}}", partial(str, image)) for image in images)
         sample = Sample("question", sources, (Turn(question),))
-        sample.open_images()  # an image that cannot be read is named before the model is loaded
+        validate_images(sample)
         processor = load_opened_processor(checkpoint, layout)
+        token_limit(processor, layout, max_positions(checkpoint), answer_tokens=1)(sample)
         dtype = compute_dtype(checkpoint, layout, dtype, default_device(), console.note)
         with console.waiting("loading the model"):
             loaded = load_opened(checkpoint, pyramid, dtype, device_map=default_device())

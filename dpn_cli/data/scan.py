@@ -141,11 +141,19 @@ def _read(source: Source, index: int) -> _Good | Fault:
     try:
         sample = source.sample(index)
         content = hashlib.sha256(repr((sample.id, sample.system, sample.turns)).encode())
-        for image in sample.images:
-            content.update(_image_digest(image))
+        content.update(b"".join(validate_images(sample)))
     except RowError as fault:
         return Fault(source.number(index), fault.reason, fault.detail)
     return _Good(index, replace(sample, row=source.number(index)), content.hexdigest())
+
+
+def validate_images(sample: Sample) -> list[bytes]:
+    """Read the images of a sample, check that they can be used, and return their hashes.
+
+    Raises:
+        RowError: for the first one that cannot.
+    """
+    return [_image_digest(image) for image in sample.images]
 
 
 def _image_digest(image: ImageSource) -> bytes:

@@ -1,6 +1,6 @@
 """Measuring the latency of a checkpoint's folder: prompts in, every method's figures out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from PIL import Image
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.data.encoding import prompts as encode_prompts
+from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
@@ -19,7 +20,7 @@ from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthet
 from dpn_cli.evaluation.lineup import Lineup, line_up
 from dpn_cli.evaluation.spending import unmet
 from dpn_cli.inference.dtypes import compute_dtype
-from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.reach import typical_length, validate_in_table
 from dpn_cli.pyramid.route import parse_route
@@ -112,7 +113,8 @@ def bench_folder(
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
         processor = load_opened_processor(checkpoint, layout)
-        drawn = _draw(data, max(options.batch_sizes), options.rounds) if data else []
+        check = token_limit(processor, layout, max_positions(checkpoint), options.new_tokens)
+        drawn = _draw(data, max(options.batch_sizes), options.rounds, check) if data else []
         dtype = compute_dtype(checkpoint, layout, options.dtype, default_device(), reporter.note)
         with reporter.waiting("loading the model"):
             model = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
@@ -145,10 +147,12 @@ def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, process
     return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
 
 
-def _draw(data: DataOptions, batch_size: int, rounds: int) -> list[Sample]:
+def _draw(data: DataOptions, batch_size: int, rounds: int, check: Callable[[Sample], None]) -> list[Sample]:
     """Draw samples with an image, enough for all rounds of the largest batch size."""
     needed = batch_size * rounds
-    samples = [sample for sample in load_data(data, split="heldout", limit=needed).samples if sample.images]
+    samples = [
+        sample for sample in load_data(data, split="heldout", limit=needed, check=check).samples if sample.images
+    ]
     if len(samples) < needed:
         raise DataError(
             f"--data {data.name} has {len(samples)} samples with an image, but {rounds} rounds of {batch_size} need "

@@ -53,7 +53,7 @@ def compute_dtype(
     stored = stored_dtype(checkpoint, layout)
     if torch.device(device).type != "cpu" or stored not in HALVES or slowdown(stored) < SLOW:
         return AUTO
-    own, wide = (_size(checkpoint, layout, dtype, load_in) * copies for dtype in (None, "F32"))
+    own, wide = (weights_size(checkpoint, layout, dtype, load_in) * copies for dtype in (None, "F32"))
     emulated = f"This CPU emulates {stored}, which takes {slowdown(stored):.1f} times as long as float32"
     if wide * HEADROOM > (free := available_memory()):
         say(
@@ -103,7 +103,7 @@ def _number_after(word: str, file: Path) -> int:
     return int(words[words.index(word) + 1])
 
 
-def _size(
+def weights_size(
     checkpoint: Checkpoint, layout: LlavaLayout, dtype: str | None, load_in: Literal["4bit", "8bit"] | None
 ) -> int:
     """Return the size of a model's weights in memory, their floats in a dtype of safetensors, or as they are stored."""

@@ -1,4 +1,6 @@
+import base64
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from PIL import Image
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
+from tests.data.web import serving
 
 QUESTION = "what colour is the small circle ?"
 
@@ -83,6 +86,21 @@ def test_a_budget_is_shown_beside_what_was_spent(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("here")
+def test_an_image_is_the_same_wherever_it_sits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri = f"data:image/png;base64,{base64.b64encode(Path('picture.png').read_bytes()).decode()}"
+    with serving(Path(), {}) as (address, _):
+        line = ["run", "--model", "tiny-dpn", "--allow-urls", "--json", "--max-new-tokens", "6", QUESTION, "--image"]
+        answers = []
+        for image in ("picture.png", Path("picture.png").absolute().as_uri(), uri, f"{address}/picture.png"):
+            assert main([*line, image]) == 0
+            answers.append(json.loads(capsys.readouterr().out)["text"])
+    assert len(set(answers)) == 1
+
+
+@pytest.mark.usefixtures("here")
 def test_several_images_in_one_question(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "--route", "keep,keep,2x2,keep,keep", "--image", "picture.png")
     assert found["visual_tokens"] == [288, 288, 288, 72, 72, 72]
@@ -122,7 +140,10 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
         ("--image .", 4, "no image file ."),
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),
-        ("--image https://example.org/a.png", 4, "expected a path or a file:// URI"),
+        ("--image half.png", 4, "half.png"),
+        ("--image data:image/png;base64,aGk", 4, "--image data:image/png;base64,aGk is not base64"),
+        ("--image picture.png --image picture.png --model short", 4, "tokens with its images, but the model takes 200"),
+        ("--image https://example.org/a.png", 4, "is fetched with --allow-urls only"),
         ("--image picture.png --route 0,1", 2, "has 2 entries, the pyramid has 5 sites"),
         ("--image picture.png --route 0,1,0,7,0", 2, "'7' is no expert of site 3"),
         ("--image picture.png --route 1,0,1,0,0", 2, "needs a grid of tokens, and a selection has left none"),
@@ -145,6 +166,11 @@ def test_faults(
     (here / "notes.txt").write_text("no picture")
     Image.new("1", (1, 12_000)).save(here / "thin.png")
     Image.new("1", (10_000, 9_000)).save(here / "large.png")
+    (here / "half.png").write_bytes((here / "picture.png").read_bytes()[:2000])
+    shutil.copytree(here / "tiny-dpn", here / "short")
+    config = read_json(here / "short" / "config.json")
+    config["text_config"]["max_position_embeddings"] = 200
+    write_json(here / "short" / "config.json", config)
     assert main(["run", "--model", "tiny-dpn", *args.format(source=tiny_llava).split(), QUESTION]) == code
     captured = capsys.readouterr()
     assert complaint in captured.err and "Traceback" not in captured.err and "unexpected" not in captured.err
