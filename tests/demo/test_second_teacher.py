@@ -72,7 +72,7 @@ def test_training_learns_and_the_checkpoint_converts(packer: Packer, tmp_path: P
     model = SECOND.build_model(processor.tokenizer)
     trainer = Trainer(model, packer, rate=2e-3, compiled=False)
     losses = []
-    for batch in islice(Stream(packer, 2, seed=0), 4):
+    for batch in islice(Stream(packer, 2, seed=0), 8):
         trainer.step(batch, done=0.1)
         losses.append(trainer.report()["dense"])
     assert losses[-1] < losses[0]

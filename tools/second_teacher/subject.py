@@ -91,6 +91,7 @@ SECOND = Subject(
     weights=WEIGHTS,
     classes=CLASSES,
     written="letter",
+    after_projector=True,
     text=96,
     answers=22,
     scenes=posters,

@@ -35,6 +35,7 @@ DEMO = Subject(
     weights=WEIGHTS,
     classes=CLASSES,
     written="glyph",
+    after_projector=False,
     text=192,
     answers=44,  # about a quarter more than are needed
     scenes=scenes,

@@ -24,6 +24,7 @@ class Subject:
         weights: How often each kind is asked in training.
         classes: Number of classes of every dense label, by its name.
         written: Name of the dense label that is not 0 where something is written.
+        after_projector: Whether dense labels are read after the projector, which then keeps what they tell, or before.
         text: Tokens of a training conversation after the picture.
         answers: Places for answer tokens per picture, the mean over a batch.
         scenes: Yields scenes of a split without end, by a seed.
@@ -42,6 +43,7 @@ class Subject:
     weights: Mapping[str, float]
     classes: Mapping[str, int]
     written: str
+    after_projector: bool
     text: int
     answers: int
     scenes: Callable[[Split, int], Iterator[Any]]

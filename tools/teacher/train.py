@@ -43,7 +43,7 @@ def train(
         workers: Processes that draw pictures.
         seed: Of the initial weights and the pictures.
         compiled: Compile the layers.
-        start: Folder of weights to go on from, without dense labels; by default training starts from nothing.
+        start: Folder of weights to go on from; by default training starts from nothing.
     """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -63,9 +63,7 @@ def train(
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     log.write(stage="start", arguments=arguments, versions=versions, batch=size, rate=rate, seed=seed)
     processor.save_pretrained(output)
-    run(
-        Trainer(model, packer, rate, compiled, dense=start is None), stream, seconds, log, lambda: _store(model, output)
-    )
+    run(Trainer(model, packer, rate, compiled), stream, seconds, log, lambda: _store(model, output))
     del stream
     stored = LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32).to(device).eval()
     found = accuracy(stored, packer, held_out(packer, 50))
@@ -108,7 +106,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the layers: a minute, then faster")
-    parser.add_argument("--start", type=Path, help="weights to go on from, without dense labels")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     args = parser.parse_args()
     options = vars(args)
     train(options.pop("teacher"), size=options.pop("batch"), compiled=options.pop("compile"), **options)

@@ -26,15 +26,13 @@ class Trainer:
         packer: Made the batches.
         rate: Peak learning rate.
         compiled: Compile the layers.
-        dense: Begin with the dense labels.
     """
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, packer: Packer, rate: float, compiled: bool, dense: bool = True
-    ) -> None:
-        self._dense = dense
+    def __init__(self, model: LlavaForConditionalGeneration, packer: Packer, rate: float, compiled: bool) -> None:
         self._model, self._device = model, next(model.parameters()).device
-        self._heads = DenseHeads(packer.subject, model.config.vision_config.hidden_size).to(self._device)
+        self._projects = packer.subject.after_projector
+        read = model.config.text_config if self._projects else model.config.vision_config
+        self._heads = DenseHeads(packer.subject, read.hidden_size).to(self._device)
         self._kinds = packer.subject.kinds
         self._before = packer.before.to(self._device)
         self._dense_weight = torch.tensor(0.0, device=self._device)
@@ -53,7 +51,7 @@ class Trainer:
     def step(self, batch: Batch, done: float) -> None:
         """Learn from a batch; ``done`` is the fraction of the time that has gone."""
         self._optimiser.schedule(done)
-        self._dense_weight.fill_(self._dense * max(0.0, 1 - done / DENSE_UNTIL))
+        self._dense_weight.fill_(max(0.0, 1 - done / DENSE_UNTIL))
         self._steps += 1
         if self._device.type != "cuda":
             self._batch, self._found = batch, self._step(batch)
@@ -82,7 +80,8 @@ class Trainer:
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16):
             features = patch_features(self._model, batch.pixels)
-            dense = self._heads.loss(features, batch.patches.long())
+            labelled = self._model.model.multi_modal_projector(features) if self._projects else features
+            dense = self._heads.loss(labelled, batch.patches.long())
             logits = answer_logits(self._model, self._before, features, batch)
         answer = cross_entropy(logits, batch.answers, ignore_index=IGNORE)
         (answer + self._dense_weight * dense).backward()
