@@ -8,8 +8,8 @@ import dpn_cli
 
 ORDER = [
     "errors", "limits", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling", "checkpoint",
-    "workspace", "data", "inference", "conversion", "parallel", "calibration", "exporting", "evaluation", "channels",
-    "console", "commands", "cli",
+    "workspace", "data", "pages", "inference", "conversion", "parallel", "calibration", "exporting", "evaluation",
+    "channels", "console", "commands", "cli",
 ]  # fmt: skip
 """From the ground up. `modeling` goes along with exports: it needs nothing of `checkpoint` or above."""
 

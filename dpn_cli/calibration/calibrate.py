@@ -37,7 +37,7 @@ from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.generation import greedy_answers
-from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.inference.loading import default_device, in_words, load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
@@ -374,12 +374,10 @@ def _report(
 
 def _origin(model: PyramidGenerationMixin) -> dict[str, str]:
     """Say in words what was calibrated, when, and on what."""
-    is_gpu = model.device.type == "cuda"
-    device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     return {
         "model": str(model.config.base_model),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": f"{device}, {str(model.dtype).removeprefix('torch.')}",
+        "device": in_words(model),
     }
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
+from dpn_cli import __version__
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
@@ -11,14 +13,15 @@ from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.scan import Dataset
+from dpn_cli.errors import DpnError
 from dpn_cli.evaluation.evaluate import Evaluation, evaluate
 from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
-from dpn_cli.evaluation.stored import REPORT_FILE, read_known, write_report
+from dpn_cli.evaluation.stored import PAGE_FILE, REPORT_FILE, read_known, write_report
 from dpn_cli.inference.dtypes import compute_dtype
-from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
+from dpn_cli.inference.loading import default_device, in_words, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.launch import on_this_machine
@@ -36,7 +39,7 @@ def evaluate_folder(
     processes: Processes | None = None,
     deliver: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Evaluation | None:
-    """Evaluate a converted or exported checkpoint; nothing but `evaluation/report.json` is written into it.
+    """Evaluate a converted or exported checkpoint; nothing but `evaluation/report.json` and `.html` is written into it.
 
     That holds the results, so that another evaluation on the same samples asks only whom it has to. While it runs, they
     are kept in `.dpn/evaluation`, so that the same call goes on after a kill.
@@ -88,15 +91,23 @@ def evaluate_folder(
         if not processes.is_main:
             return None
         try:
-            about = {"checkpoint": str(folder), "data": data.name}
-            write_report(folder, about, depends_on, known, result)
-            reporter.note(f"Wrote {folder / REPORT_FILE}: what else is asked of these samples is added to it.")
-        except OSError as error:
-            reporter.note(f"Note: {folder / REPORT_FILE} cannot be written ({error.strerror}).")
+            about = _about(folder, data, model)
+            write_report(folder, about, depends_on, known, result, shown)
+            reporter.note(f"Wrote {folder / PAGE_FILE} and .json; what else is asked of these samples is added.")
+        except (OSError, DpnError) as error:
+            reporter.note(f"Note: {folder / REPORT_FILE} and .html are not written: {error}")
         deliver(result)
     for line in unmet(result.spendings, pyramid, folder, data):
         reporter.note(line)
     return result
+
+
+def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin) -> dict[str, str]:
+    """Say what was evaluated on what, when and where."""
+    return {
+        "checkpoint": str(folder), "data": data.name, "date": datetime.now(UTC).date().isoformat(),
+        "device": in_words(model), "dpn": f"dpn {__version__}",
+    }  # fmt: skip
 
 
 def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """An evaluation's results beside their checkpoint: another evaluation on the same data asks only whom it has to."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import replace_file, write_json
+from dpn_cli.data.samples import Sample
 from dpn_cli.errors import CheckpointError
 from dpn_cli.evaluation.evaluate import Evaluation
 from dpn_cli.evaluation.judging import Known
+from dpn_cli.evaluation.page import render
 
 REPORT_FILE = Path("evaluation", "report.json")
+PAGE_FILE = REPORT_FILE.with_suffix(".html")
 _KNOWN, _DEPENDS_ON = "known", "depends_on"
 
 
@@ -26,9 +30,14 @@ def read_known(folder: Path, depends_on: dict[str, Any]) -> Known:
 
 
 def write_report(
-    folder: Path, about: dict[str, Any], depends_on: dict[str, Any], known: Known, evaluation: Evaluation
+    folder: Path,
+    about: dict[str, str],
+    depends_on: dict[str, Any],
+    known: Known,
+    evaluation: Evaluation,
+    samples: Sequence[Sample],
 ) -> None:
-    """Write an evaluation, and all that is known by now.
+    """Write an evaluation, as data with all that is known by now, and as a page.
 
     Args:
         folder: Folder of the checkpoint.
@@ -36,10 +45,14 @@ def write_report(
         depends_on: Plain data that changes with the results.
         known: What the evaluator knows.
         evaluation: Evaluation to write.
+        samples: Samples that were asked, in order.
 
     Raises:
-        OSError: if it cannot be written.
+        DataError: if an image cannot be read any more.
+        OSError: if the files cannot be written.
     """
+    page = render(evaluation, samples, about)
     report = about | evaluation.to_dict() | {"questions": [asdict(question) for question in evaluation.questions]}
     (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
     replace_file(folder / REPORT_FILE, lambda path: write_json(path, report | {_DEPENDS_ON: depends_on, _KNOWN: known}))
+    replace_file(folder / PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))

@@ -55,8 +55,9 @@ def digests(folder: Path) -> dict[str, str]:
 def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(data)
     assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--json") == 0
-    report = str(data / "tiny-dpn" / "evaluation" / "report.json")
-    assert digests(data) == before | {report: digests(data)[report]}, "nothing else is written, and none left in .dpn"
+    new = digests(data).keys() - before.keys()
+    assert new == {str(data / "tiny-dpn" / "evaluation" / f"report.{kind}") for kind in ("json", "html")}
+    assert digests(data).items() >= before.items(), "nothing else is written, and nothing is left in .dpn"
     result = json.loads(capsys.readouterr().out)
     original, *others = result["results"]
     assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
@@ -92,6 +93,10 @@ def test_an_evaluation_is_added_to_without_asking_again(
     assert asked == ["dpn", "stride"]
     report = read_json(data / "tiny-dpn" / "evaluation" / "report.json")
     assert report["results"][1] == first["dpn"] and report["questions"][0].keys() == {"kind", "label", "teacher"}
+    page = (data / "tiny-dpn" / "evaluation" / "report.html").read_text()
+    lost = round(8 * (1 - first["dpn"]["figures"]["same_answer"]["value"]))
+    assert lost and f"<b>{lost} of 8</b> answers changed" in page and page.count("<article>") == lost
+    assert "stride" in page and "http:" not in page and "https:" not in page
     with monkeypatch.context() as patch:
         patch.setattr("dpn_cli.evaluation.judging.generate_texts", None)  # nobody answers
         assert results("--budget", "0.8", "--against", "stride", "--by", "level") and asked == []

@@ -1,33 +1,25 @@
 """A calibration's report as one page that needs nothing else: what was lost, then plots, budgets and settings."""
 
-import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
-from io import BytesIO
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome
-from dpn_cli.calibration.reporting import svg
 from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.survey import Tried
 from dpn_cli.intervals import wilson_interval
 from dpn_cli.notation import nats, percent
+from dpn_cli.pages import svg
+from dpn_cli.pages.rendering import render_page
 from dpn_cli.pyramid.config import Route
 
 TEMPLATE = "report.html.jinja"
-THUMBNAIL_PX = 160
-THUMBNAILS = 3  # per sample
 BARS = 9
 CHANGED = 20  # answers that are shown side by side
-LONGEST_TEXT = 600  # characters of a question or an answer
 FLOPS = "prefill FLOPs, share of the original's"
 
 
@@ -49,13 +41,10 @@ def render(report: Report) -> str:
     Raises:
         DataError: if an image cannot be read.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        percent=percent, nats=nats, shorten=_shorten, breakable=_breakable, thumbnails=_thumbnails
-    )
-    template = environment.from_string((files("dpn_cli.calibration.reporting") / TEMPLATE).read_text("utf-8"))
     coloured, others = _colours(report)
-    text = template.render(
+    return render_page(
+        "dpn_cli.calibration.reporting",
+        TEMPLATE,
         report=report,
         rows=_rows(report),
         fidelity=_tradeoff(report, "distortion"),
@@ -70,7 +59,6 @@ def render(report: Report) -> str:
         changed_interval=wilson_interval(len(report.changed), len(report.cases)) if report.cases else None,
         settings=[(key, _plain(value)) for key, value in (report.settings | report.versions).items()],
     )
-    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
 
 
 def _tradeoff(report: Report, figure: str) -> Markup:
@@ -162,27 +150,6 @@ def _tokens(report: Report) -> Markup:
         report.visual_tokens, report.visual_tokens_full, [layer for layer, _ in report.sites],
         ("decoder layer", "visual tokens, mean"), "layer {step}: {value:.0f} of {reference:.0f} visual tokens",
     )  # fmt: skip
-
-
-def _thumbnails(case: Case) -> list[str]:
-    """Return small copies of a sample's first images, as data URIs."""
-    return [_data_uri(image) for image in case.sample.open_images()[:THUMBNAILS]]
-
-
-def _data_uri(image: Image.Image) -> str:
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    stream = BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _breakable(route: str) -> Markup:
-    """Let a line break after the commas of a route."""
-    return Markup(",<wbr>").join(route.split(","))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
 def _plain(value: Any) -> str:

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from dpn_cli.calibration.reporting.html import CHANGED, LONGEST_TEXT, render
+from dpn_cli.calibration.reporting.html import CHANGED, render
 from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.pages.rendering import LONGEST_TEXT
 from tests.reports import made_up_report
 
 EVIL = "<script>alert('x')</script> & \"quotes\" </title>"

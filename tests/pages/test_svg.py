@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from dpn_cli.calibration.reporting import svg
-from dpn_cli.calibration.reporting.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Dot
+from dpn_cli.pages import svg
+from dpn_cli.pages.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Dot
 
 
 def test_a_linear_axis_has_round_ticks_inside() -> None:
