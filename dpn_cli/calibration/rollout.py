@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dpn_cli.calibration.features import StoredFeatures
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.data.encoding import Example, collate
-from dpn_cli.errors import DataError
+from dpn_cli.errors import CheckpointError, DataError
 from dpn_cli.inference.scoring import answer_log_probs, answer_positions, mean_by_row
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -179,6 +179,7 @@ def measure(
 
     Raises:
         DataError: naming the sample that the model answers with NaN.
+        CheckpointError: if the model's weights are to blame for that.
     """
     hidden_size, num_inputs = model.text_model.shape.hidden_size, model.pyramid.router.num_inputs
     size = (len(examples), len(tree.routes))
@@ -196,7 +197,8 @@ def measure(
         some = [examples[row] for row in batches[i].rows]
         with torch.inference_mode():
             measured = _measure_batch(model, collate(some, pad_token_id, model.device), batches[i], tree)
-        _validate_finite(measured["distortion"][:, [tree.routes.index(route) for route in batches[i].routes]], some)
+        tried = [tree.routes.index(route) for route in batches[i].routes]
+        _validate_finite(measured["distortion"][:, tried], some, model)
         return measured
 
     def take(i: int, measured: dict[str, torch.Tensor]) -> None:
@@ -241,10 +243,16 @@ def _measure_batch(
     return columns
 
 
-def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example]) -> None:
+def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example], model: PyramidGenerationMixin) -> None:
     """Check that all routes [B, R] could be measured: NaN is for those that were not tried."""
     for example, is_finite in zip(examples, distortion.isfinite().all(1).tolist(), strict=True):
         if not is_finite:
+            for name, tensor in model.named_parameters():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CheckpointError(
+                        f"the tensor {name!r} holds NaN or infinite values, so the model is broken: download it again "
+                        "and convert it"
+                    )
             raise DataError(
                 f"{example.name}: the model's answers are no finite numbers; leave it out of the data, or convert a "
                 "checkpoint of another dtype, such as bfloat16 in place of float16"

@@ -31,7 +31,7 @@ from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.template import QUESTION
 from dpn_cli.checkpoint.writer import copy_file, write_json
-from dpn_cli.data.encoding import encode, prompts
+from dpn_cli.data.encoding import VISUAL, encode, prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.loading import build_processor, model_classes, quietly
@@ -40,6 +40,10 @@ from dpn_cli.modeling.visual import GRID_INPUTS
 CONFIG_FILE = "config.json"
 SEARCH_S = 3.0  # of CPU time, for the key that is to blame
 MAX_KEYS = 200  # of an object whose keys are tried: more are a vocabulary's
+# What the weights confirm, and what says no more than its file does.
+NEVER_BLAMED = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "image_size", "text_config", "vision_config",
+}  # fmt: skip
 MAX_SHOWN = 200  # characters of a value or a reason
 
 Key = tuple[str, ...]
@@ -97,7 +101,7 @@ class Trial:
 
         self.model.generation_config = self._generation_config()
         self.model.forward = forward
-        text = {name: self.inputs[name] for name in ("input_ids", "attention_mask")}
+        text = {name: values for name, values in self.inputs.items() if name not in VISUAL}
         self.model.generate(**text, max_new_tokens=1, do_sample=False, num_beams=1)
 
     def _generation_config(self) -> GenerationConfig:
@@ -116,7 +120,7 @@ _STEPS: tuple[tuple[Callable[[Trial], object], tuple[str, ...]], ...] = (
     ),
     (lambda trial: trial.model, (CONFIG_FILE,)),
     (Trial.run, (CONFIG_FILE, PROCESSOR_FILE)),
-    (Trial.generate, (GENERATION_FILE, CONFIG_FILE)),
+    (Trial.generate, (GENERATION_FILE, TOKENIZER_CONFIG_FILE, CONFIG_FILE)),
 )
 
 
@@ -177,7 +181,8 @@ def _keys(data: dict[str, Any], before: Key = ()) -> Iterator[Key]:
     for key, value in data.items() if len(data) <= MAX_KEYS else ():
         if isinstance(value, dict):
             yield from _keys(value, (*before, key))
-        yield (*before, key)
+        if key not in NEVER_BLAMED:
+            yield (*before, key)
 
 
 def _pop(data: dict[str, Any], key: Key) -> Any:

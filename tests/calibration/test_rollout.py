@@ -13,7 +13,7 @@ from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.data.encoding import IGNORED, Example
-from dpn_cli.errors import DataError, UsageError
+from dpn_cli.errors import CheckpointError, DataError, UsageError
 from dpn_cli.pyramid.config import Budget, RouterConfig, Site
 from dpn_cli.pyramid.experts import Expert
 from tests.pyramids import prompt, pyramid
@@ -183,6 +183,14 @@ def test_a_sample_whose_answers_are_no_numbers_is_named(make_pair: Any) -> None:
     samples[3] = replace(samples[3], visual=noise, name="row 4")
     with pytest.raises(DataError, match="row 4: the model's answers are no finite numbers"):
         measured(model, samples)
+
+
+def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(make_pair: Any) -> None:
+    _, model = make_pair()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds NaN"):
+        measured(model, examples())
 
 
 def test_a_state_of_another_calibration_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.training import tuning
 from dpn_cli.calibration.training.loop import TrainingReport
+from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, MissingExtraError
@@ -256,3 +258,14 @@ def test_an_adapter_that_is_gone_or_strange_is_an_error(healed: Path, tmp_path: 
     for act in (load_model, lambda folder: export(folder, tmp_path / "out")):
         with pytest.raises(CheckpointError, match="is missing, yet the checkpoint was healed"):
             act(tmp_path / "tiny-dpn")
+
+
+def test_patterns_in_an_adapters_file_are_not_looked_at(healed: Path, tmp_path: Path) -> None:
+    shutil.copytree(healed, tmp_path / "tiny-dpn")
+    path = adapter_of(tmp_path / "tiny-dpn") / "adapter_config.json"
+    config, slow = read_json(path), r"(\w+\.?)+\d\d"  # takes for ever on names of layers
+    write_json(path, config | {"target_modules": slow, "rank_pattern": {slow: 10**9}, "layers_pattern": slow})
+    assert load_model(tmp_path / "tiny-dpn").is_adapted
+    write_json(path, config | {"r": 10**9})
+    with pytest.raises(CheckpointError, match="another width than its r"):
+        load_model(tmp_path / "tiny-dpn")
