@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from dpn_cli import console
-from dpn_cli.cli import wait_asleep
+from dpn_cli.cli import set_up_libraries
 
 LIMIT = 1.5
 _SPAWN = get_context("spawn")
@@ -27,7 +27,7 @@ _SPAWN = get_context("spawn")
 
 def steps(samples: int) -> dict[str, float]:
     """Calibrate and evaluate; return the CPU seconds of every step that reports its progress, and of all."""
-    wait_asleep()
+    set_up_libraries()
     from dpn_cli.calibration.calibrate import calibrate
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.conversion.convert import convert

@@ -153,7 +153,7 @@ def run() -> NoReturn:
     interpreter that tidies up first, and the exit code would be lost.
     """
     end_with_launcher()
-    wait_asleep()
+    set_up_libraries()
     code = main()
     if is_launched():
         for stream in (sys.stdout, sys.stderr):
@@ -163,12 +163,15 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
-def wait_asleep() -> None:
-    """Let OpenMP's threads sleep while they wait; call this before torch is imported.
+def set_up_libraries() -> None:
+    """Set what torch's libraries read from the environment, where the user does not; call this before it is imported.
 
-    They would spin. On a machine that others use too, that is most of what they do: ten times the CPU seconds.
+    OpenMP's threads would spin while they wait: beside other programs, that took ten times the CPU seconds. oneDNN
+    would keep a thousand compiled kernels, one per size of a matrix, and every batch has other sizes: several hundred
+    megabytes. Those of one prefill are enough.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -290,15 +290,23 @@ def test_quiet_silences_messages_but_not_results(
     assert ("Checkpoint: " in captured.err) is not quiet
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_do_not_spin_unless_the_user_says_so(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")]
+)
+def test_torchs_libraries_neither_spin_nor_hoard_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, variable: str, expected: str
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    seen = []
-    monkeypatch.setattr(cli, "main", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]) or 0)
-    with pytest.raises(SystemExit):
-        cli.run()
-    assert seen == [expected]
+    seen: list[str] = []
+
+    def main() -> int:
+        seen.append(os.environ[variable])
+        return 0
+
+    monkeypatch.setattr(cli, "main", main)
+    for given in (None, "7"):
+        monkeypatch.setenv(variable, given or "")
+        if given is None:
+            monkeypatch.delenv(variable)
+        with pytest.raises(SystemExit):
+            cli.run()
+    assert seen == [expected, "7"]
