@@ -291,7 +291,7 @@ def test_quiet_silences_messages_but_not_results(
 
 
 @pytest.mark.parametrize(
-    ("variable", "expected"), [("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")]
+    ("variable", "expected"), [("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")]
 )
 def test_torchs_libraries_neither_spin_nor_hoard_unless_the_user_says_so(
     monkeypatch: pytest.MonkeyPatch, variable: str, expected: str
