@@ -39,7 +39,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 def made_up_evaluation() -> Evaluation:
     accuracy = Accuracy(100, SHARE, 0.99, Estimate(-0.1234, -0.2111, -0.0345), 0.00012)
     figures = Figures(100, 0.3456, 0.1234, 123.4, KL, SHARE, SHARE, accuracy)
-    samples = tuple(SampleResult("red", 0.1, 1.0, 0.3, 12.0, route) for route in ((0, 1), (0, 1), (1, 1)))
+    samples = tuple(SampleResult(answer, 0.1, 1.0, 0.3, 12.0, (0, 1)) for answer in ("red", "red", "blue"))
     questions = tuple(Question(kind, "red", "red") for kind in ("colour", "colour", "count"))
     results = [
         Result(label.split()[0], label, 0.25, figures, {"colour": figures, "count": figures}, 0.01, KL, samples)

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is cut off on a phone, nothing is fetched, and nothing is complained of."""
+"""The reports in a real browser: nothing is cut off on a phone, nothing is fetched, and nothing is complained of."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.calibration.reporting.html import render
+from dpn_cli.evaluation import page as evaluation_page
 from tests.browser import Browser, chromium
 from tests.calibration.reporting.test_html import samples
+from tests.commands.test_tables import made_up_evaluation
 from tests.reports import made_up_report
 
 pytestmark = pytest.mark.slow  # a browser takes seconds to start
@@ -21,10 +23,16 @@ WITHOUT_NAME = """return [...document.querySelectorAll("img, svg")]
     .filter(e => !(e.getAttribute("alt") || e.getAttribute("aria-label"))).length"""
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["calibration", "evaluation"])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    asked = samples(question="What does the sign above the door of the shop say?")
+    origin = {"checkpoint": "a/folder/with/a/long/name/" * 4, "data": "data.json"}
+    pages = {
+        "calibration": lambda: render(made_up_report(asked)),
+        "evaluation": lambda: evaluation_page.render(made_up_evaluation(), asked, origin),
+    }
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render(made_up_report(samples(question="What does the sign above the door of the shop say?"))))
+    path.write_text(pages[request.param]())
     return path
 
 
