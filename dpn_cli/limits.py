@@ -11,6 +11,7 @@ MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
 MAX_LABELS = 10_000  # of a config's num_labels, for each of which transformers makes an entry
 MAX_RESIZED = 2  # the shorter side of a resized image, in sides of the vision tower's
 MAX_TILES = 64  # of one image
+MAX_PADDING = 100_000  # of a prompt in tokens, where tokenizer.json has it
 MAX_CARD_BYTES = 64 << 10  # of a model card's head
 
 # Chat templates, for a handful of short conversations together

@@ -101,6 +101,7 @@ def test_templates(tmp_path: Path, loop: str, where: str) -> None:
         ("config.json", ("text_config", "num_labels"), 2_000_000),
         ("config.json", ("vision_config", "num_channels"), 10**9),
         ("config.json", ("text_config", "max_position_embeddings"), 100),
+        ("tokenizer.json", ("padding",), {"strategy": {"Fixed": 10**8}}),
         ("processor_config.json", ("num_additional_image_tokens",), 10**9),
         ("processor_config.json", ("image_processor", "size"), {"shortest_edge": 10**7}),
     ],

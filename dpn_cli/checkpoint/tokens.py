@@ -14,6 +14,7 @@ from dpn_cli.checkpoint.headers import (
     read_json_if_there,
 )
 from dpn_cli.errors import CheckpointError
+from dpn_cli.limits import MAX_PADDING
 
 DEFAULT_IMAGE_TOKEN = "<image>"  # of transformers' processors
 
@@ -62,7 +63,9 @@ class Tokens:
         try:
             added = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
             if path.is_file():
-                return cls(folder, TOKENIZER_FILE, added | _all_ids(read_json(path)), True, special, special_file)
+                data = read_json(path)
+                _refuse_padding(path, data.get("padding"))
+                return cls(folder, TOKENIZER_FILE, added | _all_ids(data), True, special, special_file)
             added |= {token: int(i) for token, i in read_json_if_there(folder / _ADDED_FILE).items()}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"{folder} has a damaged tokenizer: download it again") from None
@@ -156,6 +159,15 @@ class Tokens:
                     for value in (values if isinstance(values, list) else [values])
                     if type(value) is int
                 )
+
+
+def _refuse_padding(path: Path, padding: Any) -> None:
+    """Refuse a tokenizer that would make every prompt a huge one."""
+    padding = padding if isinstance(padding, dict) else {}
+    strategy = padding.get("strategy")
+    lengths = [strategy.get("Fixed") if isinstance(strategy, dict) else None, padding.get("pad_to_multiple_of")]
+    if any(type(length) is int and length > MAX_PADDING for length in lengths):
+        raise CheckpointError(f"{path} has a padding to more than {MAX_PADDING:,} tokens: leave it out")
 
 
 def _all_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
