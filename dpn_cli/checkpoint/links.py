@@ -13,8 +13,9 @@ from dpn_cli.errors import CheckpointError
 
 WEIGHTS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx"}
 CALIBRATION_FOLDER = "calibration"  # what dpn writes and deletes inside of a converted folder
+EVALUATION_FOLDER = "evaluation"  # the same of an exported one too
 TEMPLATES_FOLDER = "additional_chat_templates"  # as transformers names it
-_FOLDERS = (CALIBRATION_FOLDER, TEMPLATES_FOLDER)
+_FOLDERS = (CALIBRATION_FOLDER, EVALUATION_FOLDER, TEMPLATES_FOLDER)
 
 
 def check_links(folder: Path) -> None:

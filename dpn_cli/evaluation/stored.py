@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.links import EVALUATION_FOLDER
+from dpn_cli.checkpoint.workplace import workplace
 from dpn_cli.checkpoint.writer import replace_file, write_json
 from dpn_cli.data.samples import Sample
-from dpn_cli.errors import CheckpointError
+from dpn_cli.errors import CheckpointError, DpnError
 from dpn_cli.evaluation.evaluate import Evaluation
 from dpn_cli.evaluation.judging import Known
 from dpn_cli.evaluation.page import render
 
-REPORT_FILE = Path("evaluation", "report.json")
+REPORT_FILE = Path(EVALUATION_FOLDER, "report.json")
 PAGE_FILE = REPORT_FILE.with_suffix(".html")
 _KNOWN, _DEPENDS_ON = "known", "depends_on"
 
@@ -49,10 +51,14 @@ def write_report(
 
     Raises:
         DataError: if an image cannot be read any more.
-        OSError: if the files cannot be written.
+        DpnError: if the files cannot be written, or one of another kind has the report's name.
     """
+    path = folder / REPORT_FILE
+    if path.exists() and not read_json(path).keys() >= {_KNOWN, _DEPENDS_ON}:
+        raise DpnError("it is not dpn's")
     page = render(evaluation, samples, about)
     report = about | evaluation.to_dict() | {"questions": [asdict(question) for question in evaluation.questions]}
-    (folder / REPORT_FILE).parent.mkdir(exist_ok=True)
-    replace_file(folder / REPORT_FILE, lambda path: write_json(path, report | {_DEPENDS_ON: depends_on, _KNOWN: known}))
-    replace_file(folder / PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))
+    report |= {_DEPENDS_ON: depends_on, _KNOWN: known}
+    with workplace(path, "{holder} is writing it", "evaluate a copy to keep its results") as work:
+        replace_file(path, lambda stage: write_json(stage, report), work)
+        replace_file(folder / PAGE_FILE, lambda stage: stage.write_text(page, encoding="utf-8"), work)

@@ -355,6 +355,22 @@ def test_a_picture_that_fails_costs_no_results(
     assert not (data / ".dpn").exists()
 
 
+def test_a_report_of_somebody_elses_stays(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = data / "tiny-dpn" / "evaluation" / "report.json"
+    report.parent.mkdir()
+    report.write_text('{"mine": 1}')
+    assert evaluate("--json") == 0
+    captured = capsys.readouterr()
+    assert f"Note: {report.relative_to(data)} and .html are not written: it is not dpn's" in captured.err
+    assert json.loads(captured.out)["samples"] == 8
+    assert [path.read_text() for path in report.parent.iterdir()] == ['{"mine": 1}']
+    report.unlink()
+    report.parent.rmdir()
+    report.parent.symlink_to(data)
+    assert evaluate() == 3
+    assert "is a symbolic link out of its folder" in capsys.readouterr().err
+
+
 def test_results_that_could_not_be_printed_are_kept(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
