@@ -129,7 +129,7 @@ def bench_folder(
             found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)
-        with reporter.progress(f"batches of {batch_size}", (options.rounds + 1) * len(found.methods)) as advance:
+        with reporter.progress(f"batch of {batch_size}", (options.rounds + 1) * len(found.methods)) as advance:
             results.append(measure_latency(model, found.methods, batches, options.new_tokens, advance))
         lineups.append(found)
         for line in unmet(found.spendings, pyramid, folder, data) if data else ():
