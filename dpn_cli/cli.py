@@ -167,8 +167,8 @@ def set_up_libraries() -> None:
     """Set what torch's libraries read from the environment, where the user does not; call this before it is imported.
 
     OpenMP's threads would spin while they wait: beside other programs, that took ten times the CPU seconds. oneDNN
-    would keep a thousand compiled kernels of half a megabyte, one per size of a matrix, and every batch has other sizes.
-    Layers share their sizes, so that a few are enough.
+    would keep a thousand compiled kernels of half a megabyte, one per size of a matrix, and every batch has other
+    sizes. Layers share their sizes, so that a few are enough.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
