@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields
+from dpn_cli.data.fields import Fields, assign
 from dpn_cli.data.formats import Request
 from dpn_cli.data.images import is_file
 from dpn_cli.data.jsonrows import JsonRows, key_of_rows
@@ -61,7 +61,7 @@ class VqaFiles(RowSource):
             if (number := _number(row)) not in self.annotation_of:
                 raise RowError("a question without an annotation", f"no annotation has its question_id, {number}")
             row = self.annotations.row(self.annotation_of[number]) | row
-        return {**row, "image": self._picture(row.get("image_id"))}
+        return row if "image" in assign(row) else {**row, "image": self._picture(row.get("image_id"))}
 
     def _picture(self, image_id: Any) -> str:
         """Return where a picture is: in a folder of its split or not, under its name of 2014 or of 2017."""

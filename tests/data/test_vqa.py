@@ -52,6 +52,14 @@ def test_the_test_split_of_2015_is_unanswered_and_shares_its_pictures(tmp_path: 
     assert load(questions).scan.unanswered == 2
 
 
+def test_other_questions_under_that_key_keep_their_images(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "what ?", "answer": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps({"questions": rows}))
+    [sample] = load(tmp_path / "rows.json").samples
+    assert (sample.images, sample.turns[0].answer) == ((tmp_path / "a.png",), "red")
+
+
 def test_several_splits_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path, "train2014")
     questions = write(tmp_path)
