@@ -1,6 +1,6 @@
 """Calibration as one call: samples in, fitted routers and a budget table in the checkpoint's folder out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -182,10 +182,8 @@ def _open(
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         processor = load_opened_processor(checkpoint, layout)
-        dataset = load_data(
-            data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter,
-            check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
-        )  # fmt: skip
+        check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+        dataset = _load(data, recipe, check, reporter)
         asked = [sample for sample in dataset.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
         if len(asked) < needed:
@@ -231,11 +229,28 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
     return recipe.model_copy(update={"budget": cheapest})
 
 
+def _load(
+    data: DataOptions, recipe: CalibrationRecipe, check: Callable[[Sample], None], reporter: Reporter
+) -> Dataset:
+    """Read the samples to measure, the same ones healed or not; behind them come those that only healing reads."""
+
+    def load(count: int, reporter: Reporter) -> Dataset:
+        return load_data(data, recipe.prompts, limit=count, seed=recipe.seed, check=check, reporter=reporter)
+
+    measured = load(recipe.samples, reporter)
+    if recipe.samples_read == recipe.samples:
+        return measured
+    more, known = load(recipe.samples_read, SILENT), {(each.row, each.id) for each in measured.samples}
+    further = [sample for sample in more.samples if (sample.row, sample.id) not in known]
+    return replace(measured, samples=[*measured.samples, *further], digest=f"{measured.digest}, {more.digest}")
+
+
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
     """Return the rows that are held out, those that are measured to learn from, and those that only healing reads."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    num_held = max(1, round(recipe.holdout * min(count, recipe.samples)))
-    return order[:num_held], order[num_held : recipe.samples], order[recipe.samples :]
+    measured = min(count, recipe.samples)
+    order = torch.randperm(measured, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    num_held = max(1, round(recipe.holdout * measured))
+    return order[:num_held], order[num_held:], list(range(measured, count))
 
 
 def _start_afresh(routers: nn.ModuleList) -> None:

@@ -211,9 +211,13 @@ def test_samples_that_only_healing_reads_come_in_addition(
     monkeypatch.setattr(tuning, "heal", spy)
     monkeypatch.setattr(calibration, "MIN_SAMPLES", 4)
     heal = HEAL.model_copy(update={"samples": 14})
-    report = run(tmp_path / "tiny-dpn", data, RECIPE.model_copy(update={"samples": 8, "heal": heal}))
-    assert report.settings["held_out"] == 2
+    recipe = RECIPE.model_copy(update={"samples": 8})
+    report = run(tmp_path / "tiny-dpn", data, recipe.model_copy(update={"heal": heal}))
     assert seen in ([14 - 2], [14 - 2 + 1])  # the row of text is met on the way, or not
+    plain = run(tmp_path / "tiny-dpn", data, recipe.model_copy(update={"heal": HealRecipe()}))
+    assert report.settings["held_out"] == plain.settings["held_out"] == 2
+    ids = [{case.sample.id for case in each.cases} for each in (report, plain)]
+    assert ids[0] == ids[1]  # the same ones are held out
 
 
 def test_the_papers_objective_trains_routers_and_adapter(tiny_llava: Path, data: Path, tmp_path: Path) -> None:
