@@ -16,9 +16,9 @@ from dpn_cli.pyramid.recipe import load_recipe
 from dpn_cli.pyramid.route import parse_route
 
 ROUTES = (  # of the shipped recipe
-    "diverse:0.5, keep, keep, keep, keep",
-    "diverse:0.5, keep, keep, attended:0.5, exit",
-    "keep, pool:1x2, pool:1x2, keep, keep",
+    "diverse:0.5+8x8, keep, keep, keep, keep",
+    "diverse:0.5+8x8, keep, keep, attended:0.5, exit",
+    "keep, pool:1x2, keep, keep, keep",
     "keep, pool:1x2, pool:2x2, keep, exit",
     "keep, keep, pool:2x2, exit, keep",
 )
