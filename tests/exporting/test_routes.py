@@ -30,14 +30,14 @@ def test_a_static_export_is_the_model_with_that_route_forced(
 ) -> None:
     folder = make_converted()
     done = export(folder, tmp_path / "out", ExportOptions(static=ROUTE))
-    assert done.pyramid.static_route == (0, 1, 2, 0, 1) and not done.pyramid.budgets and not done.pyramid.calibration
+    assert done.pyramid.static_route == (0, 1, 1, 0, 1) and not done.pyramid.budgets and not done.pyramid.calibration
     assert not any("routers" in name for name in Checkpoint.open(tmp_path / "out").tensors)
     inputs = question(folder, picture)
     routed, static = load_model(folder), load_model(tmp_path / "out")
-    routed.set_route((0, 1, 2, 0, 1))
+    routed.set_route((0, 1, 1, 0, 1))
     with torch.no_grad():
         assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
-    assert [tuple(route) for route in static.last_routes] == [(0, 1, 2, 0, 1)]
+    assert [tuple(route) for route in static.last_routes] == [(0, 1, 1, 0, 1)]
     with pytest.raises(ValueError, match="route is fixed"):
         static.set_budget(0.7)
 
@@ -105,7 +105,7 @@ def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tm
     with pytest.raises(UsageError, match="leave one of the two out"):
         export(folder, tmp_path / "out", ExportOptions(static="0,0,0,0,0", budget=0.7))
     with pytest.raises(UsageError, match="needs a grid of tokens"):
-        export(folder, tmp_path / "out", ExportOptions(static="diverse:0.5,1x2,keep,keep,keep"))
+        export(folder, tmp_path / "out", ExportOptions(static="diverse:0.5+8x8,1x2,keep,keep,keep"))
     assert read_json(folder / "config.json") == config
 
 
