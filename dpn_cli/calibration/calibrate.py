@@ -229,9 +229,7 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
     return recipe.model_copy(update={"budget": cheapest})
 
 
-def _load(
-    data: DataOptions, recipe: CalibrationRecipe, check: Callable[[Sample], None], reporter: Reporter
-) -> Dataset:
+def _load(data: DataOptions, recipe: CalibrationRecipe, check: Callable[[Sample], None], reporter: Reporter) -> Dataset:
     """Read the samples to measure, the same ones healed or not; behind them come those that only healing reads."""
 
     def load(count: int, reporter: Reporter) -> Dataset:
