@@ -185,7 +185,7 @@ def main(
 
     def run(folder: Path, against: tuple[str, ...]) -> Evaluation:
         options = EvaluationOptions(
-            budgets, against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
+            budgets, against=against, samples=samples, answer_tokens=max_new_tokens, batch_size=batch_size
         )
         evaluation = evaluate_folder(folder, DataOptions(data, image_root), options, console.REPORTER, ALONE)
         assert evaluation is not None, "alone, this process is the main one"
