@@ -257,7 +257,7 @@ def test_a_checkpoint_that_is_being_calibrated_is_left_alone(
 ) -> None:
     folder, pid = busy
     before = digests(folder)
-    assert cli.main(["calibrate", "--model", str(folder), "--data", "demo"]) == 2
+    assert cli.main(["calibrate", "--model", str(folder), "--data", "demo", "--force"]) == 2
     by = rf"process {pid} \(dpn calibrate, since \d\d:\d\d\): "
     refusal = rf"Error: {folder} is being calibrated by {by}wait for it, or stop it"
     assert re.search(refusal, capsys.readouterr().err)
