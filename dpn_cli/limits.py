@@ -23,6 +23,9 @@ MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_YAML_BYTES = 64 << 10
 MAX_YAML_VALUES = 10_000  # with every alias written out
 
+MAX_SAMPLES = 10_000_000  # to draw; the demo has no end
+MAX_SEED = 2**63 - 1
+
 # Images
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 MAX_IMAGE_BYTES = 1 << 30

@@ -34,7 +34,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
-from dpn_cli.errors import DataError, UsageError
+from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import default_device, in_words, load_opened_processor, max_positions
@@ -50,6 +50,7 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 MIN_SAMPLES = 16
+MIN_FITTED = 8  # of them, to fit routers to
 
 
 def calibrate(
@@ -244,10 +245,19 @@ def _load(data: DataOptions, recipe: CalibrationRecipe, check: Callable[[Sample]
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads."""
+    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads.
+
+    Raises:
+        RecipeError: if so many are held out that too few are left to learn from.
+    """
     measured = min(count, recipe.samples)
     order = torch.randperm(measured, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     num_held = max(1, round(recipe.holdout * measured))
+    if measured - num_held < MIN_FITTED:
+        raise RecipeError(
+            f"calibration.holdout: {recipe.holdout} holds {num_held} of {measured} samples out and leaves "
+            f"{measured - num_held} to fit routers to, which need {MIN_FITTED}: lower it"
+        )
     return order[:num_held], order[num_held:], list(range(measured, count))
 
 

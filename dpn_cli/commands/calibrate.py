@@ -11,6 +11,8 @@ from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
+    SAMPLES,
+    SEED,
     Choice,
     Fraction,
     checkpoint_folder,
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
     help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only the "
     "one that the checkpoint is set to.",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration samples to use; default: the recipe's.")
-@click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling and fitting; default: the recipe's.")
+@click.option("--samples", type=SAMPLES, help="Calibration samples to use; default: the recipe's.")
+@click.option("--seed", type=SEED, help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
     "--experts", metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),
     help=f"Kinds of experts to choose from; default: all that the recipe has. Kinds: {', '.join(KINDS)}; pool alone "

@@ -8,7 +8,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import bad_row_options, reading_options, takes_data
-from dpn_cli.commands.options import model_option
+from dpn_cli.commands.options import SAMPLES, SEED, model_option
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.reporter import Reporter
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @model_option
 @reading_options
 @bad_row_options
-@click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: the recipe's.")
-@click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling; default: the recipe's.")
+@click.option("--samples", type=SAMPLES, help="Samples to draw; default: the recipe's.")
+@click.option("--seed", type=SEED, help="Random seed for sampling; default: the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @takes_data
 def command(model: Path | None, data: "DataOptions", samples: int | None, seed: int | None, as_json: bool) -> None:

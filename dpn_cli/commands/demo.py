@@ -10,8 +10,9 @@ import click
 
 from dpn_cli import console, workspace
 from dpn_cli.commands.extras import extra
-from dpn_cli.commands.options import Fraction
+from dpn_cli.commands.options import SAMPLES, Fraction
 from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+from dpn_cli.limits import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.reporting.report import Report
@@ -31,10 +32,10 @@ TIMED_BATCH, TIMED_ROUNDS = 8, 7
 @click.option(
     "--budget", type=Fraction(), default=0.25, show_default=True, help="Mean fraction of prefill FLOPs to spend."
 )
-@click.option("--samples", type=click.IntRange(min=16), help="Calibration samples; default: the recipe's.")
+@click.option("--samples", type=click.IntRange(16, MAX_SAMPLES), help="Calibration samples; default: the recipe's.")
 @click.option(
     "--questions",
-    type=click.IntRange(min=1),
+    type=SAMPLES,
     default=700,
     show_default=True,
     help="Held-out questions to ask.",

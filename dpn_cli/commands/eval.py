@@ -14,6 +14,8 @@ from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
+    SAMPLES,
+    SEED,
     Choice,
     Fraction,
     baseline_names,
@@ -68,8 +70,8 @@ if TYPE_CHECKING:
     metavar="FIELD",
     help="The field of the data to group figures by; default: kind, if there is one.",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Samples to draw; default: all (512 of the demo).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed for sampling.")
+@click.option("--samples", type=SAMPLES, help="Samples to draw; default: all (512 of the demo).")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed for sampling.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),

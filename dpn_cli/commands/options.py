@@ -16,6 +16,7 @@ from dpn_cli.checkpoint.headers import DTYPES, check_folder
 from dpn_cli.commands.completion import names, recipe_keys
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
+from dpn_cli.limits import MAX_SAMPLES, MAX_SEED
 from dpn_cli.parallel.launch import is_launched, launch, place, speaks
 
 
@@ -34,6 +35,7 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe value; repeatable.",
     shell_complete=names(recipe_keys),
 )  # fmt: skip
+SAMPLES, SEED = click.IntRange(1, MAX_SAMPLES), click.IntRange(0, MAX_SEED)
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
 
 

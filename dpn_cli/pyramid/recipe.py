@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpn_cli.errors import RecipeError, UsageError, did_you_mean
+from dpn_cli.limits import MAX_SAMPLES, MAX_SEED
 from dpn_cli.pyramid.config import (
     Attention,
     Gate,
@@ -171,7 +172,7 @@ class HealRecipe(TrainingRecipe):
     """
 
     method: Literal["none", "lora"] = "none"
-    samples: Annotated[int, Field(ge=1)] | None = None
+    samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
@@ -209,7 +210,7 @@ class SurveyRecipe(_Section):
         experts: the kinds to try, of those that the sites have; null for all.
     """
 
-    samples: Annotated[int, Field(ge=2)] = 48
+    samples: Annotated[int, Field(ge=2, le=MAX_SAMPLES)] = 48
     routes: Annotated[int, Field(ge=2, le=64)] = 16
     width: Annotated[int, Field(ge=1)] = 10
     experts: tuple[ExpertKind, ...] | None = None
@@ -238,14 +239,14 @@ class CalibrationRecipe(_Section):
         paper: Settings of the paper's own training.
     """
 
-    samples: Annotated[int, Field(ge=2)] = 512
+    samples: Annotated[int, Field(ge=2, le=MAX_SAMPLES)] = 512
     routes: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
     batch_size: Annotated[int, Field(ge=1)] = 8
     holdout: Fraction = 0.2
     epochs: Annotated[int, Field(ge=1)] = 200
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     answer_tokens: Annotated[int, Field(ge=1)] = 64
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     budget: Annotated[float, Field(gt=0, le=1)] = 0.5
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
         "Describe the image in one sentence.",

@@ -168,5 +168,22 @@ def test_experts_that_are_not_to_be_had_are_refused_before_the_work(
 def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(rows, "--experts", "diverse,exit") == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "trying 8 routes" in said, said
+    assert "trying 11 routes" in said, said
     assert "routes on 14 samples; the" in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seed", str(2**64)], "is not in the range"),
+        (["--samples", "1" + "0" * 30], "is not in the range"),
+        (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
+        (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
+        (["--set", "calibration.holdout=0.999", "--samples", "20"], "leaves 0 to fit routers to, which need 8"),
+    ],
+)
+def test_what_no_calibration_can_have_is_refused(
+    make_converted: Callable[..., Path], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "--model", str(make_converted()), "--data", "demo", "--force", *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
