@@ -16,22 +16,22 @@ def test_methods_at_a_budget(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, picture = make_converted(), tmp_path / "latency.svg"
-    set_pyramid(folder, budgets=[[0.44, 3.0, 0.05]])
-    command = ["bench", "--model", str(folder), "--budget", "0.44", "--against", "fastv,prepool"]
+    set_pyramid(folder, budgets=[[0.46, 3.0, 0.05]])
+    command = ["bench", "--model", str(folder), "--budget", "0.46", "--against", "fastv,prepool"]
     command += ["--route", "keep,1x2,2x2,keep,exit"]
     sizes = ["--batch-size", "1", "--batch-size", "3", "--text-tokens", "4,16"]
     assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
-    assert all("routes nearest to 0.44 are set" in run["remarks"][0] for run in data["runs"])
+    assert all("routes nearest to 0.46 are set" in run["remarks"][0] for run in data["runs"])
     assert [run["prompt_tokens"] for run in data["runs"]] == [148, 160]
     for run in data["runs"]:
         original, dpn, fastv, prepool, fixed = run["measurements"]
         assert (original["name"], original["fraction"], original["ideal_speedup"]) == ("original", 1.0, 1.0)
-        assert (dpn["name"], fixed["name"]) == ("dpn at 0.44", "fixed keep,pool:1x2,pool:2x2,keep,exit")
-        assert dpn["fraction"] == pytest.approx(0.44, abs=0.02), "the routers are not left to noise"
+        assert (dpn["name"], fixed["name"]) == ("dpn at 0.46", "fixed keep,pool:1x2,pool:2x2,keep,exit")
+        assert dpn["fraction"] == pytest.approx(0.46, abs=0.02), "the routers are not left to noise"
         assert fastv["fraction"] == pytest.approx(dpn["fraction"], abs=0.01)
-        assert [budget["asked"] for budget in run["budgets"]] == [0.44]
+        assert [budget["asked"] for budget in run["budgets"]] == [0.46]
         assert prepool["kv_bytes"] < original["kv_bytes"]
         assert original["phases"].keys() == {"vision", "prefill", "first_token", "decode"}
     assert ">fixed keep,pool:1x2,pool:2x2,keep,exit<" in picture.read_text()
@@ -83,7 +83,7 @@ def test_a_checkpoint_runs_at_its_own_budget_and_on_prompts_of_the_calibrations_
     [run] = json.loads(capsys.readouterr().out)["runs"]
     assert run["prompt_tokens"] == 144 + 10
     assert [budget["asked"] for budget in run["budgets"]] == [0.45], "λ = 2 is half way from 0.5 to 0.4"
-    assert run["measurements"][1]["fraction"] == pytest.approx(0.45, abs=0.03)
+    assert run["measurements"][1]["fraction"] == pytest.approx(0.45, abs=0.04)
 
 
 def test_a_method_that_cannot_spend_so_little_is_left_out(

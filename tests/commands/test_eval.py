@@ -107,7 +107,7 @@ def test_an_evaluation_is_added_to_without_asking_again(
 
 
 def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    routes = ["diverse:0.5,keep,keep,keep,keep", "keep,1x2,2x2,keep,exit"]
+    routes = ["diverse:0.5+8x8,keep,keep,keep,keep", "keep,1x2,2x2,keep,exit"]
     assert evaluate("--budget", "0.8", *(part for route in routes for part in ("--route", route)), "--json") == 0
     _, dpn, *fixed = json.loads(capsys.readouterr().out)["results"]
     assert dpn["method"] == "dpn" and [each["method"] for each in fixed] == ["fixed"] * 2
@@ -120,7 +120,7 @@ def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[st
     [
         ("keep,exit", "has 2 entries, the pyramid has 5 sites"),
         ("keep,1x2,2x2,keep,exti", "Did you mean 'exit'?"),
-        ("diverse:0.5,1x2,keep,keep,keep", "route diverse:0.5,pool:1x2,keep,keep,keep: pool:1x2 needs a grid"),
+        ("diverse:0.5+8x8,1x2,keep,keep,keep", "route diverse:0.5+8x8,pool:1x2,keep,keep,keep: pool:1x2 needs a grid"),
     ],
 )
 def test_a_route_that_cannot_be_taken_is_refused(
