@@ -68,7 +68,7 @@ def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path)
     assert result.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
     text = asked.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result.answer == text.strip()
-    assert result.visual_tokens == (144 + 72 + 36 * 6) / 8
+    assert result.visual_tokens == (144 + 72 + 18 * 6) / 8
 
 
 def test_the_teacher_loses_nothing(folder: Path) -> None:

@@ -134,8 +134,8 @@ def test_every_command_that_runs_a_model_chooses_and_says_it_once(
     line = {
         "run": ["--image", str(data / "00.png"), "what is this ?", *LIGHT],
         "eval": ["--data", str(data), "--samples", "2", *LIGHT],
-        "bench": ["--rounds", "1", "--new-tokens", "1", "--text-tokens", "4", "--route", "keep,keep,1x2,keep,exit"],
-        "calibrate": ["--data", str(data), *QUICK],
+        "bench": ["--rounds", "1", "--new-tokens", "1", "--text-tokens", "4", "--route", "keep,keep,2x2,keep,exit"],
+        "calibrate": ["--data", str(data), "--force", *QUICK],
     }[command]
     loaded: list[torch.dtype] = []
     module = {"run": "inference.loading", "eval": "evaluation.run", "bench": "evaluation.bench",
