@@ -94,7 +94,12 @@ def _open(path: Path) -> int:
             raise DpnError(f"{each} is a symbolic link, through which dpn does not write: remove it")
     if not folder.is_dir() or (any(folder.iterdir()) and not path.exists()):
         raise _not_ours(folder)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
+        raise
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and not found.st_size:
         return descriptor
