@@ -17,7 +17,7 @@ lint: install
 	$(VENV)/bin/mypy --no-error-summary
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 demo: install
 	$(VENV)/bin/dpn demo
