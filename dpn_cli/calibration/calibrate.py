@@ -50,7 +50,7 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 MIN_SAMPLES = 16
-MIN_FITTED = 8  # of them, to fit routers to
+MIN_FITTED = 4  # of them, to fit routers to
 
 
 def calibrate(

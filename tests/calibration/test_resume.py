@@ -128,7 +128,7 @@ def test_a_kill_after_one_of_the_results_is_mended(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
     before = digests(folder)
-    process = start(arguments(folder, data))
+    process = start(arguments(folder, data, epochs=100_000))  # it cannot end before the signal
     wait_for(process, lambda: measured(folder, 2))
     process.send_signal(number)
     output, errors = process.communicate(timeout=DEADLOCK_S)

@@ -179,7 +179,7 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--samples", "1" + "0" * 30], "is not in the range"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
-        (["--set", "calibration.holdout=0.999", "--samples", "20"], "leaves 0 to fit routers to, which need 8"),
+        (["--set", "calibration.holdout=0.999", "--samples", "20"], "leaves 0 to fit routers to, which need 4"),
     ],
 )
 def test_what_no_calibration_can_have_is_refused(
