@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,8 +19,15 @@ POLL_S = 0.005
 
 def start(arguments: Sequence[str], **environment: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "dpn_cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    pipe, variables = subprocess.PIPE, {**os.environ, **environment}
+    options: dict[str, Any] = {"env": variables, "preexec_fn": heed_signals}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def heed_signals() -> None:
+    """Undo what a shell, `nohup` or CI leaves ignored in the programs that it starts."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(process: "subprocess.Popen[str]", found: Callable[[], bool]) -> None:
