@@ -285,11 +285,10 @@ class PyramidTextMixin:
         batch, length = hidden_states.shape[:2]
         layers = self.segments[segment]
         positions = self._positions(state, segment, cache)
-        own = state.valid if state.sizes is None else state.sizes
         if isinstance(cache, PyramidCache):
-            mask = cache.extend(segment, own, batch, length)
+            mask = cache.extend(segment, state.mask, batch, length)
         else:
-            mask = own if cache is None else attention_mask
+            mask = state.mask if cache is None else attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
         if not layers:
@@ -370,7 +369,7 @@ class PyramidTextMixin:
             hidden_states[at] = output
         if isinstance(cache, PyramidCache):
             batch, length = state.valid.shape
-            cache.extend(segment, state.valid if state.sizes is None else state.sizes, batch, length)
+            cache.extend(segment, state.mask, batch, length)
             cache.join(self.segments[segment], batch, length, parts)
         return state.after(hidden_states)
 

@@ -6,6 +6,11 @@ Shapes: B batch, Q queries, K keys.
 import torch
 
 
+def log_sizes(sizes: torch.Tensor) -> torch.Tensor:
+    """Return what sizes [B, K] add to the attention logits of the keys; nothing for padding, which is masked."""
+    return sizes.clamp(min=1).log()
+
+
 def with_sizes(causal: torch.Tensor | None, sizes: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
     """Add the logarithm of every key's size to its attention logits.
 
@@ -23,7 +28,7 @@ def with_sizes(causal: torch.Tensor | None, sizes: torch.Tensor, queries: int, d
     keys = sizes.shape[1]
     if causal is None:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=sizes.device).tril(keys - queries)[None, None]
-    bias = sizes.clamp(min=1).log().to(dtype)[:, None, None]
+    bias = log_sizes(sizes).to(dtype)[:, None, None]
     if causal.dtype == torch.bool:
         return torch.where(causal, bias, torch.finfo(dtype).min)
     return causal + bias

@@ -64,6 +64,11 @@ class PyramidState:
     refusal: str = ""
     angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """What attention has to know of the tokens as keys, [B, S], as `PyramidCache` keeps it; None for nothing."""
+        return self.valid if self.sizes is None else self.sizes
+
     def after(self, hidden_states: torch.Tensor) -> "PyramidState":
         """Return the state after some layers, on the device of their output: layers may be on several devices."""
         moved: dict[str, Any] = {

@@ -4,10 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import (
-    GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -20,7 +17,7 @@ from tools.second_teacher.drawing import draw
 from tools.second_teacher.labels import CLASSES, patch_labels
 from tools.second_teacher.questions import GRAINS, ask, corpus
 from tools.second_teacher.scene import GRID, PATCH, SIZE, posters
-from tools.teacher.assembly import CHAT_TEMPLATE, IMAGE, MEAN, STD, build_tokenizer
+from tools.teacher.assembly import CHAT_TEMPLATE, MEAN, STD, assembled, build_tokenizer, special_ids
 from tools.teacher.subject import Subject
 
 WIDTH = 96
@@ -44,11 +41,6 @@ def build_processor() -> LlavaProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Build the untrained teacher."""
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     vision = SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=256,
@@ -68,23 +60,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.06,
-        **special,
+        **special_ids(tokenizer),
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-            image_seq_length=GRID**2,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            tie_word_embeddings=False,
-        )
-    )
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(4)  # about the size of what the projector puts beside them
-    model.generation_config = GenerationConfig(**special)
-    return model
+    return assembled(tokenizer, vision, text, "full")
 
 
 SECOND = Subject(

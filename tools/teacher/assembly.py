@@ -12,6 +12,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -111,26 +112,43 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
     )
+    return assembled(tokenizer, vision, text, "default")
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Return the ids of the special tokens, as configs name them."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def assembled(
+    tokenizer: PreTrainedTokenizerFast, vision: PreTrainedConfig, text: PreTrainedConfig, strategy: str
+) -> LlavaForConditionalGeneration:
+    """Build an untrained LLaVA of a tower and a decoder.
+
+    Args:
+        tokenizer: Tokenizer of the teacher.
+        vision: Config of the vision tower.
+        text: Config of the decoder.
+        strategy: `default` leaves the tower's class token out, `full` takes all that it gives.
+    """
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision,
             text_config=text,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-            image_seq_length=(SIZE // PATCH) ** 2,
+            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
             vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
+            vision_feature_select_strategy=strategy,
             tie_word_embeddings=False,
         )
     )
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(4)  # about the size of what the projector puts beside them
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = GenerationConfig(**special_ids(tokenizer))
     return model

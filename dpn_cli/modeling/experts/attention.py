@@ -9,6 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
 from dpn_cli.families.text import TEXT_MODELS
+from dpn_cli.modeling.sized import log_sizes
 from dpn_cli.modeling.state import PyramidState, precise
 
 
@@ -36,7 +37,7 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
     logits = precise(torch.einsum("bgrd,bsgd->bgrs", query, keys)) * attention.scaling
 
     if state.sizes is not None:
-        logits = logits + state.sizes.clamp(min=1).log()[:, None, None]
+        logits = logits + log_sizes(state.sizes)[:, None, None]
     visible = torch.arange(keys.shape[1], device=last.device) <= last  # [B, S]
     visible = visible if state.valid is None else visible & state.valid
     return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
