@@ -71,11 +71,7 @@ STEPS = (
         "dpn calibrate --model work/healed --data demo --budget 0.2 --heal lora",
         "--samples 32 --set calibration.heal.steps=2",
     ),
-    Step(
-        "healing",
-        f"healing.py --model {DEMO} --model work/healed --questions 700",
-        "--questions 16 --budget 0.25",
-    ),
+    Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
     Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),
     Step(
         "latency",
