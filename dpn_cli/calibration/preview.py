@@ -12,7 +12,7 @@ from dpn_cli.calibration.forecast import Forecast, Model, forecast
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
-from dpn_cli.checkpoint.inspection import inspect_checkpoint
+from dpn_cli.checkpoint.inspection import parts
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
 from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.findings import Scan
@@ -113,7 +113,7 @@ def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecip
     dtype = compute_dtype(checkpoint, layout, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in)
     name = stored_dtype(checkpoint, layout) if dtype == AUTO else dtype
     stored = None if dtype == AUTO else next(key for key, value in TORCH_DTYPES.items() if value == dtype)
-    vision = sum(part.parameters for part in inspect_checkpoint(checkpoint.path).parts if part.name == "vision_tower")
+    vision = sum(part.parameters for part in parts(checkpoint, layout) if part.name == "vision_tower")
     size = weights_size(checkpoint, layout, stored, recipe.load_in)
     return Model(layout.shape, size, vision, getattr(torch, name or "float32"), device)
 

@@ -161,7 +161,7 @@ def inspect_checkpoint(
         config=checkpoint.config,
         layout=layout,
         pyramid=pyramid,
-        parts=tuple(_parts(checkpoint, layout)),
+        parts=tuple(parts(checkpoint, layout)),
         grids=grids,
         text_tokens=text_tokens,
         sample_from="options" if is_chosen else "default" if typical is None else "calibration",
@@ -222,7 +222,8 @@ def _layers(
     )
 
 
-def _parts(checkpoint: Checkpoint, layout: LlavaLayout) -> list[Part]:
+def parts(checkpoint: Checkpoint, layout: LlavaLayout) -> list[Part]:
+    """Count parameters and bytes of a model, part by part."""
     totals: dict[str, list[int]] = {}
     for name, tensor in checkpoint.tensors.items():
         total = totals.setdefault(_part(name, layout), [0, 0])

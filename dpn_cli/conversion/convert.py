@@ -106,8 +106,6 @@ def convert(
         UsageError: if the output exists or overlaps the source.
         MissingExtraError: if the source's tokenizer needs packages that are not installed.
     """
-    from dpn_cli.inference.trial import try_out
-
     source = resolve_source(model)
     opened = open_source(source.path, vision_tower)
     if opened.pyramid is not None and recipe is not None:
@@ -132,6 +130,8 @@ def convert(
         notes=(*opened.notes, *completion.notes(), *left_behind(source.path)),
     )
     check_target(conversion.output, force, CONVERTED, source.path)
+    from dpn_cli.inference.trial import try_out  # imports torch: what needs none has been refused
+
     with TemporaryDirectory() as name:
         small_files = Path(name)
         _write_small_files(small_files, opened, conversion, recipe, completion)

@@ -35,6 +35,7 @@ from dpn_cli.data.encoding import VISUAL, encode, prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.loading import build_processor, model_classes, quietly
+from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.visual import GRID_INPUTS
 
 CONFIG_FILE = "config.json"
@@ -75,7 +76,7 @@ class Trial:
     def model(self) -> Any:
         """The model, without memory for its weights."""
         with torch.device("meta"):
-            return model_classes({"model_type": self.config.model_type})[1]._from_config(self.config).eval()
+            return MODELS[type(self.config)]._from_config(self.config).eval()
 
     def run(self) -> None:
         """Run the vision tower on the image, and the decoder on as many tokens as the prompt has."""

@@ -315,9 +315,14 @@ class PyramidTextMixin:
 
         The positions of merged tokens must not reach it or the layers: gaps would read as packed samples.
         """
-        length = state.hidden_states.shape[1]
+        length, dtype = state.hidden_states.shape[1], state.hidden_states.dtype
         if mask is None and length == 1:  # a single token sees all before it
             return None
+        sizes = mask if mask is not None and mask.ndim == 2 and mask.is_floating_point() else None
+        if sizes is not None:
+            _refuse_kernel(self.config._attn_implementation)
+            if length == 1:
+                return with_sizes((sizes > 0)[:, None, None], sizes, length, dtype)
         causal = create_causal_mask(
             config=self.config,
             inputs_embeds=state.hidden_states,
@@ -327,10 +332,7 @@ class PyramidTextMixin:
             **{CACHE: cache},
             **({} if mask is None else WITH_MASK),
         )
-        if mask is None or mask.ndim > 2 or not mask.is_floating_point():
-            return causal
-        _refuse_kernel(self.config._attn_implementation)
-        return with_sizes(causal, mask, length, state.hidden_states.dtype)
+        return causal if sizes is None else with_sizes(causal, sizes, length, dtype)
 
     def _groups(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
