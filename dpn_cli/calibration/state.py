@@ -23,8 +23,10 @@ from dpn_cli.parallel.kept import KeptFiles
 FINGERPRINT_FILE = "fingerprint.json"
 FEATURES_FILE = "features.bin"
 
-_SINGLE = "|".join(map(re.escape, (FINGERPRINT_FILE, FEATURES_FILE, TRAINING_FILE)))
-_FILES = rf"((answers|survey|batch)-\d{{6}}\.(json|safetensors)|{_SINGLE})"
+ANSWERS, SURVEYS, BATCHES = "answers-{:06d}.json", "survey-{:06d}.safetensors", "batch-{:06d}.safetensors"
+
+_NAMES = (ANSWERS, SURVEYS, BATCHES, FINGERPRINT_FILE, FEATURES_FILE, TRAINING_FILE)
+_FILES = "(" + "|".join(r"\d{6}".join(map(re.escape, name.split("{:06d}"))) for name in _NAMES) + ")"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.\d+\.tmp")  # all that is written there, and what a kill leaves of it
 
 
@@ -52,19 +54,19 @@ class MeasurementState:
         self.folder = checkpoint / STATE_FOLDER
         self.answers = KeptFiles[list[str]](
             self.folder,
-            "answers-{:06d}.json",
+            ANSWERS,
             read=lambda path: list(read_json(path)["answers"]),
             write=lambda path, answers: write_json(path, {"answers": answers}),
         )
         self.measurements = KeptFiles[dict[str, torch.Tensor]](
             self.folder,
-            "batch-{:06d}.safetensors",
+            BATCHES,
             read=load_file,
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )
         self.surveys = KeptFiles[dict[str, torch.Tensor]](
             self.folder,
-            "survey-{:06d}.safetensors",
+            SURVEYS,
             read=load_file,
             write=lambda path, tensors: path.write_bytes(save(tensors)),
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
@@ -55,32 +55,35 @@ allow_urls_option = click.option(
 )  # fmt: skip
 
 
-def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how the rows of data are read; `takes_data` passes them on."""
-    for option in reversed(
-        (
-            click.option(
-                "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-                help="The folder that image paths of the data start in; default: that of the file that names them.",
-            ),
-            click.option(
-                "--columns", type=Columns(), default=(), metavar="ROLE=COLUMN,…",
-                help="Columns (or JSON keys) to read as image, question and so on, such as "
-                f"image=picture,question=prompt. Roles: {', '.join(ROLES)}; default: those with a known name.",
-            ),
-            click.option(
-                "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
-                help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
-            ),
-            allow_urls_option,
-            click.option(
-                "--stream", is_flag=True,
-                help="Read no more of a hub data set, or of parquet and arrow files, than the samples that are drawn.",
-            ),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def all_of(*options: Decorator) -> Decorator:
+    """Return one decorator that adds several options, to be shown in this order."""
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+reading_options = all_of(
+    click.option(
+        "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="The folder that image paths of the data start in; default: that of the file that names them.",
+    ),
+    click.option(
+        "--columns", type=Columns(), default=(), metavar="ROLE=COLUMN,…",
+        help="Columns (or JSON keys) to read as image, question and so on, such as "
+        f"image=picture,question=prompt. Roles: {', '.join(ROLES)}; default: those with a known name.",
+    ),
+    click.option(
+        "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
+        help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
+    ),
+    allow_urls_option,
+    click.option(
+        "--stream", is_flag=True,
+        help="Read no more of a hub data set, or of parquet and arrow files, than the samples that are drawn.",
+    ),
+)  # fmt: skip
+"""The options that say how the rows of data are read; `takes_data` passes them on."""
 
 
 def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,36 +99,23 @@ def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_data
 
 
+bad_row_options = all_of(
+    click.option(
+        "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
+        help="Whether rows that cannot be used stop the run or are left out.",
+    ),
+    click.option(
+        "--max-bad", type=Percent(), default="5%", show_default=True,
+        help="With --on-bad-row skip: the largest share of bad rows that is left out.",
+    ),
+)  # fmt: skip
+"""The options that say what becomes of rows that cannot be used."""
+
+
 def data_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
     """Add `--data` and all options that say how it is read, passed on as one `data`."""
-    command = takes_data(command)
-    for option in reversed(
-        (
-            click.option(
-                "--data", required=required, metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
-                help=f"What to read: {describe_formats()}.",
-            ),
-            reading_options,
-            bad_row_options,
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def bad_row_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what becomes of rows that cannot be used."""
-    for option in reversed(
-        (
-            click.option(
-                "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
-                help="Whether rows that cannot be used stop the run or are left out.",
-            ),
-            click.option(
-                "--max-bad", type=Percent(), default="5%", show_default=True,
-                help="With --on-bad-row skip: the largest share of bad rows that is left out.",
-            ),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+    data = click.option(
+        "--data", required=required, metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
+        help=f"What to read: {describe_formats()}.",
+    )  # fmt: skip
+    return all_of(data, reading_options, bad_row_options)(takes_data(command))

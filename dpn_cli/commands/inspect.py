@@ -9,7 +9,7 @@ import click
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
-from dpn_cli.commands.tables import MEANINGS, SITES
+from dpn_cli.commands.tables import MEANINGS, SITES, some_budgets
 from dpn_cli.errors import UsageError
 from dpn_cli.notation import nats
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dpn_cli.checkpoint.inspection import Inspection, RouteCost
     from dpn_cli.pyramid.config import PyramidConfig
 
-BUDGETS_SHOWN = 10
 SAMPLE_FROM = {
     "options": "",
     "calibration": ", typical of the calibration data",
@@ -124,8 +123,7 @@ def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
             legend=f"{SITES} λ: {MEANINGS['λ']}." if route is None else "",
         )
     if pyramid.budgets:
-        step = 1 if wide else -(-len(pyramid.budgets) // BUDGETS_SHOWN)
-        budgets = [*pyramid.budgets[:-1:step], pyramid.budgets[-1]]
+        budgets = some_budgets(pyramid.budgets, wide)
         console.table(
             f"Budgets, {len(budgets)} of {len(pyramid.budgets)} that were measured; any other can be asked for",
             ["budget", "λ", "KL"],

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpn_cli import console
 from dpn_cli.notation import nats, percent
@@ -24,6 +24,7 @@ PHASE_NAMES = {
     "decode": "decode, per token",
 }
 BUDGETS_SHOWN = 10
+Row = TypeVar("Row")
 ROUTES_PER_KIND = 2
 MEANINGS = {
     "FLOPs": "share of the prefill FLOPs of the original language model",
@@ -82,16 +83,19 @@ def show(title: str, columns: Sequence[Column], items: Sequence[Any], wide: bool
     )
 
 
+def some_budgets(rows: Sequence[Row], wide: bool) -> list[Row]:
+    """Return all rows of a budget table if it is wide, else about `BUDGETS_SHOWN` of them, the last one included."""
+    return [*rows[: -1 : 1 if wide else -(-len(rows) // BUDGETS_SHOWN)], rows[-1]]
+
+
 def print_calibration(report: "Report", wide: bool = False) -> None:
     """Print what a calibration reached on its held-out samples: any budget, the chosen one and fixed routes' best."""
     rows: list[tuple[str, Outcome, float | None]] = [
         (f"{report.budget:g} (asked)", report.routed, report.trade_off),
         *([("best fixed", report.best_fixed[1], None)] if report.best_fixed else []),
     ]
-    step = 1 if wide else -(-len(report.budgets) // BUDGETS_SHOWN)
-    table = list(zip(report.per_budget, report.budgets, strict=True))
-    some = [pair for pair in [*table[:-1:step], table[-1]] if pair[0].fraction != report.routed.fraction]
-    rows += [("", outcome, budget.trade_off) for outcome, budget in some]
+    table = some_budgets(list(zip(report.per_budget, report.budgets, strict=True)), wide)
+    rows += [("", outcome, budget.trade_off) for outcome, budget in table if outcome.fraction != report.routed.fraction]
 
     def route(row: "tuple[str, Outcome, float | None]") -> str:
         taken, share = next(iter(row[1].shares.items()))

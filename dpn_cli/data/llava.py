@@ -1,6 +1,5 @@
 """LLaVA's files: rows of JSON, with image paths that start in a folder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,6 @@ class LlavaFile(RowSource):
     def row(self, index: int) -> Any:
         """Return a row."""
         return self.rows.row(index)
-
-    def outlines(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows that are objects."""
-        return self.rows.objects()
 
 
 def open_llava(request: Request) -> LlavaFile | None:

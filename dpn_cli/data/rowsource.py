@@ -1,9 +1,11 @@
 """What all tables of rows have in common, whatever file they come from."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
+from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, asks, assign, known_names, lettered, mapping, present, validate_named
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading, group, read_row
@@ -63,8 +65,11 @@ class RowSource:
         raise NotImplementedError
 
     def outlines(self) -> Iterator[Fields]:
-        """Yield what shows which fields there are: every row that is an object, or one for all of a table's columns."""
-        raise NotImplementedError
+        """Yield what shows which fields there are: every row that is an object; a table yields one for all columns."""
+        for index in range(len(self)):
+            with suppress(RowError):
+                if isinstance(row := self.row(index), dict):
+                    yield row
 
     def fields(self) -> list[str]:
         """Return the fields by which rows can be grouped, in the order of their appearance."""

@@ -4,8 +4,6 @@ Source: https://visualqa.org/download.html
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +42,6 @@ class VqaFiles(RowSource):
     def __len__(self) -> int:
         """Return the number of questions."""
         return len(self.questions)
-
-    def outlines(self) -> Iterator[Fields]:
-        """Yield the questions with their annotations, as far as they have any."""
-        for index in range(len(self)):
-            with suppress(RowError):
-                if isinstance(row := self.row(index), dict):
-                    yield row
 
     def row(self, index: int) -> Any:
         """Return a question with its annotation and the path of its picture."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import ROLES, Fields
+from dpn_cli.data.fields import ROLES
 from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
@@ -76,14 +76,6 @@ class TarSamples(RowSource):
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.samples)
-
-    def outlines(self) -> Iterator[Fields]:
-        """Yield the samples that are whole."""
-        for index in range(len(self)):
-            try:
-                yield self.row(index)
-            except RowError:
-                continue
 
     def row(self, index: int) -> dict[str, Any]:
         """Return a sample as a row, its images unread."""
