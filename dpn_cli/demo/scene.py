@@ -111,7 +111,23 @@ class Ground:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Content:
+    """What a picture shows, whatever it is; to be compared by ``number``."""
+
+    @cached_property
+    def number(self) -> int:
+        """Name the content: equal contents have equal numbers, and the number decides every pixel."""
+        content = repr(astuple(self)).encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+    @property
+    def split(self) -> Split:
+        """Say which split owns this content, so that no two splits can share a picture."""
+        return _SPLIT_OF_BUCKET[self.number % len(_SPLIT_OF_BUCKET)]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene(Content):
     """Everything a picture shows; to be compared by ``number``."""
 
     ground: Ground
@@ -120,14 +136,3 @@ class Scene:
     signs: tuple[Sign, ...]
     shift: tuple[int, int]
     """Pixels down and to the right by which all plates lie off the patches that they cover most, from -3 to 4."""
-
-    @cached_property
-    def number(self) -> int:
-        """Name the content: equal scenes have equal numbers, and the number decides every pixel."""
-        content = repr(astuple(self)).encode()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-    @property
-    def split(self) -> Split:
-        """Say which split owns this content, so that no two splits can share a picture."""
-        return _SPLIT_OF_BUCKET[self.number % len(_SPLIT_OF_BUCKET)]

@@ -7,6 +7,7 @@ shows when the first answer is generated. Here it shows before anything is writt
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,7 +154,8 @@ def _blame(
     reason = _shown(" ".join(str(error).split()) or type(error).__name__)
     remedy = "correct it, or take the file from the model that this one was made from"
     said, until = "".join(traceback.format_exception(error)), time.process_time() + SEARCH_S
-    candidates = [(file, key) for file in files for key in _keys(read_json_if_there(trial.folder / file))]
+    contents = {file: read_json_if_there(trial.folder / file) for file in files}
+    candidates = [(file, key) for file, data in contents.items() for key in _keys(data)]
     candidates.sort(key=lambda each: -said.rfind(each[1][-1]))  # what the traceback names last comes first
     with TemporaryDirectory() as name:
         for path in trial.folder.iterdir():
@@ -161,7 +163,7 @@ def _blame(
         for file, key in candidates:
             if time.process_time() > until:
                 break
-            data = read_json(trial.folder / file)
+            data = deepcopy(contents[file])
             value = _pop(data, key)
             write_json(Path(name, file), data)
             try:
