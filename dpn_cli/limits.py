@@ -8,6 +8,7 @@ what models and data have.
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library
 MAX_DIMENSIONS = 64  # of a tensor, as in torch
 MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
+MAX_JSON_DEPTH = 100  # objects and lists in one another; what reads them by recursion may go some times deeper
 MAX_LABELS = 10_000  # of a config's num_labels, for each of which transformers makes an entry
 MAX_RESIZED = 2  # the shorter side of a resized image, in sides of the vision tower's
 MAX_TILES = 64  # of one image

@@ -178,17 +178,24 @@ def test_a_vocabulary_keeps_words_that_elsewhere_lead_to_code(source: Path) -> N
     assert Path("out", "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-def test_deep_json_is_one_sentence(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    deep: dict[str, Any] = {"auto_map": {}}
-    for _ in range(400):
-        deep = {"x": [deep]}
-    (source / "generation_config.json").write_text(json.dumps(deep))
+@pytest.mark.parametrize(("pairs", "found"), [(51, "nests deeper than 100"), (10**5, "is not JSON")])
+def test_deep_json_is_one_sentence(source: Path, capsys: pytest.CaptureFixture[str], pairs: int, found: str) -> None:
+    path = source / "generation_config.json"
+    path.write_text('{"x": [' * pairs + "]}" * pairs)
     assert main(["convert", str(source), "-o", "out"]) == 3
     message = capsys.readouterr().err
-    assert f"{source / 'generation_config.json'} has the x" in message and message.count("\n") == 1
-    (source / "generation_config.json").write_text('{"x": ' * 10**5)
-    assert main(["convert", str(source), "-o", "again"]) == 3
-    assert "generation_config.json is not JSON" in capsys.readouterr().err
+    assert f"{path} {found}" in message and message.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_code_is_found_as_deep_as_json_is_read(source: Path) -> None:
+    deep: dict[str, Any] = {"auto_map": {}}
+    for _ in range(48):
+        deep = {"x": [deep]}
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"deep": deep}))
+    assert main(["convert", str(source), "-o", "out"]) == 0
+    assert "auto_map" not in Path("out", path.name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("how", ["dpn", "python -m dpn_cli"])

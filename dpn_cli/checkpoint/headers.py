@@ -11,7 +11,7 @@ from typing import Any
 from dpn_cli.checkpoint.links import check_links
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.errors import CheckpointError
-from dpn_cli.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES
+from dpn_cli.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_JSON_DEPTH
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -186,7 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        CheckpointError: if it does not.
+        CheckpointError: if it does not, or nests too deeply for whoever walks it.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -196,7 +196,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    if _is_deeper(data, MAX_JSON_DEPTH):
+        raise CheckpointError(f"{path} nests deeper than {MAX_JSON_DEPTH} objects and lists: download it again")
     return data
+
+
+def _is_deeper(data: Any, depth: int) -> bool:
+    level = [data]
+    for _ in range(depth):
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
