@@ -142,6 +142,7 @@ def compete(job: Job, rounds: int) -> tuple[list[Result], float]:
     for name in BASELINES:
         pipes[name], other = context.Pipe()
         context.Process(target=serve, args=(name, job, other), daemon=True).start()
+        other.close()  # so that a method that dies ends the wait for it
         count = pipes[name].recv()
     times: dict[str, list[float]] = {name: [] for name in BASELINES}
     with console.progress("rounds", rounds) as advance:

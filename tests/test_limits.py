@@ -1,6 +1,7 @@
 """Small inputs that ask for minutes or gigabytes are refused; each case has a few seconds and megabytes to show it."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -171,3 +172,13 @@ def test_templates_are_tried_under_limits_of_the_users_own(tmp_path: Path) -> No
         ChatTemplate(CHAT_TEMPLATE + " ", tmp_path).validate("<image>", {})
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_templates_are_tried_in_the_worker_of_a_data_loader(tmp_path: Path) -> None:
+    template = ChatTemplate(CHAT_TEMPLATE + "  ", tmp_path)
+    worker = multiprocessing.get_context("fork").Process(
+        target=template.validate, args=("<image>", dict[str, str]()), daemon=True
+    )
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0

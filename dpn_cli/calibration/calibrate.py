@@ -1,6 +1,6 @@
 """Calibration as one call: samples in, fitted routers and a budget table in the checkpoint's folder out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
+from dpn_cli.calibration.samples import CalibrationData, load_samples
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
@@ -30,10 +31,8 @@ from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.data.encoding import Encoded, expected_grids, prompt_tokens, token_limit
-from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
-from dpn_cli.data.scan import Dataset
 from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.generation import greedy_answers
@@ -88,9 +87,9 @@ def calibrate(
     """
     processes = processes or Processes.join(reporter.note)
     with _in_charge(folder, processes) as claim:
-        job, dataset = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
+        job, read = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate
-        return run(job, dataset, claim, data.name)
+        return run(job, read, claim, data.name)
 
 
 @contextmanager
@@ -106,11 +105,11 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
             drop_state(folder)
 
 
-def _calibrate(job: "_Job", dataset: Dataset, claim: Claim | None, data: str) -> Report | None:
+def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Answer, train, measure, fit and save."""
     recipe, processes = job.recipe, job.processes
-    asked = [sample for sample in dataset.samples if sample.images]
-    texts = [(sample, True) for sample in dataset.samples if not sample.images and sample.is_answered]
+    asked = [sample for sample in read.samples if sample.images]
+    texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted, further = _split(len(samples), recipe)
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
@@ -134,7 +133,7 @@ def _calibrate(job: "_Job", dataset: Dataset, claim: Claim | None, data: str) ->
 
     pyramid = _solve(job, routers, held_table)
     settings = {
-        "data": data, "data_digest": dataset.digest,
+        "data": data, "data_digest": read.measured.digest,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
@@ -173,7 +172,7 @@ def _open(
     restart: bool,
     processes: Processes,
     budgets_only: bool,
-) -> tuple[_Job, Dataset]:
+) -> tuple[_Job, CalibrationData]:
     """Check the data, then the state of an earlier run, then load the model."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
@@ -184,8 +183,8 @@ def _open(
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
-        dataset = _load(data, recipe, check, reporter)
-        asked = [sample for sample in dataset.samples if sample.images]
+        read = load_samples(data, recipe, check, reporter)
+        asked = [sample for sample in read.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
         if len(asked) < needed:
             raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
@@ -197,7 +196,7 @@ def _open(
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
         surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
-        measured = fingerprint(checkpoint, dataset.digest, recipe, surveyed or pyramid)
+        measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid)
         if budgets_only:
             measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
@@ -217,7 +216,7 @@ def _open(
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; model in {model.dtype} on {model.device}{together}")
-    return _Job(model, layout, processor, recipe, state, processes, reporter, lengths, surveyed), dataset
+    return _Job(model, layout, processor, recipe, state, processes, reporter, lengths, surveyed), read
 
 
 def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
@@ -228,20 +227,6 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
         f"Budget {recipe.budget:g} is out of reach of these data, whose cheapest is {cheapest:.3f}: that is solved for."
     )
     return recipe.model_copy(update={"budget": cheapest})
-
-
-def _load(data: DataOptions, recipe: CalibrationRecipe, check: Callable[[Sample], None], reporter: Reporter) -> Dataset:
-    """Read the samples to measure, the same ones healed or not; behind them come those that only healing reads."""
-
-    def load(count: int, reporter: Reporter) -> Dataset:
-        return load_data(data, recipe.prompts, limit=count, seed=recipe.seed, check=check, reporter=reporter)
-
-    measured = load(recipe.samples, reporter)
-    if recipe.samples_read == recipe.samples:
-        return measured
-    more, known = load(recipe.samples_read, SILENT), {(each.row, each.id) for each in measured.samples}
-    further = [sample for sample in more.samples if (sample.row, sample.id) not in known]
-    return replace(measured, samples=[*measured.samples, *further], digest=f"{measured.digest}, {more.digest}")
 
 
 def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
@@ -356,9 +341,9 @@ def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfi
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
 
-def _solve_budgets(job: _Job, dataset: Dataset, claim: Claim | None, data: str) -> Report | None:
+def _solve_budgets(job: _Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Solve λ and the budget table anew, on all samples of other data, and store them."""
-    asked = [sample for sample in dataset.samples if sample.images]
+    asked = [sample for sample in read.samples if sample.images]
     table, grids = _measure(job, _answer(job, asked), len(asked))
     if claim is None:
         return None
@@ -366,7 +351,7 @@ def _solve_budgets(job: _Job, dataset: Dataset, claim: Claim | None, data: str) 
     pyramid = _solve(job, routers, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,
-        "budgets_solved_on": {"data": data, "data_digest": dataset.digest},
+        "budgets_solved_on": {"data": data, "data_digest": read.measured.digest},
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)

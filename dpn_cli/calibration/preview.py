@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dpn_cli.calibration.forecast import Forecast, Model, forecast
+from dpn_cli.calibration.samples import load_samples
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
@@ -16,7 +17,6 @@ from dpn_cli.checkpoint.inspection import parts
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
 from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.findings import Scan
-from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.inference.dtypes import AUTO, compute_dtype, weights_size
@@ -80,16 +80,14 @@ def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, r
         CheckpointError: if the checkpoint cannot be calibrated.
     """
     if folder is None:
-        dataset = load_data(data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter)
+        dataset = load_samples(data, recipe, reporter=reporter).measured
         asked = tuple(_asked(sample, None) for sample in dataset.samples[:SHOWN])
         return Preview(dataset.scan, dataset.columns, asked, None)
     checkpoint, layout, pyramid = open_converted(folder)
     processor = load_opened_processor(checkpoint, layout)
-    dataset = load_data(
-        data, recipe.prompts, limit=recipe.samples_read, seed=recipe.seed, reporter=reporter,
-        check=token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens),
-    )  # fmt: skip
-    used = [sample for sample in dataset.samples if sample.images][: recipe.samples]
+    check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+    dataset = load_samples(data, recipe, check, reporter).measured
+    used = [sample for sample in dataset.samples if sample.images]
     cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter) if used else None
     asked = tuple(_asked(sample, processor) for sample in dataset.samples[:SHOWN])
     return Preview(dataset.scan, dataset.columns, asked, cost)

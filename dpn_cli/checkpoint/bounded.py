@@ -1,11 +1,11 @@
 """Run what a stranger wrote, such as a chat template, in a child process with little time and memory. No torch."""
 
-import multiprocessing
+import json
 import os
 import resource
+import signal
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")  # its sixth word says how many pages of memory are this process's own
@@ -27,21 +27,26 @@ def run_bounded(work: Callable[[], str], seconds: int, nbytes: int) -> str:
         OverLimitError: if it takes more, or crashes.
         RuntimeError: with the message of what it raises.
     """
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_send, args=(sender, work, seconds, nbytes), daemon=True)
+    receiver, sender = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child needs none of them
-        child.start()
-    sender.close()
+        child = os.fork()  # multiprocessing would refuse where this process is a worker of a data loader
+    if child == 0:
+        try:
+            _send(sender, work, seconds, nbytes)
+        finally:
+            os._exit(0)
+    os.close(sender)
     try:
-        text, fault = receiver.recv()
-    except EOFError:
-        raise OverLimitError from None
+        with os.fdopen(receiver, "rb") as stream:
+            said = stream.read()
     finally:
-        child.kill()
-        child.join()
-        receiver.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        text, fault = json.loads(said)
+    except ValueError:
+        raise OverLimitError from None
     if fault is not None:
         raise RuntimeError(fault)
     return str(text)
@@ -52,15 +57,17 @@ def own_bytes() -> int:
     return int(_STATM.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _send(sender: Connection, work: Callable[[], str], seconds: int, nbytes: int) -> None:
-    """Do the work, and send its text and its fault, one of which is None."""
+def _send(sender: int, work: Callable[[], str], seconds: int, nbytes: int) -> None:
+    """Do the work, and send its text and its fault, one of which is None, as JSON."""
     memory = (resource.RLIMIT_DATA, own_bytes() + nbytes)
     for kind, limit in (memory, (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
         _, hard = resource.getrlimit(kind)
         resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
-        sender.send((work(), None))
+        said: tuple[str | None, str | None] = (work(), None)
     except MemoryError:
-        pass  # the end of the pipe says so
+        return  # the end of the pipe says so
     except Exception as error:  # noqa: BLE001 - it may raise whatever it likes
-        sender.send((None, next(iter(str(error).splitlines()), type(error).__name__)))
+        said = (None, next(iter(str(error).splitlines()), type(error).__name__))
+    with os.fdopen(sender, "w", encoding="utf-8") as stream:
+        json.dump(said, stream)

@@ -218,6 +218,7 @@ def test_samples_that_only_healing_reads_come_in_addition(
     assert report.settings["held_out"] == plain.settings["held_out"] == 2
     ids = [{case.sample.id for case in each.cases} for each in (report, plain)]
     assert ids[0] == ids[1]  # the same ones are held out
+    assert report.settings["data_digest"] == plain.settings["data_digest"]  # by which eval knows them again
 
 
 def test_the_papers_objective_trains_routers_and_adapter(tiny_llava: Path, data: Path, tmp_path: Path) -> None:

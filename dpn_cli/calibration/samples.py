@@ -1,0 +1,50 @@
+"""The samples of a calibration: those that are measured, and those that only healing reads. No torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Sample
+from dpn_cli.data.scan import Dataset
+from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a calibration reads.
+
+    Attributes:
+        measured: Samples to measure, the same ones healed or not.
+        further: Samples that only healing reads.
+        digest: Digest of all of them; see `Dataset`.
+    """
+
+    measured: Dataset
+    further: Sequence[Sample]
+    digest: str
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples to measure, and after them the further ones."""
+        return [*self.measured.samples, *self.further]
+
+
+def load_samples(
+    data: DataOptions,
+    recipe: CalibrationRecipe,
+    check: Callable[[Sample], None] = lambda sample: None,
+    reporter: Reporter = SILENT,
+) -> CalibrationData:
+    """Draw and check the samples of a calibration; arguments and errors as in `load_data`."""
+
+    def load(count: int, reporter: Reporter) -> Dataset:
+        return load_data(data, recipe.prompts, limit=count, seed=recipe.seed, check=check, reporter=reporter)
+
+    measured = load(recipe.samples, reporter)
+    if recipe.samples_read == recipe.samples:
+        return CalibrationData(measured, (), measured.digest)
+    more, known = load(recipe.samples_read, SILENT), {(each.row, each.id) for each in measured.samples}
+    further = [sample for sample in more.samples if (sample.row, sample.id) not in known]
+    return CalibrationData(measured, further, f"{measured.digest}, {more.digest}")
