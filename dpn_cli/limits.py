@@ -20,6 +20,10 @@ TEMPLATE_SECONDS = 1  # of CPU time
 TEMPLATE_BYTES = 300_000_000
 MAX_PROMPT_CHARACTERS = 1_000_000
 
+# tokenizer.json, to load it and to encode a handful of short texts
+TOKENIZER_SECONDS = 3  # of CPU time
+TOKENIZER_BYTES = 500_000_000
+
 # Recipes
 MAX_YAML_BYTES = 64 << 10
 MAX_YAML_VALUES = 10_000  # with every alias written out

@@ -8,11 +8,13 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dpn_cli.inference.trial  # noqa: F401 - imports take memory, and none is to be taken by a case
 from dpn_cli import limits
+from dpn_cli.checkpoint.encoding import validate_encoding
 from dpn_cli.checkpoint.headers import read_header, read_json
 from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.template import ChatTemplate
@@ -93,6 +95,41 @@ def test_templates(tmp_path: Path, loop: str, where: str) -> None:
     text = f"{where}{loop}{where and '{% endif %}'}{CHAT_TEMPLATE}"
     with pytest.raises(CheckpointError, match="takes more than 1 s or 300 MB"):
         ChatTemplate(text, tmp_path / "chat_template.jinja").validate("<image>", {})
+
+
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "fault"),
+    [
+        ("pre_tokenizer", split(r"^(\w+\s?)*\d$"), "fails with 'Onig: .*retry-limit"),
+        ("pre_tokenizer", split("\\"), "fails with 'Onig"),
+        ("normalizer", replace({"Regex": "(a+)+$"}, ""), "fails with 'Onig: .*retry-limit"),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace({"String": "a"}, "a" * 1000)] * 4}, "takes more"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA" * 1000}, "fails with 'index out of"),
+        (
+            "post_processor",
+            {"type": "TemplateProcessing", "single": [A] * 60_000, "pair": [A, B], "special_tokens": {}},
+            "makes 240,000 tokens of 13 characters",
+        ),
+        ("decoder", {"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 1000)] * 4}, "takes more"),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}, "fails with 'Token"),
+    ],
+)
+def test_tokenizers(tiny_llava: Path, tmp_path: Path, part: str, value: object, fault: str) -> None:
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    write_json(source / "tokenizer.json", read_json(source / "tokenizer.json") | {part: value})
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json has a {part} that {fault}"):
+        validate_encoding(source)
 
 
 @pytest.mark.parametrize(

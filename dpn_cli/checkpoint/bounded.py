@@ -1,5 +1,6 @@
 """Run what a stranger wrote, such as a chat template, in a child process with little time and memory. No torch."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -63,6 +64,8 @@ def _send(sender: int, work: Callable[[], str], seconds: int, nbytes: int) -> No
     for kind, limit in (memory, (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
         _, hard = resource.getrlimit(kind)
         resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the panic or the abort of a library would speak
+    faulthandler.disable()
     try:
         said: tuple[str | None, str | None] = (work(), None)
     except MemoryError:

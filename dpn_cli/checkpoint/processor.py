@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dpn_cli.checkpoint.encoding import validate_encoding
 from dpn_cli.checkpoint.headers import (
     IMAGES_FILE,
     PROCESSOR_FILE,
@@ -138,6 +139,7 @@ def complete_processor(checkpoint: Checkpoint, layout: LlavaLayout, template: Ch
     """
     template = template or ChatTemplate.find(checkpoint.path)
     completion, image_token, special = _hold(checkpoint, layout, template)
+    validate_encoding(checkpoint.path)
     template.validate(image_token, special)
     return completion
 

@@ -4,7 +4,7 @@ Shapes: B batch, L sequence.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, overload
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout
+from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
@@ -200,16 +201,29 @@ def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Pie
         if question is None:
             raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
         question = question.removeprefix(tokenizer.eos_token if i else "")  # the answer has it
-        yield _Piece(question, tokenizer.encode(question, add_special_tokens=i == 0), turn.images)
+        with _encoded(sample):
+            tokens = tokenizer.encode(question, add_special_tokens=i == 0)
+        yield _Piece(question, tokens, turn.images)
         if turn.answer is None:
             return
         gap = "" if text[-1:].isspace() else " "
-        answer = tokenizer.encode(f"{gap}{turn.answer}", add_special_tokens=False)
+        with _encoded(sample):
+            answer = tokenizer.encode(f"{gap}{turn.answer}", add_special_tokens=False)
         labelled = i >= last_shown
         if labelled and len(answer) > answer_tokens:
             yield _Piece("", answer[:answer_tokens], labelled=True)
             return
         yield _Piece("", [*answer, tokenizer.eos_token_id], labelled=labelled)
+
+
+@contextmanager
+def _encoded(sample: Sample) -> Iterator[None]:
+    """Raise a DataError where the tokenizer gives up on a text."""
+    try:
+        with no_panic():
+            yield
+    except RuntimeError as error:
+        raise DataError(f"sample {sample.id} is more than the tokenizer can encode: {error}") from None
 
 
 def _after(text: str, before: str, answer: str) -> str | None:

@@ -183,3 +183,16 @@ def test_prompts_ask_what_is_unanswered(processor: Any) -> None:
     assert first == "<s> USER : [image] what ? ASSISTANT :"
     assert second == "<s> USER : [image] what ? ASSISTANT : red USER : [image] which ? ASSISTANT :"
     assert len(batch["pixel_values"]) == 3
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_a_fault_of_its_row(processor: Any, layout: LlavaLayout) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    backend = processor.tokenizer.backend_tokenizer
+    before, hopeless = backend.pre_tokenizer, pre_tokenizers.Split(Regex("(b+)+c"), "isolated")
+    try:
+        backend.pre_tokenizer = hopeless
+        with pytest.raises(RowError, match=r"sample 1 is more than the tokenizer can encode: .*retry-limit"):
+            token_limit(processor, layout, 100, 1)(Sample("1", (), (Turn("b" * 60, "red"),)))
+    finally:
+        backend.pre_tokenizer = before
