@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -44,8 +44,34 @@ COMMANDS = {
 }
 
 
+class HelpFormatter(click.HelpFormatter):
+    """Breaks the lines of a help text at blanks only: `llava-1.5-7b` stays whole."""
+
+    _UNBROKEN = "\u2011"  # a hyphen that no line ends with
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph."""
+        super().write_text(text.replace("-", self._UNBROKEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write a list of names and their meanings."""
+        super().write_dl([(name, text.replace("-", self._UNBROKEN)) for name, text in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """Return the help."""
+        return super().getvalue().replace(self._UNBROKEN, "-")
+
+
+class Context(click.Context):
+    """A context whose helps are easy to read."""
+
+    formatter_class = HelpFormatter
+
+
 class LazyGroup(click.Group):
     """A group whose commands, `dpn_cli.commands.NAME.command`, are imported when they are called."""
+
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the verbs, in the order of use."""
@@ -128,6 +154,7 @@ def with_global_options(command: click.Command) -> click.Command:
     """Return a copy of a command that takes the global options too, and so do its subcommands."""
     command = copy(command)
     command.params = [*command.params, *GLOBAL_OPTIONS]
+    command.context_class = Context
     if isinstance(command, click.Group):
         command.commands = {name: with_global_options(each) for name, each in command.commands.items()}
     return command

@@ -310,3 +310,10 @@ def test_torchs_libraries_neither_spin_nor_hoard_unless_the_user_says_so(
         with pytest.raises(SystemExit):
             cli.run()
     assert seen == [expected, "7"]
+
+
+def test_no_line_of_a_help_ends_inside_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in cli.COMMANDS:
+        assert cli.main([command, "--help"]) == 0
+        ends = [line for line in capsys.readouterr().out.splitlines() if line.endswith("-")]
+        assert ends == [], command

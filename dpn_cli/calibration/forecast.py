@@ -212,7 +212,7 @@ def _basis(
     trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
         f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a "
-        f"decoder layer in {dtype}, measured here on {model.device} just now.{answers}",
+        f"decoder layer in {dtype} on {model.device}, measured just now.{answers}",
         f"Memory: the weights and a batch of {recipe.batch_size} of the longest samples; "
         "libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",

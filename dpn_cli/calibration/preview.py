@@ -88,7 +88,8 @@ def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, r
     check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
     dataset = load_samples(data, recipe, check, reporter).measured
     used = [sample for sample in dataset.samples if sample.images]
-    cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter) if used else None
+    with reporter.waiting("estimating"):
+        cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter) if used else None
     asked = tuple(_asked(sample, processor) for sample in dataset.samples[:SHOWN])
     return Preview(dataset.scan, dataset.columns, asked, cost)
 

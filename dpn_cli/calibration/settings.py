@@ -52,11 +52,9 @@ def validate_replaceable(folder: Path, force: bool) -> None:
     """
     pyramid = open_converted(folder)[2]
     if pyramid.budgets and not force and not (folder / STATE_FOLDER).is_dir():
-        data, budget = pyramid.calibration.get("data", "other data"), pyramid.calibration.get("budget")
-        known = "" if budget is None else f" for budget {budget:g}"
         raise UsageError(
-            f"{folder} is calibrated already, on {data}{known}: copy the folder if you want to keep that, and pass "
-            "--force to replace it (another budget needs no calibration: dpn export --budget)"
+            f"{folder} is calibrated already, {pyramid.calibrated_on}: copy the folder if you want to keep that, and "
+            "pass --force to replace it (another budget needs no calibration: dpn export --budget)"
         )
 
 

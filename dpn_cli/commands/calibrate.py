@@ -91,6 +91,7 @@ def command(
     solves the budgets on your data; the checkpoint may also be an export.
     """
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, validate_replaceable
+    from dpn_cli.checkpoint.layout import open_converted
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
     overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
@@ -103,6 +104,7 @@ def command(
         folder = checkpoint_folder(model)
         if not budgets_only:
             validate_replaceable(folder, force)
+        earlier = open_converted(folder)[2].calibrated_on
         read = budgets_recipe if budgets_only else calibration_recipe
         recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
 
@@ -123,8 +125,10 @@ def command(
         _show(report, wide, as_json)
     if not as_json:
         what = "λ, the budget table" if budgets_only else "the routers"
+        replaced = f", in place of those of the calibration {earlier}" if earlier else ""
         console.note(
-            f"Wrote {what} and calibration/report.html to {folder}. Next: dpn {'eval' if budgets_only else 'export'}"
+            f"Wrote {what} and calibration/report.html to {folder}{replaced}. "
+            f"Next: dpn {'eval' if budgets_only else 'export'}"
         )
 
 

@@ -10,6 +10,7 @@ from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import names, recipe_names
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import set_option
+from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.commands.tables import SITES
 from dpn_cli.families.family import ALIASES
 
@@ -79,13 +80,15 @@ def command(
     workspace.check_state_folder()
     from dpn_cli.checkpoint.headers import read_config
     from dpn_cli.checkpoint.source import resolve_source
-    from dpn_cli.conversion.convert import IMPORTED, convert, default_recipe
+    from dpn_cli.conversion.convert import IMPORTED, convert, default_output, default_recipe
     from dpn_cli.pyramid.recipe import load_recipe
 
     source = resolve_source(model)  # a download shows how far it is
     if recipe is None and overrides:
         recipe = default_recipe(source, read_config(source.path))
     chosen = load_recipe(recipe, overrides) if recipe else None
+    output = default_output(source) if output is None else output
+    replaced = in_place_of(output)
     with console.waiting("converting"):
         done = convert(
             model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,
@@ -102,7 +105,7 @@ def command(
         console.note("Dry run: nothing was written.")
         return
     step = "export" if done.recipe == IMPORTED else "calibrate --data DATA"
-    console.note(f"Wrote {done.output}. Next: dpn {step}")
+    console.note(f"Wrote {done.output}{replaced}. Next: dpn {step}")
 
 
 def _show(done: "Conversion", link: bool) -> None:

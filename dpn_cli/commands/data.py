@@ -37,14 +37,15 @@ if TYPE_CHECKING:
 @takes_data
 def command(model: Path | None, data: "DataOptions", samples: int | None, seed: int | None, as_json: bool) -> None:
     """Show what is read of some data."""
-    from dpn_cli.calibration.preview import preview
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.pyramid.recipe import CalibrationRecipe
 
     folder = _checkpoint(model)
     given: dict[str, Any] = {name: value for name, value in (("samples", samples), ("seed", seed)) if value is not None}
     recipe = CalibrationRecipe(**given) if folder is None else calibration_recipe(folder, (), given)
-    found = preview(data, folder, recipe, Reporter(progress=console.progress))
+    with console.waiting("starting"):
+        from dpn_cli.calibration.preview import preview
+    found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting))
     if as_json:
         result = {"data": data.name, "checkpoint": folder and str(folder), **found.to_dict()}
         console.echo(json.dumps(result, indent=2, ensure_ascii=False))
@@ -68,6 +69,7 @@ def _show(found: "Preview") -> None:
     if found.columns:
         rows = [(name, role or "not read") for name, role in found.columns.items()]
         console.table("Columns", ["column", "read as"], rows, texts=["column", "read as"])
+    console.echo("")
     for asked in found.asked:
         console.echo(f"Row {asked.row}, as it is asked:" if asked.row else "A sample, as it is asked:")
         for name, height, width in asked.images:

@@ -11,6 +11,7 @@ import click
 from dpn_cli import console, workspace
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import SAMPLES, Fraction
+from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
 from dpn_cli.limits import MAX_SAMPLES
 
@@ -53,6 +54,8 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
     workspace.check_state_folder()
     for folder in (converted, exported):
         check_target(folder, force, CONVERTED)
+        if replaced := in_place_of(folder):
+            console.note(f"--force: {folder} will be written{replaced}.")
     console.note(f"1/4 dpn convert demo --output {converted}")
     convert("demo", output=converted, force=force)
 

@@ -8,6 +8,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.options import DEFAULT_SHARD_SIZE, ExportOptions
 from dpn_cli.pyramid.presets import PRESET_KEY, PRESETS
@@ -99,6 +100,7 @@ def command(
         dtype=dtype, max_shard_size=max_shard_size, budget=budget, quantize=cast("Scheme | None", quantize),
         static=static, drop_unused=drop_unused, check_values=check_values, verify=verify, uncalibrated=uncalibrated,
     )  # fmt: skip
+    replaced = in_place_of(output)
     with console.waiting("exporting"):
         done = export(folder, output, options, force)
     for note in done.notes:
@@ -117,7 +119,9 @@ def command(
         console.note(f"{done.num_verified} tensors equal the checkpoint's, byte for byte.")
     if url:
         console.note(f"Uploaded to {url}.")
-    console.note(f"Wrote {output}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with")
+    console.note(
+        f"Wrote {output}{replaced}. Load it with  dpn_cli.load({str(output)!r}),  or where dpn is not installed with"
+    )
     console.note(f"AutoModelForImageTextToText.from_pretrained({str(output)!r}, dtype='auto', trust_remote_code=True)")
 
 

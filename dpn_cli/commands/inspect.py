@@ -109,18 +109,19 @@ def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
     from dpn_cli.pyramid.route import format_route
 
     route = pyramid.static_route
+    if route is not None:
+        state = f"static route {format_route(route, pyramid.sites)}"
+    elif pyramid.budgets or pyramid.is_imported:
+        state = f"routed, λ {pyramid.trade_off:.4g}"
+    else:
+        state = "not calibrated, so every sample keeps all its tokens (dpn calibrate --data DATA changes that)"
     if pyramid.sites:
         console.table(
-            "Pyramid: "
-            + (
-                f"routed, λ {pyramid.trade_off:.4g}"
-                if route is None
-                else f"static route {format_route(route, pyramid.sites)}"
-            ),
+            f"Pyramid: {state}",
             ["site", "experts"],
             [(str(site), ", ".join(map(str, site.experts))) for site in pyramid.sites],
             texts=["experts"],
-            legend=f"{SITES} λ: {MEANINGS['λ']}." if route is None else "",
+            legend=SITES + (f" λ: {MEANINGS['λ']}." if state.startswith("routed") else ""),
         )
     if pyramid.budgets:
         budgets = some_budgets(pyramid.budgets, wide)

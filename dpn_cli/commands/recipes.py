@@ -35,9 +35,13 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         console.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
         return
-    width = max(len(recipe.name) for recipe in recipes) + 2
-    for recipe in recipes:
-        console.echo(f"{recipe.name:{width}}{recipe.description}")
+    console.table(
+        "Recipes",
+        ["recipe", "what it is for"],
+        [(recipe.name, recipe.description) for recipe in recipes],
+        texts=["what it is for"],
+        legend="dpn recipes NAME shows one in full, dpn convert MODEL --recipe NAME takes it.",
+    )
 
 
 @command.command("show", short_help="Print one recipe in full.")

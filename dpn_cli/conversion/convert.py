@@ -120,7 +120,7 @@ def convert(
         raise RecipeError(f"recipe {recipe.name}: hidden_ratio {pyramid.router.hidden_ratio} leaves no router width")
     conversion = Conversion(
         source=source,
-        output=Path(f"{source.name}-dpn") if output is None else output,
+        output=default_output(source) if output is None else output,
         recipe=IMPORTED if opened.pyramid else recipe.name,
         pyramid=pyramid,
         layout=layout,
@@ -146,6 +146,11 @@ def convert(
             if verify and written.placement != "linked":  # a hard link is the very same file
                 verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
     return replace(conversion, placement=written.placement)
+
+
+def default_output(source: Source) -> Path:
+    """Return the folder that a conversion is written to by default."""
+    return Path(f"{source.name}-dpn")
 
 
 def default_recipe(source: Source, config: Mapping[str, Any]) -> str:

@@ -280,6 +280,14 @@ class PyramidConfig:
         return bool(self.calibration.get(IMPORTED_KEY))
 
     @property
+    def calibrated_on(self) -> str:
+        """The data and the budget of its calibration, for a reader; empty if it is not calibrated."""
+        if not self.budgets:
+            return ""
+        data, budget = self.calibration.get("data", "other data"), self.calibration.get("budget")
+        return f"on {data}" + (f" for budget {budget:g}" if isinstance(budget, int | float) else "")
+
+    @property
     def full_route(self) -> Route:
         """The route that pools nothing (the teacher's)."""
         return (0,) * len(self.sites)

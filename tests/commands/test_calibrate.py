@@ -64,7 +64,9 @@ def test_results_are_replaced_on_request_only_and_the_checkpoint_worked_on_last_
     assert digests(Path("tiny-dpn")) == before
     assert main(["convert", str(tiny_llava), "-o", "other"]) == 0
     assert current(None) == Path("other").resolve()
+    capsys.readouterr()
     assert calibrate(rows, "--force", "--seed", "1") == 0
+    assert "in place of those of the calibration on data.json for budget 0.6" in capsys.readouterr().err
     assert digests(Path("tiny-dpn")) != before
     assert current(None) == Path("tiny-dpn").resolve()
 

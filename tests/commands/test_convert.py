@@ -54,6 +54,7 @@ def test_exit_codes(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     assert main(["convert", str(tiny_llava), "-o", "out", "--force"]) == 0
+    assert "Wrote out in place of an earlier one. Next:" in capsys.readouterr().err
 
 
 def test_a_current_folder_that_cannot_remember_costs_no_results(

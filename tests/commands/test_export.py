@@ -61,7 +61,7 @@ def test_all_options_together(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["export", "--model", "tiny-dpn", "-o", "out", *options]) == 0
     captured = capsys.readouterr()
     assert "fixed, keep,pool:1x2,pool:2x2,keep,exit" in captured.out and "nf4" in captured.out
-    assert "tensors equal the checkpoint's, byte for byte" in captured.err
+    assert "tensors equal the checkpoint's, byte for byte" in captured.err and "Wrote out. " in captured.err
     assert main(["inspect", "out"]) == 0
     assert "static route keep,pool:1x2,pool:2x2,keep,exit" in capsys.readouterr().out
     config = json.loads((here / "out" / "config.json").read_text())
@@ -77,6 +77,9 @@ def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, caps
     assert main(["export", "--model", "tiny-dpn", "-o", "out"]) == 3
     assert "dpe.safetensors: the tensor" in capsys.readouterr().err and not (here / "out").exists()
     assert main(["export", "--model", "tiny-dpn", "-o", "out", "--no-check-values"]) == 0
+    capsys.readouterr()
+    assert main(["export", "--model", "tiny-dpn", "-o", "out", "--no-check-values", "--force"]) == 0
+    assert "Wrote out in place of an earlier one, which was calibrated on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
