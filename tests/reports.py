@@ -20,7 +20,10 @@ GRIDS = ((24, 24),)
 SHAPE = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)
 SITES = tuple(Site(layer, pool((1, 1), (1, 2), (2, 2))) for layer in (7, 15, 23))
 
-ORIGIN = {"model": "llava-1.5-7b", "date": "2026-11-26", "device": "CPU, 2 threads, float32"}
+ORIGIN = {
+    "model": "llava-hf/llava-1.5-7b-hf@0123456", "recipe": "llava-1.5-7b", "data": "mydata.json", "date": "2026-11-26",
+    "device": "CPU, 2 threads, float32", "versions": "dpn-cli 0.1.0, python 3.12.1, torch 2.9.0, transformers 5.0.0",
+}  # fmt: skip
 
 
 def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.samples import CalibrationData, load_samples
-from dpn_cli.calibration.settings import candidates
+from dpn_cli.calibration.settings import candidates, recipe_name
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
@@ -36,7 +35,8 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.generation import greedy_answers
-from dpn_cli.inference.loading import default_device, in_words, load_opened_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.inference.provenance import in_words, provenance
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
@@ -133,14 +133,15 @@ def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: st
 
     pyramid = _solve(job, routers, held_table)
     settings = {
-        "data": data, "data_digest": read.measured.digest,
+        "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
     report = replace(report, tried=tried or ())
-    save_calibration(claim, job.model, routers, pyramid, report)
+    with job.reporter.waiting("writing the report"):
+        save_calibration(claim, job.model, routers, pyramid, report)
     return report
 
 
@@ -215,7 +216,7 @@ def _open(
     if not budgets_only:
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
-    reporter.note(f"{len(asked)} samples from {data.name}; model in {model.dtype} on {model.device}{together}")
+    reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
     return _Job(model, layout, processor, recipe, state, processes, reporter, lengths, surveyed), read
 
 
@@ -336,7 +337,8 @@ def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable
 def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
     """Return the pyramid with the budget table of some samples, and the λ for the budget."""
     pyramid = job.model.pyramid
-    pyramid = replace(pyramid, budgets=budget_table(routers, table, pyramid.mean_distortions))
+    with job.reporter.waiting("solving budgets"):
+        pyramid = replace(pyramid, budgets=budget_table(routers, table, pyramid.mean_distortions))
     within_reach = max(job.recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
@@ -355,7 +357,8 @@ def _solve_budgets(job: _Job, read: CalibrationData, claim: Claim | None, data: 
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
-    save_calibration(claim, job.model, None, pyramid, report)
+    with job.reporter.waiting("writing the report"):
+        save_calibration(claim, job.model, None, pyramid, report)
     return report
 
 
@@ -377,16 +380,9 @@ def _report(
     with job.reporter.progress("both models answer", len(measured)) as advance:
         cases = answer_both(model, job.processor, measured, samples, recipe.batch_size, recipe.answer_tokens, advance)
     shape = model.text_model.shape
-    return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, _origin(model))
-
-
-def _origin(model: PyramidGenerationMixin) -> dict[str, str]:
-    """Say in words what was calibrated, when, and on what."""
-    return {
-        "model": str(model.config.base_model),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": in_words(model),
-    }
+    about = {"model": str(model.config.base_model), "recipe": settings.get("recipe"), "data": settings.get("data")}
+    origin = provenance(model, about)
+    return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, origin)
 
 
 def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:

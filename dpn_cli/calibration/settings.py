@@ -79,6 +79,11 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
     return _resolved(data, overrides, options, where=folder)
 
 
+def recipe_name(folder: Path) -> str:
+    """Return the name of the recipe that a checkpoint was converted with."""
+    return Recipe.from_dict(read_json(folder / RECIPE_FILE), where=str(folder / RECIPE_FILE)).name
+
+
 def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: SurveyRecipe) -> PyramidConfig | None:
     """Return the sites and experts that a survey is to choose from; None where the routes are given.
 

@@ -144,7 +144,7 @@ def print_evaluation(evaluation: "Evaluation", wide: bool = False) -> None:
     """Print every method's result, then the pyramid's by kind of question."""
     scored = evaluation.results[0].figures.accuracy is not None
     show(
-        f"{len(evaluation.questions)} samples, asked of the original, of dpn and of methods that spend what dpn spends",
+        f"{len(evaluation.questions)} samples: the original, and dpn and other methods at equal FLOPs",
         [*_RESULT_COLUMNS, *(_ACCURACY_COLUMNS if scored else [])],
         evaluation.results,
         wide,
@@ -222,7 +222,7 @@ def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
 
 def print_latency(result: "Latency", has_data: bool, wide: bool = False) -> None:
     """Print the times, speedups and memory of every method; wide, every phase and all costs in a table each."""
-    threads = f", {result.threads} threads" if result.device == "CPU" else ""
+    threads = f", {result.threads} thread{'s' * (result.threads > 1)}" if result.device == "CPU" else ""
     title = (
         f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
         f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds"

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 
-from dpn_cli import __version__
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
@@ -21,7 +19,8 @@ from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
 from dpn_cli.evaluation.stored import PAGE_FILE, REPORT_FILE, read_known, write_report
 from dpn_cli.inference.dtypes import compute_dtype
-from dpn_cli.inference.loading import default_device, in_words, load_opened, load_opened_processor, max_positions
+from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
+from dpn_cli.inference.provenance import in_words, provenance
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import evaluation_fingerprint, validate_same
 from dpn_cli.parallel.launch import on_this_machine
@@ -75,7 +74,7 @@ def evaluate_folder(
         with processes.as_one():
             with reporter.waiting("loading the model"):
                 model = load_opened(checkpoint, pyramid, dtype, device_map=device)
-            reporter.note(f"{len(shown)} samples from {data.name}; model in {model.dtype} on {model.device}")
+            reporter.note(f"{len(shown)} samples from {data.name}; computing on {in_words(model)}")
             for line in _caveats(model, pyramid, dataset):
                 reporter.note(line)
             depends_on = {
@@ -91,9 +90,9 @@ def evaluate_folder(
         if not processes.is_main:
             return None
         try:
-            about = _about(folder, data, model)
+            about = _about(folder, data, model, pyramid)
             write_report(folder, about, depends_on, known, result, shown)
-            reporter.note(f"Wrote {folder / PAGE_FILE} and .json; what else is asked of these samples is added.")
+            reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
         except (OSError, DpnError) as error:
             reporter.note(f"Note: {folder / REPORT_FILE} and .html are not written: {error}")
         deliver(result)
@@ -102,12 +101,16 @@ def evaluate_folder(
     return result
 
 
-def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin) -> dict[str, str]:
+def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin, pyramid: PyramidConfig) -> dict[str, str]:
     """Say what was evaluated on what, when and where."""
-    return {
-        "checkpoint": str(folder), "data": data.name, "date": datetime.now(UTC).date().isoformat(),
-        "device": in_words(model), "dpn": f"dpn {__version__}",
-    }  # fmt: skip
+    recipe = pyramid.calibration.get("recipe")
+    return provenance(
+        model,
+        {
+            "checkpoint": str(folder), "model": str(model.config.base_model), "recipe": recipe and str(recipe),
+            "data": data.name,
+        },
+    )  # fmt: skip
 
 
 def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:

@@ -136,13 +136,6 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return classes
 
 
-def in_words(model: PyramidGenerationMixin) -> str:
-    """Return the device and the dtype of a model, for a reader."""
-    is_gpu = model.device.type == "cuda"
-    device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device}, {str(model.dtype).removeprefix('torch.')}"
-
-
 def default_device() -> str:
     """Return where a command runs a model: the first GPU, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,25 +1,22 @@
 """What a calibration reached: figures of held-out samples, for the user and for the record."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from dpn_cli import __version__
 from dpn_cli.calibration.cases import Case
 from dpn_cli.calibration.policy import Outcome, Policy, fixed_routes, outcome
 from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.survey import Tried
+from dpn_cli.inference.provenance import versions
 from dpn_cli.intervals import wilson_interval
 from dpn_cli.pyramid.config import Budget, PyramidConfig, Route
 from dpn_cli.pyramid.cost import tokens_per_layer
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.shape import DecoderShape
 
-LIBRARIES = ("torch", "transformers")
 CASES = 10  # that are shown at either end
 
 
@@ -130,7 +127,7 @@ class Report:
             sites=[(site.after_layer, list(map(str, site.experts))) for site in pyramid.sites],
             cases=list(cases),
             settings={**settings, "held_out": len(taken)},
-            versions={"dpn-cli": __version__, "python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
+            versions=versions(),
             origin=origin,
         )
 
