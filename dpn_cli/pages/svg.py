@@ -222,7 +222,7 @@ def _grid(x: Axis | None, y: Axis, x_label: str, y_label: str) -> Markup:
     parts.append(_path([(LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], class_="axis"))
     parts.append(_text(x_label, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "name"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(_text(y_label, 14, middle, "name", transform=f"rotate(-90 14 {middle:g})"))
+    parts.append(_text(y_label, 14, middle, "name side", transform=f"rotate(-90 14 {middle:g})"))
     return Markup("").join(parts)
 
 

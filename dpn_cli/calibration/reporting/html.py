@@ -140,8 +140,8 @@ def _shares(report: Report, coloured: dict[Route, int]) -> Markup:
         if rest := sum(share for route, share in shares.items() if route not in coloured):
             yield svg.NUM_COLOURS - 1, rest, f"other routes: {percent(rest)}"
 
-    bars = [(f"{row.outcome.fraction:.0%}", row.chosen, list(parts(row.outcome.shares))) for row in _rows(report)]
-    return svg.stacked_bars(bars, (FLOPS, "share of the samples"))
+    bars = [(f"{100 * row.outcome.fraction:.0f}", row.chosen, list(parts(row.outcome.shares))) for row in _rows(report)]
+    return svg.stacked_bars(bars, ("prefill FLOPs, % of the original's", "share of the samples"))
 
 
 def _tokens(report: Report) -> Markup:
