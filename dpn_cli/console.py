@@ -135,6 +135,11 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
         click.echo(harmless(text), sys.stderr if err else sys.stdout, nl)
 
 
+def paragraph(text: str) -> None:
+    """Print plain text on stdout, within the width of the terminal."""
+    echo(_wrapped(text, _stdout_width()))
+
+
 def note(message: str) -> None:
     """Say something about the work on stderr."""
     _log.info("%s", message)
@@ -168,7 +173,7 @@ def table(
         texts: heads of the columns that, like the first one, are aligned to the left and may break; others are numbers.
         legend: below the table.
     """
-    stdout = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    stdout = Console(width=_stdout_width(), highlight=False)
     cells = [[harmless(str(cell)) for cell in row] for row in (columns, *rows)]
     breaks = [i == 0 or column in texts for i, column in enumerate(columns)]
     spans = [_span(column, can_break) for column, can_break in zip(zip(*cells, strict=True), breaks, strict=True)]
@@ -180,7 +185,8 @@ def table(
         result.add_row(*map(_broken, row, widths))
     stdout.width = max(stdout.width, sum(widths) + EDGES + GAP * (len(columns) - 1))
     with channels.results():
-        stdout.print(Text(harmless(title), "bold"), result)
+        stdout.print(Text(_wrapped(harmless(title), stdout.width), "bold"), soft_wrap=True)
+        stdout.print(result)
         if legend:
             stdout.print(Padding(Text(harmless(legend)), (0, 2, 1, 2), expand=False))
 
@@ -214,15 +220,22 @@ def _shared(spans: Sequence[tuple[int, int]], room: int) -> list[int]:
     return [least + (most - least) * left // wanted for least, most in spans]
 
 
+def _stdout_width() -> int:
+    return Console().width if sys.stdout.isatty() else PLAIN_WIDTH
+
+
 def _for_terminal(message: str) -> str:
     """Break the lines of a message at words where stderr is a terminal; words that are too long stay whole."""
-    if not _stderr.is_terminal:
-        return message
+    return _wrapped(message, _stderr.width) if _stderr.is_terminal else message
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Break the lines of a text at words, and keep their indents."""
     lines = []
-    for line in message.split("\n"):
+    for line in text.split("\n"):
         indent = line[: len(line) - len(line.lstrip())]
         lines += textwrap.wrap(
-            line, _stderr.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ) or [""]
     return "\n".join(lines)
 

@@ -64,8 +64,7 @@ def _checkpoint(model: Path | None) -> Path | None:
 
 
 def _show(found: "Preview") -> None:
-    for line in found.scan.lines():
-        console.echo(line)
+    console.paragraph("\n".join(found.scan.lines()))
     if found.columns:
         rows = [(name, role or "not read") for name, role in found.columns.items()]
         console.table("Columns", ["column", "read as"], rows, texts=["column", "read as"])
@@ -74,8 +73,8 @@ def _show(found: "Preview") -> None:
         console.echo(f"Row {asked.row}, as it is asked:" if asked.row else "A sample, as it is asked:")
         for name, height, width in asked.images:
             console.echo(f"  image: {name}, {width}×{height} pixels")
-        console.echo("\n".join(f"  | {line}" for line in asked.prompt.splitlines()))
-        console.echo(f"  answer: {asked.answer}\n" if asked.answer is not None else "  answer: the model's own\n")
+        console.paragraph("\n".join(f"  | {line}" for line in asked.prompt.splitlines()))
+        console.paragraph(f"  answer: {asked.answer}\n" if asked.answer is not None else "  answer: the model's own\n")
     if found.forecast:
         _show_forecast(found.forecast)
 

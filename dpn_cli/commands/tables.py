@@ -204,20 +204,21 @@ def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> No
 
 
 def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
-    """Print the metrics of public benchmarks, teacher and pyramid side by side, each with its FLOPs."""
-    names = list(dict.fromkeys(name for row in rows for name in row.scores))
-    console.table(
-        "Benchmarks by lmms-eval, in its units; after each figure, the fraction of the prefill FLOPs that it took",
-        ["task", "metric", "samples", *(column for name in names for column in (name, "FLOPs"))],
+    """Print the metrics of public benchmarks, a line for every method, the teacher first."""
+    lines = [(row, name) for row in rows for name in row.scores]
+    show(
+        "Benchmarks by lmms-eval, in its units",
         [
-            (
-                row.task, row.metric, row.samples,
-                *(cell for name in names for cell in (f"{row.scores[name]:.4g}", f"{row.fractions.get(name, 1):.3f}")),
-            )
-            for row in rows
+            Column("task", lambda line: line[0].task, text=True),
+            Column("metric", lambda line: line[0].metric, text=True),
+            Column("samples", lambda line: line[0].samples),
+            Column("method", lambda line: line[1], text=True),
+            Column("score", lambda line: f"{line[0].scores[line[1]]:.4g}"),
+            Column("FLOPs", lambda line: f"{line[0].fractions.get(line[1], 1):.3f}", means="FLOPs"),
         ],
-        texts=["task", "metric"],
-    )  # fmt: skip
+        lines,
+        wide=False,
+    )
 
 
 def print_latency(result: "Latency", has_data: bool, wide: bool = False) -> None:
