@@ -57,7 +57,8 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
         if replaced := in_place_of(folder):
             console.note(f"--force: {folder} will be written{replaced}.")
     console.note(f"1/4 dpn convert demo --output {converted}")
-    convert("demo", output=converted, force=force)
+    with console.waiting("converting"):
+        convert("demo", output=converted, force=force)
 
     report = _calibrated(converted, budget, samples)
     with extra(f"{workspace.FOLDER} cannot be written here"):
@@ -68,7 +69,8 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
     from dpn_cli.exporting.export import export
 
     console.note(f"3/4 dpn export --model {converted} --output {exported}")
-    export(converted, exported, force=force)
+    with console.waiting("exporting"):
+        export(converted, exported, force=force)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by the original")
     result, timed = _asked(exported, questions, report.settings["answer_tokens"])

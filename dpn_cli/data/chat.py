@@ -9,11 +9,15 @@ from dpn_cli.data.samples import Turn
 from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
 from dpn_cli.errors import did_you_mean
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "developer": "system",
+}  # fmt: skip
 _NAMES = ("from", "role")
 _CONTENTS = ("value", "content")
 _PAIR = ("system", "user", "assistant")  # of The Cauldron: a question and its answer in one object
-_IMAGE_PARTS = ("image", "image_url")  # types of the parts that show an image
+_IMAGE_PARTS = ("image", "image_url", "input_image")  # types of the parts that show an image
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
@@ -90,14 +94,14 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
             placeholders += 1
             validate_object(part, (*HOLDERS, "type", "detail"), "a part of a message")
             images += [{key: part[key]} for key in [holder(part)] if key is not None]
-        elif kind == "text":
+        elif kind in _TEXT_PARTS:
             validate_object(part, ("type", "text"), "a part of a message")
             text = read_text(part.get("text"), f"message from {name}")
             placeholders += count_images(text)
             texts.append(without_images(text))
         else:
             keys = ", ".join(map(str, part))
-            expected = ", ".join(("text", *_IMAGE_PARTS))
+            expected = ", ".join((*_TEXT_PARTS, *_IMAGE_PARTS))
             raise RowError("unknown content", f"a part of type {kind!r:.50} with the keys {keys}, expected {expected}")
     if images and len(images) != placeholders:
         raise RowError("images and placeholders", f"a message has {placeholders} placeholders for {len(images)} images")

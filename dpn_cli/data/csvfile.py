@@ -15,6 +15,7 @@ from dpn_cli.errors import DataError
 from dpn_cli.limits import MAX_IMAGE_BYTES
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHER_DELIMITERS = ";\t|"  # of a .csv, as spreadsheets write it where the comma is the decimal mark
 
 
 class CsvFile(RowSource):
@@ -70,7 +71,7 @@ def _records(path: Path, lines: list[str]) -> list[list[str]]:
     Raises:
         DataError: if a quote is left open, or closed before the cell ends; names row and column.
     """
-    delimiter = _DELIMITERS[path.suffix.lower()]
+    delimiter = _delimiter(path, lines)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     records: list[list[str]] = []
     begins = 0  # lines before the record that is read
@@ -88,6 +89,15 @@ def _records(path: Path, lines: list[str]) -> list[list[str]]:
             f'ends ({error}); write a quote inside of a quoted cell twice, as ""'
         ) from None
     return records
+
+
+def _delimiter(path: Path, lines: list[str]) -> str:
+    """Return what stands between the cells: another than the file's name says where only that one makes columns."""
+    usual = _DELIMITERS[path.suffix.lower()]
+    header = next((line for line in lines if line.strip()), "")
+    return next(
+        (each for each in (usual, *_OTHER_DELIMITERS) if len(next(csv.reader([header], delimiter=each))) > 1), usual
+    )
 
 
 def open_csv(request: Request) -> CsvFile | None:

@@ -31,7 +31,7 @@ Columns = Sequence[tuple[str, str]]
 ROLES: dict[str, tuple[str, ...]] = {
     "image": (
         "decoded_image", "images", "image", "file_name", "image_path", "image_paths", "image_file", "img", "img_path",
-        "picture", "photo", "filename", "image_url",
+        "picture", "photo", "filename", "image_url", "image_name", "imgname", "img_name", "image_id",
     ),
     "conversation": ("conversations", "messages", "conversation", "texts"),
     "question": ("question", "query", "prompt", "instruction", "problem"),
@@ -48,6 +48,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
 
+_NAMES_SHOWN = 4  # of a role, in messages
 _TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "system", "caption")
 _TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role]) | {"history", "dialog", "dialogue", "chat"}
 _SPARE = {
@@ -135,8 +136,11 @@ def asks(names: Iterable[str], columns: Columns = ()) -> bool:
 
 
 def known_names() -> str:
-    """Return in words the names that text and images are read under."""
-    return "; ".join(f"{role}: {', '.join(ROLES[role])}" for role in (*_TEXT_ROLES, "image"))
+    """Return in words some of the names that text and images are read under."""
+    some = {role: ROLES[role][:_NAMES_SHOWN] for role in (*_TEXT_ROLES, "image")}
+    return "; ".join(
+        f"{role}: {', '.join(names)}{', …' if len(names) < len(ROLES[role]) else ''}" for role, names in some.items()
+    )
 
 
 def validate_named(ignored: Collection[str], columns: Columns, names: Collection[str], data: str) -> None:

@@ -54,6 +54,9 @@ class Table(RowSource):
         if len(dataset) == 0:
             raise DataError(f"{name} holds no rows")
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
+        from datasets import ClassLabel
+
+        self.classes = {name: kind.names for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
         self.is_webdataset = KEY in dataset.column_names
         super().__init__(name, kind, request.places, request.reading)
         validate_readable([name for row in self.outlines() for name in row], request.reading, name)
@@ -68,8 +71,9 @@ class Table(RowSource):
         yield row_of(columns) if self.is_webdataset else columns
 
     def row(self, index: int) -> Any:
-        """Return a row."""
+        """Return a row, the numbers of classes as their names."""
         row = self.rows[index].to_pylist()[0]
+        row |= {name: _class_name(row[name], names) for name, names in self.classes.items()}
         return row_of(row) if self.is_webdataset else row
 
 
@@ -80,6 +84,11 @@ def _outline(kind: Any) -> Any:
     if isinstance(kind, dict):
         return {name: _outline(inner) for name, inner in kind.items()}
     return "" if isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype) else b""
+
+
+def _class_name(number: int | None, names: list[str]) -> str | None:
+    """Return the name of a class; None for a missing one, which `datasets` writes as -1."""
+    return names[number] if number is not None and number >= 0 else None
 
 
 def open_saved(request: Request) -> Table | None:

@@ -1,10 +1,10 @@
-"""Rows as JSON text: a list of objects, an object that holds one, or one object per line."""
+"""Rows as JSON text: a list of objects, an object that holds one, an object of objects, or one object per line."""
 
 import json
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,10 @@ _BEGINNING = 1 << 16  # characters
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)  # a string without an end goes to the last
-_EXPECTED = 'expected [{…}, …], an object with one such list, as {"data": [{…}, …]}, or one row per line'
+_EXPECTED = (
+    'expected [{…}, …], an object with one such list, as {"data": [{…}, …]}, an object of rows by their ids, as '
+    '{"1": {…}, …}, or one row per line'
+)
 _Span = tuple[int, int, int]  # the number of a row, and where it starts and ends
 
 
@@ -55,6 +58,7 @@ class JsonRows:
         """
         self.name = str(path)
         self.about: dict[str, Any] = {}
+        self._ids: Sequence[str] = ()  # of rows that are the values of an object
         self._has_broken_rows = False
         try:
             self.text = path.read_text(encoding="utf-8-sig")
@@ -66,6 +70,9 @@ class JsonRows:
             self.kind, self.spans = "JSON", self._only_list(start)
         elif wrapped is not None:
             self.kind, self.spans = f"JSON, key {wrapped[0][-1]!r}", self._wrapped_rows(*wrapped)
+        elif path.suffix.lower() == ".json" and (keyed := _keyed(self.text, start)):
+            self._ids, spans = zip(*keyed, strict=True)
+            self.kind, self.spans = "JSON, rows by id", [(i, *span) for i, span in enumerate(spans, 1)]
         else:
             self.kind, self.spans = "JSON lines", list(self._lines())
         if not self.spans:
@@ -89,7 +96,8 @@ class JsonRows:
         """
         _, start, end = self.spans[index]
         try:
-            return json.loads(self.text[start:end])
+            row = json.loads(self.text[start:end])
+            return {"id": self._ids[index], **row} if self._ids else row
         except json.JSONDecodeError as error:
             position = start + error.pos
             hint = "; is there a comma too many?" if self.text[start:position].rstrip().endswith(",") else ""
@@ -216,6 +224,25 @@ def _wrapped_list(text: str, start: int) -> tuple[list[str], int] | None:
     except (ValueError, IndexError, RecursionError):
         pass
     return None
+
+
+def _keyed(text: str, start: int) -> list[tuple[str, tuple[int, int]]]:
+    """Return the keys of an object whose values are rows, each with where its row starts and ends; else nothing."""
+    found: list[tuple[str, tuple[int, int]]] = []
+    position = start
+    try:
+        while text[position] == "{,"[bool(found)]:
+            key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
+            begin = _skip_space(text, _skip_space(text, position) + 1)
+            if text[begin] != "{":
+                return []
+            end = _DECODER.raw_decode(text, begin)[1]
+            found.append((key, (begin, end)))
+            position = _skip_space(text, end)
+        is_whole = text[position] == "}" and _skip_space(text, position + 1) == len(text)
+    except (ValueError, IndexError, RecursionError):
+        return []
+    return [] if not is_whole or _is_row(key for key, _ in found) else found
 
 
 def _is_row(keys: Iterable[str]) -> bool:

@@ -11,10 +11,11 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from dpn_cli.data.downloads import fetch, shown
 from dpn_cli.data.faults import RowError
+from dpn_cli.data.formats import IMAGE_SUFFIXES
 from dpn_cli.data.images import is_file
 from dpn_cli.data.samples import ImageSource, StoredImage
 
-HOLDERS = ("bytes", "base64", "path", "image", "image_url", "url")
+HOLDERS = ("bytes", "base64", "data", "path", "image", "image_url", "url", "source")
 """The keys under which an object holds an image, the first one with something in it being read."""
 
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
@@ -67,7 +68,16 @@ class Places:
         if _ELSEWHERE.match(held) and not _FILE_URI.match(held):
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
         path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held
-        return self.root / (path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/"))
+        file = self.root / (path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/"))
+        return _with_suffix(file)
+
+
+def _with_suffix(file: Path) -> Path:
+    """Return the path of an image; where a row leaves out the end of its name, that of the file which is there."""
+    if file.suffix.lower() in IMAGE_SUFFIXES or is_file(file):
+        return file
+    named = (file.with_name(f"{file.name}{suffix}") for suffix in sorted(IMAGE_SUFFIXES) if file.name)
+    return next(filter(is_file, named), file)
 
 
 def holder(value: dict[str, Any]) -> str | None:
@@ -102,6 +112,6 @@ def _held(value: Any) -> Any:
     while isinstance(value, dict):
         key = holder(value)
         value = None if key is None else value[key]
-        if key == "base64" and isinstance(value, str) and not _DATA_URI.match(value):
+        if key in ("base64", "data") and isinstance(value, str) and not _DATA_URI.match(value):
             return f"data:;base64,{value}"
     return value

@@ -59,8 +59,8 @@ def read_text_alone(value: Any, what: str) -> str:
 
 
 def without_images(question: str) -> str:
-    """Return a question without its placeholders."""
-    return question.replace(PLACEHOLDER, "").strip()
+    """Return a question without its placeholders, and without a second blank where one stood between two."""
+    return re.sub(rf"(?<= ){PLACEHOLDER} |{PLACEHOLDER}", "", question).strip()
 
 
 def read_answer(value: Any) -> str:

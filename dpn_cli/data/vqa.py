@@ -18,6 +18,7 @@ from dpn_cli.data.rowsource import RowSource
 from dpn_cli.errors import DataError
 
 _QUESTIONS, _ANNOTATIONS = "questions", "annotations"  # keys of the lists in the two files
+_IMAGE_ID = "image_id"
 _SHOWN = 50  # characters
 _SPLIT = re.compile(r"(?:train|val|test)(?:-dev)?20\d\d")
 
@@ -52,7 +53,8 @@ class VqaFiles(RowSource):
             if (number := _number(row)) not in self.annotation_of:
                 raise RowError("a question without an annotation", f"no annotation has its question_id, {number}")
             row = self.annotations.row(self.annotation_of[number]) | row
-        return row if "image" in assign(row) else {**row, "image": self._picture(row.get("image_id"))}
+        has_picture = assign(row).get("image", _IMAGE_ID) != _IMAGE_ID
+        return row if has_picture else {**row, "image": self._picture(row.get(_IMAGE_ID))}
 
     def _picture(self, image_id: Any) -> str:
         """Return where a picture is: in a folder of its split or not, under its name of 2014 or of 2017."""

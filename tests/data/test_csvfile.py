@@ -73,3 +73,11 @@ def test_images_in_base64_cells_of_any_length(tmp_path: Path) -> None:
     (tmp_path / "mmbench.tsv").write_text(f"index\timage\tquestion\tA\tB\tanswer\n7\t{cell}\twhich ?\tred\tblue\tB\n")
     [sample] = load_data(DataOptions(str(tmp_path / "mmbench.tsv"))).samples
     assert sample.open_images()[0].size == (400, 400) and sample.turns[0].answer == "B"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_csv_may_have_another_delimiter(tmp_path: Path, picture: Path, delimiter: str) -> None:
+    cells = [["\ufefffile_name", "question", "answer"], [str(picture), '"one, two\nor ""three""?"', "two"]]
+    (tmp_path / "data.csv").write_text("\r\n".join(map(delimiter.join, cells)))
+    [sample] = load_data(DataOptions(str(tmp_path / "data.csv"))).samples
+    assert sample.turns == (Turn('one, two\nor "three"?', "two", 1),)

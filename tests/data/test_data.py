@@ -392,3 +392,20 @@ def test_an_image_that_changed_after_the_scan_is_named(tmp_path: Path) -> None:
     path.write_text("GIF89a")
     with pytest.raises(DataError, match=r"image cannot be decoded: .*a\.png: not a known image format"):
         Sample("x", (path,), (Turn("what ?", "red"),)).open_images()
+
+
+def test_blanks_around_a_placeholder_become_one(tmp_path: Path, picture: Path) -> None:
+    rows = [llava_row(conversations=chat(question)) for question in ("see <image> here", "see <image>", "a<image>b")]
+    samples = load(write(tmp_path / "data.json", rows)).samples
+    assert [sample.turns[0].question for sample in samples] == ["see here", "see", "ab"]
+
+
+def test_rows_by_id_need_rows_as_all_values(tmp_path: Path, picture: Path) -> None:
+    row = {"image": "images/a.png", "question": "what ?", "answer": "red"}
+    (tmp_path / "data.json").write_text(json.dumps({"07": row, "x": {**row, "id": "own"}}))
+    data = load(tmp_path / "data.json")
+    assert [(sample.id, sample.row) for sample in data.samples] == [("07", 1), ("own", 2)]
+    for other in ({"a": row, "n": 2}, {"image": {"path": "a.png"}, "question": {"text": "what ?"}}):
+        (tmp_path / "data.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match="holds no JSON list of rows"):
+            load(tmp_path / "data.json")

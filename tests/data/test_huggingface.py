@@ -188,3 +188,12 @@ def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, mon
         UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read through"
     ):
         load_data(DataOptions(str(tmp_path / "data.jsonl"), stream=True), limit=2)
+
+
+def test_classes_are_read_by_their_names(datasets: Any, tmp_path: Path) -> None:
+    table = questions(datasets).remove_columns("answers").add_column("label", [1, -1]).add_column("level", [0, 1])
+    for name in ("label", "level"):
+        table = table.cast_column(name, datasets.ClassLabel(names=["blue", "red"]))
+    table.save_to_disk(tmp_path / "saved")
+    data = load_data(DataOptions(str(tmp_path / "saved"), kind_field="level"))
+    assert [(s.turns[0].answer, s.kind) for s in data.samples] == [("red", "blue"), (None, "red")]

@@ -34,6 +34,7 @@ FORMS = [
     f"{RED[:60]}\n{RED[60:]}\n",
 ]
 """Texts that stand for a red picture, which is also in the file a.png of a folder."""
+ENCODED = ("bytes", "base64", "data")  # keys of what is no path
 
 
 def colour(path: Path, rows: list[Any]) -> list[Any]:
@@ -53,8 +54,8 @@ def test_an_image_in_every_place(tmp_path: Path, form: str) -> None:
     rows = [
         {"image": text, "question": "what ?"},
         {"images": [{"url": text, "detail": "low"}], "question": "what ?"},
-        *({"image": {key: text}, "question": "what ?"} for key in HOLDERS if key not in ("bytes", "base64")),
-        *(chat({"type": "image", key: text}) for key in HOLDERS if key not in ("bytes", "base64")),
+        *({"image": {key: text}, "question": "what ?"} for key in HOLDERS if key not in ENCODED),
+        *(chat({"type": "image", key: text}) for key in HOLDERS if key not in ENCODED),
         chat({"type": "image_url", "image_url": text}),
         chat({"type": "image_url", "image_url": {"url": text, "detail": "high"}}),
     ]
@@ -73,6 +74,22 @@ def test_images_of_several_parts_keep_their_order(tmp_path: Path) -> None:
     assert colour(tmp_path / "rows.json", [chat(red, blue), chat(blue, red)]) == [
         *((255, 0, 0), (0, 0, 255)), *((0, 0, 255), (255, 0, 0)),
     ]  # fmt: skip
+
+
+def test_parts_of_other_makers_are_read(tmp_path: Path) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": RED}
+    parts = [{"type": "input_text", "text": "what ?"}, {"type": "input_image", "image_url": URI}]
+    asked = {"role": "user", "content": parts}
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "red"}]}
+    rows = [chat({"type": "image", "source": source}), {"messages": [asked, answer]}]
+    assert colour(tmp_path / "rows.json", rows) == [(255, 0, 0)] * 2
+
+
+@pytest.mark.parametrize(("name", "found"), [("42", "42.jpg"), ("a.b", "a.b.png"), ("c", "c"), ("d.png", "d.png")])
+def test_the_end_of_a_name_may_be_missing(tmp_path: Path, name: str, found: str) -> None:
+    for file in ("42.jpg", "a.b.png", "c", "c.png", "d.png.jpg"):
+        (tmp_path / file).touch()
+    assert Places(tmp_path).find(name, "x", lambda: name) == tmp_path / found
 
 
 @pytest.mark.parametrize(
@@ -94,7 +111,7 @@ def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"data": "aGk="}, r"found dict with 'data'"),
+        ({"pixels": "aGk="}, r"found dict with 'pixels'"),
         ({"image_url": {"href": "a.png"}}, r"found dict with 'image_url'"),
         (7, "found int"),
         ("s3://bucket/a.png", "'s3://bucket/a.png' is not a file: expected a path or a file:// URI"),
@@ -117,7 +134,7 @@ def test_where_an_image_cannot_be_is_named(value: Any, message: str) -> None:
             "row 1: image cannot be decoded .image 1 of row 1: not a known image",
         ),
         ({"image": "data:text/html,hi", "question": "what ?"}, "image 1 of row 1: not a known image format"),
-        (chat({"type": "image", "data": "aGk="}), "`data`, expected bytes, base64, path"),
+        (chat({"type": "image", "pixels": "aGk="}), "`pixels`, expected bytes, base64, data, path"),
         (chat({"type": "image_url", "image_url": {"url": "a.png", "caption": "a cat"}}), "`caption`, expected bytes"),
     ],
 )
