@@ -23,7 +23,7 @@ from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.latency import prompts_of
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor
-from dpn_cli.parallel.launch import is_launched
+from dpn_cli.parallel.launch import is_launched, on_this_machine
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 
@@ -62,7 +62,7 @@ class DpnLlava(lmms):
         with in_use(Path(pretrained)):
             checkpoint, layout, pyramid = open_converted(Path(pretrained))
             self.processor = load_opened_processor(checkpoint, layout)
-            dtype = compute_dtype(checkpoint, layout, dtype, self.device, _LOG.warning)
+            dtype = compute_dtype(checkpoint, layout, dtype, self.device, _LOG.warning, copies=on_this_machine())
             self.model = load_opened(checkpoint, pyramid, dtype, device_map=self.device)
         self.record = None if record is None else Path(record)
         self.fractions: dict[str, list[float]] = {}
