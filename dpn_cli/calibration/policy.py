@@ -10,10 +10,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.routers import trusted
 from dpn_cli.pyramid.config import PyramidConfig, Route
+
+
+SAMPLES = 64  # whose features are in memory together
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,9 @@ class Policy:
     @classmethod
     @one_thread()
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
-        """Ask the routers at every prefix of every sample."""
-        columns = [routers[len(prefix)](table.features[:, node]) for node, prefix in enumerate(table.tree.prefixes)]
-        widest = max(column.shape[1] for column in columns)
-        padded = [nn.functional.pad(each, (0, widest - each.shape[1]), value=-torch.inf) for each in columns]
-        return cls(table, torch.stack(padded, dim=1))
+        """Ask the routers at every prefix of every sample, some samples at a time."""
+        some = torch.arange(len(table.distortion)).split(SAMPLES)
+        return cls(table, torch.cat([_ask(routers, table.tree, table.features[rows]) for rows in some]))
 
     @cached_property
     def _options(self) -> list[list[tuple[int, int, int]]]:
@@ -118,6 +119,19 @@ class Policy:
         counted = below[None] & reduced[:, None]
         predicted = -self.logits[..., : below.shape[1]]
         return predicted[counted], self.table.distortion[:, None].expand_as(counted)[counted]
+
+
+def _ask(routers: nn.ModuleList, tree: RouteTree, features: torch.Tensor) -> torch.Tensor:
+    """Return the scores [N, P, E] of features [N, P, inputs, D], those of a site's prefixes by its router in one go."""
+    sites = [[i for i, prefix in enumerate(tree.prefixes) if len(prefix) == site] for site in range(len(routers))]
+    found = [
+        router(features[:, nodes].flatten(0, 1)).unflatten(0, (len(features), len(nodes)))
+        for router, nodes in zip(routers, sites, strict=True)
+    ]
+    widest = max(scores.shape[2] for scores in found)
+    padded = [nn.functional.pad(scores, (0, widest - scores.shape[2]), value=-torch.inf) for scores in found]
+    order = torch.tensor([node for nodes in sites for node in nodes]).argsort()
+    return torch.cat(padded, dim=1)[:, order]
 
 
 @dataclass(frozen=True)
