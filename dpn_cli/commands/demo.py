@@ -37,7 +37,7 @@ TIMED_BATCH, TIMED_ROUNDS = 8, 7
 @click.option(
     "--questions",
     type=SAMPLES,
-    default=700,
+    default=320,
     show_default=True,
     help="Held-out questions to ask.",
 )
