@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ class Step:
 
     Attributes:
         name: Name of the output file, without its suffix.
-        command: What is run in the output folder: `dpn` and its arguments, or a benchmark and its arguments.
+        command: What is run in the output folder: `dpn`, a benchmark, or `python -m` with a module of this repository,
+            and its arguments.
         small: Arguments added with `--small`.
     """
 
@@ -52,11 +54,12 @@ class Step:
     def arguments(self, is_small: bool) -> list[str]:
         """Return the command line for this interpreter."""
         program, *arguments = self.words(is_small)
-        runner = ["-m", "dpn_cli"] if program == "dpn" else [str(HERE / program)]
+        runner = {"dpn": ["-m", "dpn_cli"], "python": []}.get(program, [str(HERE / program)])
         return [sys.executable, *runner, *arguments]
 
 
-DEMO = "work/demo/demo-dpn"
+DEMO, SECOND = "work/demo/demo-dpn", "work/second"
+SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
     Step("demo", "dpn demo --output work/demo", "--samples 32 --questions 32"),
     Step("calibration", f"calibration.py --model {DEMO} --samples 600", "--samples 16 --budget 0.25"),
@@ -72,6 +75,31 @@ STEPS = (
         "--samples 32 --set calibration.heal.steps=2",
     ),
     Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
+    Step(
+        "second-samples",
+        "python -m tools.second_teacher.data --output work/second-samples --samples 600",
+        "--samples 32",
+    ),
+    Step(
+        "second-heldout",
+        "python -m tools.second_teacher.data --output work/second-heldout --split heldout --samples 700",
+        "--samples 32",
+    ),
+    Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
+    Step(
+        "second-calibrate", f"dpn calibrate --model {SECOND} --data work/second-samples --budget 0.25", "--samples 32"
+    ),
+    Step(
+        "second-calibration",
+        f"calibration.py --model {SECOND} --data work/second-heldout --samples 700",
+        "--samples 16 --budget 0.36",
+    ),
+    Step(
+        "second-frontier",
+        f"frontier.py --model {SECOND} --data work/second-heldout --samples 700 --max-new-tokens 12 "
+        "--json second-frontier.json --plot second-frontier.png",
+        "--samples 16 --budget 0.36",
+    ),
     Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),
     Step(
         "latency",
@@ -103,7 +131,10 @@ def run(step: Step, output: Path, is_small: bool) -> None:
         DpnError: if it fails; the last lines that it wrote are in the message.
     """
     start, cpu_start = time.perf_counter(), children_seconds()
-    ended = subprocess.run(step.arguments(is_small), cwd=output, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        step.arguments(is_small), cwd=output, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+    )  # fmt: skip
     if ended.returncode:
         last = "\n".join(ended.stderr.strip().splitlines()[-5:])
         raise DpnError(f"step {step.name} ended with exit code {ended.returncode}: {last}")
@@ -123,7 +154,7 @@ def children_seconds() -> float:
 @click.option("--small", is_flag=True, help="A handful of samples: to see that every step runs.")
 def main(output: Path, only: tuple[str, ...], small: bool) -> None:
     """Run every step whose file is missing."""
-    (output / "work").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(SECOND_TEACHER, output / "work" / SECOND_TEACHER.name, dirs_exist_ok=True)
     for step in STEPS:
         if (only and step.name not in only) or (output / f"{step.name}.txt").exists():
             continue

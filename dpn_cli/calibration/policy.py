@@ -15,7 +15,6 @@ from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.routers import trusted
 from dpn_cli.pyramid.config import PyramidConfig, Route
 
-
 SAMPLES = 64  # whose features are in memory together
 
 

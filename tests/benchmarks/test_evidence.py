@@ -21,6 +21,9 @@ def test_every_step_is_a_command_that_takes_its_options(
     if program == "dpn":
         verb, *words = words
         command = cli.get_command(click.Context(cli), verb)
+    elif program == "python":
+        _, module, *words = words
+        command = import_module(module).main
     else:
         command = import_module(f"benchmarks.{program.removesuffix('.py')}").main
     assert command is not None

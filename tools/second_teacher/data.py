@@ -1,11 +1,11 @@
 """Write posters with one question each as a LLaVA file: ``python -m tools.second_teacher.data --output DIR``."""
 
-import argparse
 import json
 from pathlib import Path
 from random import Random
 from typing import get_args
 
+import click
 from PIL import Image
 
 from dpn_cli.data.rows import KIND_FIELD
@@ -44,15 +44,14 @@ def write_data(folder: Path, split: Split, count: int, seed: int) -> Path:
     return file
 
 
-def main() -> None:
-    """Read the command line and write."""
-    parser = argparse.ArgumentParser(description="Write data for the second teacher.")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--split", choices=get_args(Split), default="calibration")
-    parser.add_argument("--samples", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_data(args.output, args.split, args.samples, args.seed)
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option("--split", type=click.Choice(get_args(Split)), default="calibration", show_default=True)
+@click.option("--samples", default=600, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(output: Path, split: Split, samples: int, seed: int) -> None:
+    """Write posters with one question each as a LLaVA file."""
+    write_data(output, split, samples, seed)
 
 
 if __name__ == "__main__":
