@@ -12,6 +12,7 @@ from torch import nn
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
+from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
@@ -20,12 +21,14 @@ from dpn_cli.calibration.settings import candidates, recipe_name
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.tuning import (
     frozen_dtype,
     tune,
     unused_sections,
     validate_processes,
 )
+from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.initial import initial_tensors
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
 from dpn_cli.checkpoint.lora import Lora
@@ -33,13 +36,12 @@ from dpn_cli.data.encoding import Encoded, expected_grids, prompt_tokens, token_
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, RecipeError, UsageError
-from dpn_cli.inference.dtypes import compute_dtype
-from dpn_cli.inference.generation import greedy_answers
+from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
 from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.provenance import in_words, provenance
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.parallel.fingerprint import fingerprint, served_digest, validate_same
+from dpn_cli.parallel.fingerprint import fingerprint, model_fingerprint, served_digest, validate_same
 from dpn_cli.parallel.launch import on_this_machine
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
@@ -58,6 +60,7 @@ def calibrate(
     recipe: CalibrationRecipe,
     reporter: Reporter = SILENT,
     *,
+    teacher: str | None = None,
     restart: bool = False,
     processes: Processes | None = None,
     budgets_only: bool = False,
@@ -72,6 +75,8 @@ def calibrate(
         data: the samples to calibrate on.
         recipe: samples, routes, seeds and the budget.
         reporter: told what goes on, and the progress.
+        teacher: folder, alias or hub id of another checkpoint with the same tokenizer that answers and is measured
+            against; None for the model itself without its pyramid.
         restart: drop what an unfinished calibration has measured.
         processes: that calibrate together, each with this call; by default those that a launcher has started.
         budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
@@ -82,12 +87,13 @@ def calibrate(
 
     Raises:
         DataError: if there are too few samples, or bad ones.
+        CheckpointError: if the checkpoint cannot be calibrated, or the teacher cannot teach it.
         UsageError: if the budget is out of reach, the checkpoint's route is fixed, or an unfinished calibration
             differs from this one.
     """
     processes = processes or Processes.join(reporter.note)
     with _in_charge(folder, processes) as claim:
-        job, read = _open(folder, data, recipe, reporter, restart, processes, budgets_only)
+        job, read = _open(folder, data, recipe, reporter, teacher, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate
         return run(job, read, claim, data.name)
 
@@ -115,7 +121,7 @@ def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: st
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
-    tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter)
+    tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter, job.other)
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
     if claim is None:
@@ -123,10 +129,10 @@ def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: st
     held_table = table.part(range(len(held)))
     routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
     if paper:
-        objective = held_out_objective(routers, held_table)
+        objective = held_out_objective(routers, held_table.excess)
     else:
-        learned_table = table.part(range(len(held), len(held) + len(fitted)))
-        objective = _fit(job, routers, learned_table, held_table)
+        learned_table = table.part(range(len(held), len(held) + len(fitted))).excess
+        objective = _fit(job, routers, learned_table, held_table.excess)
         if job.model.pyramid.routes is not None:
             means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
             job.model.pyramid = replace(job.model.pyramid, mean_distortions=tuple(means.tolist()))
@@ -134,6 +140,7 @@ def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: st
     pyramid = _solve(job, routers, held_table)
     settings = {
         "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
+        "teacher": job.teacher.name,
         **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
@@ -150,6 +157,7 @@ class _Job:
     """What the stages of a calibration work with; only the main process has a state.
 
     Attributes:
+        teacher: who answers, and what is measured against.
         lengths: Prompt lengths of the samples that the budget table is computed from.
         candidates: the sites and experts that a survey is to choose from; None where the routes are given.
     """
@@ -157,6 +165,7 @@ class _Job:
     model: PyramidGenerationMixin
     layout: LlavaLayout
     processor: Any
+    teacher: Teacher
     recipe: CalibrationRecipe
     state: MeasurementState | None
     processes: Processes
@@ -164,17 +173,23 @@ class _Job:
     lengths: Sequence[Length]
     candidates: PyramidConfig | None
 
+    @property
+    def other(self) -> Teacher | None:
+        """The teacher, where it is another model."""
+        return None if self.teacher.model is self.model else self.teacher
+
 
 def _open(
     folder: Path,
     data: DataOptions,
     recipe: CalibrationRecipe,
     reporter: Reporter,
+    teacher: str | None,
     restart: bool,
     processes: Processes,
     budgets_only: bool,
 ) -> tuple[_Job, CalibrationData]:
-    """Check the data, then the state of an earlier run, then load the model."""
+    """Check the teacher and the data, then the state of an earlier run, then load the models."""
     with processes.as_one():
         validate_processes(recipe, processes.count)
         checkpoint, layout, pyramid = open_converted(folder)
@@ -184,6 +199,9 @@ def _open(
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
         processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+        other = None if teacher is None else OtherTeacher.open(teacher)
+        if other:
+            check = other.check(check, folder, processor, recipe.answer_tokens)
         read = load_samples(data, recipe, check, reporter)
         asked = [sample for sample in read.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
@@ -198,6 +216,7 @@ def _open(
         surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
         measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid)
+        measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
         if budgets_only:
             measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
@@ -206,18 +225,49 @@ def _open(
         if restart and processes.is_main:
             drop_state(folder)
         state = MeasurementState(folder, measured) if processes.is_main else None
-        device, asked_dtype = default_device(), frozen_dtype(recipe)
-        dtype = compute_dtype(
-            checkpoint, layout, asked_dtype, device, reporter.note, load_in=recipe.load_in, copies=on_this_machine()
-        )
-    dtype = processes.agree(dtype)
+        device = default_device()
+        dtypes = _dtypes(checkpoint, layout, other, recipe, device, reporter)
+    dtypes = processes.agree(dtypes)
     with processes.as_one(), reporter.waiting("loading the model"):
-        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtype, healed=budgets_only, device_map=device)
+        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtypes[0], healed=budgets_only, device_map=device)
+        taught_by = Teacher(model, processor, recipe.answer_tokens)
+        if other:
+            taught_by = other.load(dtypes[1], recipe, device)
     if not budgets_only:
         _start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
-    return _Job(model, layout, processor, recipe, state, processes, reporter, lengths, surveyed), read
+    return _Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
+
+
+def _dtypes(
+    checkpoint: Checkpoint,
+    layout: LlavaLayout,
+    other: OtherTeacher | None,
+    recipe: CalibrationRecipe,
+    device: str,
+    reporter: Reporter,
+) -> list[str]:
+    """Return what to load the model in, and another teacher after it; says what both will take."""
+    models = [(checkpoint, layout), *([(other.checkpoint, other.layout)] if other else [])]
+    sizes = [loaded_size(*each, AUTO, recipe.load_in) for each in models]
+    dtypes = []
+    for i, each in enumerate(models):
+        dtypes.append(
+            compute_dtype(
+                *each, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in, copies=on_this_machine(),
+                beside=sum(sizes) - sizes[i],
+            )
+        )  # fmt: skip
+        sizes[i] = loaded_size(*each, dtypes[i], recipe.load_in)
+    if other:
+        own, theirs = (f"{size / 1e9:.3g} GB" for size in sizes)
+        everywhere = " in every process" if on_this_machine() > 1 else ""
+        reporter.note(
+            f"The weights take {own} of memory for the model and {theirs} for the teacher {other.name}, together "
+            f"{sum(sizes) / 1e9:.3g} GB{everywhere}."
+        )
+    return dtypes
 
 
 def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
@@ -263,13 +313,14 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
 
     def ask(batch: int) -> list[str]:
         asked = [samples[i] for i in batches[batch]]
-        return greedy_answers(job.model, job.processor, asked, len(asked), job.recipe.answer_tokens)
+        return job.teacher.answers(asked, len(asked))
 
     def take(batch: int, texts: list[str]) -> None:
         answers.update(zip(batches[batch], texts, strict=True))
         advance(len(texts))
 
-    with job.model.teacher(), job.reporter.progress("original answers", len(open_ones)) as advance:
+    who = "teacher" if job.other else "original"
+    with job.reporter.progress(f"{who} answers", len(open_ones)) as advance:
         job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
     answers = job.processes.agree(answers)
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
@@ -290,7 +341,10 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tup
         pieces += len(batches)
         with job.reporter.progress(title, len(grids[:count])) as advance:
             pad = job.processor.tokenizer.pad_token_id
-            table = measure(model, examples[:count], tree, batches, pad, kept, processes=job.processes, advance=advance)
+            table = measure(
+                model, examples[:count], tree, batches, pad, kept,
+                processes=job.processes, advance=advance, other=job.other,
+            )  # fmt: skip
         return job.processes.agree(table)
 
     with model.as_pyramid(pyramid):
@@ -322,7 +376,7 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
     kept, features = (job.state.measurements, job.state.features) if job.state else (None, None)
     with job.reporter.progress("measuring routes", len(examples)) as advance:
         pad = job.processor.tokenizer.pad_token_id
-        table = measure(model, examples, tree, batches, pad, kept, features, job.processes, advance)
+        table = measure(model, examples, tree, batches, pad, kept, features, job.processes, advance, job.other)
     return table, grids
 
 
@@ -353,7 +407,7 @@ def _solve_budgets(job: _Job, read: CalibrationData, claim: Claim | None, data: 
     pyramid = _solve(job, routers, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,
-        "budgets_solved_on": {"data": data, "data_digest": read.measured.digest},
+        "budgets_solved_on": {"data": data, "data_digest": read.measured.digest, "teacher": job.teacher.name},
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
     report = _report(job, routers, table, pyramid, asked, grids, settings)
@@ -378,9 +432,12 @@ def _report(
     measured = ranked(held, policy.choose_as(pyramid, pyramid.trade_off))
     _take(model, routers, pyramid)
     with job.reporter.progress("both models answer", len(measured)) as advance:
-        cases = answer_both(model, job.processor, measured, samples, recipe.batch_size, recipe.answer_tokens, advance)
+        cases = answer_both(model, job.processor, job.teacher, measured, samples, recipe.batch_size, advance)
     shape = model.text_model.shape
-    about = {"model": str(model.config.base_model), "recipe": settings.get("recipe"), "data": settings.get("data")}
+    about = {
+        "model": str(model.config.base_model), "teacher": job.teacher.name, "recipe": settings.get("recipe"),
+        "data": settings.get("data"),
+    }  # fmt: skip
     origin = provenance(model, about)
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, origin)
 

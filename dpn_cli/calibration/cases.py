@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dpn_cli.calibration.rollout import RouteTable
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.data.samples import Sample
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
@@ -41,7 +42,7 @@ class Case:
     Attributes:
         sample: The sample as it was read.
         measured: What the sample's own route does to it.
-        teacher: greedy answer of the model that pools nothing.
+        teacher: greedy answer of the teacher.
         student: greedy answer at the budget.
     """
 
@@ -100,10 +101,10 @@ def ranked(held: RouteTable, taken: torch.Tensor) -> list[Measured]:
 def answer_both(
     model: PyramidGenerationMixin,
     processor: Any,
+    teacher: Teacher,
     measured: Sequence[Measured],
     samples: Sequence[Sample],
     batch_size: int,
-    answer_tokens: int,
     advance: Callable[[int], None],
 ) -> list[Case]:
     """Let student and teacher answer some of the held-out samples.
@@ -111,14 +112,13 @@ def answer_both(
     Args:
         model: Model set to the budget.
         processor: The checkpoint's processor.
+        teacher: the other one that answers, with as many tokens.
         measured: Held-out samples to answer.
         samples: all held-out ones, as they were read.
         batch_size: samples per forward pass.
-        answer_tokens: Largest number of tokens per answer.
         advance: called with the number of samples done.
     """
     shown = [samples[each.index] for each in measured]
-    student = greedy_answers(model, processor, shown, batch_size, answer_tokens)
-    with model.teacher():
-        teacher = greedy_answers(model, processor, shown, batch_size, answer_tokens, advance)
-    return [Case(*parts) for parts in zip(shown, measured, teacher, student, strict=True)]
+    student = greedy_answers(model, processor, shown, batch_size, teacher.answer_tokens)
+    taught = teacher.answers(shown, batch_size, advance)
+    return [Case(*parts) for parts in zip(shown, measured, taught, student, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.data.encoding import VISUAL, Example, collate
 from dpn_cli.inference.scoring import answer_positions, instruction_columns
 from dpn_cli.modeling.renamed import CHECKPOINTING
@@ -26,12 +27,14 @@ class Trunk:
         answers: the positions that predict answer tokens, as indices (row [A], column [A]) of [B, L - 1].
         targets: [A], the answer tokens.
         has_labels: [B] bool, whether a row's answers are from the data rather than the teacher's own.
+        taught: [A, V] log-probabilities of a teacher that is another model; None where there is none.
     """
 
     state: PyramidState
     answers: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor
     has_labels: torch.Tensor
+    taught: torch.Tensor | None = None
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average values of answer tokens [A] within each row, then over the rows."""
@@ -56,19 +59,26 @@ def run_trunk(
     examples: Sequence[Example],
     has_labels: Sequence[bool],
     pad_token_id: int,
+    other: Teacher | None = None,
 ) -> Trunk:
-    """Run a batch up to the first site; samples without an image may be among it."""
+    """Run a batch up to the first site, and all through a teacher that is another model.
+
+    Samples without an image may be among the batch.
+    """
     text_model: Any = model.text_model
     batch = collate(examples, pad_token_id, model.device)
     labels = batch["labels"]
     with torch.no_grad():
         state = text_model.run_segment(start_batch(model, batch), 0)
     row, column = answer_positions(labels)
-    return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device))
+    taught = None if other is None else other.log_probs(examples, model.lm_head.out_features)
+    return Trunk(state, (row, column), labels[:, 1:][row, column], torch.tensor(has_labels, device=row.device), taught)
 
 
 def teacher_logits(model: PyramidGenerationMixin, trunk: Trunk) -> torch.Tensor:
-    """Return the logits [A, V] of the model with its pyramid and its adapter off, in float32."""
+    """Return the logits [A, V] of the model with its pyramid and its adapter off, or another teacher's, in float32."""
+    if trunk.taught is not None:
+        return trunk.taught
     text_model: Any = model.text_model
     state = trunk.state
     with torch.no_grad(), model.teacher():

@@ -12,14 +12,14 @@ from dpn_cli.calibration.forecast import Forecast, Model, forecast
 from dpn_cli.calibration.samples import load_samples
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.training.tuning import frozen_dtype
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint
+from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import parts
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
 from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.findings import Scan
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
-from dpn_cli.inference.dtypes import AUTO, compute_dtype, weights_size
+from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
 from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
@@ -111,9 +111,8 @@ def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecip
     device = default_device()
     dtype = compute_dtype(checkpoint, layout, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in)
     name = stored_dtype(checkpoint, layout) if dtype == AUTO else dtype
-    stored = None if dtype == AUTO else next(key for key, value in TORCH_DTYPES.items() if value == dtype)
     vision = sum(part.parameters for part in parts(checkpoint, layout) if part.name == "vision_tower")
-    size = weights_size(checkpoint, layout, stored, recipe.load_in)
+    size = loaded_size(checkpoint, layout, dtype, recipe.load_in)
     return Model(layout.shape, size, vision, getattr(torch, name or "float32"), device)
 
 

@@ -2,14 +2,15 @@
 
 The routes of a pyramid form a tree: a node is a prefix of a route, its children are the rates that the next site
 offers. Walking it depth first runs each layer once per prefix, so the vision tower and the layers before the first
-site run once per sample. The first leaf is the full route, which is the teacher.
+site run once per sample. The first leaf is the full route, which is the teacher unless that is another model.
 
 Shapes: N samples, B batch, A answer tokens, R routes, P prefixes, D hidden, V vocabulary.
 """
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.features import StoredFeatures
 from dpn_cli.calibration.passes import start_batch
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.data.encoding import Example, collate
 from dpn_cli.errors import CheckpointError, DataError
 from dpn_cli.inference.scoring import answer_log_probs, answer_positions, mean_by_row
@@ -83,6 +85,11 @@ class RouteTable:
         """Which samples were sent down which routes, [N, R] bool."""
         return ~self.distortion.isnan()
 
+    @property
+    def excess(self) -> "RouteTable":
+        """The table with what routes add to the full one's distortion, as routers predict it."""
+        return replace(self, distortion=excess(self.distortion))
+
     def select(self, rows: torch.Tensor) -> "RouteTable":
         """Return the table of some samples, in memory."""
         return self._of(rows, self.features[rows])
@@ -97,6 +104,11 @@ class RouteTable:
     def _of(self, rows: torch.Tensor, features: torch.Tensor | StoredFeatures) -> "RouteTable":
         columns = (self.offered, self.distortion, self.agreement, self.fraction)
         return RouteTable(self.tree, features, *(column[rows] for column in columns))
+
+
+def excess(distortion: torch.Tensor) -> torch.Tensor:
+    """Return what routes add to the full one's distortion, the first column of [N, R]; 0 where they are nearer."""
+    return (distortion - distortion[:, :1]).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,7 @@ def measure(
     features: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda done: None,
+    other: Teacher | None = None,
 ) -> RouteTable:
     """Run every batch down its routes.
 
@@ -173,6 +186,7 @@ def measure(
         features: the file to keep in what routers read; None to keep it in memory.
         processes: that measure together, a batch at a time each.
         advance: called with the number of samples done after each batch.
+        other: Teacher that is another model; None for the model itself.
 
     Returns:
         The table, in the order of `examples`; complete in the main process only.
@@ -196,9 +210,11 @@ def measure(
     def work(i: int) -> dict[str, torch.Tensor]:
         some = [examples[row] for row in batches[i].rows]
         with torch.inference_mode():
-            measured = _measure_batch(model, collate(some, pad_token_id, model.device), batches[i], tree)
+            inputs = collate(some, pad_token_id, model.device)
+            teacher = _teacher(model, inputs) if other is None else other.log_probs(some, model.lm_head.out_features)
+            measured = _measure_batch(model, inputs, batches[i], tree, teacher)
         tried = [tree.routes.index(route) for route in batches[i].routes]
-        _validate_finite(measured["distortion"][:, tried], some, model)
+        _validate_finite(measured["distortion"][:, tried], some, [model, *([other.model] if other else [])])
         return measured
 
     def take(i: int, measured: dict[str, torch.Tensor]) -> None:
@@ -212,16 +228,19 @@ def measure(
 
 
 def _measure_batch(
-    model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor], batch: Batch, tree: RouteTree
+    model: PyramidGenerationMixin,
+    inputs: dict[str, torch.Tensor],
+    batch: Batch,
+    tree: RouteTree,
+    teacher: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """Return one batch's rows of the table, by column."""
+    """Return one batch's rows of the table, by column; the teacher's log-probabilities are [A, V], None the first's."""
     text_model: Any = model.text_model
     size = (len(batch.rows), len(tree.routes))
     distortion, agreement = torch.full(size, torch.nan), torch.full(size, torch.nan)
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
     answers = answer_positions(inputs["labels"])
-    full_is_teacher = model.pyramid.gate == "none" and not model.is_adapted
-    teacher = None if full_is_teacher else _teacher(model, inputs)  # [A, V]
+    vocab_size = None if teacher is None else teacher.shape[1]
     for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
         if prefix in tree.prefixes:
@@ -229,7 +248,7 @@ def _measure_batch(
         if len(prefix) < len(model.pyramid.sites):
             continue
         hidden_states = text_model.finish(state)[:, :-1][answers]
-        log_probs = F.log_softmax(model.lm_head(hidden_states).float(), dim=-1)  # [A, V]
+        log_probs = F.log_softmax(model.lm_head(hidden_states)[:, :vocab_size].float(), dim=-1)  # [A, V]
         teacher = log_probs if teacher is None else teacher
         leaf = tree.routes.index(prefix)
         divergence = (teacher.exp() * (teacher - log_probs)).sum(-1).clamp(min=0)
@@ -243,11 +262,13 @@ def _measure_batch(
     return columns
 
 
-def _validate_finite(distortion: torch.Tensor, examples: Sequence[Example], model: PyramidGenerationMixin) -> None:
+def _validate_finite(
+    distortion: torch.Tensor, examples: Sequence[Example], models: Sequence[PyramidGenerationMixin]
+) -> None:
     """Check that all routes [B, R] could be measured: NaN is for those that were not tried."""
     for example, is_finite in zip(examples, distortion.isfinite().all(1).tolist(), strict=True):
         if not is_finite:
-            for name, tensor in model.named_parameters():
+            for name, tensor in chain.from_iterable(model.named_parameters() for model in models):
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise CheckpointError(
                         f"the tensor {name!r} holds NaN or infinite values, so the model is broken: download it again "
@@ -293,6 +314,9 @@ def walk(
     return visit(start_batch(model, inputs), routes)
 
 
-def _teacher(model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _teacher(model: PyramidGenerationMixin, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return what a model that is its own teacher makes of a batch; None where its full route does the same."""
+    if model.pyramid.gate == "none" and not model.is_adapted:
+        return None
     with model.teacher():
         return answer_log_probs(model, inputs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
-from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree
+from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, excess
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
@@ -42,6 +42,11 @@ class Candidates:
     distortion: torch.Tensor
     fraction: torch.Tensor
     agreement: torch.Tensor
+
+    @property
+    def excess(self) -> torch.Tensor:
+        """What routes add to the full one's distortion, [N, R]."""
+        return excess(self.distortion)
 
     @classmethod
     def of(cls, table: RouteTable) -> "Candidates":
@@ -76,7 +81,7 @@ class Candidates:
         those that an oracle would want most.
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
-        cost = self.distortion[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
+        cost = self.excess[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
         scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
         chosen = list(dict.fromkeys([0, *self._safest()]))[:size]
         least = cost[:, chosen].min(1).values
@@ -100,7 +105,7 @@ class Candidates:
 
         The mean of their square roots tells more of what would happen to other samples than their mean.
         """
-        fraction, risk = self.fraction.mean(0), self.distortion.sqrt().mean(0)
+        fraction, risk = self.fraction.mean(0), self.excess.sqrt().mean(0)
         steps = (fraction / STEP).long()
         safest = []
         for step in steps.unique().tolist():

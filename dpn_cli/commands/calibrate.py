@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     "gives the paper's pyramid.",
 )  # fmt: skip
 @click.option(
+    "--teacher", metavar="PATH|ID",
+    help="Another LLaVA with the same tokenizer, such as a larger one, that answers and is measured against; default: "
+    "the model itself, with its pyramid off.",
+)  # fmt: skip
+@click.option(
     "--heal", type=Choice(["none", "lora"]), help="First train an adapter for pooled tokens; default: the recipe's."
 )
 @click.option(
@@ -71,6 +76,7 @@ def command(
     samples: int | None,
     seed: int | None,
     experts: str | None,
+    teacher: str | None,
     heal: str | None,
     load_in: str | None,
     dtype: str | None,
@@ -112,7 +118,9 @@ def command(
         from dpn_cli.calibration.calibrate import calibrate
 
     try:
-        report = calibrate(folder, data, recipe, console.REPORTER, restart=restart, budgets_only=budgets_only)
+        report = calibrate(
+            folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, budgets_only=budgets_only
+        )
     except KeyboardInterrupt:
         console.note("What was measured is kept: the same command line goes on from there.")
         raise

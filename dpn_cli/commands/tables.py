@@ -70,16 +70,17 @@ class Column:
     means: str = ""
 
 
-def show(title: str, columns: Sequence[Column], items: Sequence[Any], wide: bool) -> None:
-    """Print a table of items, one a row, and what its columns mean."""
+def show(title: str, columns: Sequence[Column], items: Sequence[Any], wide: bool, reference: str = "original") -> None:
+    """Print a table of items, one a row, and what its columns mean: a comparison with the original or another model."""
     shown = [column for column in columns if wide or not column.wide]
     meanings = [f"{c.means}: {MEANINGS[c.means]}" for c in shown if c.means]
+    legend = "; ".join(meanings).replace("the original's", f"the {reference}'s")
     console.table(
         title,
         [column.head for column in shown],
         [[column.cell(item) for column in shown] for item in items],
         texts=[column.head for column in shown if column.text],
-        legend="; ".join(meanings) + "." if meanings else "",
+        legend=f"{legend}." if legend else "",
     )
 
 
@@ -93,6 +94,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
     rows: list[tuple[str, Outcome, float | None]] = [
         (f"{report.budget:g} (asked)", report.routed, report.trade_off),
         *([("best fixed", report.best_fixed[1], None)] if report.best_fixed else []),
+        *([("every token kept", report.full, None)] if report.reference == "teacher" else []),
     ]
     table = some_budgets(list(zip(report.per_budget, report.budgets, strict=True)), wide)
     rows += [("", outcome, budget.trade_off) for outcome, budget in table if outcome.fraction != report.routed.fraction]
@@ -103,7 +105,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
 
     low, high = report.agreement_interval
     show(
-        f"Budget {report.budget:g}, {report.samples}: the original's first choice in "
+        f"Budget {report.budget:g}, {report.samples}: the {report.reference}'s first choice in "
         f"{report.routed.agreement:.1%} (95% interval {low:.1%} to {high:.1%})",
         [
             Column("budget", lambda row: row[0], text=True),
@@ -115,6 +117,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
         ],
         sorted(rows, key=lambda row: -row[1].fraction),
         wide,
+        report.reference,
     )
 
 

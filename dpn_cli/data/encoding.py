@@ -34,12 +34,25 @@ class Example:
         visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
             [images, tiles, 3, H, W] with the sizes of the images; empty without images.
         name: what messages call the sample.
+        sample: the sample that was encoded; None where there is none.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     visual: Mapping[str, torch.Tensor]
     name: str = "a sample"
+    sample: Sample | None = None
+
+    @property
+    def origin(self) -> Sample:
+        """The sample that was encoded.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.sample is None:
+            raise ValueError(f"{self.name} was not encoded from a sample")
+        return self.sample
 
 
 def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
@@ -98,7 +111,7 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
         ids += tokens
         labels += tokens if piece.labelled else [IGNORED] * len(tokens)
     name = f"row {sample.row}" if sample.row else f"sample {sample.id}"
-    return Example(torch.tensor(ids), torch.tensor(labels), visual, name)
+    return Example(torch.tensor(ids), torch.tensor(labels), visual, name, sample)
 
 
 class Encoded(Sequence[Example]):
@@ -165,6 +178,11 @@ def prompt_tokens(sample: Sample, processor: Any, answer_tokens: int) -> int:
     """Return the text tokens before the first answer that `encode` labels: those that a router decides after."""
     pieces = takewhile(lambda piece: not piece.labelled, _pieces(sample, processor, answer_tokens))
     return sum(len(piece.tokens) - piece.images for piece in pieces)
+
+
+def answer_ids(sample: Sample, processor: Any, answer_tokens: int) -> list[int]:
+    """Return the tokens that `encode` labels."""
+    return [token for piece in _pieces(sample, processor, answer_tokens) if piece.labelled for token in piece.tokens]
 
 
 def expected_grids(sample: Sample, layout: LlavaLayout) -> tuple[Grid, ...]:

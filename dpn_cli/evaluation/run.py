@@ -119,6 +119,11 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
         yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
     if pyramid.is_imported:
         yield "Note: the pyramid came with its source: the model was trained with it, and the original runs without it."
+    if teacher := pyramid.calibration.get("teacher"):
+        yield (
+            f"Note: the checkpoint was calibrated against another model, {teacher}; the original here is its own, "
+            "without pooling."
+        )
     if model.is_adapted:
         yield "Note: the checkpoint is healed: the pyramid runs with its adapter, teacher and other methods without it."
     elif pyramid.calibration.get("training"):

@@ -99,10 +99,12 @@ def _calibration(pyramid: PyramidConfig) -> str:
     ]
     solved = "budgets_solved_on" in pyramid.calibration
     samples = "the samples on which λ was solved" if solved else "held-out calibration samples"
+    teacher = pyramid.calibration.get("budgets_solved_on", pyramid.calibration).get("teacher")
+    reference = f"the teacher `{teacher}`" if teacher else "the model with its pyramid off"
     parts = [
         title,
-        f"Measured on {samples} against the model with its pyramid off. The budget is the mean "
-        "fraction of the original language model's prefill FLOPs.",
+        f"Measured on {samples} against {reference}. The budget is the mean fraction of the original language model's "
+        "prefill FLOPs.",
         _table(["budget", "λ", "KL divergence, nats"], rows),
     ]
     facts = [[name, _value(value)] for name, value in _flat(pyramid.calibration)]

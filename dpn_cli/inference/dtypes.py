@@ -36,6 +36,7 @@ def compute_dtype(
     *,
     load_in: Literal["4bit", "8bit"] | None = None,
     copies: int = 1,
+    beside: int = 0,
 ) -> str:
     """Return the dtype to load a model in, in torch's words, or `auto` for the checkpoint's own.
 
@@ -47,6 +48,7 @@ def compute_dtype(
         say: told if `auto` is not the checkpoint's own, or would not be if there was more memory.
         load_in: how the decoder's linear layers are quantised on loading.
         copies: number of processes of this machine that each load the model.
+        beside: Bytes that each of them loads in addition.
     """
     if asked != AUTO:
         return TORCH_DTYPES[DTYPES[asked]]
@@ -55,7 +57,7 @@ def compute_dtype(
         return AUTO
     own, wide = (weights_size(checkpoint, layout, dtype, load_in) * copies for dtype in (None, "F32"))
     emulated = f"This CPU emulates {stored}, which takes {slowdown(stored):.1f} times as long as float32"
-    if wide * HEADROOM > (free := available_memory()):
+    if wide * HEADROOM > (free := available_memory() - beside * copies):
         say(
             f"{emulated}, but in float32 the weights take {wide / 1e9:.3g} GB in place of {own / 1e9:.3g} GB and "
             f"{free / 1e9:.3g} GB are free: computing in {stored}."
@@ -101,6 +103,14 @@ def available_memory(system: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path
 def _number_after(word: str, file: Path) -> int:
     words = file.read_text().split()
     return int(words[words.index(word) + 1])
+
+
+def loaded_size(
+    checkpoint: Checkpoint, layout: LlavaLayout, dtype: str, load_in: Literal["4bit", "8bit"] | None
+) -> int:
+    """Return the size of a model's weights in memory, loaded in what `compute_dtype` has returned."""
+    stored = None if dtype == AUTO else next(key for key, value in TORCH_DTYPES.items() if value == dtype)
+    return weights_size(checkpoint, layout, stored, load_in)
 
 
 def weights_size(

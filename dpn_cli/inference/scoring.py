@@ -43,8 +43,10 @@ def instruction_columns(labels: torch.Tensor) -> torch.Tensor:
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return KL(teacher ‖ student) [A] of softened distributions, times temperature² to keep the gradient's size.
 
+    A teacher of a smaller vocabulary knows the first tokens of the student's.
+
     Source: Hinton et al. 2015, section 2.
     """
     goal = (teacher / temperature).log_softmax(-1)
-    found = (student / temperature).log_softmax(-1)
+    found = (student[:, : teacher.shape[1]] / temperature).log_softmax(-1)
     return F.kl_div(found, goal, reduction="none", log_target=True).sum(-1) * temperature**2

@@ -62,6 +62,14 @@ def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Lora | None, data_di
     return {
         **_surroundings(checkpoint.path, [*PACKAGES, *["peft"] * (adapter is not None)]),
         "data": data_digest,
+        **model_fingerprint(checkpoint, adapter),
+    }
+
+
+def model_fingerprint(checkpoint: Checkpoint, adapter: Lora | None = None) -> dict[str, Any]:
+    """Return plain data that changes with what a model answers: its weights and whatever belongs to them."""
+    return {
+        **_side_digests(checkpoint.path),
         "weights": served_digest(checkpoint, adapter),
         "config.json": checkpoint.config,
     }
@@ -75,12 +83,16 @@ def served_digest(checkpoint: Checkpoint, adapter: Lora | None) -> str:
 
 def _surroundings(folder: Path, packages: Iterable[str]) -> dict[str, Any]:
     """Return what matters beside weights, config and data: tokenizer, processor, chat template, versions, device."""
-    files = (*side_files(folder), *(folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return {
-        **{path.relative_to(folder).as_posix(): _digest([path.read_bytes()]) for path in files},
+        **_side_digests(folder),
         "versions": {package: _version(package) for package in packages},
         "device": default_device(),
     }
+
+
+def _side_digests(folder: Path) -> dict[str, str]:
+    files = (*side_files(folder), *(folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    return {path.relative_to(folder).as_posix(): _digest([path.read_bytes()]) for path in files}
 
 
 def _version(package: str) -> str | None:

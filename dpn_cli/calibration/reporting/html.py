@@ -79,9 +79,9 @@ def _tradeoff(report: Report, figure: str) -> Markup:
     ]  # fmt: skip
     cheapest = min(each.fraction for each in (*report.fixed.values(), *report.per_budget))
     if figure == "distortion":
-        y, name = svg.vertical_log(values), "KL from the original, nats per token"
+        y, name = svg.vertical_log(values), f"KL from the {report.reference}, nats per token"
     else:
-        y, name = svg.vertical(min(values) - 0.01, 1.0, percent=True), "top-1 agreement with the original"
+        y, name = svg.vertical(min(values) - 0.01, 1.0, percent=True), f"top-1 agreement with the {report.reference}"
     return svg.tradeoff_plot(
         svg.horizontal(cheapest - 0.02, 1.0, percent=True), y, (FLOPS, name),
         curve=[dot(each, "routed") for each in report.per_budget],
@@ -102,7 +102,7 @@ def _survey(report: Report) -> Markup:
     y = svg.vertical_log([each.distortion for each in report.tried])
     x = svg.horizontal(min(each.fraction for each in report.tried) - 0.02, 1.0, percent=True)
     return svg.scatter_plot(
-        x, y, (FLOPS, "KL from the original, nats per token"),
+        x, y, (FLOPS, f"KL from the {report.reference}, nats per token"),
         [[dot(each) for each in report.tried if each.chosen], [dot(each) for each in report.tried if not each.chosen]],
         name=f"KL of the candidate routes, against {FLOPS}",
     )  # fmt: skip

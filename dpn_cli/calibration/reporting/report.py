@@ -78,6 +78,12 @@ class Report:
         return [case for case in self.cases if case.has_changed]
 
     @property
+    def reference(self) -> str:
+        """What the figures compare with, in a word: the model's own original, or another teacher."""
+        measured = self.settings.get("budgets_solved_on", self.settings)
+        return "teacher" if measured.get("teacher") else "original"
+
+    @property
     def samples(self) -> str:
         """What the figures are of, in words."""
         known = "samples on which λ was solved" if "budgets_solved_on" in self.settings else "held-out samples"

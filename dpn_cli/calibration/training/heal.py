@@ -1,8 +1,8 @@
 """Healing: an adapter on the layers after the first site learns to answer from pooled tokens as from all of them.
 
-Teacher and student are one model: its pyramid and its adapter are switched off for the one, on for the other. Every
-forward pass takes one route, drawn around the budget; some take the full route, so that the unpooled model stays
-what it was.
+Teacher and student are one model, unless another one is given as the teacher: its pyramid and its adapter are switched
+off for the one, on for the other. Every forward pass takes one route, drawn around the budget; some take the full
+route, so that the unpooled model stays what it was, or becomes what another teacher is.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.loop import Draw, Draws, Judge, TrainingReport, train
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter, remove_adapter
@@ -42,6 +43,7 @@ def heal(
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
+    other: Teacher | None = None,
 ) -> TrainingReport:
     """Train an adapter; the model carries it from then on, all else of it is untouched.
 
@@ -58,6 +60,7 @@ def heal(
         state: a folder; a run that was killed goes on from there.
         processes: share the forward passes of every step.
         advance: called with the number of steps done.
+        other: Teacher that is another model; None for the model itself.
 
     Raises:
         DpnError: if the loss or its gradient is not a finite number.
@@ -69,7 +72,7 @@ def heal(
     def loss_on(some: Sequence[int], recipe: HealRecipe) -> Callable[[Draw], torch.Tensor]:
         def loss_of(draw: Draw) -> torch.Tensor:
             rows = [some[i] for i in draw.rows]
-            trunk = run_trunk(model, [examples[i] for i in rows], [has_labels[i] for i in rows], pad_token_id)
+            trunk = run_trunk(model, [examples[i] for i in rows], [has_labels[i] for i in rows], pad_token_id, other)
             return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
 
         return loss_of

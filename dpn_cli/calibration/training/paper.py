@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpn_cli.calibration.passes import Trunk, run_trunk, student_logits, teacher_logits
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.loop import Draw, Draws, TrainingReport, train
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter
@@ -45,6 +46,7 @@ def train_as_paper(
     state: Path | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda steps: None,
+    other: Teacher | None = None,
 ) -> TrainingReport:
     """Train the routers and, if the recipe says so, an adapter that the model carries from then on.
 
@@ -57,6 +59,7 @@ def train_as_paper(
         state: a folder; a run that was killed goes on from there.
         processes: share the forward passes of every step.
         advance: called with the number of steps done.
+        other: Teacher that is another model; None for the model itself.
 
     Raises:
         DpnError: if the loss or its gradient is not a finite number.
@@ -71,7 +74,7 @@ def train_as_paper(
 
     def loss_of(draw: Draw) -> torch.Tensor:
         batch = [examples[i] for i in draw.rows]
-        trunk = run_trunk(model, batch, [True] * len(batch), pad_token_id)
+        trunk = run_trunk(model, batch, [True] * len(batch), pad_token_id, other if paper.loss == "kl" else None)
         return paper_loss(model, trunk, paper, draw.random)
 
     return train(model, parameters, loss_of, Draws(len(examples), paper, seed), state, processes, advance)

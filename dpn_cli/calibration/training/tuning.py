@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.heal import heal
 from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.calibration.training.paper import train_as_paper
@@ -63,6 +64,7 @@ def tune(
     state: Path | None,
     processes: Processes,
     reporter: Reporter,
+    other: Teacher | None = None,
 ) -> TrainingReport | None:
     """Heal the model, or train it as the paper does; None if the recipe asks for neither.
 
@@ -75,6 +77,7 @@ def tune(
         state: a folder for what a run that was killed goes on from; the main process's.
         processes: that train together.
         reporter: told the progress.
+        other: Teacher that is another model; None for the model itself.
     """
     training = training_recipe(recipe)
     if training is None:
@@ -85,6 +88,7 @@ def tune(
         "seed": recipe.seed,
         "state": state,
         "processes": processes,
+        "other": other,
     }
     with reporter.progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
         if recipe.objective == "paper":
