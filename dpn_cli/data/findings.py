@@ -94,7 +94,7 @@ class Scan:
         counts += [f"{self.several_images} with several images"] if self.several_images else []
         counts += [f"{self.text_only} text-only"] if self.text_only else []
         counts += [f"{self.multi_turn} with several turns"] if self.multi_turn else []
-        counts += [f"{self.unanswered} to be answered by the model itself"] if self.unanswered else []
+        counts += [f"{self.unanswered} to be answered by the teacher"] if self.unanswered else []
         bad = [f"bad rows: {len(self.faults)} ({self.bad_fraction:.1%})"] if self.faults else []
         return [
             f"Data: {self.format}; {self.rows} of {self.available} rows read",

@@ -48,8 +48,7 @@ def test_rows_of_all_kinds_calibrate(rows: list[Any], capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert "Data: LLaVA JSON (`image`, `conversations` as conversation); 20 of 20 rows read" in captured.err
     assert (
-        "19 with an image, 1 with several images, 1 text-only, 1 with several turns, "
-        "1 to be answered by the model itself"
+        "19 with an image, 1 with several images, 1 text-only, 1 with several turns, 1 to be answered by the teacher"
     ) in captured.err
     assert "rows read" not in captured.out and "held-out samples" in captured.out
 
