@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: on a busy machine more threads only wait
 
-pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.tiled"]
+pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.teachers", "tests.tiled"]
 
 TextType = Literal["llama", "mistral", "qwen2", "qwen3"]
 Layout = Literal["hub", "new"]

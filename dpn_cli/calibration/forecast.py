@@ -41,6 +41,36 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A model and the samples as it reads them.
+
+    Attributes:
+        model: Sizes of the model.
+        lengths: Visual grids and prompt's text tokens of every sample.
+    """
+
+    model: Model
+    lengths: Sequence[Length]
+
+    @property
+    def vision(self) -> float:
+        """FLOPs of the vision tower, the mean over the samples."""
+        tokens = sum(num_tokens(grids) for grids, _ in self.lengths) / len(self.lengths)
+        return 2 * self.model.vision_parameters * tokens
+
+    @property
+    def whole(self) -> float:
+        """FLOPs of the decoder where every token is kept, the mean over the samples."""
+        shape = self.model.shape
+        flops = sum(shape.num_layers * shape.layer_flops(num_tokens(grids) + text) for grids, text in self.lengths)
+        return flops / len(self.lengths)
+
+    def answering(self, tokens: int) -> float:
+        """Return the FLOPs of an answer of so many tokens."""
+        return self.vision + self.whole * (1 + tokens / _mean_tokens(self.lengths))
+
+
+@dataclass(frozen=True)
 class Forecast:
     """An estimate of what a calibration costs.
 
@@ -63,7 +93,7 @@ class Forecast:
 
 def forecast(
     model: Model, pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length], unanswered: int, *,
-    surveys: bool,
+    surveys: bool, teacher: Reader | None = None,
 ) -> Forecast:  # fmt: skip
     """Estimate what a calibration costs.
 
@@ -72,31 +102,30 @@ def forecast(
         pyramid: Pyramid that is calibrated; with a survey, the sites and experts to choose from.
         recipe: Settings of the calibration.
         lengths: Visual grids and prompt's text tokens of every sample.
-        unanswered: Number of samples that the model answers itself.
+        unanswered: Number of samples that the teacher answers.
         surveys: Whether a survey chooses the routes.
+        teacher: Another model as the teacher; None for the model itself.
     """
+    reader = Reader(model, lengths)
     shape, fitted = model.shape, round((1 - recipe.holdout) * len(lengths))
     num_routes = recipe.survey.routes if surveys else _num_routes(pyramid, recipe, lengths)
     tried = _tried(pyramid, recipe) if surveys else []
     per_route = _mean_route_flops(shape, pyramid, lengths)
-    vision = sum(2 * model.vision_parameters * num_tokens(grids) for grids, _ in lengths) / len(lengths)
     passes = [
         *((min(recipe.survey.samples, fitted), routes) for routes in tried),
         *([(min(FINAL_SAMPLES * recipe.survey.samples, fitted), SHORTLIST * recipe.survey.routes)] if surveys else []),
         (len(lengths), num_routes),
     ]
-    whole = sum(shape.num_layers * shape.layer_flops(num_tokens(grids) + text) for grids, text in lengths) / len(
-        lengths
-    )
-    answering = unanswered * (whole + vision + recipe.answer_tokens * whole / _mean_tokens(lengths))
-    flops = answering + sum(samples * (vision + routes * per_route) for samples, routes in passes)
+    taught = 0.0 if teacher is None else teacher.vision + teacher.whole  # of a sample, whatever its number of routes
+    flops = unanswered * (teacher or reader).answering(recipe.answer_tokens)
+    flops += sum(samples * (taught + reader.vision + routes * per_route) for samples, routes in passes)
     speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
-        memory_bytes=model.nbytes + _activations(model, recipe, lengths),
+        memory_bytes=model.nbytes + (teacher.model.nbytes if teacher else 0) + _activations(model, recipe, lengths),
         disk_bytes=features,
-        basis=_basis(model, recipe, passes, unanswered),
+        basis=_basis(model, recipe, passes, unanswered, teacher),
     )  # fmt: skip
 
 
@@ -202,19 +231,19 @@ def _activations(model: Model, recipe: CalibrationRecipe, lengths: Sequence[Leng
 
 
 def _basis(
-    model: Model, recipe: CalibrationRecipe, passes: Sequence[tuple[int, int]], unanswered: int
+    model: Model, recipe: CalibrationRecipe, passes: Sequence[tuple[int, int]], unanswered: int, teacher: Reader | None
 ) -> tuple[str, ...]:
     """Return in sentences what the figures were computed from, and what they leave out."""
     *tried, (samples, routes) = passes
     survey = "".join(f"{some} samples down {many} routes, " for some, many in tried)
-    answers = f" {unanswered} samples are answered by the model first." if unanswered else ""
+    by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
+    answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""
     dtype = str(model.dtype).removeprefix("torch.")
     trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
         f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a "
         f"decoder layer in {dtype} on {model.device}, measured just now.{answers}",
-        f"Memory: the weights and a batch of {recipe.batch_size} of the longest samples; "
-        "libraries take 1 to 2 GB more.",
+        f"Memory: {weights} and a batch of {recipe.batch_size} of the longest samples; libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
         *(["Training an adapter comes in addition and is not part of the time."] if trained else []),
     )

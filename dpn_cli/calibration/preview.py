@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dpn_cli.calibration.forecast import Forecast, Model, forecast
+from dpn_cli.calibration.forecast import Forecast, Model, Reader, forecast
+from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.samples import load_samples
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.training.tuning import frozen_dtype
@@ -29,7 +30,7 @@ SHOWN = 3  # samples
 
 
 @dataclass(frozen=True)
-class Asked:
+class Shown:
     """A sample as a model is asked.
 
     Attributes:
@@ -58,7 +59,7 @@ class Preview:
 
     scan: Scan
     columns: dict[str, str]
-    asked: tuple[Asked, ...]
+    asked: tuple[Shown, ...]
     forecast: Forecast | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +67,13 @@ class Preview:
         return asdict(self)
 
 
-def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, reporter: Reporter = SILENT) -> Preview:
+def preview(
+    data: DataOptions,
+    folder: Path | None,
+    recipe: CalibrationRecipe,
+    reporter: Reporter = SILENT,
+    teacher: str | None = None,
+) -> Preview:
     """Read the data as a calibration does, with the same checks, and say what it would ask and cost.
 
     Args:
@@ -74,36 +81,48 @@ def preview(data: DataOptions, folder: Path | None, recipe: CalibrationRecipe, r
         folder: Checkpoint to calibrate; None for the data alone.
         recipe: Settings of the calibration.
         reporter: Told about the progress.
+        teacher: Folder, alias or hub id of another model as the teacher; None for the model itself.
 
     Raises:
         DataError: as `load_data`.
-        CheckpointError: if the checkpoint cannot be calibrated.
+        CheckpointError: if the checkpoint cannot be calibrated, or the teacher cannot teach it.
     """
     if folder is None:
         dataset = load_samples(data, recipe, reporter=reporter).measured
-        asked = tuple(_asked(sample, None) for sample in dataset.samples[:SHOWN])
+        asked = tuple(_shown(sample, None) for sample in dataset.samples[:SHOWN])
         return Preview(dataset.scan, dataset.columns, asked, None)
     checkpoint, layout, pyramid = open_converted(folder)
     processor = load_opened_processor(checkpoint, layout)
     check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+    other = None if teacher is None else OtherTeacher.open(teacher)
+    if other:
+        check = other.check(check, folder, processor, recipe.answer_tokens)
     dataset = load_samples(data, recipe, check, reporter).measured
     used = [sample for sample in dataset.samples if sample.images]
     with reporter.waiting("estimating"):
-        cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter) if used else None
-    asked = tuple(_asked(sample, processor) for sample in dataset.samples[:SHOWN])
+        cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter, other) if used else None
+    asked = tuple(_shown(sample, processor) for sample in dataset.samples[:SHOWN])
     return Preview(dataset.scan, dataset.columns, asked, cost)
 
 
 def _forecast(
     samples: Sequence[Sample], processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
-    recipe: CalibrationRecipe, reporter: Reporter,
+    recipe: CalibrationRecipe, reporter: Reporter, other: OtherTeacher | None,
 ) -> Forecast:  # fmt: skip
     """Estimate what the calibration of a checkpoint costs on some samples with images."""
     surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
-    lengths = [(expected_grids(each, layout), prompt_tokens(each, processor, recipe.answer_tokens)) for each in samples]
+
+    def reader(checkpoint: Checkpoint, layout: LlavaLayout, processor: Any) -> Reader:
+        tokens = recipe.answer_tokens
+        lengths = [(expected_grids(each, layout), prompt_tokens(each, processor, tokens)) for each in samples]
+        return Reader(_model(checkpoint, layout, recipe, reporter), lengths)
+
+    own = reader(checkpoint, layout, processor)
+    teacher = None if other is None else reader(other.checkpoint, other.layout, other.processor)
     unanswered = sum(not sample.is_answered for sample in samples)
-    model = _model(checkpoint, layout, recipe, reporter)
-    return forecast(model, surveyed or pyramid, recipe, lengths, unanswered, surveys=surveyed is not None)
+    return forecast(
+        own.model, surveyed or pyramid, recipe, own.lengths, unanswered, surveys=surveyed is not None, teacher=teacher
+    )
 
 
 def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecipe, reporter: Reporter) -> Model:
@@ -116,13 +135,13 @@ def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecip
     return Model(layout.shape, size, vision, getattr(torch, name or "float32"), device)
 
 
-def _asked(sample: Sample, processor: Any) -> Asked:
+def _shown(sample: Sample, processor: Any) -> Shown:
     """Return a sample as it is asked, with all turns before the last question."""
     names = [_name(image) for image in sample.images]
     images = tuple((name, *size) for name, size in zip(names, sample.image_sizes(), strict=True))
     last = len(sample.turns) - 1
     prompt = _plain(sample) if processor is None else chat_prompt(processor, sample, last)
-    return Asked(sample.row, images, prompt, sample.turns[last].answer)
+    return Shown(sample.row, images, prompt, sample.turns[last].answer)
 
 
 def _name(image: ImageSource) -> str:

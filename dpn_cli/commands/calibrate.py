@@ -20,6 +20,7 @@ from dpn_cli.commands.options import (
     model_option,
     processes_option,
     set_option,
+    teacher_option,
     together,
     wide_option,
 )
@@ -47,11 +48,7 @@ if TYPE_CHECKING:
     help=f"Kinds of experts to choose from; default: all that the recipe has. Kinds: {', '.join(KINDS)}; pool alone "
     "gives the paper's pyramid.",
 )  # fmt: skip
-@click.option(
-    "--teacher", metavar="PATH|ID",
-    help="Another LLaVA with the same tokenizer, such as a larger one, that answers and is measured against; default: "
-    "the model itself, with its pyramid off.",
-)  # fmt: skip
+@teacher_option
 @click.option(
     "--heal", type=Choice(["none", "lora"]), help="First train an adapter for pooled tokens; default: the recipe's."
 )

@@ -8,8 +8,9 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import bad_row_options, reading_options, takes_data
-from dpn_cli.commands.options import SAMPLES, SEED, model_option
+from dpn_cli.commands.options import SAMPLES, SEED, model_option, teacher_option
 from dpn_cli.data.formats import describe_formats
+from dpn_cli.errors import UsageError
 from dpn_cli.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -31,21 +32,31 @@ if TYPE_CHECKING:
 @model_option
 @reading_options
 @bad_row_options
+@teacher_option
 @click.option("--samples", type=SAMPLES, help="Samples to draw; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling; default: the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @takes_data
-def command(model: Path | None, data: "DataOptions", samples: int | None, seed: int | None, as_json: bool) -> None:
+def command(
+    model: Path | None,
+    data: "DataOptions",
+    teacher: str | None,
+    samples: int | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
     """Show what is read of some data."""
     from dpn_cli.calibration.settings import calibration_recipe
     from dpn_cli.pyramid.recipe import CalibrationRecipe
 
     folder = _checkpoint(model)
+    if folder is None and teacher is not None:
+        raise UsageError("--teacher needs a checkpoint that is to be calibrated: `dpn convert MODEL` first")
     given: dict[str, Any] = {name: value for name, value in (("samples", samples), ("seed", seed)) if value is not None}
     recipe = CalibrationRecipe(**given) if folder is None else calibration_recipe(folder, (), given)
     with console.waiting("starting"):
         from dpn_cli.calibration.preview import preview
-    found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting))
+    found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting), teacher)
     if as_json:
         result = {"data": data.name, "checkpoint": folder and str(folder), **found.to_dict()}
         console.echo(json.dumps(result, indent=2, ensure_ascii=False))
@@ -74,7 +85,9 @@ def _show(found: "Preview") -> None:
         for name, height, width in asked.images:
             console.echo(f"  image: {name}, {width}×{height} pixels")
         console.paragraph("\n".join(f"  | {line}" for line in asked.prompt.splitlines()))
-        console.paragraph(f"  answer: {asked.answer}\n" if asked.answer is not None else "  answer: the model's own\n")
+        console.paragraph(
+            f"  answer: {asked.answer}\n" if asked.answer is not None else "  answer: the teacher's own\n"
+        )
     if found.forecast:
         _show_forecast(found.forecast)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpn_cli.calibration import forecast as module
-from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, forecast, layer_speed
+from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, Reader, forecast, layer_speed
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import pool
 from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
@@ -24,7 +24,7 @@ def a_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cost(recipe: CalibrationRecipe = RECIPE, unanswered: int = 0, lengths: Any = LENGTHS, **options: Any) -> Forecast:
-    return forecast(MODEL, PYRAMID, recipe, lengths, unanswered, surveys=options.pop("surveys", False))
+    return forecast(MODEL, PYRAMID, recipe, lengths, unanswered, **{"surveys": False, **options})
 
 
 def test_routes_share_the_layers_before_they_part() -> None:
@@ -56,6 +56,17 @@ def test_what_costs_more_is_expected_to_cost_more() -> None:
     assert wide.forward_flops > cost(surveys=True).forward_flops
     assert cost(RECIPE.model_copy(update={"batch_size": 16})).memory_bytes > plain.memory_bytes > MODEL.nbytes
     assert cost(RECIPE.model_copy(update={"routes": 2})).forward_flops < plain.forward_flops
+
+
+def test_another_teacher_reads_every_sample_once_more_and_answers() -> None:
+    model = Model(SHAPE, nbytes=500, vision_parameters=70, dtype=torch.float32, device="cpu")
+    teacher = Reader(model, [(((2, 2),), 10)] * 20)
+    reading = 2 * 70 * 4 + SHAPE.num_layers * SHAPE.layer_flops(14)
+    answer = 3 / 14 * SHAPE.num_layers * SHAPE.layer_flops(14)
+    plain, taught = cost(), cost(unanswered=5, teacher=teacher)
+    assert taught.forward_flops - plain.forward_flops == pytest.approx(25 * reading + 5 * answer)
+    assert taught.memory_bytes == plain.memory_bytes + 500
+    assert "5 samples are answered by the teacher" in " ".join(taught.basis)
 
 
 def test_the_figures_say_what_they_come_from() -> None:

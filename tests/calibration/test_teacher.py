@@ -32,8 +32,6 @@ from tests.originals import Original
 from tests.pyramids import pyramid
 from tests.runs import digests, noise_pictures
 
-pytest_plugins = ["tests.calibration.teachers"]
-
 ANSWERS = ("red circle", "word7", "two small green square", "blue")
 RECIPE = CalibrationRecipe(answer_tokens=3, batch_size=2)
 

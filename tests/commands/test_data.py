@@ -60,6 +60,26 @@ def test_samples_are_shown_as_the_checkpoint_asks_them(
     )
 
 
+def test_another_teacher_is_part_of_the_estimate(
+    rows: Path,
+    make_converted: Callable[..., Path],
+    other_llava: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    line, memory = ["data", str(rows), "--model", str(make_converted()), "--json"], []
+    for further in ([], ["--teacher", str(other_llava)]):
+        assert main([*line, *further]) == 0
+        memory.append(json.loads(capsys.readouterr().out)["forecast"]["memory_bytes"])
+    weights = (other_llava / "model.safetensors").stat().st_size
+    assert memory[1] - memory[0] == pytest.approx(weights, rel=0.05), "its header is not in memory"
+    assert main([*line, "--teacher", "demo"]) == 3
+    assert "another vocabulary" in capsys.readouterr().err
+    assert main(["data", str(rows), "--teacher", str(other_llava)]) == 2
+    assert "--teacher needs a checkpoint" in capsys.readouterr().err
+
+
 def test_bad_rows_end_it_as_they_end_a_calibration(
     rows: Path, make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
