@@ -31,23 +31,24 @@ NO_ROOM = {
 }
 
 COMMANDS = {
-    "convert": "Make a LLaVA's language model a pyramid; lossless until calibrated.",
-    "data": "Show what is read of some data, and what a calibration on it costs.",
-    "calibrate": "Fit the routers to the model itself, on your data, for any budget.",
-    "export": "Write one compact folder that stock transformers loads.",
-    "inspect": "Show sites, rates, budgets, and tokens and FLOPs per layer.",
-    "run": "Answer a question about an image and show the route taken.",
-    "eval": "Compare the pyramid with the original, and other methods at equal FLOPs.",
+    "convert": "Turn a LLaVA's language model into a pyramid; lossless until calibrated.",
+    "data": "Show how data are read, and what a calibration on them costs.",
+    "calibrate": "Find the experts that fit the model, and fit the routers, on your data.",
+    "export": "Write one compact folder that plain transformers can load.",
+    "inspect": "Show sites, experts and budgets, and the cost of every route.",
+    "run": "Answer a question about an image, and show the route taken.",
+    "eval": "Compare the pyramid with the original and with other methods.",
     "bench": "Measure latency, memory and FLOPs, compared with the original.",
-    "recipes": "List and show the recipes.",
+    "recipes": "List the recipes, or show one.",
     "demo": "Convert, calibrate, export and evaluate a small embedded LLaVA.",
 }
 
 
 class HelpFormatter(click.HelpFormatter):
-    """Breaks the lines of a help text at blanks only: `llava-1.5-7b` stays whole."""
+    """Breaks the lines of a help text at blanks only, so that `llava-1.5-7b` stays whole, and calls numbers N and X."""
 
     _UNBROKEN = "\u2011"  # a hyphen that no line ends with
+    _NUMBERS = (("INTEGER RANGE", "N"), ("FLOAT RANGE", "X"))
 
     def write_text(self, text: str) -> None:
         """Write a paragraph."""
@@ -55,7 +56,13 @@ class HelpFormatter(click.HelpFormatter):
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write a list of names and their meanings."""
-        super().write_dl([(name, text.replace("-", self._UNBROKEN)) for name, text in rows], col_max, col_spacing)
+        shown = [(self._renamed(name), text.replace("-", self._UNBROKEN)) for name, text in rows]
+        super().write_dl(shown, col_max, col_spacing)
+
+    def _renamed(self, name: str) -> str:
+        for kind, short in self._NUMBERS:
+            name = name.replace(kind, short)
+        return name
 
     def getvalue(self) -> str:
         """Return the help."""
@@ -137,14 +144,15 @@ GLOBAL_OPTIONS = [
     ),
     click.Option(
         ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_verbose,
-        help="Show what libraries log and warn of, too.",
+        help="Show the logs and warnings of libraries, too.",
     ),
     click.Option(
-        ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error, and -v."
+        ["--debug"], is_flag=True, expose_value=False, callback=_debug,
+        help="Show the traceback of an error; implies -v.",
     ),
     click.Option(
         ["--log-file"], type=click.Path(dir_okay=False), metavar="FILE", expose_value=False, callback=_log_file,
-        help="Append all messages to FILE, with the time.",
+        help="Append all messages to FILE, with timestamps.",
     ),
 ]  # fmt: skip
 """Options that stand before or after the verb; they set what holds for the whole process."""
@@ -163,7 +171,7 @@ def with_global_options(command: click.Command) -> click.Command:
 @click.group(cls=LazyGroup, params=[*GLOBAL_OPTIONS], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="dpn")
 def cli() -> None:
-    """Give a finished LLaVA a dynamic pyramid: the same answers for about half the compute.
+    """Give a trained LLaVA a dynamic pyramid: the same answers for a fraction of the compute.
 
     \b
     dpn convert llava-1.5-7b

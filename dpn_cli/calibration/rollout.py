@@ -275,8 +275,8 @@ def _validate_finite(
                         "and convert it"
                     )
             raise DataError(
-                f"{example.name}: the model's answers are no finite numbers; leave it out of the data, or convert a "
-                "checkpoint of another dtype, such as bfloat16 in place of float16"
+                f"{example.name}: the model's answers to it are not finite numbers; leave it out of the data, or "
+                "convert a checkpoint of another dtype, such as bfloat16 instead of float16"
             )
 
 

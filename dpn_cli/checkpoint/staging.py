@@ -102,7 +102,9 @@ def _put_in_place(stage: Path, target: Path, force: bool, old: Path) -> None:
         stage.rename(target)
         return
     if not force:
-        raise UsageError(f"{target} appeared meanwhile: choose another --output, or pass --force to replace it")
+        raise UsageError(
+            f"{target} has appeared in the meantime: choose another --output, or pass --force to replace it"
+        )
     target.rename(old)
     stage.rename(target)
 

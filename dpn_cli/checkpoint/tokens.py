@@ -176,5 +176,5 @@ def _all_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
     ids = words if isinstance(words, dict) else {word: i for i, (word, _) in enumerate(words)}
     ids = ids | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
     if not all(type(i) is int for i in ids.values()):
-        raise TypeError("an id is no number")
+        raise TypeError("an id is not a number")
     return ids

@@ -108,4 +108,4 @@ def _open(path: Path) -> int:
 
 
 def _not_ours(folder: Path) -> DpnError:
-    return DpnError(f"{folder} is not dpn's, but has the name of a folder of its own: move it elsewhere")
+    return DpnError(f"{folder} was not made by dpn, but has the name of one of dpn's folders: move it elsewhere")

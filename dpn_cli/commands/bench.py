@@ -55,11 +55,12 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "routes",
     multiple=True,
     metavar="ROUTE",
-    help="One route for all samples: an expert per site, such as keep,1x2,exit; repeatable.",
+    help="One route for all samples: one expert per site, such as keep,1x2,exit; repeatable.",
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),
-    help=f"Other methods to measure, at what dpn spends for each --budget: {', '.join(list(BASELINES)[1:])}, or all.",
+    help="Other methods to measure, at the FLOPs that dpn spends for each --budget: "
+    f"{', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
     "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
@@ -72,23 +73,31 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )  # fmt: skip
 @click.option(
     "--text-tokens", type=TextTokens(), metavar="N[,N…]",
-    help="Text tokens of the synthetic samples of a batch, in turn; default: as in the calibration data, else "
+    help="Text tokens per synthetic sample, in turn for those of a batch; default: as in the calibration data, else "
     f"{TEXT_TOKENS}.",
 )  # fmt: skip
 @click.option(
     "--data", metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
-    help="Data to take the prompts from, read as by `dpn calibrate`; default: synthetic prompts.",
+    help="Data to take the prompts from, as in `dpn calibrate`; default: synthetic prompts.",
 )  # fmt: skip
 @reading_options
 @click.option(
-    "--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Tokens to generate per sample."
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Number of tokens to generate per sample.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), default=8, show_default=True, help="Timed rounds after one warm-up round."
+    "--rounds",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Number of timed rounds, after one warm-up round.",
 )
 @dtype_option("auto")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results as a picture, .png or .svg."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Plot the results into a .png or .svg file."
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
@@ -110,14 +119,15 @@ def command(
     wide: bool,
     as_json: bool,
 ) -> None:
-    """Measure time to the first token, decoding, memory and FLOPs, in turns with the original in one process.
+    """Measure time to first token, decoding, memory and FLOPs, alternating with the original in one process.
 
-    Without --budget and --route, the checkpoint runs as it is set. Synthetic prompts tell the routers nothing: they
-    run, but the routes are set to spend the budget. With --data the routers choose, and other methods spend as much.
+    Without --budget and --route, the checkpoint runs as it is set. Synthetic prompts tell the routers nothing: the
+    routers run, but the routes are set to spend the budget. With --data, the routers choose, and other methods spend
+    as much.
     """
     names = baseline_names(against)
     if names and not budgets:
-        raise UsageError("--against compares at equal FLOPs: say how many, with --budget")
+        raise UsageError("--against compares at equal FLOPs: give them with --budget")
     wanted = {"images": images, "image_size": image_size, "text_tokens": text_tokens}
     synthetic: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     if data is not None and synthetic:

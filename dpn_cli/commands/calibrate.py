@@ -41,28 +41,30 @@ if TYPE_CHECKING:
     help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only the "
     "one that the checkpoint is set to.",
 )
-@click.option("--samples", type=SAMPLES, help="Calibration samples to use; default: the recipe's.")
+@click.option("--samples", type=SAMPLES, help="Number of calibration samples; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
     "--experts", metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),
-    help=f"Kinds of experts to choose from; default: all that the recipe has. Kinds: {', '.join(KINDS)}; pool alone "
+    help=f"Kinds of experts to choose from; default: all in the recipe. Kinds: {', '.join(KINDS)}; pool alone "
     "gives the paper's pyramid.",
 )  # fmt: skip
 @teacher_option
 @click.option(
-    "--heal", type=Choice(["none", "lora"]), help="First train an adapter for pooled tokens; default: the recipe's."
+    "--heal",
+    type=Choice(["none", "lora"]),
+    help="Train an adapter first, so that the model needs fewer tokens; default: the recipe's.",
 )
 @click.option(
-    "--load-in", type=Choice(["4bit", "8bit"]), help="Load the frozen model quantised; default: the recipe's."
+    "--load-in", type=Choice(["4bit", "8bit"]), help="Load the frozen model in 4 or 8 bits; default: the recipe's."
 )
 @dtype_option(None)
 @click.option(
     "--budgets-only", is_flag=True,
-    help="Keep the routers and only solve the budget table again, so that budgets are met on these data.",
+    help="Keep the routers, and only solve the budgets again, so that they are met on these data.",
 )  # fmt: skip
 @processes_option
 @set_option
-@click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start again.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start over.")
 @click.option("-f", "--force", is_flag=True, help="Replace the results of an earlier calibration.")
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -90,8 +92,8 @@ def command(
     After a kill or Ctrl-C, run the same command line again to go on, with any number of processes.
     For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
-    Budgets are means over the calibration data. If your data spend more or less than you ask for, --budgets-only
-    solves the budgets on your data; the checkpoint may also be an export.
+    A budget is a mean over the calibration data. If your data spend more or less than you ask for, solve the budgets
+    again on your data with --budgets-only, which also works on an export.
     """
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, validate_replaceable
     from dpn_cli.checkpoint.layout import open_converted
@@ -119,7 +121,7 @@ def command(
             folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, budgets_only=budgets_only
         )
     except KeyboardInterrupt:
-        console.note("What was measured is kept: the same command line goes on from there.")
+        console.note("What was measured is kept: run the same command line again to go on from there.")
         raise
     if report is None:
         return

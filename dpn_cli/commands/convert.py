@@ -27,7 +27,7 @@ PLACEMENTS = {
 
 @click.command(
     "convert",
-    help=f"""Make MODEL's language model a pyramid, lossless until calibrated.
+    help=f"""Turn MODEL's language model into a pyramid; lossless until calibrated.
 
     MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
     {", ".join([*ALIASES, DEMO])}.
@@ -35,14 +35,14 @@ PLACEMENTS = {
 )
 @click.argument("model", shell_complete=names(lambda: (*ALIASES, DEMO), or_files=True))
 @click.option(
-    "--recipe", metavar="NAME|FILE", help="A recipe (see `dpn recipes`); default: the one for the model.",
+    "--recipe", metavar="NAME|FILE", help="The recipe (see `dpn recipes`); default: the one made for the model.",
     shell_complete=names(recipe_names, or_files=True),
 )  # fmt: skip
 @set_option
 @click.option(
     "--vision-tower",
     metavar="PATH|ID",
-    help="The CLIP model of a checkpoint in the original LLaVA layout; default: the one that its config.json names.",
+    help="The CLIP model for a checkpoint in the original LLaVA layout; default: the one that its config.json names.",
 )
 @click.option(
     "--chat-template", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
@@ -51,8 +51,8 @@ PLACEMENTS = {
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: ./NAME-dpn.")
 @click.option(
     "--link", is_flag=True,
-    help="Share the weights with MODEL's files (reflinks, else hard links) in place of a copy. A hard link is the same "
-    "file: to edit one of the two in place changes both, which dpn never does.",
+    help="Share the weights with MODEL's files, by reflinks or else hard links, instead of copying them. A hard link "
+    "is the same file under a second name: editing one in place changes both (dpn never does so).",
 )  # fmt: skip
 @click.option(
     "--check-values/--no-check-values", default=False, show_default=True,
@@ -61,8 +61,10 @@ PLACEMENTS = {
 @click.option(
     "--verify", is_flag=True, help="Read the output back from the disk and compare it with MODEL, byte by byte."
 )
-@click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything and say what would be done, but write nothing.")
+@click.option("-f", "--force", is_flag=True, help="Replace an output folder that dpn wrote earlier.")
+@click.option(
+    "-n", "--dry-run", is_flag=True, help="Check everything and report what would be done, but write nothing."
+)
 def command(
     model: str,
     recipe: str | None,

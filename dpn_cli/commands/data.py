@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @click.command(
     "data",
-    help=f"""Show what is read of DATA, how it is asked, and what a calibration on it will cost.
+    help=f"""Show how DATA are read and asked, and what a calibration on them will cost.
 
-    DATA: {describe_formats()}.
+    DATA is one of these: {describe_formats()}.
 
-    The rows are drawn and checked as by `dpn calibrate`. With a current checkpoint, or --model, the samples are shown
-    with its chat template, and time, memory and disk are estimated. No model is loaded.""",
+    Rows are drawn and checked as `dpn calibrate` does. With a current checkpoint, or --model, samples are shown in its
+    chat template, and time, memory and disk space are estimated. No model is loaded.""",
 )
 @click.argument("data", metavar="DATA")
 @model_option
 @reading_options
 @bad_row_options
 @teacher_option
-@click.option("--samples", type=SAMPLES, help="Samples to draw; default: the recipe's.")
+@click.option("--samples", type=SAMPLES, help="Number of samples to draw; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling; default: the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @takes_data
@@ -63,7 +63,7 @@ def command(
         return
     _show(found)
     if folder is None:
-        console.note("There is no checkpoint here: `dpn convert MODEL` first, to see what a calibration will cost.")
+        console.note("There is no checkpoint here. To see what a calibration will cost, run `dpn convert MODEL` first.")
 
 
 def _checkpoint(model: Path | None) -> Path | None:

@@ -51,7 +51,7 @@ class Columns(click.ParamType[tuple[tuple[str, str], ...]]):
 
 allow_urls_option = click.option(
     "--allow-urls", is_flag=True,
-    help="Fetch images that are given as http or https URLs, once: they are kept in ~/.cache/dpn.",
+    help="Download images that are given as http or https URLs, and keep them in ~/.cache/dpn.",
 )  # fmt: skip
 
 
@@ -66,21 +66,21 @@ def all_of(*options: Decorator) -> Decorator:
 reading_options = all_of(
     click.option(
         "--image-root", type=click.Path(path_type=Path, file_okay=False, exists=True),
-        help="The folder that image paths of the data start in; default: that of the file that names them.",
+        help="The folder that relative image paths start from; default: the folder of the file that holds them.",
     ),
     click.option(
         "--columns", type=Columns(), default=(), metavar="ROLE=COLUMN,…",
-        help="Columns (or JSON keys) to read as image, question and so on, such as "
-        f"image=picture,question=prompt. Roles: {', '.join(ROLES)}; default: those with a known name.",
+        help="Columns (or JSON keys) and the roles to read them in, such as "
+        f"image=picture,question=prompt. Roles: {', '.join(ROLES)}; default: columns with known names.",
     ),
     click.option(
         "--ignore-fields", "ignored", type=Names(), default=(), metavar="NAME,NAME,…",
-        help="Fields of the data to leave unread. An image without any other text is asked a stock prompt.",
+        help="Fields to ignore. An image that is left without text is asked a stock prompt.",
     ),
     allow_urls_option,
     click.option(
         "--stream", is_flag=True,
-        help="Read no more of a hub data set, or of parquet and arrow files, than the samples that are drawn.",
+        help="Stream a hub data set, or parquet and arrow files: read only as many rows as the samples need.",
     ),
 )  # fmt: skip
 """The options that say how the rows of data are read; `takes_data` passes them on."""
@@ -102,11 +102,11 @@ def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
 bad_row_options = all_of(
     click.option(
         "--on-bad-row", type=Choice(["fail", "skip"]), default="fail", show_default=True,
-        help="Whether rows that cannot be used stop the run or are left out.",
+        help="What to do about rows that cannot be used: stop, or leave them out.",
     ),
     click.option(
         "--max-bad", type=Percent(), default="5%", show_default=True,
-        help="With --on-bad-row skip: the largest share of bad rows that is left out.",
+        help="With --on-bad-row skip: the largest share of bad rows to accept.",
     ),
 )  # fmt: skip
 """The options that say what becomes of rows that cannot be used."""
@@ -116,6 +116,6 @@ def data_options(command: Callable[..., Any], required: bool = True) -> Callable
     """Add `--data` and all options that say how it is read, passed on as one `data`."""
     data = click.option(
         "--data", required=required, metavar="DATA", shell_complete=names(lambda: [DEMO], or_files=True),
-        help=f"What to read: {describe_formats()}.",
+        help=f"The data: {describe_formats()}.",
     )  # fmt: skip
     return all_of(data, reading_options, bad_row_options)(takes_data(command))

@@ -31,15 +31,21 @@ TIMED_BATCH, TIMED_ROUNDS = 8, 7
     help="The folder to work in.",
 )  # fmt: skip
 @click.option(
-    "--budget", type=Fraction(), default=0.25, show_default=True, help="Mean fraction of prefill FLOPs to spend."
+    "--budget",
+    type=Fraction(),
+    default=0.25,
+    show_default=True,
+    help="Mean fraction of the original's prefill FLOPs to spend.",
 )
-@click.option("--samples", type=click.IntRange(16, MAX_SAMPLES), help="Calibration samples; default: the recipe's.")
+@click.option(
+    "--samples", type=click.IntRange(16, MAX_SAMPLES), help="Number of calibration samples; default: the recipe's."
+)
 @click.option(
     "--questions",
     type=SAMPLES,
     default=320,
     show_default=True,
-    help="Held-out questions to ask.",
+    help="Number of held-out questions to ask.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the checkpoints of an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 @partial(data_options, required=False)
 @click.option(
     "--tasks", metavar="TASK,TASK,…",
-    help=f"Public benchmarks in place of --data, by their names in lmms-eval; paper for {', '.join(PAPER_TASKS)}.",
+    help="Public benchmarks instead of --data, by their names in lmms-eval; `paper` stands for "
+    f"{', '.join(PAPER_TASKS)}.",
 )  # fmt: skip
 @click.option(
     "--include-path", type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -54,11 +55,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--route", "routes", metavar="ROUTE", multiple=True,
-    help="Ask one fixed route for all samples too: an expert per site, such as keep,1x2,exit; repeatable.",
+    help="Also evaluate one fixed route for all samples: one expert per site, such as keep,1x2,exit; repeatable.",
 )  # fmt: skip
 @click.option(
     "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),
-    help=f"Ask other methods too, at equal FLOPs: {', '.join(BASELINES)}, or all.",
+    help=f"Other methods to compare with, at equal FLOPs: {', '.join(BASELINES)}, or all.",
 )  # fmt: skip
 @click.option(
     "--metric", type=Choice(list(METRICS)), default="exact", show_default=True,
@@ -68,16 +69,16 @@ if TYPE_CHECKING:
 @click.option(
     "--by",
     metavar="FIELD",
-    help="The field of the data to group figures by; default: kind, if there is one.",
+    help="The data field to group figures by; default: kind, if there is one.",
 )
-@click.option("--samples", type=SAMPLES, help="Samples to draw; default: all (512 of the demo).")
+@click.option("--samples", type=SAMPLES, help="Number of samples to draw; default: all (512 of the demo).")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed for sampling.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=32,
     show_default=True,
-    help="Largest number of tokens per answer.",
+    help="Maximum number of tokens per answer.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
 @dtype_option("auto")
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Draw KL against FLOPs as a picture, .png or .svg.",
+    help="Plot KL against FLOPs into a .png or .svg file.",
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -109,12 +110,12 @@ def command(
     wide: bool,
     as_json: bool,
 ) -> None:
-    """Compare the pyramid with its teacher, the model that pools nothing, and with other methods at equal FLOPs.
+    """Compare the pyramid with the original model, and with other methods at equal FLOPs.
 
     Use data that calibration has not seen; `demo` draws from its held-out pictures. After a kill or Ctrl-C, run the
     same command line again to go on, with any number of processes.
 
-    With --tasks, lmms-eval asks the questions: the teacher once, and the pyramid once at every budget.
+    With --tasks, lmms-eval asks the questions: the original once, and the pyramid once at every budget.
     """
     with together():
         names = baseline_names(against)
@@ -153,7 +154,7 @@ def command(
     try:
         evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER, deliver=deliver)
     except KeyboardInterrupt:
-        console.note("What was measured is kept: the same command line goes on from there.")
+        console.note("What was measured is kept: run the same command line again to go on from there.")
         raise
 
 
@@ -164,7 +165,7 @@ def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequen
         UsageError: if they do not.
     """
     if (data is None) == (tasks is None):
-        raise UsageError("say what to ask: --data for questions of your own, or --tasks for public benchmarks")
+        raise UsageError("say what to ask, with --data for questions of your own or --tasks for public benchmarks")
     if tasks is not None and others:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against and --route")
     if tasks is not None and by is not None:

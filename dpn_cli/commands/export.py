@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype", type=Choice(["bf16", "fp16", "fp32"]),
-    help="Convert all tensors except the routers'; default: leave them as they are.",
+    help="Dtype to convert all tensors to, except the routers'; default: leave them as they are.",
 )  # fmt: skip
 @click.option(
     "--max-shard-size",
     default=DEFAULT_SHARD_SIZE,
     show_default=True,
     metavar="SIZE",
-    help="Largest size of one file, such as 500MB or 2GB.",
+    help="Maximum size of one file, such as 500MB or 2GB.",
 )
 @click.option(
     "--quantize", type=Choice(["int8", "nf4"]),
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--static", "--route", "static", metavar="ROUTE",
-    help="One fixed route for every image: an expert per site, such as keep,1x2,exit. The routers are "
-    "left out, unless their gate scales tokens. Or a method of the literature and the share of the tokens that it "
-    f"keeps, such as pyramiddrop:0.5 (or fastv:K=3,R=0.5, as its authors write it): {', '.join(PRESETS)}.",
+    help="One fixed route for every image, without routers (unless their gate scales tokens): either one expert per "
+    "site, such as keep,1x2,exit, or a published method and the share of tokens that it keeps, such as pyramiddrop:0.5 "
+    f"or, as its authors write it, fastv:K=3,R=0.5. Methods: {', '.join(PRESETS)}.",
 )  # fmt: skip
 @click.option(
     "--uncalibrated", is_flag=True,
-    help="Export even if the routers are not calibrated: the model answers as the original does, and pools nothing.",
+    help="Export even if the routers are not calibrated; such a model pools nothing and answers as the original.",
 )  # fmt: skip
 @click.option(
     "--drop-unused", is_flag=True,
@@ -61,11 +61,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--verify", is_flag=True,
-    help="Read the tensors that no option changes back from the disk and compare them with the checkpoint's.",
+    help="Read unchanged tensors back from the disk and compare them with the checkpoint's.",
 )  # fmt: skip
-@click.option("--push", metavar="REPO", help="Upload the finished folder to this model repository on the hub.")
-@click.option("--private", is_flag=True, help="Make that repository private, if it does not exist yet.")
-@click.option("-f", "--force", is_flag=True, help="Replace an output that dpn wrote before.")
+@click.option(
+    "--push", metavar="REPO", help="Upload the finished folder to this model repository on the Hugging Face hub."
+)
+@click.option("--private", is_flag=True, help="Make the repository private if it does not exist yet.")
+@click.option("-f", "--force", is_flag=True, help="Replace an output folder that dpn wrote earlier.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
     model: Path | None,
@@ -84,7 +86,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write one compact folder of safetensors with its code: it loads with dpn-cli installed or without."""
+    """Write one compact folder of safetensors that loads with dpn-cli installed or without it."""
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.exporting import hub
     from dpn_cli.exporting.export import export

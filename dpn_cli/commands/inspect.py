@@ -45,7 +45,7 @@ SAMPLE_FROM = {
 )  # fmt: skip
 @click.option(
     "--route", "routes", multiple=True, metavar="ROUTE",
-    help="Show this route too: an expert per site, such as keep,1x2,exit; repeatable.",
+    help="Also show this route: one expert per site, such as keep,1x2,exit; repeatable.",
 )  # fmt: skip
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -59,9 +59,9 @@ def command(
     wide: bool,
     as_json: bool,
 ) -> None:
-    """Show sites, rates and budgets, and tokens, FLOPs and KV bytes per layer, without loading the model.
+    """Show sites, experts and budgets, and tokens, FLOPs and KV cache per layer, without loading the model.
 
-    MODEL is anything that `dpn convert` takes, converted or not.
+    MODEL is anything that `dpn convert` accepts, converted or not.
     """
     from dpn_cli.checkpoint.inspection import inspect_checkpoint
     from dpn_cli.checkpoint.source import resolve_source

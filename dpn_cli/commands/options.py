@@ -26,7 +26,7 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--model",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="The checkpoint; default: the one that was converted or calibrated last.",
+        help="The checkpoint folder; default: the last one that was converted or calibrated.",
     )
     return option(command)
 
@@ -41,7 +41,7 @@ teacher_option = click.option(
     "the model itself, with its pyramid off.",
 )  # fmt: skip
 SAMPLES, SEED = click.IntRange(1, MAX_SAMPLES), click.IntRange(0, MAX_SEED)
-wide_option = click.option("--wide", is_flag=True, help="Show all columns, even where they do not fit the terminal.")
+wide_option = click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit the terminal.")
 
 
 def dtype_option(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -49,8 +49,8 @@ def dtype_option(default: str | None) -> Callable[[Callable[..., Any]], Callable
     otherwise = "" if default else "; default: the recipe's"
     return click.option(
         "--dtype", type=Choice(["auto", *DTYPES]), default=default, show_default=default is not None,
-        help="Dtype to compute in; auto is the checkpoint's, or float32 on a CPU that only emulates the checkpoint's, "
-        f"if memory allows{otherwise}.",
+        help="Dtype to compute in; auto takes the checkpoint's, or float32 on a CPU that only emulates it, if memory "
+        f"allows{otherwise}.",
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
-        help="Processes on this machine that share the work, one per GPU if there are GPUs.",
+        help="Number of processes on this machine that share the work; each takes one GPU if there are GPUs.",
     )  # fmt: skip
     @wraps(command)
     def launched(*args: Any, num_processes: int, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ class Recipes(click.Group):
 @click.option("--json", "as_json", is_flag=True, help="Print the recipes as JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List the recipes, or show RECIPE: a name or a YAML file, with everything it inherits and every default."""
+    """List the recipes, or show RECIPE, a name or a YAML file, in full: with all that it inherits and all defaults."""
     if ctx.invoked_subcommand:
         return
     recipes = [load_recipe(name) for name in available_recipes()]
@@ -47,12 +47,12 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @command.command("show", short_help="Print one recipe in full.")
 @click.argument("recipe", shell_complete=names(recipe_names, or_files=True))
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value first; repeatable.",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value; repeatable.",
     shell_complete=names(recipe_keys),
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print RECIPE, a name or a YAML file, with everything it inherits and every default."""
+    """Print RECIPE, a name or a YAML file, in full: with all that it inherits and all defaults."""
     import yaml
 
     resolved = load_recipe(recipe, overrides).to_dict()

@@ -23,24 +23,24 @@ SHOWN = 40  # characters of an image that is no file
 @click.argument("question")
 @click.option(
     "--image", "images", type=click.Path(), metavar="FILE", multiple=True, required=True,
-    help="An image that the question is about, or its URI: file:, data: or, with --allow-urls, http(s):; repeatable.",
+    help="An image that the question is about: a file, a file: or data: URI or, with --allow-urls, a URL; repeatable.",
 )  # fmt: skip
 @allow_urls_option
 @model_option
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
     "--route", metavar="ROUTE",
-    help="Take this route in place of the routers' choice: an expert per site, such as keep,1x2,exit.",
+    help="Take this route instead of the routers' choice: one expert per site, such as keep,1x2,exit.",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Largest number of tokens in the answer.",
+    help="Maximum number of tokens in the answer.",
 )
 @dtype_option("auto")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the stream.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the streamed answer.")
 def command(
     question: str,
     images: tuple[str, ...],
@@ -52,7 +52,7 @@ def command(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Answer QUESTION about one or several images, greedily.
+    """Answer QUESTION about one or more images, with greedy decoding.
 
     The answer goes to stdout as it is generated; its route, tokens, FLOPs and time go to stderr.
     """

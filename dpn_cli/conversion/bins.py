@@ -89,13 +89,13 @@ def _load(path: Path) -> "dict[str, torch.Tensor]":
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is damaged or holds Python objects besides tensors, which could run code: nothing of it was read; "
+            f"{path} is damaged or holds Python objects besides tensors, which could run code, so nothing was read: "
             "get the model as safetensors"
         ) from None
     except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged: download it again") from error
     if not isinstance(shard, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in shard.values()):
-        raise CheckpointError(f"{path} does not hold named tensors alone: expected the weights of a model")
+        raise CheckpointError(f"{path} does not hold only named tensors: expected the weights of a model")
     return shard
 
 

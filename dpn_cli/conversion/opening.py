@@ -128,7 +128,9 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
     config, notes = without_window(original)
     validate_llava(config, folder)
     if not VISION_TOWERS[config["vision_config"]["model_type"]].is_stock:
-        raise CheckpointError(f"{folder} is a LLaVA-HR that was converted before: start from its original checkpoint")
+        raise CheckpointError(
+            f"{folder} is a LLaVA-HR that has already been converted: start from its original checkpoint"
+        )
     if vision_tower is not None:
         raise UsageError(f"{folder} has a vision tower of its own: leave --vision-tower out")
     if holds_bins(folder):

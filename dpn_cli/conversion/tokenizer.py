@@ -212,7 +212,7 @@ def _added_tokens(folder: Path, config: dict[str, Any], vocabulary: Path) -> dic
     if vocabulary.suffix == ".json":
         added |= {entry["id"]: entry["content"] for entry in read_json(vocabulary).get("added_tokens", [])}
     if not all(isinstance(token, str) for token in added.values()):
-        raise TypeError("a token is no text")
+        raise TypeError("a token is not text")
     return {i: token for i, token in added.items() if token not in {"<unk>", "<s>", "</s>"}}
 
 

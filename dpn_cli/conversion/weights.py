@@ -74,7 +74,9 @@ class SafetensorsWeights:
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)
             if file.readinto(values) < info.nbytes:
-                raise CheckpointError(f"{self.folder / info.file} became shorter meanwhile: run the command again")
+                raise CheckpointError(
+                    f"{self.folder / info.file} became shorter in the meantime: run the command again"
+                )
         return torch.frombuffer(values, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(info.shape)
 
 

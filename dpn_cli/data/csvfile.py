@@ -86,7 +86,7 @@ def _records(path: Path, lines: list[str]) -> list[list[str]]:
         row = f"row {len(records)}" if records else "the header"
         raise DataError(
             f"{path}, line {begins + 1}: {row}, column `{column}`: a quote is left open, or closed before the cell "
-            f'ends ({error}); write a quote inside of a quoted cell twice, as ""'
+            f'ends ({error}); write a quote inside a quoted cell twice, as ""'
         ) from None
     return records
 

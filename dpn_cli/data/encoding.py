@@ -79,7 +79,7 @@ def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
-        raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from None
+        raise DataError(f"sample {sample.id}: the chat template rejects it: {error}") from None
 
 
 def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:

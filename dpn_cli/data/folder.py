@@ -31,9 +31,9 @@ class ImageFolder:
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise DataError(
-                f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: nothing but images is read "
-                "from a folder of images. Move other files out of it to have every image asked a stock prompt; to have "
-                "their text read, give a JSON, parquet or CSV file with one row per image"
+                f"{folder} holds {others[0].relative_to(folder)}{more} beside its images: from a folder of images, "
+                "nothing else is read. To ask every image a stock prompt, move the other files elsewhere; to have text "
+                "read, give a JSON, parquet or CSV file with one row per image"
             )
 
     def __len__(self) -> int:

@@ -80,7 +80,7 @@ FORMATS = {
     "demo": Format("demo", "demo.open_demo"),
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
     "vqa": Format("a folder with VQAv2's questions and annotations", "vqa.open_vqa"),
-    "llava": Format("a LLaVA .json or .jsonl file", "llava.open_llava"),
+    "llava": Format("a .json or .jsonl file of rows, as LLaVA's", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
     "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),
     "webdataset": Format("a WebDataset .tar file or a folder of them", "webdataset.open_tars"),
@@ -121,7 +121,7 @@ def open_source(request: Request) -> "Source":
     path = request.path
     for each in _entries(path):
         if not (each.is_file() or each.is_dir()) and Path(each).exists():
-            raise DataError(f"{each.path} is neither a file nor a folder: take it out of the data")
+            raise DataError(f"{each.path} is neither a file nor a folder: remove it from the data")
     for form in FORMATS.values():
         if (source := form.open(request)) is not None:
             return source

@@ -44,12 +44,12 @@ def load_data(
     """
     reading = Reading(prompts, data.kind_field or KIND_FIELD, data.ignored, data.columns)
     if data.stream and limit is None:
-        raise UsageError("--stream reads no more than is asked for: say how much, with --samples")
+        raise UsageError("--stream reads no more than you ask for: say how much with --samples")
     request = Request(data.name, data.image_root, reading, split, limit, seed, data.stream, data.allow_urls)
     source = open_source(request)
     if data.stream and not source.format.startswith(STREAMED):
         raise UsageError(
-            f"--stream: {data.name} is a {source.format}, which is not read through `datasets`: leave it out"
+            f"--stream: {data.name} is a {source.format}, which is not read by `datasets`: leave --stream out"
         )
     if (data.columns or data.ignored) and not isinstance(source, RowSource):
         option = "--columns" if data.columns else "--ignore-fields"

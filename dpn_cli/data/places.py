@@ -63,7 +63,7 @@ class Places:
             raise RowError("no image path", f"{expected}; found {type(value).__name__}{keys}")
         if _WEB.match(held):
             if not self.allow_urls:
-                raise RowError("image on the web", f"{shown(held)} is fetched with --allow-urls only")
+                raise RowError("image on the web", f"{shown(held)} is only fetched with --allow-urls")
             return StoredImage(shown(held), lambda: fetch(held))
         if _ELSEWHERE.match(held) and not _FILE_URI.match(held):
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")

@@ -153,7 +153,9 @@ def _parts(archive: Path) -> Iterator[tuple[str, str, _Part]]:
                 if member.isdir() or match is None:
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(f"{archive} holds {member.name}, which is a link or no plain file: expected files")
+                    raise DataError(
+                        f"{archive} holds {member.name}, which is a link or not a regular file: expected files"
+                    )
                 yield match[1], match[2], _Part(archive, member.name, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{archive} is damaged, or not an uncompressed tar: {error}") from None

@@ -164,7 +164,7 @@ def evaluate(
         UsageError: if the pyramid can spend none of the budgets, or a route does not fit a sample.
     """
     if not samples:
-        raise DataError("the data has no sample with an image: there is nothing to evaluate")
+        raise DataError("the data have no sample with an image: there is nothing to evaluate")
     budgets = list(dict.fromkeys(options.budgets))
     pyramids, refused = _pyramids(evaluator, budgets)
     sizes, pyramid = evaluator.sizes(samples), evaluator.model.pyramid

@@ -76,7 +76,7 @@ class KeptResults:
                 found = read_json(record)
                 if all(found.get(key) == self.depends_on.get(key) for key in ("weights", "data")):
                     where, changed = record.with_suffix(""), differences(found, self.depends_on)
-                    return f"Started again: the unfinished evaluation in {where} had other values of {changed}."
+                    return f"Starting over: the unfinished evaluation in {where} had other values of {changed}."
         return None
 
     def drop(self) -> None:

@@ -97,8 +97,8 @@ def _validate(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets:
         if budget < cheapest - TOLERANCE:
             raise UsageError(
                 f"budget {budget:g} is out of reach of these synthetic prompts, whose cheapest routes spend "
-                f"{cheapest:.3f}: ask for more, make them like your data (--text-tokens, --images, --image-size), or "
-                "give --data"
+                f"{cheapest:.3f}: ask for more, adapt the prompts to your data (--text-tokens, --images, "
+                "--image-size), or give --data"
             )
 
 

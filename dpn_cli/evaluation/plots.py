@@ -59,7 +59,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: expected a file that ends in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
+        raise UsageError(f"--plot {path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"--plot {path}: the folder {path.parent} cannot be written")
 

@@ -116,7 +116,7 @@ def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin, pyram
 def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:
     """Say what a reader of the figures should know."""
     if dataset.digest == pyramid.calibration.get("data_digest"):
-        yield "Note: the routers were calibrated on these very samples; figures on others may be worse."
+        yield "Note: the routers were calibrated on these very samples; on others, figures may be worse."
     if pyramid.is_imported:
         yield "Note: the pyramid came with its source: the model was trained with it, and the original runs without it."
     if teacher := pyramid.calibration.get("teacher"):

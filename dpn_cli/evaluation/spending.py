@@ -63,7 +63,7 @@ def unmet(
         record = pyramid.calibration
         solved_on = record.get("budgets_solved_on", record).get("data", "other data")
         if data and solved_on == data.name:
-            yield f"Its λ was solved on {data.name} as a whole; the mean of some of its samples varies."
+            yield f"Its λ was solved on {data.name} as a whole; the mean over some of its samples varies."
             return
         named = ["--model", str(model), *(data.arguments() if data else ("--data", "DATA"))]
         yield (

@@ -81,7 +81,7 @@ def load_opened(
         if keys := sorted(map(str, info[what])):
             raise CheckpointError(
                 f"{folder} has {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}: its tensors are not those of "
-                "the model in config.json, convert it again"
+                "the model in config.json; convert it again"
             )
     if healed and (lora := Lora.of(folder, pyramid)):
         load_adapter(model, lora)
@@ -118,7 +118,7 @@ def build_processor(folder: Path, model_type: str) -> Any:
         folder, local_files_only=True, trust_remote_code=False
     )
     if not isinstance(processor, ProcessorMixin):  # of a class that it does not know, transformers loads a part
-        raise TypeError(f"{type(processor).__name__} is no processor")
+        raise TypeError(f"{type(processor).__name__} is not a processor")
     if processor.tokenizer.pad_token is None:  # where a vocabulary is read by its own library alone
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor

@@ -203,7 +203,7 @@ class PyramidModelMixin(PreTrainedModel):
         count = is_read.sum(1)
         if not count[has_image].all():
             raise ValueError(
-                f"the routers of this model read the token {token_id}, which a prompt has not: put it at the end of "
+                f"the routers of this model read the token {token_id}, which a prompt lacks: put it at the end of "
                 "the question, as the chat template does"
             )
         columns = is_read.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]

@@ -131,14 +131,14 @@ class Expert:
         if not colon and re.fullmatch(_CELLS, kind):
             kind, settings = "pool", kind
         if kind not in KINDS:
-            raise ValueError(f"{text!r} is no expert: expected one of {', '.join(examples())}")
+            raise ValueError(f"{text!r} is not an expert: expected one of {', '.join(examples())}")
         match = _SETTINGS.fullmatch(settings)
         share = float(match["share"]) if match and match["share"] else None
         cells = _kernel(match["cells"]) if match and match["cells"] else None
         form = "+".join(name for name, value in (("share", share), ("cells", cells)) if value is not None)
         if match is None or form not in KINDS[kind].settings or share == 0 or (cells and min(cells) < 1):
             wanted = " or ".join(f"{kind}{_EXAMPLES[form]}" for form in KINDS[kind].settings)
-            raise ValueError(f"{text!r} is no expert: expected {wanted}")
+            raise ValueError(f"{text!r} is not an expert: expected {wanted}")
         return KEEP if kind == "pool" and cells == (1, 1) else cls(kind, share, cells)
 
     def __str__(self) -> str:
@@ -208,7 +208,7 @@ def known_kind(name: str) -> str:
         ValueError: if there is none of this name.
     """
     if name not in KINDS:
-        raise ValueError(f"{name!r} is no kind of expert: expected one of {', '.join(KINDS)}")
+        raise ValueError(f"{name!r} is not a kind of expert: expected one of {', '.join(KINDS)}")
     return name
 
 

@@ -33,6 +33,6 @@ def _expert(part: str, site: int, experts: tuple[Expert, ...]) -> int:
     except ValueError:
         names = list(map(str, experts))
         raise RouteError(
-            f"{part!r} is no expert of site {site}: expected one of {', '.join(names)}, or 0 to {len(experts) - 1}."
+            f"{part!r} is not an expert of site {site}: expected one of {', '.join(names)}, or 0 to {len(experts) - 1}."
             f"{did_you_mean(part, names)}"
         ) from None

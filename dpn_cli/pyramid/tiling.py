@@ -58,7 +58,7 @@ class Tiling:
         pixels = config["vision_config"]["image_size"]
         resolutions = [(tall, wide) for tall, wide in config.get("image_grid_pinpoints") or RESOLUTIONS[family]]
         if any(type(side) is not int or side < pixels for pair in resolutions for side in pair):
-            raise ValueError(f"image_grid_pinpoints {resolutions} are no sizes of whole tiles of {pixels} pixels")
+            raise ValueError(f"image_grid_pinpoints {resolutions} are not sizes of whole tiles of {pixels} pixels")
         return cls(
             pixels=pixels,
             tokens=tokens,

@@ -135,7 +135,7 @@ def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: 
     assert process.returncode == 130
     assert output == ""
     assert [line for line in errors.splitlines() if line][-2:] == [
-        "What was measured is kept: the same command line goes on from there.",
+        "What was measured is kept: run the same command line again to go on from there.",
         "Interrupted.",
     ]
     assert "Traceback" not in errors

@@ -80,7 +80,7 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
 
 def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(UsageError, match="appeared meanwhile"), staged_folder(target, False, "dpn_llava"):
+    with pytest.raises(UsageError, match="has appeared in the meantime"), staged_folder(target, False, "dpn_llava"):
         target.mkdir()
         (target / "file").write_text("another program's")
     assert listing(tmp_path) == {"out/file": "another program's"}

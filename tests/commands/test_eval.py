@@ -269,7 +269,7 @@ def test_what_was_found_with_other_files_is_not_used(
     capsys.readouterr()
     assert evaluate("--json") == 0
     error = capsys.readouterr().err
-    assert re.search(rf"Started again: the unfinished evaluation in \S+ had other values of {file}", error), error
+    assert re.search(rf"Starting over: the unfinished evaluation in \S+ had other values of {file}", error), error
     assert "original answers: 8/8" in error
 
 

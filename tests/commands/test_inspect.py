@@ -65,4 +65,4 @@ def test_a_route_is_priced_on_demand(capsys: pytest.CaptureFixture[str]) -> None
     assert [layer["visual_tokens"] for layer in routes["1x2,1x1,1x2"]["layers"]] == [144] * 2 + [72] * 4 + [36] * 2
     assert routes["0,0,0"]["flops"] == routes["full"]["flops"] > routes["1x2,1x1,1x2"]["flops"]
     assert main(["inspect", "--route", "3x3,0,0"]) == 2
-    assert "'3x3' is no expert of site 0" in capsys.readouterr().err
+    assert "'3x3' is not an expert of site 0" in capsys.readouterr().err

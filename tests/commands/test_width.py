@@ -73,7 +73,12 @@ def large_preview() -> Preview:
     names = {"conversations_with_a_long_column_name": "conversation", "image": "image", "source_dataset": ""}
     asked = (Asked(1, (("COCO_val2014_000000262148.jpg", 480, 640),), "USER: <image>\nWhat?", "a cat"),)
     cost = Forecast(1e18, 1e12, 1e6, 15_600_000_000, 700_000_000, ("Time: some.", "Memory: some.", "Disk: some."))
-    return Preview(Scan("a LLaVA .json or .jsonl file", 665_298, 512, 512, 0, 3, 400, 2, ()), names, asked, cost)
+    return Preview(
+        Scan("LLaVA JSON (`image`, `conversations` as conversation)", 665_298, 512, 512, 0, 3, 400, 2, ()),
+        names,
+        asked,
+        cost,
+    )
 
 
 def benchmarks() -> list[Benchmark]:

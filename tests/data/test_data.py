@@ -120,7 +120,7 @@ def test_files_beside_the_images_of_a_folder_stop_the_run(picture: Path, name: s
         (folder / "model" / of_a_model).touch()
     assert load(folder).scan.with_image == 1
     (folder / name).write_text('{"images": [], "annotations": [{"caption": "a red thing"}]}')
-    with pytest.raises(DataError, match=rf"holds {name} beside its images: .*Move other files out of it"):
+    with pytest.raises(DataError, match=rf"holds {name} beside its images: .*move the other files elsewhere"):
         load(folder)
 
 

@@ -44,7 +44,7 @@ def load(tmp_path: Path, *urls: str, **options: Any) -> Any:
 
 def test_images_are_fetched_once_and_only_with_the_option(tmp_path: Path, web: tuple[str, list[str]]) -> None:
     address, asked = web
-    with pytest.raises(DataError, match=r"row 1: image on the web .http://.*/a\.png is fetched with --allow-urls only"):
+    with pytest.raises(DataError, match=r"row 1: image on the web .http://.*/a\.png is only fetched with --allow-urls"):
         load(tmp_path, f"{address}/a.png")
     assert asked == []
     data = load(tmp_path, f"{address}/moved.png", allow_urls=True)

@@ -144,7 +144,7 @@ def test_a_template_that_refuses_a_conversation_is_named(
 ) -> None:
     monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('never') }}")
     sample = Sample("x", (), (Turn("what ?", "red"),))
-    with pytest.raises(DataError, match="sample x: the chat template refuses it: never"):
+    with pytest.raises(DataError, match="sample x: the chat template rejects it: never"):
         encode(sample, processor, 8)
     with pytest.raises(RowError, match="never"):
         monkeypatch.undo()

@@ -181,7 +181,7 @@ def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, mon
     assert first.digest == again.digest != other.digest
     assert first.samples[0].open_images()[0].size == (20, 30)
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
-    with pytest.raises(UsageError, match="--stream reads no more than is asked for: say how much, with --samples"):
+    with pytest.raises(UsageError, match="--stream reads no more than you ask for: say how much with --samples"):
         load_data(stream)
     (tmp_path / "data.jsonl").write_text('{"question": "what ?"}')
     with pytest.raises(

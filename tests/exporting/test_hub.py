@@ -61,7 +61,7 @@ def test_the_finished_folder_is_uploaded(
     [
         (["--push", "not a repo"], 2, "not a repository id"),
         (["--private"], 2, "give --push too"),
-        (["--push", "me/tiny", "--static", "9,9,9,9,9"], 2, "'9' is no expert of site 0"),
+        (["--push", "me/tiny", "--static", "9,9,9,9,9"], 2, "'9' is not an expert of site 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(

@@ -23,8 +23,8 @@ def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [("0", "1 entries, the pyramid has 2"),
-     ("0,2", "'2' is no expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
-     ("3x3,0", "'3x3' is no expert of site 0"), ("-1,0", "'-1' is no expert"), ("a,b", "'a' is no expert"),
+     ("0,2", "'2' is not an expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
+     ("3x3,0", "'3x3' is not an expert of site 0"), ("-1,0", "'-1' is not an expert"), ("a,b", "'a' is not an expert"),
      ("1x2,keap", "Did you mean 'keep'?"),
      ("", "entries")],
 )  # fmt: skip

@@ -204,7 +204,7 @@ def _steps(
         norm = nn.utils.clip_grad_norm_(parameters.values(), MAX_GRAD_NORM)
         if not math.isfinite(loss) or not (scaler.is_enabled() or norm.isfinite()):
             raise DpnError(
-                f"training broke off at step {step + 1} of {recipe.steps}: the loss is {loss:g}, the gradient's norm "
+                f"training stopped at step {step + 1} of {recipe.steps}: the loss is {loss:g}, the gradient's norm "
                 f"{norm.item():g}; lower learning_rate (now {recipe.learning_rate:g}) or choose another dtype, and "
                 "pass --restart"
             )

@@ -103,6 +103,6 @@ def tune(
 def _outcome(report: TrainingReport) -> str:
     """Say what held-out samples say of healing."""
     if report.kept == 0:
-        return "Healing did no good on held-out samples, so the model stays without an adapter."
+        return "Healing did not help on held-out samples, so no adapter is kept."
     before, after = report.held_out[0], report.held_out[report.kept]
     return f"On held-out samples, healing lowers the loss from {before:.3f} to {after:.3f} ({report.kept} steps)."

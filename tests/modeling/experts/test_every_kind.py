@@ -46,7 +46,7 @@ def test_a_recipe_takes_it_and_a_config_keeps_it(expert: Expert) -> None:
 
 @pytest.mark.parametrize("text", ["", "pool", "pool:2", "diverse", "diverse:2", "diverse:0", "exit:0.5", "best:0.5"])
 def test_what_is_no_expert_is_refused_with_what_would_be(text: str) -> None:
-    with pytest.raises(ValueError, match="is no expert: expected"):
+    with pytest.raises(ValueError, match="is not an expert: expected"):
         Expert.parse(text)
 
 
