@@ -13,6 +13,7 @@ from dpn_cli.commands.options import Fraction, checkpoint_folder, dtype_option, 
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from dpn_cli.data.samples import Sample
     from dpn_cli.inference.answering import Answer
     from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -63,13 +64,12 @@ def command(
         raise UsageError("the question is empty")
     folder = checkpoint_folder(model)
 
+    sample = _sample(question, images, allow_urls)
+
     with console.waiting("starting"):
         from dpn_cli.checkpoint.layout import open_converted
         from dpn_cli.checkpoint.locks import in_use
         from dpn_cli.data.encoding import token_limit
-        from dpn_cli.data.places import Places
-        from dpn_cli.data.samples import Sample, Turn
-        from dpn_cli.data.scan import validate_images
         from dpn_cli.evaluation.spending import Spending, unmet
         from dpn_cli.inference.answering import answer
         from dpn_cli.inference.dtypes import compute_dtype
@@ -81,10 +81,6 @@ def command(
         checkpoint, layout, pyramid = open_converted(folder)
         experts = None if route is None else parse_route(route, pyramid.sites)
         validate_in_table([] if budget is None else [budget], pyramid)
-        places = Places(allow_urls=allow_urls)
-        sources = tuple(places.find(image, f"--image {image:.{SHOWN}}", partial(str, image)) for image in images)
-        sample = Sample("question", sources, (Turn(question),))
-        validate_images(sample)
         processor = load_opened_processor(checkpoint, layout)
         token_limit(processor, layout, max_positions(checkpoint), answer_tokens=1)(sample)
         dtype = compute_dtype(checkpoint, layout, dtype, default_device(), console.note)
@@ -102,6 +98,19 @@ def command(
     console.note(_cost_line(done))
     for line in unmet([spending], pyramid, folder, data=None) if spending else ():
         console.note(line)
+
+
+def _sample(question: str, images: tuple[str, ...], allow_urls: bool) -> "Sample":
+    """Return what is asked; images that cannot be used are refused before torch is imported."""
+    from dpn_cli.data.places import Places
+    from dpn_cli.data.samples import Sample, Turn
+    from dpn_cli.data.scan import validate_images
+
+    places = Places(allow_urls=allow_urls)
+    sources = tuple(places.find(image, f"--image {image:.{SHOWN}}", partial(str, image)) for image in images)
+    sample = Sample("question", sources, (Turn(question),))
+    validate_images(sample)
+    return sample
 
 
 def _choose(model: "PyramidGenerationMixin", budget: float | None, experts: tuple[int, ...] | None) -> None:

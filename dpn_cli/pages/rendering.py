@@ -55,9 +55,9 @@ def _data_uri(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _breakable(route: str) -> Markup:
-    """Let a line break after the commas of a route."""
-    return Markup(",<wbr>").join(route.split(","))
+def _breakable(value: object) -> Markup:
+    """Let a line break after the commas of a route, or of a sentence with one."""
+    return Markup(",<wbr>").join(str(value).split(","))
 
 
 def _shorten(text: str) -> str:

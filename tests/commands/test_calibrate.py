@@ -146,7 +146,7 @@ def test_bad_rows_are_left_out_by_choice(rows: list[Any], capsys: pytest.Capture
     assert "5.0%, more than --max-bad" in capsys.readouterr().err
     assert calibrate(rows, "--on-bad-row", "skip") == 0
     error = capsys.readouterr().err
-    assert "bad rows: 1 (5.0%)" in error and "row 2: missing image file (no image file gone.png)" in error
+    assert "bad rows: 1 (5.0%)" in error and "row 2: missing image file (gone.png)" in error
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
     [
         ("--image gone.png", 4, "gone.png"),
         ("--image notes.txt", 4, "image cannot be decoded: notes.txt: not a known image format"),
-        ("--image .", 4, "no image file ."),
+        ("--image .", 4, "missing image file: ."),
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),
         ("--image half.png", 4, "half.png"),

@@ -281,7 +281,7 @@ def test_rows_are_grouped_by_another_field_than_kind(tmp_path: Path, picture: Pa
 def test_bad_rows_are_skipped_up_to_a_share(tmp_path: Path, picture: Path) -> None:
     rows = [llava_row()] * 19 + [llava_row(image="gone.png")]
     path = write(tmp_path / "data.jsonl", rows)
-    with pytest.raises(DataError, match=r"row 20: missing image file \(no image file .*gone\.png\)\. Fix them, or"):
+    with pytest.raises(DataError, match=r"row 20: missing image file \(.*gone\.png\)\. Fix them, or"):
         load(path)
     assert len(load(path, on_bad_row="skip").samples) == 19
     with pytest.raises(DataError, match=r"5\.0%, more than --max-bad 0\.04"):
@@ -332,7 +332,7 @@ def test_broken_json_is_named_by_row_and_skipped_by_choice(
         ("data.json", "[{}] []", "more text follows"),
         ("data.json", b"\xff\xfe[", "UTF-8"),
         ("data.jsonl", "{}\n{", "row 1: no text .*; row 2: not JSON"),
-        ("data.txt", "", r"is a \.txt file: expected .*a LLaVA \.json"),
+        ("data.txt", "", r"is a \.txt file: expected .*a \.json or"),
         ("empty", None, "no images"),
         ("nowhere", "missing", "does not exist"),
     ],
