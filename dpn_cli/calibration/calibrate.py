@@ -197,7 +197,8 @@ def _open(
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        processor = load_opened_processor(checkpoint, layout)
+        with reporter.waiting("reading the processor"):
+            processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
         other = None if teacher is None else OtherTeacher.open(teacher)
         if other:

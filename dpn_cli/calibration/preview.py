@@ -92,7 +92,8 @@ def preview(
         asked = tuple(_shown(sample, None) for sample in dataset.samples[:SHOWN])
         return Preview(dataset.scan, dataset.columns, asked, None)
     checkpoint, layout, pyramid = open_converted(folder)
-    processor = load_opened_processor(checkpoint, layout)
+    with reporter.waiting("reading the processor"):
+        processor = load_opened_processor(checkpoint, layout)
     check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
     other = None if teacher is None else OtherTeacher.open(teacher)
     if other:

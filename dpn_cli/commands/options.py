@@ -37,8 +37,8 @@ set_option = click.option(
 )  # fmt: skip
 teacher_option = click.option(
     "--teacher", metavar="PATH|ID",
-    help="Another LLaVA with the same tokenizer, such as a larger one, that answers and is measured against; default: "
-    "the model itself, with its pyramid off.",
+    help="Another LLaVA with the same tokenizer, such as a larger one, to answer and to be measured against; default: "
+    "the model itself with its pyramid off.",
 )  # fmt: skip
 SAMPLES, SEED = click.IntRange(1, MAX_SAMPLES), click.IntRange(0, MAX_SEED)
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit the terminal.")

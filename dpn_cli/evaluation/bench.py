@@ -112,7 +112,8 @@ def bench_folder(
         checkpoint, layout, pyramid = open_converted(folder)
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
-        processor = load_opened_processor(checkpoint, layout)
+        with reporter.waiting("reading the processor"):
+            processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), options.new_tokens)
         drawn = _draw(data, max(options.batch_sizes), options.rounds, check) if data else []
         dtype = compute_dtype(checkpoint, layout, options.dtype, default_device(), reporter.note)

@@ -62,7 +62,8 @@ def evaluate_folder(
             checkpoint, layout, pyramid = open_converted(folder)
             for route in options.routes:  # what is none is refused before the data are read
                 parse_route(route, pyramid.sites)
-            processor = load_opened_processor(checkpoint, layout)
+            with reporter.waiting("reading the processor"):
+                processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
                 data, split="heldout", limit=options.samples, seed=options.seed, reporter=reporter,
                 check=token_limit(processor, layout, max_positions(checkpoint), options.answer_tokens),

@@ -209,7 +209,9 @@ def test_a_link_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
 def test_what_has_the_name_of_a_workplace_is_refused_and_stays(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(DpnError, match=r"\.out\.dpn is not dpn's, but has the name of a folder of its own: move it"):
+    with pytest.raises(
+        DpnError, match=r"\.out\.dpn was not made by dpn, but has the name of one of dpn's folders: move it"
+    ):
         write(tmp_path / "out")
     assert listing(tmp_path) == {name: "mine"}
 

@@ -257,7 +257,7 @@ def test_the_router_token_makes_room_for_the_image(make_original: Callable[..., 
     answers = dpn_cli.load(done.output).generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answers.shape[1] == len(ids) + 3
     model = dpn_cli.load(done.output)
-    with pytest.raises(ValueError, match=f"read the token {NEW_ROUTER}, which a prompt has not"):
+    with pytest.raises(ValueError, match=f"read the token {NEW_ROUTER}, which a prompt lacks"):
         model(input_ids=inputs["input_ids"][:, : ids.index(NEW_ROUTER)], pixel_values=inputs["pixel_values"])
     assert model(input_ids=torch.tensor([[1, 5, 6]])).logits.shape[1] == 3  # without an image
 

@@ -213,7 +213,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 ) -> None:
     _, model = make_pair()
     monkeypatch.setattr(healing, "heal_loss", lambda *args: heal_loss(*args) * torch.nan)
-    with pytest.raises(DpnError, match=r"broke off at step 1 of 6: the loss is nan.*lower learning_rate"):
+    with pytest.raises(DpnError, match=r"stopped at step 1 of 6: the loss is nan.*lower learning_rate"):
         run(model, examples, state=tmp_path)
     assert not list(tmp_path.iterdir())
 
