@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpn_cli import commands, console
 from dpn_cli.calibration.forecast import Forecast
-from dpn_cli.calibration.preview import Asked, Preview
+from dpn_cli.calibration.preview import Preview, Shown
 from dpn_cli.checkpoint.inspection import Inspection, inspect_checkpoint
 from dpn_cli.cli import main
 from dpn_cli.commands import convert, data, export, inspect, tables
@@ -71,7 +71,7 @@ def large_export(conversion: Conversion) -> Export:
 
 def large_preview() -> Preview:
     names = {"conversations_with_a_long_column_name": "conversation", "image": "image", "source_dataset": ""}
-    asked = (Asked(1, (("COCO_val2014_000000262148.jpg", 480, 640),), "USER: <image>\nWhat?", "a cat"),)
+    asked = (Shown(1, (("COCO_val2014_000000262148.jpg", 480, 640),), "USER: <image>\nWhat?", "a cat"),)
     cost = Forecast(1e18, 1e12, 1e6, 15_600_000_000, 700_000_000, ("Time: some.", "Memory: some.", "Disk: some."))
     return Preview(
         Scan("LLaVA JSON (`image`, `conversations` as conversation)", 665_298, 512, 512, 0, 3, 400, 2, ()),
