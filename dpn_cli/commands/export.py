@@ -157,7 +157,7 @@ def _show(done: "Export", budget: float | None) -> None:
     else:
         known = pyramid.budgets or pyramid.is_imported
         asked = f"budget {budget:g}, " if budget else "" if known else "not calibrated, "
-        route = f"{asked}λ {pyramid.trade_off:.4g}"
+        route = f"the routers', {asked}λ {pyramid.trade_off:.4g}"
     kind = " + ".join(filter(None, (done.dtype, done.scheme))) or "unchanged"
     console.table(
         f"{resolve_source(str(done.source)).label} → {done.output}",

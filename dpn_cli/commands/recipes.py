@@ -9,6 +9,8 @@ from dpn_cli import console
 from dpn_cli.commands.completion import names, recipe_keys, recipe_names
 from dpn_cli.pyramid.recipe import available_recipes, load_recipe
 
+YAML_WIDTH = 58  # a line ends with the first item beyond it, and fits 80 columns
+
 
 class Recipes(click.Group):
     """A group whose word that is no command is a recipe to show."""
@@ -59,4 +61,5 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         console.echo(json.dumps(resolved, indent=2))
     else:
-        console.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None), nl=False)
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None, width=YAML_WIDTH)
+        console.echo(text, nl=False)

@@ -105,8 +105,8 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
 
     low, high = report.agreement_interval
     show(
-        f"Budget {report.budget:g}, {report.samples}: the {report.reference}'s first choice in "
-        f"{report.routed.agreement:.1%} (95% interval {low:.1%} to {high:.1%})",
+        f"Budget {report.budget:g}, {report.samples}: {report.routed.agreement:.1%} of the answer tokens are the "
+        f"{report.reference}'s first choice (95% interval {low:.1%} to {high:.1%})",
         [
             Column("budget", lambda row: row[0], text=True),
             Column("FLOPs", lambda row: f"{row[1].fraction:.3f}", means="FLOPs"),

@@ -46,7 +46,8 @@ def load_data(
     if data.stream and limit is None:
         raise UsageError("--stream reads no more than you ask for: say how much with --samples")
     request = Request(data.name, data.image_root, reading, split, limit, seed, data.stream, data.allow_urls)
-    source = open_source(request)
+    with reporter.waiting("opening the data"):
+        source = open_source(request)
     if data.stream and not source.format.startswith(STREAMED):
         raise UsageError(
             f"--stream: {data.name} is a {source.format}, which is not read by `datasets`: leave --stream out"

@@ -212,7 +212,7 @@ def test_an_unfinished_calibration_goes_on_with_the_same_teacher_alone(
 
 
 def assert_distance_of_the_full_route_is_shown(folder: Path, output: str) -> None:
-    assert "the teacher's first choice in" in " ".join(output.split())
+    assert "the teacher's first choice (95%" in " ".join(output.split())
     full = read_json(folder / "calibration" / "report.json")["full"]
     [row] = [line for line in output.splitlines() if "every token kept" in line]
     assert nats(full["distortion"]) in row and percent(full["agreement"]) in row

@@ -25,7 +25,8 @@ def test_a_name_alone_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_show_prints_is_the_same_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "show", name, "--set", "calibration.learning_rate=1e-5"]) == 0
     copy = tmp_path / "copy.yaml"
-    copy.write_text(capsys.readouterr().out)
+    copy.write_text(text := capsys.readouterr().out)
+    assert max(map(len, text.splitlines())) <= 80
     assert load_recipe(str(copy)) == load_recipe(name, ["calibration.learning_rate=1e-5"])
 
 
