@@ -9,7 +9,7 @@ from dpn_cli import console
 from dpn_cli.commands.completion import names, recipe_keys, recipe_names
 from dpn_cli.pyramid.recipe import available_recipes, load_recipe
 
-YAML_WIDTH = 58  # a line ends with the first item beyond it, and fits 80 columns
+YAML_WIDTH = 50  # a line ends with the first item beyond it, and fits 80 columns
 
 
 class Recipes(click.Group):
