@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpn_cli.calibration.teacher import Teacher
@@ -10,7 +11,10 @@ from dpn_cli.checkpoint.completeness import check_complete
 from dpn_cli.checkpoint.headers import Checkpoint, read_config
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quantised
 from dpn_cli.checkpoint.locks import in_use
+from dpn_cli.checkpoint.processor import complete_processor
+from dpn_cli.checkpoint.side_files import without_code
 from dpn_cli.checkpoint.source import Source, resolve_source
+from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.opening import Copied, open_source
 from dpn_cli.data.encoding import answer_ids, token_limit
 from dpn_cli.data.faults import RowError
@@ -19,6 +23,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import Family, is_converted
 from dpn_cli.inference.loading import load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
+from dpn_cli.inference.trial import try_out
 from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 
@@ -48,8 +53,8 @@ class OtherTeacher:
         """Open a folder, an alias or a hub id, as `convert` does, or a folder that dpn wrote.
 
         Raises:
-            CheckpointError: if it is missing, damaged, quantised or in a layout that has to be rewritten, or its
-                pyramid came with its source.
+            CheckpointError: if it is missing, damaged or quantised, cannot run, is in a layout that must be rewritten,
+                or has a pyramid that came with its source.
         """
         source = resolve_source(model)
         if is_converted(read_config(source.path)):
@@ -61,9 +66,8 @@ class OtherTeacher:
                     f"teacher without it: {IMPORTED_USE}"
                 )
         else:
-            checkpoint, pyramid = _open_original(source), PyramidConfig(sites=())
-            layout = LlavaLayout.of(checkpoint)
-            check_complete(checkpoint, layout, added={})
+            checkpoint, layout = _open_original(source)
+            pyramid = PyramidConfig(sites=())
         return cls(source, checkpoint, layout, pyramid, load_opened_processor(checkpoint, layout))
 
     @property
@@ -122,22 +126,26 @@ class OtherTeacher:
             )
 
 
-def _open_original(source: Source) -> Checkpoint:
-    """Open a model that has no pyramid, as if it was converted to one without sites."""
+def _open_original(source: Source) -> tuple[Checkpoint, LlavaLayout]:
+    """Open a model that has no pyramid, checked as `convert` does, as if it had one without sites."""
     opened = open_source(source.path)
     if not isinstance(opened, Copied):
         raise CheckpointError(
             f"the teacher {source.label} is not in Hugging Face's layout in safetensors: `dpn convert` it, and pass "
             "the folder that this writes as --teacher"
         )
-    config = opened.checkpoint.config
-    family = Family.of(config)
-    return replace(
-        opened.checkpoint,
-        config=config
-        | {
-            "model_type": family.converted_type,
-            "architectures": [family.architecture],
-            "pyramid": PyramidConfig(sites=()).to_dict(),
-        },
-    )
+    family = Family.of(opened.checkpoint.config)
+    config = opened.checkpoint.config | {
+        "model_type": family.converted_type,
+        "architectures": [family.architecture],
+        "pyramid": PyramidConfig(sites=()).to_dict(),
+    }
+    checkpoint = replace(opened.checkpoint, config=config)
+    layout = LlavaLayout.of(checkpoint)
+    check_complete(checkpoint, layout, added={})
+    with TemporaryDirectory() as name:
+        opened.write_side_files(Path(name))
+        complete_processor(checkpoint, layout).write(Path(name))
+        write_json(Path(name, "config.json"), without_code(config))
+        try_out(Path(name), layout, source.path)
+    return checkpoint, layout

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli import cli
 from dpn_cli.calibration import calibrate as calibration
@@ -21,7 +22,7 @@ from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.heal import heal
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.conversion.convert import convert
-from dpn_cli.data.encoding import Encoded
+from dpn_cli.data.encoding import IGNORED, VISUAL, Encoded
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model, load_processor
@@ -30,7 +31,7 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
 from tests.conftest import VOCAB_SIZE, tiny_tokenizer
 from tests.originals import Original
 from tests.pyramids import pyramid
-from tests.runs import digests, noise_pictures
+from tests.runs import DEADLOCK_S, digests, noise_pictures, start, wait_for
 
 ANSWERS = ("red circle", "word7", "two small green square", "blue")
 RECIPE = CalibrationRecipe(answer_tokens=3, batch_size=2)
@@ -152,6 +153,8 @@ def test_healing_learns_from_the_other_model(converted: Path, other_llava: Path,
     pytest.importorskip("peft")
     teacher, model = opened(other_llava), load_model(converted)
     examples = Encoded(samples, load_processor(converted), RECIPE.answer_tokens)
+    words = Encoded([Sample("words", (), (Turn("what is red ?", "blue"),))], examples.processor, RECIPE.answer_tokens)
+    assert torch.equal(run_trunk(model, [*words], [True], 3, teacher).taught, teacher.log_probs([*words], VOCAB_SIZE))
     trunk = run_trunk(model, list(examples), [True] * 4, 3, teacher)
     goal = teacher.log_probs(list(examples), VOCAB_SIZE)
     assert torch.equal(teacher_logits(model, trunk), goal)
@@ -169,6 +172,8 @@ def test_the_teacher_is_on_record_by_its_name(
     assert report["settings"]["teacher"] == "other-llava"
     assert report["full"]["distortion"] > 0.1 and report["full"]["agreement"] < 1
     assert report["budgets"][0]["distortion"] > 0.1, "distances from the teacher, not from the full route"
+    pyramid = load_model(calibrated).pyramid
+    assert pyramid.mean_distortions[0] == 0 and max(pyramid.mean_distortions) > 0, "what routes add"
     exported = export(calibrated, tmp_path / "export").output
     card = (exported / "README.md").read_text()
     assert "against the teacher `other-llava`" in card
@@ -220,6 +225,66 @@ def assert_distance_of_the_full_route_is_shown(folder: Path, output: str) -> Non
     assert "KL from the teacher" in page and "KL from the original" not in page
 
 
+def test_budgets_are_solved_against_a_teacher_that_is_given_then(
+    calibrated: Path, data: Path, other_llava: Path, tmp_path: Path
+) -> None:
+    folder, figures = Path(shutil.copytree(calibrated, tmp_path / "tiny-dpn")), []
+    for further in (["--teacher", str(other_llava)], []):
+        line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", "6", "--budgets-only", *further]
+        assert cli.main(line) == 0
+        report = read_json(folder / "calibration" / "report.json")
+        figures.append((report["settings"]["budgets_solved_on"]["teacher"], report["full"]["distortion"] > 0))
+    assert figures == [("other-llava", True), (None, False)]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_a_model_that_cuts_images_teaches_one_that_does_not(
+    family: str, converted: Path, tiny_tiled: Callable[..., Path], samples: Sequence[Sample]
+) -> None:
+    folder, model = tiny_tiled(family), load_model(converted)
+    teacher, examples = opened(folder), Encoded(samples, load_processor(converted), RECIPE.answer_tokens)
+    stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    taught = run_trunk(model, [examples[0]], [True], 3, teacher).taught
+    inputs = teacher.processor(text=STUDENT, images=Image.open(str(samples[0].images[0])), return_tensors="pt")
+    answer = examples[0].labels[examples[0].labels != IGNORED]
+    text = {"input_ids": torch.cat([inputs.pop("input_ids")[0], answer])[None]}
+    visual = {name: value for name, value in inputs.items() if name in VISUAL}
+    with torch.no_grad():
+        logits = stock(**text, **visual).logits[0, -len(answer) - 1 : -1]
+    assert taught is not None and torch.allclose(taught, logits[:, :VOCAB_SIZE].log_softmax(-1), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_healing_and_two_processes_go_on_with_the_teacher_and_end_as_one_does(
+    folder: Path, data: Path, other_llava: Path
+) -> None:
+    pytest.importorskip("peft")
+    settings = ("heal.method=lora", "heal.steps=4", "heal.batch_size=2", "heal.gradient_accumulation=2")
+    further = [word for each in settings for word in ("--set", f"calibration.{each}")]
+    plain = Path(shutil.copytree(folder, folder.with_name("plain")))
+    assert cli.main(arguments(plain, data, other_llava, *further)) == 0
+    process = start(arguments(folder, data, other_llava, *further, "--num-processes", "2"))
+    wait_for(process, lambda: any((folder / "calibration" / "state").glob("*")))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=DEADLOCK_S)
+    assert process.returncode == 130
+    process = start(arguments(folder, data, other_llava, *further, "--num-processes", "2"))
+    errors = process.communicate(timeout=DEADLOCK_S)[1]
+    assert process.returncode == 0, errors
+    assert "GB in every process" in errors
+    assert digests(folder) == digests(plain)
+
+
+def test_a_teacher_that_cannot_run_is_refused(
+    folder: Path, data: Path, other_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(other_llava, tmp_path / "broken"))
+    config = read_json(broken / "config.json")
+    config["text_config"]["hidden_act"] = "none such"
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "hidden_act 'none such', with which no model runs" in refused(folder, data, broken, capsys)
+
+
 def refused(folder: Path, data: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Return the reason, on one line."""
     before = digests(folder)
@@ -260,7 +325,7 @@ def test_samples_that_only_the_teacher_cannot_take_are_refused(
 ) -> None:
     short = Path(shutil.copytree(other_llava, tmp_path / "short"))
     config = read_json(short / "config.json")
-    config["text_config"]["max_position_embeddings"] = 50
+    config["text_config"]["max_position_embeddings"] = 62
     (short / "config.json").write_text(json.dumps(config))
     assert cli.main(arguments(folder, data, short)) == 4
     assert "for the teacher" in capsys.readouterr().err
