@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from dpn_cli import __version__, channels, console, workspace
-from dpn_cli.errors import DpnError, RelayedError, did_you_mean
+from dpn_cli.errors import DpnError, RelayedError, UsageError, did_you_mean
 from dpn_cli.parallel.launch import end_with_launcher, is_launched
 
 INTERRUPTED = 130
@@ -247,15 +247,23 @@ def main(args: Sequence[str] | None = None) -> int:
         if settings.debug:
             raise
         console.error(f"Error: {_short(_sentence(error))}")
-        return error.exit_code if isinstance(error, DpnError) else 1
+        return _exit_code(error)
     finally:
         console.end_logs()
     return result if isinstance(result, int) else 0
 
 
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError.exit_code
+    return error.exit_code if isinstance(error, DpnError) else 1
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, DpnError):
         return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"a name is longer than names of files can be here: {error.filename}"
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" ({error.filename})" if error.filename else ""
         return f"{NO_ROOM[error.errno]}{where}: make room and run the same command line again"

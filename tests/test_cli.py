@@ -89,6 +89,11 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (MissingExtraError("Healing", "peft", "heal"), 1, "pip install 'dpn-cli[heal]'"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full (/x)"),
         (OSError(errno.EFBIG, "File too large"), 1, "larger than is allowed here (ulimit -f): make room"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "/x"),
+            2,
+            "a name is longer than names of files can be here: /x",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Error: Permission denied: /x"),
         (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (--debug"),
         (ValueError(), 1, "Error: unexpected ValueError: no message"),
@@ -260,16 +265,18 @@ sys.exit(cli.main(["demo"]))
     assert (done.returncode, done.stdout, done.stderr) == (130, "tidying\n", "")
 
 
-@pytest.mark.parametrize("option", [[], ["--json"]])
-def test_a_closed_stdout_is_quiet(tiny_llava: Path, option: list[str]) -> None:
+@pytest.mark.parametrize(
+    "line", ["inspect {model}", "inspect {model} --json", "recipes", "recipes llava-1.5-7b", "--help", "eval --help"]
+)
+def test_a_closed_stdout_is_quiet(tiny_llava: Path, line: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     args = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
     done = subprocess.run(
-        [*args, "inspect", str(tiny_llava), *option], stdout=writer, stderr=subprocess.PIPE, check=False
+        [*args, *line.format(model=tiny_llava).split()], stdout=writer, stderr=subprocess.PIPE, check=False
     )
     os.close(writer)
-    assert done.stderr == b""
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -22,7 +22,7 @@ from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
-from dpn_cli.errors import CheckpointError, DataError, RecipeError
+from dpn_cli.errors import CheckpointError, DataError, RecipeError, UsageError
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 from tests.conftest import CHAT_TEMPLATE
 from tests.faults.limited import limited
@@ -61,6 +61,12 @@ def test_rows(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(DataError):
         load_data(DataOptions(str(tmp_path / "rows.jsonl")))
+
+
+def test_columns(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(",".join(f"c{i}" for i in range(60_000)) + "\n" + "," * 59_999 + "\n")
+    with pytest.raises(DataError, match="has the columns c0, c1"):
+        load_data(DataOptions(str(tmp_path / "rows.csv")))
 
 
 @pytest.mark.parametrize("shape", [[1] * 200_000, [2**40] * 200_000])
@@ -139,6 +145,10 @@ def test_tokenizers(tiny_llava: Path, tmp_path: Path, part: str, value: object, 
         ("config.json", ("text_config", "num_labels"), 2_000_000),
         ("config.json", ("vision_config", "num_channels"), 10**9),
         ("config.json", ("text_config", "max_position_embeddings"), 100),
+        ("config.json", ("text_config", "layer_types"), ["full_attention"] * 20_000),
+        ("generation_config.json", ("bad_words_ids",), [[1]] * 100_000),
+        ("tokenizer_config.json", ("additional_special_tokens",), [f"<{i}>" for i in range(20_000)]),
+        ("tokenizer_config.json", ("chat_template",), "x" * 5_000_000),
         ("tokenizer.json", ("padding",), {"strategy": {"Fixed": 10**8}}),
         ("processor_config.json", ("num_additional_image_tokens",), 10**9),
         ("processor_config.json", ("image_processor", "size"), {"shortest_edge": 10**7}),
@@ -159,7 +169,8 @@ def test_numbers(
     inner[keys[-1]] = value
     write_json(source / file, data)
     assert main(["convert", str(source), "-o", str(tmp_path / "out")]) == 3
-    assert keys[-1] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert keys[-1] in said or f"{file} has" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -182,6 +193,12 @@ def test_pipes_as_data(tmp_path: Path, name: str) -> None:
     for data in (tmp_path, tmp_path / name):
         with pytest.raises(DataError, match=r"neither a file nor a folder|a pipe or a device"):
             load_data(DataOptions(str(data)))
+
+
+def test_a_pipe_as_template(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "template")
+    with pytest.raises(UsageError, match="a pipe or a device"):
+        ChatTemplate.read(tmp_path / "template")
 
 
 def test_a_pipe_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

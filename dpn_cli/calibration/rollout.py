@@ -10,7 +10,6 @@ Shapes: N samples, B batch, A answer tokens, R routes, P prefixes, D hidden, V v
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from dpn_cli.calibration.features import StoredFeatures
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.data.encoding import Example, collate
-from dpn_cli.errors import CheckpointError, DataError
-from dpn_cli.inference.scoring import answer_log_probs, answer_positions, mean_by_row
+from dpn_cli.inference.scoring import answer_log_probs, answer_positions, broken, is_broken, mean_by_row
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Kept, Processes
@@ -250,6 +248,9 @@ def _measure_batch(
         hidden_states = text_model.finish(state)[:, :-1][answers]
         log_probs = F.log_softmax(model.lm_head(hidden_states)[:, :vocab_size].float(), dim=-1)  # [A, V]
         teacher = log_probs if teacher is None else teacher
+        if (hopeless := is_broken(teacher, answers[0], len(batch.rows))).any():
+            distortion[~hopeless] = 0  # the others are not to blame, and experts cannot choose by NaN
+            break
         leaf = tree.routes.index(prefix)
         divergence = (teacher.exp() * (teacher - log_probs)).sum(-1).clamp(min=0)
         same = (teacher.argmax(-1) == log_probs.argmax(-1)).float()
@@ -268,16 +269,7 @@ def _validate_finite(
     """Check that all routes [B, R] could be measured: NaN is for those that were not tried."""
     for example, is_finite in zip(examples, distortion.isfinite().all(1).tolist(), strict=True):
         if not is_finite:
-            for name, tensor in chain.from_iterable(model.named_parameters() for model in models):
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise CheckpointError(
-                        f"the tensor {name!r} holds NaN or infinite values, so the model is broken: download it again "
-                        "and convert it"
-                    )
-            raise DataError(
-                f"{example.name}: the model's answers to it are not finite numbers; leave it out of the data, or "
-                "convert a checkpoint of another dtype, such as bfloat16 instead of float16"
-            )
+            raise broken(example.name, *models)
 
 
 def _price(text_model: Any, state: PyramidState, tree: RouteTree) -> dict[str, torch.Tensor]:

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.links import check_links
+from dpn_cli.checkpoint.links import check_links, is_text
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.errors import CheckpointError
-from dpn_cli.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_JSON_DEPTH
+from dpn_cli.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_SIDE_FILE_BYTES,
+    MAX_TOKENIZER_CONFIG_BYTES,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -160,6 +167,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {kind}: expected a checkpoint folder with config.json")
+    if not is_text(folder):
+        raise CheckpointError(f"{folder} has a name that is not UTF-8, which no loader opens: rename it")
     check_links(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -186,8 +195,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        CheckpointError: if it does not, or nests too deeply for whoever walks it.
+        CheckpointError: if it does not, is too large, or nests too deeply for whoever walks it.
     """
+    if (size := path.stat().st_size) > (most := _max_bytes(path.name)):
+        raise CheckpointError(f"{path} has {size:,} bytes, expected at most {most:,}")
     try:
         data = json.loads(path.read_bytes())
         # No half characters, which nobody could write, and no NaN or Infinity, which JSON does not have.
@@ -199,6 +210,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if _is_deeper(data, MAX_JSON_DEPTH):
         raise CheckpointError(f"{path} nests deeper than {MAX_JSON_DEPTH} objects and lists: download it again")
     return data
+
+
+def _max_bytes(name: str) -> int:
+    """Return how large a JSON file of a checkpoint may be."""
+    if name == TOKENIZER_CONFIG_FILE:
+        return MAX_TOKENIZER_CONFIG_BYTES
+    return MAX_CONFIG_BYTES if name.endswith("config.json") else MAX_SIDE_FILE_BYTES
 
 
 def _is_deeper(data: Any, depth: int) -> bool:

@@ -43,6 +43,15 @@ def check_links(folder: Path) -> None:
             )
 
 
+def is_text(path: Path) -> bool:
+    """Say whether the name of a path, and of all folders above it, is UTF-8, as the libraries need that open it."""
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _used(folder: Path) -> Iterator[Path]:
     """Yield what is a file, or should be one: of folders, those under `_FOLDERS` that are links."""
     for path in folder.iterdir():

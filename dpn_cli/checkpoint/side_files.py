@@ -38,10 +38,12 @@ def side_files(folder: Path) -> Iterator[Path]:
     """Yield the files of a checkpoint's folder that go along.
 
     Raises:
-        CheckpointError: if one is larger than such a file can be.
+        CheckpointError: if one is larger than such a file can be, or a link to nothing.
     """
-    for path in _files(folder):
-        if _goes_along(path.name):
+    for path in sorted(folder.iterdir()):
+        if _goes_along(path.name) and path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a symbolic link to nothing: remove it, or download the checkpoint again")
+        if _goes_along(path.name) and path.is_file():
             if path.stat().st_size > MAX_SIDE_FILE_BYTES:
                 raise CheckpointError(
                     f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_SIDE_FILE_BYTES:,}"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpn_cli.checkpoint.headers import read_config
+from dpn_cli.checkpoint.links import is_text
 from dpn_cli.checkpoint.locks import to_be_replaced
 from dpn_cli.checkpoint.workplace import OLD, workplace
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
@@ -33,7 +34,7 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
         DpnError: if nothing can be written there.
     """
     check_target(target, force, may_replace, source)
-    target = target.resolve()
+    target = Path(os.path.realpath(target))  # a loop of links, too, is no error yet
     refusal = f"{target} is being written by " + "{holder}: wait for its end, or choose another --output"
     with workplace(target, refusal, "choose another --output") as work, to_be_replaced(target):
         check_target(target, force, may_replace, source)
@@ -52,9 +53,11 @@ def check_target(target: Path, force: bool, may_replace: str, source: Path | Non
         UsageError: if it may not.
     """
     if source is not None:
-        real, real_source = target.resolve(), source.resolve()
+        real, real_source = (Path(os.path.realpath(path)) for path in (target, source))
         if real.is_relative_to(real_source) or real_source.is_relative_to(real):
             raise UsageError(f"the output {target} overlaps the input {source}: choose another --output")
+    if not is_text(target):
+        raise UsageError(f"the output {target} has a name that is not UTF-8, which no loader opens: choose another")
     if not os.path.lexists(target):
         return
     if not force:
@@ -84,7 +87,7 @@ def on_same_disk(source: Path, target: Path) -> bool:
 
 
 def _existing_parent(target: Path) -> Path:
-    folder = target.resolve().parent
+    folder = Path(os.path.realpath(target)).parent
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -141,6 +141,8 @@ def _default(stored: Any) -> str | None:
 
 
 def _read_text(path: Path, fault: type[DpnError]) -> str:
+    if not path.is_file():
+        raise fault(f"{path} is a pipe or a device, expected a file with a Jinja template")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -1,6 +1,7 @@
 """The tokens of a folder's tokenizer, checked against its model's config. No torch, and no tokenizer is loaded."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dpn_cli.checkpoint.headers import (
     read_json_if_there,
 )
 from dpn_cli.errors import CheckpointError
-from dpn_cli.limits import MAX_PADDING
+from dpn_cli.limits import MAX_EXTRA_TOKENS, MAX_PADDING
 
 DEFAULT_IMAGE_TOKEN = "<image>"  # of transformers' processors
 
@@ -60,15 +61,16 @@ class Tokens:
         path = folder / TOKENIZER_FILE
         if not path.is_file() and not any((folder / name).is_file() for name in _VOCABULARIES):
             raise CheckpointError(f"{folder} has no {TOKENIZER_FILE} and no {_VOCABULARIES[0]}: download it again")
-        try:
+        _refuse_extra(folder / special_file, noted)
+        with _damaged(folder / TOKENIZER_CONFIG_FILE, "added_tokens_decoder"):
             added = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
-            if path.is_file():
-                data = read_json(path)
-                _refuse_padding(path, data.get("padding"))
+        if path.is_file():
+            data = read_json(path)
+            _refuse_padding(path, data.get("padding"))
+            with _damaged(path, "model.vocab or added_tokens"):
                 return cls(folder, TOKENIZER_FILE, added | _all_ids(data), True, special, special_file)
+        with _damaged(folder / _ADDED_FILE, "ids"):
             added |= {token: int(i) for token, i in read_json_if_there(folder / _ADDED_FILE).items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise CheckpointError(f"{folder} has a damaged tokenizer: download it again") from None
         return cls(folder, TOKENIZER_CONFIG_FILE, added, False, special, special_file)
 
     def validate_ids(self, config: Mapping[str, Any], num_rows: int) -> None:
@@ -159,6 +161,22 @@ class Tokens:
                     for value in (values if isinstance(values, list) else [values])
                     if type(value) is int
                 )
+
+
+@contextmanager
+def _damaged(path: Path, what: str) -> Iterator[None]:
+    """Raise a CheckpointError where a file is not made as expected."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{path} has damaged {what}: download it again") from None
+
+
+def _refuse_extra(path: Path, noted: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer with more special tokens than transformers adds in seconds."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(extra := noted.get(key), list | dict) and len(extra) > MAX_EXTRA_TOKENS:
+            raise CheckpointError(f"{path} has {len(extra):,} {key}, expected at most {MAX_EXTRA_TOKENS:,}")
 
 
 def _refuse_padding(path: Path, padding: Any) -> None:

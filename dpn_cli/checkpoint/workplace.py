@@ -17,7 +17,7 @@ from dpn_cli.errors import DpnError
 
 OLD = "old"  # the target, while another one takes its place
 _LOCK = "lock"
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
 
 
 class NotWritableError(DpnError):

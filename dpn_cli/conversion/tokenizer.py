@@ -111,11 +111,14 @@ class Words:
         from transformers import PreTrainedTokenizerFast
 
         backend = self._words()
-        for token in added:
-            # The source's own take the blanks around them, as in the slow tokenizers of transformers 4.31.
-            strips = token not in (IMAGE_TOKEN, PAD_TOKEN)
-            options = {"special": True, "normalized": False, "lstrip": strips, "rstrip": strips}
-            backend.add_special_tokens([AddedToken(token, **options)])
+        # The source's own take the blanks around them, as in the slow tokenizers of transformers 4.31.
+        strips = [token not in (IMAGE_TOKEN, PAD_TOKEN) for token in added]
+        backend.add_special_tokens(
+            [
+                AddedToken(token, special=True, normalized=False, lstrip=strip, rstrip=strip)
+                for token, strip in zip(added, strips, strict=True)
+            ]
+        )
         bos = backend.token_to_id("<s>")
         if bos is None or backend.token_to_id("</s>") is None:
             raise CheckpointError(f"{self.file} has no <s> and </s>: expected Llama's vocabulary")

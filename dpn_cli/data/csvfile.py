@@ -1,6 +1,7 @@
 """CSV and TSV files: a header with the names of the columns, then one row per record."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class CsvFile(RowSource):
         if not self.records:
             raise DataError(f"{path} holds no rows")
         self.header = header
-        if twice := next((name for i, name in enumerate(header) if name in header[:i]), None):
+        if twice := next((name for name, count in Counter(header).items() if count > 1), None):
             raise DataError(f"{path}: the column {twice!r} comes twice in the header {', '.join(header)}")
         super().__init__(str(path), path.suffix[1:].upper(), places, reading)
         validate_readable(header, reading, self.name)

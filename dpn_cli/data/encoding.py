@@ -240,8 +240,8 @@ def _encoded(sample: Sample) -> Iterator[None]:
     try:
         with no_panic():
             yield
-    except RuntimeError as error:
-        raise DataError(f"sample {sample.id} is more than the tokenizer can encode: {error}") from None
+    except (RuntimeError, TypeError) as error:  # the latter of half characters
+        raise DataError(f"sample {sample.id} cannot be encoded by the tokenizer: {error}") from None
 
 
 def _after(text: str, before: str, answer: str) -> str | None:

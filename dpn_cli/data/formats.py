@@ -119,9 +119,9 @@ def open_source(request: Request) -> "Source":
         MissingExtraError: if it needs the package `datasets`.
     """
     path = request.path
-    for each in _entries(path):
-        if not (each.is_file() or each.is_dir()) and Path(each).exists():
-            raise DataError(f"{each.path} is neither a file nor a folder: remove it from the data")
+    for each in map(Path, _entries(path)):
+        if not (each.is_file() or each.is_dir()) and each.exists():
+            raise DataError(f"{each} is neither a file nor a folder: remove it from the data")
     for form in FORMATS.values():
         if (source := form.open(request)) is not None:
             return source

@@ -14,7 +14,14 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import generate_texts
-from dpn_cli.inference.scoring import answer_log_probs, answer_positions, divergence, mean_by_row
+from dpn_cli.inference.scoring import (
+    answer_log_probs,
+    answer_positions,
+    broken,
+    divergence,
+    is_broken,
+    mean_by_row,
+)
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
 
@@ -136,6 +143,9 @@ class Evaluator:
         sizes = self.sizes(samples)
         with torch.inference_mode(), self.model.teacher():
             theirs = answer_log_probs(self.model, batch)
+        rows, _ = answer_positions(batch["labels"])
+        for i in is_broken(theirs, rows, len(examples)).nonzero():
+            raise broken(examples[i].name, self.model)
         for method in methods:
             with torch.inference_mode(), method.applied(self.model):
                 ours = answer_log_probs(self.model, batch)

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, TextStreamer
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample
+from dpn_cli.inference.scoring import broken
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.cost import flops_fraction
@@ -71,14 +72,22 @@ def answer(
         on_text: called with every piece of the answer as soon as it is certain.
 
     Raises:
-        DataError: if an image cannot be read.
+        DataError: if an image cannot be read, or the model's answer is no finite number.
+        CheckpointError: if the model's weights are to blame for that.
         ValueError: if the forced route does not fit these images.
     """
     inputs = prompts([sample], processor, model.device)
     streamer = _Streamer(processor.tokenizer, on_text)
     start = time.perf_counter()
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=streamer)
+        model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=streamer,
+            logits_processor=[_Finite(model)],
+        )
     total_s = time.perf_counter() - start
 
     pyramid, [route], [grids] = model.pyramid, model.last_routes, model.last_grids
@@ -95,6 +104,19 @@ def answer(
         first_token_s=streamer.times[0] - start,
         total_s=total_s,
     )
+
+
+class _Finite(LogitsProcessor):
+    """Stops at logits that are no numbers, of which the first token would be taken."""
+
+    def __init__(self, model: PyramidGenerationMixin) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return logits as they are."""
+        if scores.isnan().any():
+            raise broken("the question", self.model)
+        return scores
 
 
 class _Streamer(TextStreamer):

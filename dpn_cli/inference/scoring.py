@@ -3,10 +3,13 @@
 Shapes: B batch, L sequence, A answer tokens, V vocabulary.
 """
 
+from itertools import chain
+
 import torch
 from torch.nn import functional as F
 
 from dpn_cli.data.encoding import IGNORED
+from dpn_cli.errors import CheckpointError, DataError, DpnError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 
@@ -21,6 +24,25 @@ def answer_log_probs(model: PyramidGenerationMixin, batch: dict[str, torch.Tenso
         logits_to_keep=kept,
     ).logits
     return F.log_softmax(logits[row, index].float(), dim=-1)
+
+
+def is_broken(log_probs: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return for every row, [num_rows], whether log-probabilities [A, V] of its answer tokens are no numbers."""
+    return mean_by_row(log_probs.sum(-1) * 0, row, num_rows).isnan()
+
+
+def broken(name: str, *models: PyramidGenerationMixin) -> DpnError:
+    """Return the error to raise where one of the models answers a sample of that name with no finite numbers."""
+    for tensor_name, tensor in chain.from_iterable(model.named_parameters() for model in models):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return CheckpointError(
+                f"the tensor {tensor_name!r} holds NaN or infinite values, so the model is broken: download it again "
+                "and convert it"
+            )
+    return DataError(
+        f"{name}: the model's answers to it are not finite numbers; leave it out of the data, or convert a checkpoint "
+        "of another dtype, such as bfloat16 instead of float16"
+    )
 
 
 def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,6 +46,8 @@ MAX_KEYS = 200  # of an object whose keys are tried: more are a vocabulary's
 NEVER_BLAMED = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "image_size", "text_config", "vision_config",
 }  # fmt: skip
+# What the model is told for every token that it generates.
+FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "do_sample")
 MAX_SHOWN = 200  # characters of a value or a reason
 
 Key = tuple[str, ...]
@@ -101,7 +103,10 @@ class Trial:
         def forward(input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
             return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.config.text_config.vocab_size))
 
-        self.model.generation_config = self._generation_config()
+        self.model.generation_config = config = self._generation_config()
+        for key in FLAGS:
+            if not isinstance(getattr(config, key, None), bool | None):
+                raise ValueError(f"{key} is neither true nor false")
         self.model.forward = forward
         text = {name: values for name, values in self.inputs.items() if name not in VISUAL}
         self.model.generate(**text, max_new_tokens=1, do_sample=False, num_beams=1)
@@ -118,7 +123,7 @@ _STEPS: tuple[tuple[Callable[[Trial], object], tuple[str, ...]], ...] = (
     (lambda trial: trial.config, (CONFIG_FILE,)),
     (
         lambda trial: trial.inputs,
-        (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, PROCESSOR_FILE, IMAGES_FILE),
+        (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, PROCESSOR_FILE, IMAGES_FILE, CONFIG_FILE),
     ),
     (lambda trial: trial.model, (CONFIG_FILE,)),
     (Trial.run, (CONFIG_FILE, PROCESSOR_FILE)),

@@ -185,11 +185,12 @@ def test_a_sample_whose_answers_are_no_numbers_is_named(make_pair: Any) -> None:
         measured(model, samples)
 
 
-def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(make_pair: Any) -> None:
-    _, model = make_pair()
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.language_model.layers.0.input_layernorm.weight"])
+def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(make_pair: Any, name: str) -> None:
+    _, model = make_pair(**LISTED)
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds NaN"):
+        model.get_parameter(name)[0] = torch.nan
+    with pytest.raises(CheckpointError, match=rf"'{name}' holds NaN"):
         measured(model, examples())
 
 

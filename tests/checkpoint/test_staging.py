@@ -167,6 +167,15 @@ def test_the_working_directory_is_replaced_like_any_other(tmp_path: Path, monkey
     assert listing(tmp_path) == {"out/config.json": OURS + " "}
 
 
+def test_a_loop_of_links_and_a_name_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "source").mkdir()
+    for target, complaint in (("loop", "exists"), ("loop/out", "cannot be written"), ("o\udcff", "is not UTF-8")):
+        with pytest.raises(DpnError, match=complaint):
+            write(tmp_path / target, source=tmp_path / "source")
+    assert {path.name for path in tmp_path.iterdir()} == {"loop", "source"}
+
+
 def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "models" / "source"
     source.mkdir(parents=True)

@@ -132,6 +132,13 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
     assert "\u202e" not in out and json.loads(out)["text"].count("\x1b]52;c;\x07\u202e") == 4
 
 
+def _fill(shard: Path, byte: bytes) -> None:
+    """Overwrite the values of all tensors; of the byte 0xff they are NaN."""
+    content = shard.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    shard.write_bytes(content[:header] + byte * (len(content) - header))
+
+
 @pytest.mark.parametrize(
     ("args", "code", "complaint"),
     [
@@ -151,6 +158,7 @@ def test_an_answer_tells_a_terminal_nothing(here: Path, capsys: pytest.CaptureFi
         ("--image picture.png --route 0,0,0,0,0 --budget 0.7", 2, "give one of the two"),
         ("--image picture.png --budget 0.1", 2, "out of reach"),
         ("--image picture.png --model {source}", 3, "run `dpn convert"),
+        ("--image picture.png --model broken", 3, "holds NaN or infinite values, so the model is broken"),
         ("", 2, "--image"),
     ],
 )
@@ -164,6 +172,8 @@ def test_faults(
     complaint: str,
 ) -> None:
     (here / "notes.txt").write_text("no picture")
+    broken = shutil.copytree(here / "tiny-dpn", here / "broken")
+    _fill(broken / "model-00001-of-00001.safetensors", b"\xff")
     Image.new("1", (1, 12_000)).save(here / "thin.png")
     Image.new("1", (10_000, 9_000)).save(here / "large.png")
     (here / "half.png").write_bytes((here / "picture.png").read_bytes()[:2000])
@@ -181,3 +191,9 @@ def test_faults(
 def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "tiny-dpn", "--image", "picture.png", "<image> "]) == 2
     assert "question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_question_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "tiny-dpn", "--image", "picture.png", "what \udcff ?"]) == 4
+    assert "cannot be encoded" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_a_text_that_the_tokenizer_gives_up_on_is_a_fault_of_its_row(processor: 
     before, hopeless = backend.pre_tokenizer, pre_tokenizers.Split(Regex("(b+)+c"), "isolated")
     try:
         backend.pre_tokenizer = hopeless
-        with pytest.raises(RowError, match=r"sample 1 is more than the tokenizer can encode: .*retry-limit"):
+        with pytest.raises(RowError, match=r"sample 1 cannot be encoded by the tokenizer: .*retry-limit"):
             token_limit(processor, layout, 100, 1)(Sample("1", (), (Turn("b" * 60, "red"),)))
     finally:
         backend.pre_tokenizer = before

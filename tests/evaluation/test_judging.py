@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.data.encoding import prompts
 from dpn_cli.data.samples import Sample, Turn
+from dpn_cli.errors import CheckpointError
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
@@ -76,6 +77,14 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
     [results] = judge(asked, [Original()], questions())
     assert [(r.distortion, r.agreement, r.fraction) for r in results] == [(0.0, 1.0, 1.0)] * 5
     assert [r.answer for r in results] == asked.ask(Original(), questions(), lambda done: None)
+
+
+def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(folder: Path) -> None:
+    asked = evaluator(folder)
+    with torch.no_grad():
+        asked.model.lm_head.weight[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds NaN"):
+        judge(asked, [Original()], questions())
 
 
 def test_batches_do_not_matter(folder: Path) -> None:

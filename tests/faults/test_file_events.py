@@ -17,7 +17,8 @@ HEAL = ("method=lora", "steps=2", "batch_size=1", "gradient_accumulation=1", "sa
 
 def calibrate(*settings: str) -> list[str]:
     words = [word for each in (*QUICK, *settings) for word in ("--set", f"calibration.{each}")]
-    return ["calibrate", "--model", "tiny-dpn", "--data", "../pictures", "--samples", "16", "--budget", "0.8", *words]
+    data = ["--data", "../pictures", "--samples", "16", "--budget", "0.8"]
+    return ["calibrate", "--model", "tiny-dpn", "--force", *data, *words]
 
 
 def heal(rank: int) -> list[str]:

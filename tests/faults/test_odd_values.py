@@ -78,6 +78,7 @@ REFUSED = [
     (GENERATION_FILE, "eos_token_id", "x"),
     (GENERATION_FILE, "cache_implementation", "static"),
     (GENERATION_FILE, "min_length", "x"),
+    (GENERATION_FILE, "output_hidden_states", [None]),
     (TOKENIZER_CONFIG_FILE, "padding_side", "middle"),
     (TOKENIZER_CONFIG_FILE, "tokenizer_class", "BertTokenizer"),
 ]
