@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +12,27 @@ from torch import nn
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
-from dpn_cli.calibration.other_teacher import OtherTeacher
+from dpn_cli.calibration.job import Job, open_job, split_rows, start_afresh
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
-from dpn_cli.calibration.samples import CalibrationData, load_samples
-from dpn_cli.calibration.settings import candidates, recipe_name
-from dpn_cli.calibration.state import MeasurementState, drop_state
+from dpn_cli.calibration.samples import CalibrationData
+from dpn_cli.calibration.settings import recipe_name
+from dpn_cli.calibration.state import drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
-from dpn_cli.calibration.teacher import Teacher
-from dpn_cli.calibration.training.tuning import (
-    frozen_dtype,
-    tune,
-    unused_sections,
-    validate_processes,
-)
-from dpn_cli.checkpoint.headers import Checkpoint
-from dpn_cli.checkpoint.initial import initial_tensors
-from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
-from dpn_cli.checkpoint.lora import Lora
-from dpn_cli.data.encoding import Encoded, expected_grids, prompt_tokens, token_limit
+from dpn_cli.calibration.training.tuning import tune, unused_sections
+from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
-from dpn_cli.errors import DataError, RecipeError, UsageError
-from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
-from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
-from dpn_cli.inference.provenance import in_words, provenance
-from dpn_cli.inference.quantised import load_frozen
+from dpn_cli.inference.provenance import provenance
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.parallel.fingerprint import fingerprint, model_fingerprint, served_digest, validate_same
-from dpn_cli.parallel.launch import on_this_machine
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
-from dpn_cli.pyramid.reach import Length, cheapest_fraction, cheapest_route, length_record, validate_budget
+from dpn_cli.pyramid.reach import cheapest_route, length_record
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
-
-MIN_SAMPLES = 16
-MIN_FITTED = 4  # of them, to fit routers to
 
 
 def calibrate(
@@ -93,7 +74,7 @@ def calibrate(
     """
     processes = processes or Processes.join(reporter.note)
     with _in_charge(folder, processes) as claim:
-        job, read = _open(folder, data, recipe, reporter, teacher, restart, processes, budgets_only)
+        job, read = open_job(folder, data, recipe, reporter, teacher, restart, processes, budgets_only)
         run = _solve_budgets if budgets_only else _calibrate
         return run(job, read, claim, data.name)
 
@@ -111,13 +92,13 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
             drop_state(folder)
 
 
-def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
+def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Answer, train, measure, fit and save."""
     recipe, processes = job.recipe, job.processes
     asked = [sample for sample in read.samples if sample.images]
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
-    held, fitted, further = _split(len(samples), recipe)
+    held, fitted, further = split_rows(len(samples), recipe)
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
@@ -152,160 +133,7 @@ def _calibrate(job: "_Job", read: CalibrationData, claim: Claim | None, data: st
     return report
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the stages of a calibration work with; only the main process has a state.
-
-    Attributes:
-        teacher: who answers, and what is measured against.
-        lengths: Prompt lengths of the samples that the budget table is computed from.
-        candidates: the sites and experts that a survey is to choose from; None where the routes are given.
-    """
-
-    model: PyramidGenerationMixin
-    layout: LlavaLayout
-    processor: Any
-    teacher: Teacher
-    recipe: CalibrationRecipe
-    state: MeasurementState | None
-    processes: Processes
-    reporter: Reporter
-    lengths: Sequence[Length]
-    candidates: PyramidConfig | None
-
-    @property
-    def other(self) -> Teacher | None:
-        """The teacher, where it is another model."""
-        return None if self.teacher.model is self.model else self.teacher
-
-
-def _open(
-    folder: Path,
-    data: DataOptions,
-    recipe: CalibrationRecipe,
-    reporter: Reporter,
-    teacher: str | None,
-    restart: bool,
-    processes: Processes,
-    budgets_only: bool,
-) -> tuple[_Job, CalibrationData]:
-    """Check the teacher and the data, then the state of an earlier run, then load the models."""
-    with processes.as_one():
-        validate_processes(recipe, processes.count)
-        checkpoint, layout, pyramid = open_converted(folder)
-        if pyramid.static_route is not None:
-            raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
-        if budgets_only and not pyramid.budgets:
-            raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        with reporter.waiting("reading the processor"):
-            processor = load_opened_processor(checkpoint, layout)
-        check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
-        other = None if teacher is None else OtherTeacher.open(teacher)
-        if other:
-            check = other.check(check, folder, processor, recipe.answer_tokens)
-        read = load_samples(data, recipe, check, reporter)
-        asked = [sample for sample in read.samples if sample.images]
-        needed = 1 if budgets_only else MIN_SAMPLES
-        if len(asked) < needed:
-            raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
-        held = asked if budgets_only else [asked[i] for i in _split(len(asked), recipe)[0]]
-        lengths = [
-            (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
-        ]
-        if budgets_only:
-            recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
-        surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
-        validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
-        measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid)
-        measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
-        if budgets_only:
-            measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
-    everywhere = processes.gather(measured)
-    with processes.as_one():
-        validate_same(everywhere)
-        if restart and processes.is_main:
-            drop_state(folder)
-        state = MeasurementState(folder, measured) if processes.is_main else None
-        device = default_device()
-        dtypes = _dtypes(checkpoint, layout, other, recipe, device, reporter)
-    dtypes = processes.agree(dtypes)
-    with processes.as_one(), reporter.waiting("loading the model"):
-        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtypes[0], healed=budgets_only, device_map=device)
-        taught_by = Teacher(model, processor, recipe.answer_tokens)
-        if other:
-            taught_by = other.load(dtypes[1], recipe, device)
-    if not budgets_only:
-        _start_afresh(model.text_model.routers)
-    together = f"; {processes.count} processes" if processes.count > 1 else ""
-    reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
-    return _Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
-
-
-def _dtypes(
-    checkpoint: Checkpoint,
-    layout: LlavaLayout,
-    other: OtherTeacher | None,
-    recipe: CalibrationRecipe,
-    device: str,
-    reporter: Reporter,
-) -> list[str]:
-    """Return what to load the model in, and another teacher after it; says what both will take."""
-    models = [(checkpoint, layout), *([(other.checkpoint, other.layout)] if other else [])]
-    sizes = [loaded_size(*each, AUTO, recipe.load_in) for each in models]
-    dtypes = []
-    for i, each in enumerate(models):
-        dtypes.append(
-            compute_dtype(
-                *each, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in, copies=on_this_machine(),
-                beside=sum(sizes) - sizes[i],
-            )
-        )  # fmt: skip
-        sizes[i] = loaded_size(*each, dtypes[i], recipe.load_in)
-    if other:
-        own, theirs = (f"{size / 1e9:.3g} GB" for size in sizes)
-        everywhere = " in every process" if on_this_machine() > 1 else ""
-        reporter.note(
-            f"The weights take {own} of memory for the model and {theirs} for the teacher {other.name}, together "
-            f"{sum(sizes) / 1e9:.3g} GB{everywhere}."
-        )
-    return dtypes
-
-
-def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
-    """Ask for the cheapest budget that some data can meet where less is asked for."""
-    if recipe.budget >= cheapest:
-        return recipe
-    reporter.note(
-        f"Budget {recipe.budget:g} is out of reach of these data; the cheapest within reach is {cheapest:.3f}, "
-        "which is solved for."
-    )
-    return recipe.model_copy(update={"budget": cheapest})
-
-
-def _split(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads.
-
-    Raises:
-        RecipeError: if so many are held out that too few are left to learn from.
-    """
-    measured = min(count, recipe.samples)
-    order = torch.randperm(measured, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    num_held = max(1, round(recipe.holdout * measured))
-    if measured - num_held < MIN_FITTED:
-        raise RecipeError(
-            f"calibration.holdout: {recipe.holdout} holds {num_held} of {measured} samples out and leaves "
-            f"{measured - num_held} to fit routers to, which need {MIN_FITTED}: lower it"
-        )
-    return order[:num_held], order[num_held:], list(range(measured, count))
-
-
-def _start_afresh(routers: nn.ModuleList) -> None:
-    """Make routers what they are after conversion: what an earlier or killed calibration left has no say."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in routers.state_dict().items()}
-    routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
-
-
-def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
+def _answer(job: Job, samples: Sequence[Sample]) -> list[Sample]:
     """Answer the samples that have no answers with the teacher's own, greedily."""
     size, answers = job.recipe.batch_size, dict[int, str]()
     open_ones = [i for i, sample in enumerate(samples) if not sample.is_answered]
@@ -328,7 +156,7 @@ def _answer(job: _Job, samples: Sequence[Sample]) -> list[Sample]:
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
 
 
-def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tuple[Tried, ...]:
+def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tuple[Tried, ...]:
     """Let the model become the pyramid whose routes fit it best; return all that were tried."""
     model, recipe, pieces = job.model, job.recipe, 0
     with job.processes.as_one():
@@ -358,11 +186,11 @@ def _survey(job: _Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tup
         f"{len(found.chosen)} that fit this model best are calibrated."
     )
     model.rebuild(found.pyramid)
-    _start_afresh(model.text_model.routers)
+    start_afresh(model.text_model.routers)
     return found.rows(pyramid)
 
 
-def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
+def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
     """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says.
 
     Returns:
@@ -382,7 +210,7 @@ def _measure(job: _Job, samples: Sequence[Sample], num_held: int) -> tuple[Route
     return table, grids
 
 
-def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
+def _fit(job: Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
     """Fit the routers; return what they reach on the held-out samples, see `Fit`."""
     recipe = job.recipe
     with job.reporter.progress("fitting routers", recipe.epochs) as advance:
@@ -390,7 +218,7 @@ def _fit(job: _Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable
     return fit.objective
 
 
-def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
+def _solve(job: Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
     """Return the pyramid with the budget table of some samples, and the λ for the budget."""
     pyramid = job.model.pyramid
     with job.reporter.waiting("solving budgets"):
@@ -399,7 +227,7 @@ def _solve(job: _Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfi
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
 
-def _solve_budgets(job: _Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
+def _solve_budgets(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Solve λ and the budget table anew, on all samples of other data, and store them."""
     asked = [sample for sample in read.samples if sample.images]
     table, grids = _measure(job, _answer(job, asked), len(asked))
@@ -419,7 +247,7 @@ def _solve_budgets(job: _Job, read: CalibrationData, claim: Claim | None, data: 
 
 
 def _report(
-    job: _Job,
+    job: Job,
     routers: nn.ModuleList,
     held: RouteTable,
     pyramid: PyramidConfig,

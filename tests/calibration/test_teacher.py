@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli import cli
-from dpn_cli.calibration import calibrate as calibration
+from dpn_cli.calibration import job
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.passes import run_trunk, teacher_logits
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
@@ -191,7 +191,7 @@ def interrupt(*args: Any, **kwargs: Any) -> None:
 def test_memory_of_both_is_stated_before_either_is_loaded(
     folder: Path, data: Path, other_llava: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "load_frozen", interrupt)
+    monkeypatch.setattr(job, "load_frozen", interrupt)
     assert cli.main(arguments(folder, data, other_llava)) == 130
     said = " ".join(capsys.readouterr().err.split())
     size = (other_llava / "model.safetensors").stat().st_size / 1e9

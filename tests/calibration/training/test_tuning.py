@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dpn_cli.calibration import calibrate as calibration
+from dpn_cli.calibration import job
 from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.training import tuning
 from dpn_cli.calibration.training.loop import TrainingReport
@@ -209,7 +209,7 @@ def test_samples_that_only_healing_reads_come_in_addition(
         return TrainingReport(0, [0.0])
 
     monkeypatch.setattr(tuning, "heal", spy)
-    monkeypatch.setattr(calibration, "MIN_SAMPLES", 4)
+    monkeypatch.setattr(job, "MIN_SAMPLES", 4)
     heal = HEAL.model_copy(update={"samples": 14})
     recipe = RECIPE.model_copy(update={"samples": 8})
     report = run(tmp_path / "tiny-dpn", data, recipe.model_copy(update={"heal": heal}))

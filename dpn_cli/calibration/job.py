@@ -1,0 +1,191 @@
+"""A calibration that is about to start: checks, samples and models, and how its samples are shared out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpn_cli.calibration.other_teacher import OtherTeacher
+from dpn_cli.calibration.samples import CalibrationData, load_samples
+from dpn_cli.calibration.settings import candidates
+from dpn_cli.calibration.state import MeasurementState, drop_state
+from dpn_cli.calibration.teacher import Teacher
+from dpn_cli.calibration.training.tuning import frozen_dtype, validate_processes
+from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.initial import initial_tensors
+from dpn_cli.checkpoint.layout import LlavaLayout, open_converted
+from dpn_cli.checkpoint.lora import Lora
+from dpn_cli.data.encoding import expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.options import DataOptions
+from dpn_cli.errors import DataError, RecipeError, UsageError
+from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
+from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.inference.provenance import in_words
+from dpn_cli.inference.quantised import load_frozen
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.parallel.fingerprint import fingerprint, model_fingerprint, served_digest, validate_same
+from dpn_cli.parallel.launch import on_this_machine
+from dpn_cli.parallel.processes import Processes
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.reach import Length, cheapest_fraction, validate_budget
+from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.reporter import Reporter
+
+MIN_SAMPLES = 16
+MIN_FITTED = 4  # of them, to fit routers to
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of a calibration work with; only the main process has a state.
+
+    Attributes:
+        teacher: who answers, and what is measured against.
+        lengths: Prompt lengths of the samples that the budget table is computed from.
+        candidates: the sites and experts that a survey is to choose from; None where the routes are given.
+    """
+
+    model: PyramidGenerationMixin
+    layout: LlavaLayout
+    processor: Any
+    teacher: Teacher
+    recipe: CalibrationRecipe
+    state: MeasurementState | None
+    processes: Processes
+    reporter: Reporter
+    lengths: Sequence[Length]
+    candidates: PyramidConfig | None
+
+    @property
+    def other(self) -> Teacher | None:
+        """The teacher, where it is another model."""
+        return None if self.teacher.model is self.model else self.teacher
+
+
+def open_job(
+    folder: Path,
+    data: DataOptions,
+    recipe: CalibrationRecipe,
+    reporter: Reporter,
+    teacher: str | None,
+    restart: bool,
+    processes: Processes,
+    budgets_only: bool,
+) -> tuple[Job, CalibrationData]:
+    """Check the teacher and the data, then the state of an earlier run, then load the models."""
+    with processes.as_one():
+        validate_processes(recipe, processes.count)
+        checkpoint, layout, pyramid = open_converted(folder)
+        if pyramid.static_route is not None:
+            raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
+        if budgets_only and not pyramid.budgets:
+            raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
+        with reporter.waiting("reading the processor"):
+            processor = load_opened_processor(checkpoint, layout)
+        check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+        other = None if teacher is None else OtherTeacher.open(teacher)
+        if other:
+            check = other.check(check, folder, processor, recipe.answer_tokens)
+        read = load_samples(data, recipe, check, reporter)
+        asked = [sample for sample in read.samples if sample.images]
+        needed = 1 if budgets_only else MIN_SAMPLES
+        if len(asked) < needed:
+            raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
+        held = asked if budgets_only else [asked[i] for i in split_rows(len(asked), recipe)[0]]
+        lengths = [
+            (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
+        ]
+        if budgets_only:
+            recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
+        surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
+        validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
+        measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid)
+        measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
+        if budgets_only:
+            measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
+    everywhere = processes.gather(measured)
+    with processes.as_one():
+        validate_same(everywhere)
+        if restart and processes.is_main:
+            drop_state(folder)
+        state = MeasurementState(folder, measured) if processes.is_main else None
+        device = default_device()
+        dtypes = _dtypes(checkpoint, layout, other, recipe, device, reporter)
+    dtypes = processes.agree(dtypes)
+    with processes.as_one(), reporter.waiting("loading the model"):
+        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtypes[0], healed=budgets_only, device_map=device)
+        taught_by = Teacher(model, processor, recipe.answer_tokens)
+        if other:
+            taught_by = other.load(dtypes[1], recipe, device)
+    if not budgets_only:
+        start_afresh(model.text_model.routers)
+    together = f"; {processes.count} processes" if processes.count > 1 else ""
+    reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
+    return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
+
+
+def _dtypes(
+    checkpoint: Checkpoint,
+    layout: LlavaLayout,
+    other: OtherTeacher | None,
+    recipe: CalibrationRecipe,
+    device: str,
+    reporter: Reporter,
+) -> list[str]:
+    """Return what to load the model in, and another teacher after it; says what both will take."""
+    models = [(checkpoint, layout), *([(other.checkpoint, other.layout)] if other else [])]
+    sizes = [loaded_size(*each, AUTO, recipe.load_in) for each in models]
+    dtypes = []
+    for i, each in enumerate(models):
+        dtypes.append(
+            compute_dtype(
+                *each, frozen_dtype(recipe), device, reporter.note, load_in=recipe.load_in, copies=on_this_machine(),
+                beside=sum(sizes) - sizes[i],
+            )
+        )  # fmt: skip
+        sizes[i] = loaded_size(*each, dtypes[i], recipe.load_in)
+    if other:
+        own, theirs = (f"{size / 1e9:.3g} GB" for size in sizes)
+        everywhere = " in every process" if on_this_machine() > 1 else ""
+        reporter.note(
+            f"The weights take {own} of memory for the model and {theirs} for the teacher {other.name}, together "
+            f"{sum(sizes) / 1e9:.3g} GB{everywhere}."
+        )
+    return dtypes
+
+
+def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter) -> CalibrationRecipe:
+    """Ask for the cheapest budget that some data can meet where less is asked for."""
+    if recipe.budget >= cheapest:
+        return recipe
+    reporter.note(
+        f"Budget {recipe.budget:g} is out of reach of these data; the cheapest within reach is {cheapest:.3f}, "
+        "which is solved for."
+    )
+    return recipe.model_copy(update={"budget": cheapest})
+
+
+def split_rows(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
+    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads.
+
+    Raises:
+        RecipeError: if so many are held out that too few are left to learn from.
+    """
+    measured = min(count, recipe.samples)
+    order = torch.randperm(measured, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    num_held = max(1, round(recipe.holdout * measured))
+    if measured - num_held < MIN_FITTED:
+        raise RecipeError(
+            f"calibration.holdout: {recipe.holdout} holds {num_held} of {measured} samples out and leaves "
+            f"{measured - num_held} to fit routers to, which need {MIN_FITTED}: lower it"
+        )
+    return order[:num_held], order[num_held:], list(range(measured, count))
+
+
+def start_afresh(routers: nn.ModuleList) -> None:
+    """Make routers what they are after conversion: what an earlier or killed calibration left has no say."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in routers.state_dict().items()}
+    routers.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})
