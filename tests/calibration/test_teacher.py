@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli import cli
+from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration import job
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.passes import run_trunk, teacher_logits
