@@ -100,6 +100,17 @@ STEPS = (
         "--json second-frontier.json --plot second-frontier.png",
         "--samples 16 --budget 0.36",
     ),
+    Step("second-convert-healed", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}-healed"),
+    Step(
+        "second-calibrate-healed",
+        f"dpn calibrate --model {SECOND}-healed --data work/second-samples --budget 0.2 --heal lora",
+        "--samples 32 --set calibration.heal.steps=2",
+    ),
+    Step(
+        "second-healing",
+        f"healing.py --plain {SECOND} --healed {SECOND}-healed --data work/second-heldout --samples 700",
+        "--samples 16 --budget 0.36",
+    ),
     Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),
     Step(
         "latency",
