@@ -185,7 +185,7 @@ def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, mon
         load_data(stream)
     (tmp_path / "data.jsonl").write_text('{"question": "what ?"}')
     with pytest.raises(
-        UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read through"
+        UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read by"
     ):
         load_data(DataOptions(str(tmp_path / "data.jsonl"), stream=True), limit=2)
 

@@ -174,6 +174,7 @@ def test_dropping_nothing_changes_nothing(model: LlavaForConditionalGeneration) 
         assert not torch.allclose(decode_without(model, 3, 11, embeds), expected, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after", "least"), [(3, 0.2), (6, 0.05)])
 def test_it_looks_late(
     model: LlavaForConditionalGeneration, asked: list[Asked], scores: list[Tensor], after: int, least: float
@@ -182,6 +183,7 @@ def test_it_looks_late(
     assert max(lost(scores, asked, model, way)) >= least
 
 
+@pytest.mark.slow
 def test_pooling_costs_much_on_many_kinds(
     model: LlavaForConditionalGeneration, asked: list[Asked], scores: list[Tensor]
 ) -> None:
@@ -189,6 +191,7 @@ def test_pooling_costs_much_on_many_kinds(
     assert sum(loss >= 0.2 for loss in lost(scores, asked, model, way)) >= 3
 
 
+@pytest.mark.slow
 def test_attention_is_no_oracle(model: LlavaForConditionalGeneration, packer: Packer, asked: list[Asked]) -> None:
     missed = by_kind(asked[:1], [attention_misses(model, packer, asked[0], 3)])
     assert np.mean([missed[kind] for kind in KINDS if GRAINS[kind] == "fine"]) >= 0.2, missed

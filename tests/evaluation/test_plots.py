@@ -71,7 +71,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
 ) -> None:
     with pytest.raises(UsageError, match=r"\.png or \.svg"):
         check_plot(tmp_path / "picture.jpg")
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         check_plot(tmp_path / "nowhere" / "picture.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"dpn-cli\[plots\]"):
