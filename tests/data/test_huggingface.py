@@ -184,9 +184,7 @@ def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, mon
     with pytest.raises(UsageError, match="--stream reads no more than you ask for: say how much with --samples"):
         load_data(stream)
     (tmp_path / "data.jsonl").write_text('{"question": "what ?"}')
-    with pytest.raises(
-        UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read by"
-    ):
+    with pytest.raises(UsageError, match=r"--stream: .*data\.jsonl is a LLaVA JSON lines .*, which is not read by"):
         load_data(DataOptions(str(tmp_path / "data.jsonl"), stream=True), limit=2)
 
 
