@@ -14,6 +14,7 @@ import pytest
 
 import dpn_cli.inference.trial  # noqa: F401 - imports take memory, and none is to be taken by a case
 from dpn_cli import limits
+from dpn_cli.checkpoint import encoding
 from dpn_cli.checkpoint.encoding import validate_encoding
 from dpn_cli.checkpoint.headers import read_header, read_json
 from dpn_cli.checkpoint.licence import read_licence
@@ -136,6 +137,18 @@ def test_tokenizers(tiny_llava: Path, tmp_path: Path, part: str, value: object, 
     write_json(source / "tokenizer.json", read_json(source / "tokenizer.json") | {part: value})
     with pytest.raises(CheckpointError, match=rf"tokenizer\.json has a {part} that {fault}"):
         validate_encoding(source)
+
+
+@pytest.mark.parametrize(("nbytes", "seconds"), [(0, 1), (32 << 20, 9)])
+def test_a_large_tokenizer_has_more_time(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int, seconds: int
+) -> None:
+    granted: list[int] = []
+    monkeypatch.setattr(encoding, "run_bounded", lambda work, seconds, nbytes: granted.append(seconds) or "")
+    text = (tiny_llava / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text + " " * nbytes, encoding="utf-8")
+    validate_encoding(tmp_path)
+    assert granted == [seconds]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dpn_cli.checkpoint.headers import TOKENIZER_FILE, read_json
 from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.template import QUESTION
 from dpn_cli.errors import CheckpointError
-from dpn_cli.limits import MAX_PADDING, TOKENIZER_BYTES, TOKENIZER_SECONDS
+from dpn_cli.limits import MAX_PADDING, TOKENIZER_BYTES, TOKENIZER_BYTES_A_SECOND, TOKENIZER_SECONDS
 
 # What regular expressions with nested repeats cannot match, and only find out after exponentially many tries.
 _RUNS = ("a", "word ", "1", " ", "\n", "!", "é", "漢")
@@ -66,9 +66,10 @@ def _fault(content: str) -> str | None:
             tokenizer.decode(range(tokenizer.get_vocab_size()), skip_special_tokens=False)
         return ""
 
+    seconds = TOKENIZER_SECONDS + len(content.encode()) // TOKENIZER_BYTES_A_SECOND
     try:
-        return run_bounded(try_all, TOKENIZER_SECONDS, TOKENIZER_BYTES) or None
+        return run_bounded(try_all, seconds, TOKENIZER_BYTES) or None
     except OverLimitError:
-        return f"takes more than {TOKENIZER_SECONDS} s or {TOKENIZER_BYTES / 1e6:.0f} MB for short texts"
+        return f"takes more than {seconds} s or {TOKENIZER_BYTES / 1e6:.0f} MB for short texts"
     except RuntimeError as error:
         return f"fails with {str(error)!r}"
