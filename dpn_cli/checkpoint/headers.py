@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,16 +200,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if (size := path.stat().st_size) > (most := _max_bytes(path.name)):
         raise CheckpointError(f"{path} has {size:,} bytes, expected at most {most:,}")
+    damaged = CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again")
     try:
         data = json.loads(path.read_bytes())
-        # No half characters, which nobody could write, and no NaN or Infinity, which JSON does not have.
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again") from None
+        raise damaged from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     if _is_deeper(data, MAX_JSON_DEPTH):
         raise CheckpointError(f"{path} nests deeper than {MAX_JSON_DEPTH} objects and lists: download it again")
+    try:
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:  # NaN and Infinity, which JSON does not have, or half characters, which nobody could write
+        for key, value in _not_finite(data):
+            fault = f"has the {key} {json.dumps(value)}, expected a finite number: correct it"
+            raise CheckpointError(f"{path} {fault}") from None
+        raise damaged from None
     return data
 
 
@@ -225,6 +232,14 @@ def _is_deeper(data: Any, depth: int) -> bool:
         inside = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
     return bool(level)
+
+
+def _not_finite(data: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers that are NaN or infinite, with the keys that lead to them."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield key, data
+    for each, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from _not_finite(value, f"{key}.{each}".removeprefix("."))
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

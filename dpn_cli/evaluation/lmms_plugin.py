@@ -122,6 +122,7 @@ class DpnLlava(lmms):
             do_sample=sampled,
             temperature=settings["temperature"] if sampled else None,
             top_p=settings.get("top_p") if sampled else None,
+            return_dict_in_generate=False,
         )
         return self.processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

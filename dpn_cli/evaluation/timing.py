@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
+from dpn_cli.inference.scoring import broken
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
@@ -56,6 +57,10 @@ def time_generation(
 
     Returns:
         The timing, and the logits of the first token, [B, vocabulary].
+
+    Raises:
+        CheckpointError: if the model's weights hold NaN, so that its logits are NaN.
+        DataError: if the logits are NaN for another reason.
     """
     now = partial(_now, model.device, clock)
     tokens = _TokenClock(now)
@@ -65,6 +70,8 @@ def time_generation(
             **inputs, streamer=tokens, eos_token_id=None, max_new_tokens=new_tokens, do_sample=False,
             num_beams=1, use_cache=True, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
+    if output.logits[0].isnan().any():
+        raise broken("a prompt", model)
     first, last = tokens.times[0], tokens.times[-1]
     timing = Timing(
         vision_s=sum(vision_s),

@@ -27,6 +27,8 @@ def greedy_answers(
 
 def generate_texts(model: PyramidGenerationMixin, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
     """Return what a model goes on with after every prompt of an encoded batch, greedily."""
-    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    generated = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+    )
     texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -6,7 +6,7 @@ shows when the first answer is generated. Here it shows before anything is writt
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +46,28 @@ MAX_KEYS = 200  # of an object whose keys are tried: more are a vocabulary's
 NEVER_BLAMED = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "image_size", "text_config", "vision_config",
 }  # fmt: skip
-# What the model is told for every token that it generates.
-FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "do_sample")
+_FLAG = "true or false", lambda value: isinstance(value, bool)
+_COUNT = "a whole number of at least 1", lambda value: type(value) is int and value >= 1
+_NUMBER = "a number", lambda value: type(value) in (int, float)
+# The settings of generation that a greedy token does not show to be wrong, with what each must be.
+SETTINGS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(
+        (
+            "do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+            "return_dict_in_generate", "renormalize_logits", "remove_invalid_values", "token_healing",
+            "disable_compile",
+        ),
+        _FLAG,
+    ),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "max_new_tokens"), _COUNT),
+    **dict.fromkeys(
+        (
+            "max_length", "max_time", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff",
+            "eta_cutoff", "length_penalty",
+        ),
+        _NUMBER,
+    ),
+}  # fmt: skip
 MAX_SHOWN = 200  # characters of a value or a reason
 
 Key = tuple[str, ...]
@@ -104,9 +124,10 @@ class Trial:
             return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.config.text_config.vocab_size))
 
         self.model.generation_config = config = self._generation_config()
-        for key in FLAGS:
-            if not isinstance(getattr(config, key, None), bool | None):
-                raise ValueError(f"{key} is neither true nor false")
+        for key, (expected, fits) in SETTINGS.items():
+            value = getattr(config, key, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"expected {expected}")
         self.model.forward = forward
         text = {name: values for name, values in self.inputs.items() if name not in VISUAL}
         self.model.generate(**text, max_new_tokens=1, do_sample=False, num_beams=1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.checkpoint.headers import Checkpoint, read_header
+from dpn_cli.checkpoint.headers import Checkpoint, read_header, read_json
 from dpn_cli.errors import CheckpointError
 
 
@@ -90,3 +90,19 @@ def test_noise_is_refused_with_one_kind_of_error(tmp_path_factory: pytest.TempPa
     path.write_bytes(content)
     with pytest.raises(CheckpointError):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"a": {"b": [1.5, NaN]}}', r"x\.json has the a\.b\.1 NaN, expected a finite number"),
+        ('{"a": -Infinity}', r"x\.json has the a -Infinity, expected"),
+        ('{"a": 1e999}', r"x\.json has the a Infinity, expected"),
+        (r'{"a": "\ud800"}', r"x\.json is not JSON"),
+        ("[" * 100_000, r"x\.json is not JSON"),
+    ],
+)
+def test_what_json_does_not_have_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_json(tmp_path / "x.json")

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dpn_cli.cli import main
 
@@ -124,6 +126,20 @@ def test_what_cannot_be_measured_is_refused(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--budget", "0.6"], ["--data", "demo"]])
+def test_a_model_of_nan_is_refused(
+    make_converted: Callable[..., Path], options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_converted()
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight") and "language_model" in name)
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, file, metadata={"format": "pt"})
+    assert main(["bench", "--model", str(folder), *QUICK, *options]) == 3
+    captured = capsys.readouterr()
+    assert "q_proj.weight' holds NaN" in captured.err and captured.out == ""
 
 
 def test_larger_images_have_more_tiles_to_prefill(

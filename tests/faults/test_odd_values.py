@@ -79,6 +79,10 @@ REFUSED = [
     (GENERATION_FILE, "cache_implementation", "static"),
     (GENERATION_FILE, "min_length", "x"),
     (GENERATION_FILE, "output_hidden_states", [None]),
+    (GENERATION_FILE, "num_beams", "many"),
+    (GENERATION_FILE, "num_beams", 0),
+    (GENERATION_FILE, "temperature", "hot"),
+    (GENERATION_FILE, "return_dict_in_generate", 3),
     (TOKENIZER_CONFIG_FILE, "padding_side", "middle"),
     (TOKENIZER_CONFIG_FILE, "tokenizer_class", "BertTokenizer"),
 ]
