@@ -168,7 +168,7 @@ class HealRecipe(TrainingRecipe):
         budget_spread: Largest distance of a drawn route's fraction of the FLOPs from the budget; 1 for all routes.
         full_share: Share of forward passes that keep every token, so that the full model stays the teacher.
         judge_every: Number of steps between two looks at samples that are held out: the adapter that does best on them
-            is kept, and none if every one does harm.
+            is kept, and none without a clear gain.
     """
 
     method: Literal["none", "lora"] = "none"

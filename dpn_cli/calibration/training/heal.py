@@ -47,7 +47,7 @@ def heal(
 ) -> TrainingReport:
     """Train an adapter; the model carries it from then on, all else of it is untouched.
 
-    A part of the samples only judges. What did best on it is kept: an adapter, or none if every one did harm.
+    A part of the samples only judges. What did best on it is kept: an adapter, or none without a clear gain.
 
     Args:
         model: converted, without an adapter, in eval mode.

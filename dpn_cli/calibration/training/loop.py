@@ -2,7 +2,7 @@
 
 Nothing is drawn from a random state that runs along: what a step sees follows from the seed and its number, so that
 a run that was killed goes on exactly as it would have gone. Where held-out samples judge, the parameters that did best
-on them are kept, be they the untrained ones.
+on them are kept, and the untrained ones where that is no clear gain.
 """
 
 import math
@@ -25,6 +25,7 @@ from dpn_cli.pyramid.recipe import TrainingRecipe
 STATE_FILE = "training.pt"  # in the folder of the calibration's state
 WARM_UP = 0.05  # of the steps
 MAX_GRAD_NORM = 1.0
+LEAST_GAIN = 0.1  # of the held-out loss: less is noise, or gained where routers do not send samples
 WEIGHT_DECAY = 0.0
 
 
@@ -45,7 +46,7 @@ class TrainingReport:
     @property
     def kept(self) -> int:
         """The number of steps after which the parameters were kept."""
-        return min(self.held_out, key=self.held_out.__getitem__) if self.held_out else len(self.loss)
+        return best_look(self.held_out) if self.held_out else len(self.loss)
 
     def summary(self) -> dict[str, Any]:
         """Return plain data: the loss is the mean of the first and of the last tenth of the steps."""
@@ -60,6 +61,12 @@ class TrainingReport:
             "kept_after": self.kept,
             **judged,
         }
+
+
+def best_look(held_out: Mapping[int, float]) -> int:
+    """Return the step with the lowest held-out loss; 0 if it is not lower than before training by `LEAST_GAIN`."""
+    best = min(held_out, key=held_out.__getitem__)
+    return best if held_out[best] <= (1 - LEAST_GAIN) * held_out[0] else 0
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,10 @@ class _Progress:
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def note(self, held_out: float, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take down a look at held-out samples, and the parameters if none did better."""
-        if held_out < min(self.held_out.values(), default=math.inf):
-            self.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        """Take down a look at held-out samples, and the parameters if they are the ones to keep so far."""
         self.held_out[len(self.loss)] = held_out
+        if best_look(self.held_out) == len(self.loss):
+            self.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 @dataclass(frozen=True)

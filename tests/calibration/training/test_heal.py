@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.calibration.training import heal as healing
 from dpn_cli.calibration.training.heal import draw_route, heal, heal_loss
-from dpn_cli.calibration.training.loop import STATE_FILE, Draws, TrainingReport
+from dpn_cli.calibration.training.loop import STATE_FILE, Draws, TrainingReport, best_look
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DpnError
 from dpn_cli.inference.adapter import adapter_parameters, add_adapter
@@ -282,3 +282,11 @@ def test_every_sample_is_drawn_once_per_epoch() -> None:
     assert first != second
     assert Draws(9, recipe, seed=5).at(2, 1).rows == rows[-1]
     assert draws.at(0, 0).random.random() != draws.at(0, 1).random.random()
+
+
+@pytest.mark.parametrize(
+    ("looks", "kept"),
+    [((1.0, 0.95, 1.2), 0), ((1.0, 0.85, 0.7), 50), ((1.0, 0.7, 0.85), 25), ((1.0, 2.0, 3.0), 0), ((0.0, 0.0, 0.0), 0)],
+)
+def test_an_adapter_is_kept_for_a_clear_gain_alone(looks: tuple[float, ...], kept: int) -> None:
+    assert best_look(dict(zip((0, 25, 50), looks, strict=True))) == kept
