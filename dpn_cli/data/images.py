@@ -48,7 +48,7 @@ def check_image(data: bytes, name: str) -> None:
 
 
 def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Return an image in RGB, upright.
+    """Return an image in RGB, upright; a picture in memory that is so already is returned itself, not a copy.
 
     Args:
         image: a file, its content, or a picture in memory.
@@ -72,7 +72,7 @@ def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
-        lies = opened.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        lies = _orientation(opened) in _QUARTER_TURNS
         upright = ImageOps.exif_transpose(opened) if lies else opened
         return upright.height, upright.width
 
@@ -112,11 +112,16 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return an image in RGB and upright; of 16-bit grey, Pillow's own `convert` would make nearly all white."""
-    upright = ImageOps.exif_transpose(image)
+    """Return an image in RGB and upright, copied only where it is not; of 16-bit grey, Pillow would make white."""
+    image.load()  # some formats have their EXIF after the pixels
+    upright = ImageOps.exif_transpose(image) if _orientation(image) else image
     if upright.mode.startswith("I;16"):
         upright = upright.convert("I").point(lambda value: value * (1 / 257))
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:

@@ -37,21 +37,22 @@ def render_page(package: str, template: str, **values: Any) -> str:
         loader=FunctionLoader(load), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        percent=percent, nats=nats, shorten=_shorten, breakable=_breakable, thumbnails=_thumbnails
+        percent=percent, nats=nats, shorten=_shorten, breakable=_breakable, thumbnails=thumbnails
     )
     text = environment.get_template(template).render(**values)
     return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
 
 
-def _thumbnails(sample: Sample) -> list[str]:
+def thumbnails(sample: Sample) -> list[str]:
     """Return small copies of a sample's first images, as data URIs."""
     return [_data_uri(image) for image in sample.open_images()[:THUMBNAILS]]
 
 
 def _data_uri(image: Image.Image) -> str:
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small = image.copy()  # a picture in memory is the caller's own
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     stream = BytesIO()
-    image.save(stream, "JPEG", quality=80)
+    small.save(stream, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

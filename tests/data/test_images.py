@@ -11,7 +11,9 @@ from PIL import ExifTags, Image
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.images import FORMATS, check_image, image_size, open_image
+from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
+from dpn_cli.pages.rendering import thumbnails
 
 
 def encoded(kind: str) -> bytes:
@@ -108,3 +110,10 @@ def test_one_limit_holds_for_every_way_to_read_an_image(tmp_path: Path, size: tu
     for read in readers:
         with pytest.raises(DataError, match=rf"a\.png has {size[0]}×{size[1]} pixels, at most"):
             read()
+
+
+def test_a_picture_is_copied_only_to_change_it() -> None:
+    picture = Image.new("RGB", (600, 400), "red")
+    assert open_image(picture, "x") is picture
+    assert len(thumbnails(Sample("x", (picture,), (Turn("what ?"),)))) == 1
+    assert picture.size == (600, 400)
