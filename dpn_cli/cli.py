@@ -263,7 +263,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, DpnError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"a name is longer than names of files can be here: {error.filename}"
+        return f"a file name is longer than this file system allows: {error.filename}"
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = f" ({error.filename})" if error.filename else ""
         return f"{NO_ROOM[error.errno]}{where}: make room and run the same command line again"

@@ -92,7 +92,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "/x"),
             2,
-            "a name is longer than names of files can be here: /x",
+            "a file name is longer than this file system allows: /x",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Error: Permission denied: /x"),
         (ValueError("first\nsecond"), 1, "Error: unexpected ValueError: first (--debug"),

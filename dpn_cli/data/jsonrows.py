@@ -233,8 +233,9 @@ def _keyed(text: str, start: int) -> list[tuple[str, tuple[int, int]]]:
     try:
         while text[position] == "{,"[bool(found)]:
             key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
-            begin = _skip_space(text, _skip_space(text, position) + 1)
-            if text[begin] != "{":
+            colon = _skip_space(text, position)
+            begin = _skip_space(text, colon + 1)
+            if text[colon] != ":" or text[begin] != "{":
                 return []
             end = _DECODER.raw_decode(text, begin)[1]
             found.append((key, (begin, end)))

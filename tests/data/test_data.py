@@ -405,7 +405,8 @@ def test_rows_by_id_need_rows_as_all_values(tmp_path: Path, picture: Path) -> No
     (tmp_path / "data.json").write_text(json.dumps({"07": row, "x": {**row, "id": "own"}}))
     data = load(tmp_path / "data.json")
     assert [(sample.id, sample.row) for sample in data.samples] == [("07", 1), ("own", 2)]
-    for other in ({"a": row, "n": 2}, {"image": {"path": "a.png"}, "question": {"text": "what ?"}}):
-        (tmp_path / "data.json").write_text(json.dumps(other))
+    others = ({"a": row, "n": 2}, {"image": {"path": "a.png"}, "question": {"text": "what ?"}})
+    for text in (*map(json.dumps, others), json.dumps({"07": row}).replace('"07":', '"07";')):
+        (tmp_path / "data.json").write_text(text)
         with pytest.raises(DataError, match="holds no JSON list of rows"):
             load(tmp_path / "data.json")
