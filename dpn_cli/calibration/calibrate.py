@@ -264,10 +264,7 @@ def _report(
     with job.reporter.progress("both models answer", len(measured)) as advance:
         cases = answer_both(model, job.processor, job.teacher, measured, samples, recipe.batch_size, advance)
     shape = model.text_model.shape
-    about = {
-        "model": str(model.config.base_model), "teacher": job.teacher.name, "recipe": settings.get("recipe"),
-        "data": settings.get("data"),
-    }  # fmt: skip
+    about = {"teacher": job.teacher.name, "recipe": settings.get("recipe"), "data": settings.get("data")}
     origin = provenance(model, about)
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, origin)
 

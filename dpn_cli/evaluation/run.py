@@ -105,13 +105,7 @@ def evaluate_folder(
 def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin, pyramid: PyramidConfig) -> dict[str, str]:
     """Say what was evaluated on what, when and where."""
     recipe = pyramid.calibration.get("recipe")
-    return provenance(
-        model,
-        {
-            "checkpoint": str(folder), "model": str(model.config.base_model), "recipe": recipe and str(recipe),
-            "data": data.name,
-        },
-    )  # fmt: skip
+    return provenance(model, {"checkpoint": str(folder), "recipe": recipe and str(recipe), "data": data.name})
 
 
 def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dataset) -> Iterator[str]:

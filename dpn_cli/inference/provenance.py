@@ -19,8 +19,9 @@ def provenance(model: PyramidGenerationMixin, about: dict[str, str | None]) -> d
         model: Model that was measured.
         about: What else is known, such as the data; what is not known is left out.
     """
+    known = {"model": getattr(model.config, "base_model", None), **about}
     return {
-        **{key: value for key, value in about.items() if value is not None},
+        **{key: str(value) for key, value in known.items() if value is not None},
         "date": datetime.now(UTC).date().isoformat(),
         "device": in_words(model),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
