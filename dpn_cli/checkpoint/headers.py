@@ -200,11 +200,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if (size := path.stat().st_size) > (most := _max_bytes(path.name)):
         raise CheckpointError(f"{path} has {size:,} bytes, expected at most {most:,}")
-    damaged = CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again")
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise damaged from None
+        raise _not_json(path) from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     if _is_deeper(data, MAX_JSON_DEPTH):
@@ -215,8 +214,12 @@ def read_json(path: Path) -> dict[str, Any]:
         for key, value in _not_finite(data):
             fault = f"has the {key} {json.dumps(value)}, expected a finite number: correct it"
             raise CheckpointError(f"{path} {fault}") from None
-        raise damaged from None
+        raise _not_json(path) from None
     return data
+
+
+def _not_json(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is not JSON{_lfs_hint(path)}: download the checkpoint again")
 
 
 def _max_bytes(name: str) -> int:
