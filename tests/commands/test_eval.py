@@ -409,6 +409,7 @@ def test_a_place_for_what_is_kept_that_is_lost_meanwhile_costs_no_results(
 def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--json", "--batch-size", "1", "--against", "random,fastv") == 0
     undisturbed = capsys.readouterr().out
+    shutil.rmtree("tiny-dpn/evaluation")  # what is known is not asked for again
     line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3"]
     command = [sys.executable, "-m", "dpn_cli", *line, "--json", "--batch-size", "1", "--against", "random,fastv"]
     for wanted in (3, 11, 17):  # while the teacher, the pyramid and the other methods are asked
