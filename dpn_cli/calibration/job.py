@@ -83,13 +83,7 @@ def open_job(
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if budgets_only and not pyramid.budgets:
             raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
-        with reporter.waiting("reading the processor"):
-            processor = load_opened_processor(checkpoint, layout)
-        check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
-        other = None if teacher is None else OtherTeacher.open(teacher)
-        if other:
-            check = other.check(check, folder, processor, recipe.answer_tokens)
-        read = load_samples(data, recipe, check, reporter)
+        processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
         asked = [sample for sample in read.samples if sample.images]
         needed = 1 if budgets_only else MIN_SAMPLES
         if len(asked) < needed:
@@ -125,6 +119,24 @@ def open_job(
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
     return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
+
+
+def read_samples(
+    checkpoint: Checkpoint,
+    layout: LlavaLayout,
+    data: DataOptions,
+    recipe: CalibrationRecipe,
+    teacher: str | None,
+    reporter: Reporter,
+) -> tuple[Any, OtherTeacher | None, CalibrationData]:
+    """Return a checkpoint's processor, its teacher if that is another model, and the samples that both can read."""
+    with reporter.waiting("reading the processor"):
+        processor = load_opened_processor(checkpoint, layout)
+    check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
+    other = None if teacher is None else OtherTeacher.open(teacher)
+    if other:
+        check = other.check(check, checkpoint.path, processor, recipe.answer_tokens)
+    return processor, other, load_samples(data, recipe, check, reporter)
 
 
 def _dtypes(

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dpn_cli.calibration.forecast import Forecast, Model, Reader, forecast
+from dpn_cli.calibration.job import read_samples
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.samples import load_samples
 from dpn_cli.calibration.settings import candidates
@@ -16,12 +17,12 @@ from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import parts
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
-from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens, token_limit
+from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens
 from dpn_cli.data.findings import Scan
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
-from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
+from dpn_cli.inference.loading import default_device
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
@@ -92,13 +93,8 @@ def preview(
         asked = tuple(_shown(sample, None) for sample in dataset.samples[:SHOWN])
         return Preview(dataset.scan, dataset.columns, asked, None)
     checkpoint, layout, pyramid = open_converted(folder)
-    with reporter.waiting("reading the processor"):
-        processor = load_opened_processor(checkpoint, layout)
-    check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
-    other = None if teacher is None else OtherTeacher.open(teacher)
-    if other:
-        check = other.check(check, folder, processor, recipe.answer_tokens)
-    dataset = load_samples(data, recipe, check, reporter).measured
+    processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
+    dataset = read.measured
     used = [sample for sample in dataset.samples if sample.images]
     with reporter.waiting("estimating"):
         cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter, other) if used else None
