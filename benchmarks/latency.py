@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -77,7 +78,12 @@ class Case:
         return (GRID,) * self.images
 
 
-CASES = {"576": Case(1, (64,)), "576-ragged": Case(1, (32, 64, 96, 128)), "2880": Case(5, (64,))}
+CASES = {
+    "576": Case(1, (64,)),
+    "576-ragged": Case(1, (32, 64, 96, 128)),
+    "576-batch": Case(1, (64,) * 8),
+    "2880": Case(5, (64,)),
+}
 
 
 def random_llava(layers: int, device: str, dtype: torch.dtype) -> DpnLlavaForConditionalGeneration:
@@ -104,7 +110,8 @@ def random_llava(layers: int, device: str, dtype: torch.dtype) -> DpnLlavaForCon
 
 def routes_near(shape: DecoderShape, pyramid: PyramidConfig, case: Case, budget: float) -> list[Route]:
     """Return a route for every sample, whose FLOPs fractions lie around a budget."""
-    targets = [budget] if len(case.text_tokens) == 1 else [budget + offset for offset in SPREAD]
+    count = len(case.text_tokens)
+    targets = [budget] if count == 1 else [budget + offset for _, offset in zip(range(count), cycle(SPREAD))]
     return [
         min(
             pyramid.routes_for(case.grids),
@@ -137,6 +144,7 @@ def measure(
     budgets: Sequence[float],
     against: Sequence[str],
     rounds: int,
+    new_tokens: int,
     clock: Clock,
 ) -> Latency:
     """Measure all methods on one batch."""
@@ -148,7 +156,7 @@ def measure(
     for budget in budgets:
         methods |= dict(methods_at(model, case, budget, against))
     with console.progress(name, (rounds + 1) * len(methods)) as advance:
-        return measure_latency(model, methods, [batch] * rounds, new_tokens=2, advance=advance, clock=clock)
+        return measure_latency(model, methods, [batch] * rounds, new_tokens, advance=advance, clock=clock)
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ def print_efficiencies(results: dict[str, Latency]) -> None:
             reached, low, high = (f"{speed / each.ideal_speedup:.0%}" for speed in speeds)
             speedups = (f"{prefill.speedup:.2f}", f"{each.ideal_speedup:.2f}")
             rows.append((name, each.name, f"{each.fraction:.3f}", *speedups, reached, f"{low} – {high}"))
-    columns = ["visual tokens", "method", "FLOPs", "speedup", "ideal speedup", "efficiency", "95% interval"]
+    columns = ["batch", "method", "FLOPs", "speedup", "ideal speedup", "efficiency", "95% interval"]
     console.table("Speedup of the prefill, the ideal one by FLOPs, and efficiency", columns, rows, texts=["method"])
 
 
@@ -235,6 +243,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--layers", type=click.IntRange(4), default=4, show_default=True, help="Decoder layers, 32 in the model.")
 @click.option("--rounds", default=6, show_default=True)
+@click.option("--new-tokens", default=2, show_default=True, help="Tokens to generate; all but one tell of decoding.")
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, default=list(CASES), show_default=True)
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.25, 0.15), show_default=True)
 @click.option("--against", multiple=True, default=("pyramiddrop", "divprune"), show_default=True)
@@ -245,6 +254,7 @@ def main(
     device: str,
     layers: int,
     rounds: int,
+    new_tokens: int,
     cases: tuple[str, ...],
     budgets: tuple[float, ...],
     against: tuple[str, ...],
@@ -259,7 +269,7 @@ def main(
     clock = time.process_time if shared else time.perf_counter
     model = random_llava(layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {model.dtype} on {device}")
-    results = {name: measure(model, name, budgets, against, rounds, clock) for name in cases}
+    results = {name: measure(model, name, budgets, against, rounds, new_tokens, clock) for name in cases}
     alone = [CASES[name] for name in cases if len(CASES[name].text_tokens) == 1]
     choices = [choice for case in alone for choice in measure_choices(model, case, rounds, clock)]
     for result in results.values():
