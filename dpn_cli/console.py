@@ -277,12 +277,19 @@ def _live(*columns: ProgressColumn, transient: bool = False) -> Progress:
 
 
 class _TimeColumn(ProgressColumn):
-    """The time left, as soon as two steps have shown their pace; before that, and in the end, the time taken."""
+    """The time left, which runs down between two steps; where it is not known, or over, the time taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = (0.0, 0.0)  # how far the task has come, and when
 
     def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        if task.finished or left is None:
-            return Text(_clock(task.finished_time or task.elapsed or 0.0))
+        taken, left = task.elapsed or 0.0, task.time_remaining
+        if task.completed != self._step[0]:
+            self._step = task.completed, taken
+        left = None if left is None else left - (taken - self._step[1])
+        if task.finished or left is None or left <= 0:
+            return Text(_clock(task.finished_time or taken))
         return Text(f"{_clock(left)} left")
 
 

@@ -124,6 +124,11 @@ def test_the_time_left_is_shown_from_the_second_batch_on(
             shown = capsys.readouterr().err
             assert (" left" in shown) is (batch > 0), shown
         assert f"{console._clock(7 * batch_s)} left" in shown or batch_s < 1
+        now += 4.0  # within the next batch
+        terminal._live_stack[-1].refresh()
+        left = 7 * batch_s - 4.0
+        shown = capsys.readouterr().err
+        assert f"{console._clock(left)} left" in shown if left > 0 else " left" not in shown, "it goes on"
         advance(7)
 
 

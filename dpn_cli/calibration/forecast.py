@@ -235,14 +235,15 @@ def _basis(
 ) -> tuple[str, ...]:
     """Return in sentences what the figures were computed from, and what they leave out."""
     *tried, (samples, routes) = passes
-    survey = "".join(f"{some} samples down {many} routes, " for some, many in tried)
+    rounds = "; ".join(f"{some} samples on {many} routes" for some, many in tried)
+    survey = f"a survey ({rounds}) and " if tried else ""
     by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
     answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""
     dtype = str(model.dtype).removeprefix("torch.")
     trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
-        f"Time: the FLOPs of {survey}and {samples} samples down {routes}, at {EFFICIENCY:.0%} of the speed of a "
-        f"decoder layer in {dtype} on {model.device}, measured just now.{answers}",
+        f"Time: the FLOPs of {survey}the measurement of {samples} samples on {routes} routes, at {EFFICIENCY:.0%} of "
+        f"the speed of a decoder layer in {dtype} on {model.device}, measured just now.{answers}",
         f"Memory: {weights} and a batch of {recipe.batch_size} of the longest samples; libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
         *(["Training an adapter comes in addition and is not part of the time."] if trained else []),

@@ -130,7 +130,7 @@ def read_samples(
     reporter: Reporter,
 ) -> tuple[Any, OtherTeacher | None, CalibrationData]:
     """Return a checkpoint's processor, its teacher if that is another model, and the samples that both can read."""
-    with reporter.waiting("reading the processor"):
+    with reporter.waiting("opening processor"):
         processor = load_opened_processor(checkpoint, layout)
     check = token_limit(processor, layout, max_positions(checkpoint), recipe.answer_tokens)
     other = None if teacher is None else OtherTeacher.open(teacher)

@@ -44,14 +44,15 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
     return _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
 
 
-def validate_replaceable(folder: Path, force: bool) -> None:
+def validate_replaceable(folder: Path, force: bool, restart: bool) -> None:
     """Check that no results are lost that somebody wants to keep.
 
     Raises:
-        UsageError: if the checkpoint is calibrated, and no calibration of it is unfinished.
+        UsageError: if the checkpoint is calibrated, unless an unfinished calibration goes on, which may replace it.
     """
     pyramid = open_converted(folder)[2]
-    if pyramid.budgets and not force and not (folder / STATE_FOLDER).is_dir():
+    goes_on = (folder / STATE_FOLDER).is_dir() and not restart
+    if pyramid.budgets and not (force or goes_on):
         raise UsageError(
             f"{folder} is calibrated already, {pyramid.calibrated_on}: copy the folder if you want to keep that, and "
             "pass --force to replace it (another budget needs no calibration: dpn export --budget)"

@@ -17,6 +17,7 @@ from torch import nn
 
 from dpn_cli.calibration.reporting.html import render
 from dpn_cli.calibration.reporting.report import Report
+from dpn_cli.checkpoint.earlier import keep_earlier
 from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, check_folder, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.locks import Use, in_use
@@ -73,6 +74,8 @@ def save_calibration(
 ) -> None:
     """Store fitted routers, the adapter that the model has, the pyramid's new settings and the report.
 
+    Where routers and weights stay, copies of the files that change are kept, so that they can be put back.
+
     Args:
         claim: the checkpoint.
         model: the calibrated model.
@@ -87,7 +90,10 @@ def save_calibration(
     config = read_config(folder)
     calibration = report.summary()
     (folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
-    if routers is not None:
+    if routers is None:
+        replaced = (folder / name for name in ("config.json", REPORT_FILE, PAGE_FILE))
+        keep_earlier(replaced, folder / CALIBRATION, claim.work)
+    else:
         generation = _write_generation(claim, config, model if model.is_adapted else None, routers)
         calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
         config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}

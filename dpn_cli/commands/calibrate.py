@@ -108,7 +108,7 @@ def command(
             raise UsageError("--budgets-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)
         if not budgets_only:
-            validate_replaceable(folder, force)
+            validate_replaceable(folder, force, restart)
         earlier = open_converted(folder)[2].calibrated_on
         read = budgets_recipe if budgets_only else calibration_recipe
         recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
@@ -133,6 +133,7 @@ def command(
     if not as_json:
         what = "λ, the budget table" if budgets_only else "the routers"
         replaced = f", in place of those of the calibration {earlier}" if earlier else ""
+        replaced += "; calibration/earlier keeps those and its config.json" if budgets_only else ""
         console.note(
             f"Wrote {what} and calibration/report.html to {folder}{replaced}. "
             f"Next: dpn {'eval' if budgets_only else 'export'}"

@@ -11,7 +11,7 @@ from dpn_cli.commands.completion import names, recipe_names
 from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import set_option
 from dpn_cli.commands.replaced import in_place_of
-from dpn_cli.commands.tables import SITES
+from dpn_cli.commands.tables import show_sites
 from dpn_cli.families.family import ALIASES
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def command(
 
 
 def _show(done: "Conversion", link: bool) -> None:
-    rows = [(str(site), ", ".join(map(str, site.experts))) for site in done.pyramid.sites]
-    title = f"{done.source.reference} → {done.output} (recipe {done.recipe})"
-    console.table(title, ["site", "experts"], rows, texts=["experts"], legend=SITES)
+    show_sites(f"{done.source.reference} → {done.output} (recipe {done.recipe})", done.pyramid.sites)
     for note in done.notes:
         console.note(note)
     if link and done.placement in ("copied", "rewritten"):

@@ -9,7 +9,7 @@ import click
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
-from dpn_cli.commands.tables import MEANINGS, SITES, some_budgets
+from dpn_cli.commands.tables import MEANINGS, meaning, show_sites, some_budgets
 from dpn_cli.errors import UsageError
 from dpn_cli.notation import nats
 
@@ -94,7 +94,7 @@ def _show(found: "Inspection", wide: bool) -> None:
         f"Routes, and what the prefill of a sample costs on each: {sample}",
         ["route", "FLOPs", "GFLOPs", "KV MB"],
         [_summary(cost) for cost in routes],
-        legend=f"A route is one expert per site. FLOPs: {MEANINGS['FLOPs']}; KV: the cache of keys and values.",
+        legend=f"A route is one expert per site. {meaning('FLOPs')}; KV: the cache of keys and values.",
     )
     segments = [each for each in found.pyramid.segments(found.layout.shape.num_layers) if each]
     console.table(
@@ -108,28 +108,22 @@ def _show(found: "Inspection", wide: bool) -> None:
 def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
     from dpn_cli.pyramid.route import format_route
 
-    route = pyramid.static_route
+    route, explained = pyramid.static_route, ""
     if route is not None:
         state = f"static route {format_route(route, pyramid.sites)}"
     elif pyramid.budgets or pyramid.is_imported:
-        state = f"routed, λ {pyramid.trade_off:.4g}"
+        state, explained = f"routed, λ {pyramid.trade_off:.4g}", f"{meaning('λ')}."
     else:
         state = "not calibrated, so every sample keeps all its tokens (dpn calibrate --data DATA changes that)"
     if pyramid.sites:
-        console.table(
-            f"Pyramid: {state}",
-            ["site", "experts"],
-            [(str(site), ", ".join(map(str, site.experts))) for site in pyramid.sites],
-            texts=["experts"],
-            legend=SITES + (f" λ: {MEANINGS['λ']}." if state.startswith("routed") else ""),
-        )
+        show_sites(f"Pyramid: {state}", pyramid.sites, explained)
     if pyramid.budgets:
         budgets = some_budgets(pyramid.budgets, wide)
         console.table(
             f"Budgets, {len(budgets)} of {len(pyramid.budgets)} that were measured; any other can be asked for",
             ["budget", "λ", "KL"],
             [(f"{b.fraction:.3f}", f"{b.trade_off:.4g}", nats(b.distortion)) for b in budgets],
-            legend=f"budget: mean {MEANINGS['FLOPs']}; KL: {MEANINGS['KL']}."
+            legend=f"budget: mean {MEANINGS['FLOPs']}; {meaning('KL')}."
             + ("" if wide else " --wide shows all budgets."),
         )
 

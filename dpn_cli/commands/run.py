@@ -81,7 +81,7 @@ def command(
         checkpoint, layout, pyramid = open_converted(folder)
         experts = None if route is None else parse_route(route, pyramid.sites)
         validate_in_table([] if budget is None else [budget], pyramid)
-        with console.waiting("reading the processor"):
+        with console.waiting("opening processor"):
             processor = load_opened_processor(checkpoint, layout)
         token_limit(processor, layout, max_positions(checkpoint), answer_tokens=1)(sample)
         dtype = compute_dtype(checkpoint, layout, dtype, default_device(), console.note)

@@ -1,12 +1,13 @@
 """The tables that more than one command prints: a few columns that fit 80 characters, or all of them (`--wide`)."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpn_cli import console
 from dpn_cli.notation import nats, percent
+from dpn_cli.pyramid.experts import KINDS, Expert
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.policy import Outcome
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dpn_cli.evaluation.figures import Figures
     from dpn_cli.evaluation.harness import Benchmark
     from dpn_cli.evaluation.latency import Latency, Measurement
-    from dpn_cli.pyramid.config import Route
+    from dpn_cli.pyramid.config import Route, Site
 
 PHASE_NAMES = {
     "vision": "vision tower",
@@ -28,8 +29,8 @@ Row = TypeVar("Row")
 ROUTES_PER_KIND = 2
 MEANINGS = {
     "FLOPs": "share of the prefill FLOPs of the original language model",
-    "KL": "distance of the answer's token probabilities from the original's, in nats",
-    "top-1": "answer tokens whose most likely token is the original's",
+    "KL": "distance of the answer's token probabilities from the {reference}'s, in nats",
+    "top-1": "answer tokens whose most likely token is the {reference}'s",
     "λ": "what the routers are charged for FLOPs, solved for the budget",
     "over dpn": "95% interval of the difference from dpn's KL",
     "same answer": "word for word the original's",
@@ -43,12 +44,18 @@ MEANINGS = {
     "prefill": "the language model alone",
     "speedup": "of the prefill, paired by round, with its 95% interval",
     "per token": "of the answer, after the first",
-    "peak": "memory",
+    "peak": "the most memory in use",
     "same token": "samples whose most likely first token is the original's",
 }
-"""What a word at the head of a column means, for who sees it for the first time."""
+"""What a word at the head of a column means, for who sees it for the first time; see `meaning`."""
 
-SITES = "A site is where visual tokens are reduced: by one of its experts, which a router picks for every sample."
+
+SETTINGS = {
+    "cells": "1x2 is a cell of one row and two columns.",
+    "share": "A number is the share of the tokens that stay.",
+    "share+cells": "With +8x8, the other tokens of every cell of 8×8 are merged into one.",
+}
+"""What the settings of experts mean, by the forms that they may take."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +77,72 @@ class Column:
     means: str = ""
 
 
-def show(title: str, columns: Sequence[Column], items: Sequence[Any], wide: bool, reference: str = "original") -> None:
-    """Print a table of items, one a row, and what its columns mean: a comparison with the original or another model."""
+def meaning(word: str, reference: str = "original") -> str:
+    """Return a word with what it means, where answers are compared with those of the reference."""
+    return f"{word}: {MEANINGS[word].format(reference=reference)}"
+
+
+def show(
+    title: str,
+    columns: Sequence[Column],
+    items: Sequence[Any],
+    wide: bool,
+    reference: str = "original",
+    more: str = "",
+) -> None:
+    """Print a table of items, one a row, and what its columns mean.
+
+    Args:
+        title: Title of the table.
+        columns: All columns.
+        items: What the rows show.
+        wide: Whether all columns are shown.
+        reference: Name of the model that answers are compared with.
+        more: Further sentences of the legend.
+    """
     shown = [column for column in columns if wide or not column.wide]
-    meanings = [f"{c.means}: {MEANINGS[c.means]}" for c in shown if c.means]
-    legend = "; ".join(meanings).replace("the original's", f"the {reference}'s")
+    legend = "; ".join(meaning(column.means, reference) for column in shown if column.means)
     console.table(
         title,
         [column.head for column in shown],
         [[column.cell(item) for column in shown] for item in items],
         texts=[column.head for column in shown if column.text],
-        legend=f"{legend}." if legend else "",
+        legend=" ".join(filter(None, [f"{legend}." if legend else "", more])),
     )
+
+
+def show_sites(title: str, sites: "Sequence[Site]", more: str = "") -> None:
+    """Print the sites of a pyramid with their experts, and what these words and all of the experts mean.
+
+    Args:
+        title: Title of the table.
+        sites: Sites in the order of the layers.
+        more: Further sentences of the legend.
+    """
+    legend = "A site is where visual tokens are reduced: by one of its experts, which a router picks for every sample."
+    about = about_experts(expert for site in sites for expert in site.experts)
+    rows = [(str(site), ", ".join(map(str, site.experts))) for site in sites]
+    console.table(title, ["site", "experts"], rows, ["experts"], " ".join(filter(None, [legend, about, more])))
+
+
+def about_experts(experts: "Iterable[Expert]") -> str:
+    """Return in sentences what experts do, and what their settings mean."""
+    experts = list(experts)
+    kinds = dict.fromkeys(expert.kind for expert in experts)
+    forms = {"share" for each in experts if each.share}
+    forms |= {"share+cells" if each.share else "cells" for each in experts if each.cells}
+    return " ".join(
+        [
+            f"Experts: {'; '.join(f'{kind}: {KINDS[kind].about}' for kind in kinds)}.",
+            *(sentence for form, sentence in SETTINGS.items() if form in forms),
+        ]
+    )
+
+
+def _about_routes(routes: Iterable[str]) -> str:
+    """Return in sentences what a route is, and what the experts of these do."""
+    names = dict.fromkeys(name for route in routes for name in route.split(","))
+    return f"A route is one expert per site, in the order of the layers. {about_experts(map(Expert.parse, names))}"
 
 
 def some_budgets(rows: Sequence[Row], wide: bool) -> list[Row]:
@@ -103,6 +164,8 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
         taken, share = next(iter(row[1].shares.items()))
         return report.experts(taken) + (f" ({share:.0%})" if row[2] is not None else "")
 
+    taken = [report.experts(next(iter(outcome.shares))) for _, outcome, _ in rows]
+    fixed = " Best fixed: the best single route for all samples within the budget." if report.best_fixed else ""
     low, high = report.agreement_interval
     show(
         f"Budget {report.budget:g}, {report.samples}: {report.routed.agreement:.1%} of the answer tokens are the "
@@ -118,6 +181,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
         sorted(rows, key=lambda row: -row[1].fraction),
         wide,
         report.reference,
+        _about_routes(taken) + fixed,
     )
 
 
@@ -145,14 +209,14 @@ def print_fidelity(title: str, groups: dict[str, "Figures"]) -> None:
 
 def print_evaluation(evaluation: "Evaluation", wide: bool = False) -> None:
     """Print every method's result, then the pyramid's by kind of question."""
-    scored = evaluation.results[0].figures.accuracy is not None
+    scored, pyramids = evaluation.results[0].figures.accuracy is not None, evaluation.of("dpn")
     show(
-        f"{len(evaluation.questions)} samples: the original, and dpn and other methods at equal FLOPs",
+        f"{len(evaluation.questions)} samples: the original and dpn"
+        + (", and other methods at the FLOPs of dpn" if len(pyramids) + 1 < len(evaluation.results) else ""),
         [*_RESULT_COLUMNS, *(_ACCURACY_COLUMNS if scored else [])],
         evaluation.results,
         wide,
     )
-    pyramids = evaluation.of("dpn")
     for result in pyramids:
         if len(result.kinds) > 1:
             budget = f" at budget {result.budget:g}" if len(pyramids) > 1 else ""
@@ -194,16 +258,17 @@ _ACCURACY_COLUMNS = [
 def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> None:
     """Print which routes every kind of question takes, the most frequent ones first, by their names."""
     kinds = dict.fromkeys(question.kind for question in evaluation.questions)
-    rows = []
+    rows, names = [], []
     for result in evaluation.of("dpn"):
         for kind in kinds:
             pairs = zip(evaluation.questions, result.per_sample, strict=True)
             routes = Counter(sample.route or () for question, sample in pairs if question.kind == kind)
-            shares = [f"{name(r)} ({n / routes.total():.0%})" for r, n in routes.most_common(ROUTES_PER_KIND)]
+            shown = [(name(route), count) for route, count in routes.most_common(ROUTES_PER_KIND)]
+            shares = [f"{text} ({count / routes.total():.0%})" for text, count in shown]
+            names += [text for text, _ in shown]
             rows.append((kind, "\n".join(shares)))
     columns = ["kind of question", "routes, most frequent first"]
-    legend = "A route is one expert per site, in the order of the layers: what is done with the visual tokens there."
-    console.table("Routes by kind of question", columns, rows, texts=columns, legend=legend)
+    console.table("Routes by kind of question", columns, rows, texts=columns, legend=_about_routes(names))
 
 
 def print_benchmarks(rows: "Sequence[Benchmark]") -> None:
@@ -290,7 +355,7 @@ def _print_costs(result: "Latency", has_data: bool) -> None:
         [*costs, *fidelity, "attention kernels"],
         [_cost_row(each, result.batch_size, has_data) for each in result.measurements],
         texts=["method", "attention kernels"],
-        legend=f"FLOPs: {MEANINGS['FLOPs']}; peak: {MEANINGS['peak']}.",
+        legend=f"{meaning('FLOPs')}; {meaning('peak')}.",
     )
 
 

@@ -112,7 +112,7 @@ def bench_folder(
         checkpoint, layout, pyramid = open_converted(folder)
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
-        with reporter.waiting("reading the processor"):
+        with reporter.waiting("opening processor"):
             processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), options.new_tokens)
         drawn = _draw(data, max(options.batch_sizes), options.rounds, check) if data else []
@@ -126,7 +126,7 @@ def bench_folder(
         else:
             rounds = _in_batches(drawn, batch_size, options.rounds)
             batches = [encode_prompts(samples, processor, model.device) for samples in rounds]
-        with reporter.waiting("setting the methods"):
+        with reporter.waiting("setting methods"):
             found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
             reporter.note(remark)

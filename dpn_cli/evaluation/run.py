@@ -62,7 +62,7 @@ def evaluate_folder(
             checkpoint, layout, pyramid = open_converted(folder)
             for route in options.routes:  # what is none is refused before the data are read
                 parse_route(route, pyramid.sites)
-            with reporter.waiting("reading the processor"):
+            with reporter.waiting("opening processor"):
                 processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(
                 data, split="heldout", limit=options.samples, seed=options.seed, reporter=reporter,
@@ -92,8 +92,10 @@ def evaluate_folder(
             return None
         try:
             about = _about(folder, data, model, pyramid)
-            write_report(folder, about, depends_on, known, result, shown)
+            earlier = write_report(folder, about, depends_on, known, result, shown)
             reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
+            if earlier:
+                reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
         except (OSError, DpnError) as error:
             reporter.note(f"Note: {folder / REPORT_FILE} and .html are not written: {error}")
         deliver(result)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.earlier import keep_earlier
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.links import EVALUATION_FOLDER
 from dpn_cli.checkpoint.workplace import workplace
@@ -26,7 +27,7 @@ def read_known(folder: Path, depends_on: dict[str, Any]) -> Known:
     """Return what an earlier evaluation has found that depended on the same; nothing where there is none."""
     with suppress(CheckpointError, OSError):
         found = read_json(folder / REPORT_FILE)
-        if found.get(_DEPENDS_ON) == json.loads(json.dumps(depends_on)) and isinstance(found.get(_KNOWN), dict):
+        if _is_same(found, depends_on) and isinstance(found.get(_KNOWN), dict):
             return dict(found[_KNOWN])
     return {}
 
@@ -38,8 +39,10 @@ def write_report(
     known: Known,
     evaluation: Evaluation,
     samples: Sequence[Sample],
-) -> None:
+) -> Path | None:
     """Write an evaluation, as data with all that is known by now, and as a page.
+
+    What is there of other samples or settings is not added to, so it is kept.
 
     Args:
         folder: Folder of the checkpoint.
@@ -49,16 +52,28 @@ def write_report(
         evaluation: Evaluation to write.
         samples: Samples that were asked, in order.
 
+    Returns:
+        The folder with the evaluation that was replaced; None if there was none, or if it was added to.
+
     Raises:
         DataError: if an image cannot be read any more.
         DpnError: if the files cannot be written, or one of another kind has the report's name.
     """
     path = folder / REPORT_FILE
-    if path.exists() and not read_json(path).keys() >= {_KNOWN, _DEPENDS_ON}:
+    earlier = read_json(path) if path.exists() else None
+    if earlier is not None and not earlier.keys() >= {_KNOWN, _DEPENDS_ON}:
         raise DpnError("it is not dpn's")
     page = render(evaluation, samples, about)
     report = about | evaluation.to_dict() | {"questions": [asdict(question) for question in evaluation.questions]}
     report |= {_DEPENDS_ON: depends_on, _KNOWN: known}
+    is_other = earlier is not None and not _is_same(earlier, depends_on)
     with workplace(path, "{holder} is writing it", "evaluate a copy to keep its results") as work:
+        kept = keep_earlier((path, folder / PAGE_FILE), path.parent, work) if is_other else None
         replace_file(path, lambda stage: write_json(stage, report), work)
         replace_file(folder / PAGE_FILE, lambda stage: stage.write_text(page, encoding="utf-8"), work)
+    return kept
+
+
+def _is_same(report: dict[str, Any], depends_on: dict[str, Any]) -> bool:
+    """Tell whether the results of a report depend on the same."""
+    return bool(report.get(_DEPENDS_ON) == json.loads(json.dumps(depends_on)))

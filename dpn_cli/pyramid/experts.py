@@ -90,7 +90,7 @@ KINDS: dict[str, Kind] = {
         reads_instruction=True,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
-    "divprune": Kind(("share",), "the same, over the whole picture, token by token", _DIVPRUNE, _pairs_flops),
+    "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),
     "relevant": Kind(
         SELECTS,
         "of twice as many diverse tokens, those that the instruction attends to stay",

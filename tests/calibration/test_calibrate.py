@@ -181,12 +181,17 @@ def test_an_export_is_solved_again_too(calibrated: Path, others: Path, tmp_path:
     folder = tmp_path / "export"
     export(calibrated, folder)
     before = digests(folder)
-    line = ["calibrate", "--model", str(folder), "--data", str(others), "--budgets-only"]
-    line += ["--budget", "0.7", "--samples", "4"]
-    assert main(line) == 0
-    changed = {name for name, digest in digests(folder).items() if before.get(name) != digest}
-    assert changed == {"config.json", "calibration/report.json", "calibration/report.html"}
+    line = ["calibrate", "--model", str(folder), "--data", str(others), "--budgets-only", "--samples", "4"]
+    results = {"config.json", "calibration/report.json", "calibration/report.html"}
+    assert main([*line, "--budget", "0.7"]) == 0
+    after = digests(folder)
+    changed = {name for name, digest in after.items() if before.get(name) != digest}
+    assert changed == {*results, "calibration/earlier/1/config.json"}, "an export has no report yet"
+    assert after["calibration/earlier/1/config.json"] == before["config.json"], "it can be put back"
     assert load_model(folder).pyramid.budget == pytest.approx(0.7, abs=1e-5)
+    assert main([*line, "--budget", "0.8"]) == 0
+    kept = {name: digests(folder)[f"calibration/earlier/2/{Path(name).name}"] for name in results}
+    assert kept == {name: after[name] for name in results}
 
 
 def test_only_calibrated_routers_can_be_kept(converted: Path, others: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,8 @@ def test_another_teacher_reads_every_sample_once_more_and_answers() -> None:
 
 def test_the_figures_say_what_they_come_from() -> None:
     said = " ".join(cost(surveys=True, unanswered=3).basis)
-    assert "15 samples down 2 routes" in said and "20 samples down 16" in said and "3 samples are answered by" in said
+    assert "15 samples on 2 routes" in said and "20 samples on 16 routes" in said
+    assert "3 samples are answered by" in said
     assert "decoder layer in float32 on cpu, measured just now" in said and "Training" not in said
     healing = RECIPE.model_copy(update={"heal": RECIPE.heal.model_copy(update={"method": "lora"})})
     assert "Training an adapter comes in addition" in " ".join(cost(healing).basis)

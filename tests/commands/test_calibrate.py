@@ -60,6 +60,10 @@ def test_results_are_replaced_on_request_only_and_the_checkpoint_worked_on_last_
     before = digests(Path("tiny-dpn"))
     assert calibrate(rows) == 2
     assert "is calibrated already, on data.json for budget 0.6: copy the folder" in capsys.readouterr().err
+    Path("tiny-dpn/calibration/state").mkdir()  # as a killed calibration leaves it
+    assert calibrate(rows, "--restart") == 2, "that begins another one"
+    assert "pass --force to replace it" in capsys.readouterr().err
+    Path("tiny-dpn/calibration/state").rmdir()
     assert digests(Path("tiny-dpn")) == before
     assert main(["convert", str(tiny_llava), "-o", "other"]) == 0
     assert current(None) == Path("other").resolve()

@@ -103,7 +103,11 @@ def test_an_evaluation_is_added_to_without_asking_again(
     more = results("--budget", "0.8", "--against", "random,stride")
     assert asked == ["random"] and first.items() <= more.items()
     assert results("--budget", "0.6", "--against", "random") and asked == ["dpn"], "which spends the same"
+    evaluated = data / "tiny-dpn" / "evaluation"
+    before = (evaluated / "report.json").read_bytes()
     assert results("--budget", "0.8", "--samples", "7") and asked == ["dpn"], "other samples: nothing is known"
+    assert (evaluated / "earlier" / "1" / "report.json").read_bytes() == before
+    assert (evaluated / "earlier" / "1" / "report.html").is_file() and not (evaluated / "earlier" / "2").exists()
 
 
 def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

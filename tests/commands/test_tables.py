@@ -108,7 +108,7 @@ def test_a_latency_shows_whole_figures(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_every_head_that_is_explained_is_shown_and_every_explanation_is_used() -> None:
     source = inspect.getsource(tables)
-    used = set(re.findall(r'means="([^"]+)"', source)) | set(re.findall(r"MEANINGS\['([^']+)'\]", source))
+    used = set(re.findall(r'means="([^"]+)"', source)) | set(re.findall(r"(?:MEANINGS\[|meaning\()'([^']+)'", source))
     assert used == tables.MEANINGS.keys()
 
 

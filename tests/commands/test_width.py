@@ -99,7 +99,7 @@ PRINTED: dict[str, Callable[[Conversion], object]] = {
     "tables.print_routes": lambda _: tables.print_routes(made_up_evaluation(), lambda route: ROUTE),
     "tables.print_benchmarks": lambda _: tables.print_benchmarks(benchmarks()),
     "tables.print_latency": lambda _: [tables.print_latency(made_up_latency(), real) for real in (False, True)],
-    "convert._show": lambda done: convert._show(done, link=False),
+    "tables.show_sites": lambda done: convert._show(done, link=False),
     "data._show": lambda _: data._show(large_preview()),
     "data._show_forecast": lambda _: data._show(large_preview()),
     "export._show": lambda done: export._show(large_export(done), budget=0.44),
