@@ -37,5 +37,7 @@ MAX_SEED = 2**63 - 1
 
 # Images
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
+MAX_WHOLE_PIXELS = 24_000_000  # of a sample's images together; what has more is halved
+MAX_DECODER_BYTES = 500_000_000  # where a decoder takes more than the decoded pixels
 MAX_IMAGE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds

@@ -233,6 +233,18 @@ def test_pictures(
     assert "image too" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pictures", [["large"], ["several"] * 8])
+def test_large_pictures_take_little_memory(
+    make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: list[str]
+) -> None:
+    from PIL import Image
+
+    side = 9000 if pictures == ["large"] else 4800
+    Image.new("RGB", (side, side)).save(tmp_path / "x.png", compress_level=1)
+    shown = [part for _ in pictures for part in ("--image", str(tmp_path / "x.png"))]
+    assert main(["run", "--model", str(make_converted()), *shown, "what ?", "--max-new-tokens", "1"]) == 0
+
+
 def test_templates_are_tried_under_limits_of_the_users_own(tmp_path: Path) -> None:
     if (child := os.fork()) == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))  # as `ulimit -t`, which cannot be raised again

@@ -277,12 +277,17 @@ def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(tensors))
 
 
-def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | str = "cpu") -> Any:
-    """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left."""
-    return processor(
-        text=[chat_prompt(processor, sample, sample.asked) for sample in samples],
-        images=[images for sample in samples if (images := sample.open_images(sample.asked))] or None,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    ).to(device)
+def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left.
+
+    One sample after another, so that only one has the pixels of its files in memory.
+    """
+    examples = []
+    for sample in samples:
+        text, images = chat_prompt(processor, sample, sample.asked), sample.open_images(sample.asked)
+        inputs = processor(text=text, images=[images] if images else None, return_tensors="pt")
+        [ids] = inputs["input_ids"]
+        examples.append(Example(ids, ids, {name: inputs[name] for name in VISUAL if name in inputs}))
+    batch = collate(examples, processor.tokenizer.pad_token_id, device)
+    del batch["labels"]
+    return batch

@@ -3,6 +3,7 @@
 Every reader goes through `_opened`, so that one limit holds for all, and every picture is upright, as viewers show it.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,10 +14,14 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps
 
 from dpn_cli.data.faults import MISSING, RowError
-from dpn_cli.limits import MAX_ASPECT_RATIO, MAX_IMAGE_BYTES, MAX_PIXELS
+from dpn_cli.limits import MAX_ASPECT_RATIO, MAX_DECODER_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_WHOLE_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decoders that start no other program
+_BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 20, "TIFF": 8}  # of decoders that take more than the decoded pixels
+_PROGRESSIVE = 8  # of a JPEG whose coefficients are kept
 _UNSCALED = ("I", "F")  # Pillow's modes whose values may lie anywhere
+_BAND = 64  # rows of a reduced image
+_STANDS = "TIFF"  # Pillow gives it the size of the upright image
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
 # What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
 _UNREADABLE = (
@@ -47,34 +52,42 @@ def check_image(data: bytes, name: str) -> None:
         _upright(image)
 
 
-def open_image(image: Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Return an image in RGB, upright; a picture in memory that is so already is returned itself, not a copy.
+def open_image(image: Path | bytes | Image.Image, name: str, together: int = 1) -> Image.Image:
+    """Return an image in RGB, upright, halved until it has its share of `MAX_WHOLE_PIXELS`.
+
+    A picture in memory that is so already is returned itself, not a copy.
 
     Args:
         image: a file, its content, or a picture in memory.
         name: what messages call the image.
+        together: the number of images that are in memory together.
 
     Raises:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
-        return _upright(opened)
+        width, height = opened.size
+        factor = _factor(opened.size, together)
+        if factor > 1 and opened is not image:  # what of it the decoder of a JPEG can do
+            opened.draft("RGB", (max(1, width // factor), max(1, height // factor)))
+        return _upright(opened, factor // round(max(width / opened.width, height / opened.height)))
 
 
-def image_size(image: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
-    """Return the height and width of an image that stands upright, from its header if it is stored so.
+def image_size(image: Path | bytes | Image.Image, name: str, together: int = 1) -> tuple[int, int]:
+    """Return the height and width of an image as `open_image` returns it, from its header alone.
 
     Args:
         image: a file, its content, or a picture in memory.
         name: what messages call the image.
+        together: the number of images that are in memory together.
 
     Raises:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
-        lies = _orientation(opened) in _QUARTER_TURNS
-        upright = ImageOps.exif_transpose(opened) if lies else opened
-        return upright.height, upright.width
+        width, height = _divided(opened.size, _factor(opened.size, together))
+        lies = opened.format != _STANDS and _orientation(opened) in _QUARTER_TURNS
+        return (width, height) if lies else (height, width)
 
 
 def size_fault(width: int, height: int) -> RowError | None:
@@ -84,6 +97,16 @@ def size_fault(width: int, height: int) -> RowError | None:
     if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
         return RowError("image too thin", f"{width}×{height} pixels, at most 1:{MAX_ASPECT_RATIO} is read")
     return None
+
+
+def _decoder_fault(image: Image.Image) -> RowError | None:
+    """Return why the decoder of an image takes too much memory, if so."""
+    progressive = image.info.get("progressive", 0)
+    each = _PROGRESSIVE if progressive else _BYTES_PER_PIXEL.get(image.format or "", 1)
+    if math.prod(image.size) <= (most := MAX_DECODER_BYTES // each):
+        return None
+    kind = f"{'progressive ' if progressive else ''}{image.format}"
+    return RowError("image too large", f"{image.width}×{image.height} pixels, at most {most} are decoded of a {kind}")
 
 
 def printable(path: Path) -> str:
@@ -96,7 +119,7 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
     """Open an image and check its size; turn what its decoder raises into a fault of the row."""
     try:
         with _source(image) as opened:
-            if fault := size_fault(*opened.size):
+            if fault := size_fault(*opened.size) or _decoder_fault(opened):
                 raise RowError(fault.reason, f"{name} has {fault.detail}")
             if opened.mode in _UNSCALED:
                 raise RowError("32-bit image", f"{name} has 32 bits per pixel, of unknown range: expected 8 or 16")
@@ -111,13 +134,44 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
         raise RowError("image cannot be decoded", f"{name}: {_reason(error)}") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return an image in RGB and upright, copied only where it is not; of 16-bit grey, Pillow would make white."""
+def _upright(image: Image.Image, factor: int = 1) -> Image.Image:
+    """Return an image in RGB and upright, its sides divided by a factor; copied only where it is not so already."""
     image.load()  # some formats have their EXIF after the pixels
-    upright = ImageOps.exif_transpose(image) if _orientation(image) else image
-    if upright.mode.startswith("I;16"):
-        upright = upright.convert("I").point(lambda value: value * (1 / 257))
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
+    orientation = _orientation(image)
+    if factor > 1:
+        image = _reduced(image, factor)
+    if orientation:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image)
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """Return the means of squares of pixels in RGB; band by band, since of the whole image a copy takes too much."""
+    reduced = Image.new("RGB", _divided(image.size, factor))
+    for top in range(0, reduced.height, _BAND):
+        box = (0, top * factor, image.width, min((top + _BAND) * factor, image.height))
+        reduced.paste(_rgb(image.crop(box)).reduce(factor), (0, top))
+    return reduced
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB; of 16-bit grey, Pillow would make white."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _factor(size: tuple[int, int], together: int) -> int:
+    """Return the power of two by which the sides of an image are divided; see `open_image`."""
+    factor = 1
+    while math.prod(size) * together > MAX_WHOLE_PIXELS * factor**2:
+        factor *= 2
+    return factor
+
+
+def _divided(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    return -(-size[0] // factor), -(-size[1] // factor)
 
 
 def _orientation(image: Image.Image) -> int | None:

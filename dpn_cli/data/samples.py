@@ -94,7 +94,7 @@ class Sample:
         Raises:
             DataError: if one cannot be read.
         """
-        return [open_image(*each) for each in self._encoded(turn)]
+        return [open_image(*each, together=len(self.images)) for each in self._encoded(turn)]
 
     def image_sizes(self, turn: int = -1) -> list[tuple[int, int]]:
         """Return the heights and widths of the images in pixels, as `open_images` shows them.
@@ -102,7 +102,7 @@ class Sample:
         Raises:
             DataError: if one cannot be read.
         """
-        return [image_size(*each) for each in self._encoded(turn)]
+        return [image_size(*each, together=len(self.images)) for each in self._encoded(turn)]
 
     def _encoded(self, turn: int) -> Iterator[tuple[Path | bytes | Image.Image, str]]:
         """Yield the images as far as one turn, those of a table as their bytes, each with its name."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
+from dpn_cli.data import images
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.images import FORMATS, check_image, image_size, open_image
 from dpn_cli.data.samples import Sample, Turn
@@ -23,6 +24,14 @@ def encoded(kind: str) -> bytes:
 
 
 WHOLE = {kind: encoded(kind) for kind in FORMATS if kind in Image.registered_extensions().values()}
+
+
+MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "RGBA", "L", "P", "1", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"),
+}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -110,6 +119,51 @@ def test_one_limit_holds_for_every_way_to_read_an_image(tmp_path: Path, size: tu
     for read in readers:
         with pytest.raises(DataError, match=rf"a\.png has {size[0]}×{size[1]} pixels, at most"):
             read()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("WEBP", {}), ("JPEG", {"progressive": True}), ("TIFF", {})])
+def test_what_a_decoder_copies_has_a_limit_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, bool]
+) -> None:
+    image, buffer = Image.new("RGB", (40, 30)), io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    monkeypatch.setattr(images, "MAX_DECODER_BYTES", 9000)
+    for read in (open_image, image_size, check_image):
+        with pytest.raises(RowError, match=rf"x has 40×30 pixels, at most \d+ are decoded of a (progressive )?{kind}"):
+            read(buffer.getvalue(), "x")
+    assert open_image(encoded("JPEG"), "x").size == (40, 30)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
+@pytest.mark.parametrize("orientation", [0, 6])
+@pytest.mark.parametrize("size", [(304, 208), (301, 203)])
+@pytest.mark.parametrize(("together", "factor"), [(1, 1), (2, 2), (5, 4), (100, 16)])
+def test_large_images_are_halved(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    mode: str,
+    orientation: int,
+    size: tuple[int, int],
+    together: int,
+    factor: int,
+) -> None:
+    whole, exif, buffer = Image.radial_gradient("L").resize(size).convert("RGB"), Image.Exif(), io.BytesIO()
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    stored = whole.convert("L").convert("I").point(lambda x: x * 257) if mode == "I;16" else whole
+    stored.convert(mode).save(buffer, format=kind, exif=exif, **{"lossless": True} if kind == "WEBP" else {})
+    data, at_full_size = buffer.getvalue(), open_image(buffer.getvalue(), "x")
+    monkeypatch.setattr(images, "MAX_WHOLE_PIXELS", size[0] * size[1])
+    in_memory = Image.open(io.BytesIO(data))
+    for source in (data, in_memory):
+        shown = open_image(source, "x", together)
+        assert image_size(source, "x", together) == (shown.height, shown.width)
+        expected = at_full_size.reduce(factor)
+        assert shown.size == expected.size
+        if size[0] % 16 == 0:  # else a rotated image has its squares elsewhere
+            difference = ImageChops.difference(shown, expected)
+            assert max(high for _, high in difference.getextrema()) <= (20 if kind == "JPEG" else 1)
+    assert sorted(in_memory.size) == sorted(size)  # a user's picture stays as it is
 
 
 def test_a_picture_is_copied_only_to_change_it() -> None:
