@@ -27,7 +27,7 @@ from dpn_cli.data.encoding import IGNORED, Example, collate, encode, expected_gr
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.loading import default_device, load_model, load_processor
-from dpn_cli.inference.scoring import divergence
+from dpn_cli.inference.scoring import divergence, instruction_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 
 MIB = 1 << 20
@@ -108,6 +108,7 @@ def loop(
         inputs = collate([examples[row] for row in batch.rows], pad, student.device)
         labels = inputs.pop("labels")
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        inputs["instruction"] = instruction_columns(labels)
         row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         with teacher.teacher():
             expected = teacher(**inputs, use_cache=False).logits[row, column].float()
