@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import is_blank, validate_object
+from dpn_cli.data.fields import assign, is_blank, validate_object
 from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import Turn
 from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
@@ -15,7 +15,6 @@ _ROLES = {
 }  # fmt: skip
 _NAMES = ("from", "role")
 _CONTENTS = ("value", "content")
-_PAIR = ("system", "user", "assistant")  # of The Cauldron: a question and its answer in one object
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of the parts that show an image
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -58,11 +57,17 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
 
 
 def _split(message: Any) -> list[Any]:
-    """Return a question and its answer that stand in one object as two messages."""
-    if isinstance(message, dict) and message.get("user") is not None and not (message.keys() & set(_NAMES)):
-        validate_object(message, _PAIR, "a message")
-        return [{"role": role, "content": message[role]} for role in _PAIR if message.get(role) is not None]
-    return [message]
+    """Return a question and its answer that stand in one object, under any of their names, as two messages."""
+    if not isinstance(message, dict) or message.keys() & set(_NAMES):
+        return [message]
+    roles = assign(message)
+    names = {"system": "system", "user": roles.get("question", "user"), "assistant": roles.get("answer", "assistant")}
+    said = {role: message[name] for role, name in names.items() if message.get(name) is not None}
+    if "user" not in said:
+        return [message]
+    validate_object(message, tuple(names.values()), "a message")
+    said |= {"assistant": read_answer(said["assistant"])} if "assistant" in said else {}
+    return [{"role": role, "content": content} for role, content in said.items()]
 
 
 def _validate_order(messages: list[Any]) -> None:

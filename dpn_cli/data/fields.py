@@ -4,7 +4,7 @@ No text and no image of a row is passed over in silence. A field that is not rea
 text, unless
 
 - its name says that it describes the row: an id, a source, a category, a size (`_DESCRIPTIVE`, the last word counts);
-- it is another answer or another path of the image than the one that was read, or explains the answer (`_SPARE`);
+- it is another answer, caption or path of the image than the one that was read, or explains the answer (`_SPARE`);
 - question and answer are found, and it holds single words, none of them the path of another image, under a name that
   means neither text nor choices nor images; or
 - the user leaves it out.
@@ -31,20 +31,21 @@ Columns = Sequence[tuple[str, str]]
 ROLES: dict[str, tuple[str, ...]] = {
     "image": (
         "decoded_image", "images", "image", "file_name", "image_path", "image_paths", "image_file", "img", "img_path",
-        "picture", "photo", "filename", "image_url", "image_name", "imgname", "img_name", "image_id",
+        "picture", "photo", "filename", "image_local_name", "imagename", "image_url", "image_name", "imgname",
+        "img_name", "image_id",
     ),
-    "conversation": ("conversations", "messages", "conversation", "texts"),
+    "conversation": ("conversations", "messages", "conversation", "texts", "qa", "qas", "qa_pairs"),
     "question": ("question", "query", "prompt", "instruction", "problem"),
     "answer": (
         "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "completion", "target",
         "correct_answer", "gt_answer", "ground_truth", "answer_key", "answer_idx", "answer_index", "correct_choice_idx",
-        "correct_choice", "correct_option", "solution", "full_answer", "direct_answers",
+        "correct_choice", "correct_option", "solution", "full_answer", "direct_answers", "chosen",
     ),
     "choices": ("choices", "options", "candidates"),
     "context": ("hint", "context"),
     "system": ("system", "system_prompt", "system_message"),
-    "caption": ("caption", "captions", "description", "text"),
-    "id": ("id", "question_id"),
+    "caption": ("caption", "captions", "description", "text", "caption_str", "blip_caption"),
+    "id": ("id", "question_id", "custom_id"),
 }  # fmt: skip
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
 
@@ -53,8 +54,11 @@ _TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "syst
 _TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role]) | {"history", "dialog", "dialogue", "chat"}
 _SPARE = {
     "image": ROLES["image"],
-    "answer": (*ROLES["answer"], "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning"),
-}
+    "answer": (
+        *ROLES["answer"], "rejected", "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning",
+    ),
+    "caption": ("caption", "captions", "caption_str", "blip_caption", "reference_strs", "reference_tokens"),
+}  # fmt: skip
 _ASKED = {"conversation", "question", "caption"}  # roles of which a row has one
 _MAKES_TEXT_A_QUESTION = ("question_id", "answer", "answers")  # LLaVA's question files; else `text` is a caption
 _OTHER_MEDIA = ("video", "videos", "video_path", "video_file", "audio", "audios", "audio_path", "audio_file")
@@ -69,7 +73,7 @@ _DESCRIPTIVE = {
     "width", "height", "size", "shape", "resolution", "format", "mode", "date", "time", "timestamp", "year",
     "created", "modified",
     "version", "model", "author", "annotator", "worker", "photographer", "metadata", "meta", "info", "status",
-    "flag", "score", "confidence", "weight",
+    "flag", "score", "confidence", "weight", "imagesource", "semantic", "semantic_str",
     "bbox", "bboxes", "box", "boxes", "polygon", "segmentation", "coordinates",
     "set_name", "dataset_name", "ds_name", "model_name", "image_name",
 }  # fmt: skip
@@ -218,16 +222,17 @@ def _unread(
         has_question: whether a question was read, not only a caption.
         has_answer: whether an answer or a caption was read.
     """
-    spare = {*(_SPARE["image"] if has_image else ()), *(_SPARE["answer"] if has_question and has_answer else ())}
+    told = _SPARE["answer" if has_question else "caption"] if has_answer else ()
+    spare = {*(_SPARE["image"] if has_image else ()), *told}
     seen = [leaf for name in read for leaf in _leaves(fields.get(name))]
-    paths = [leaf for leaf in seen if isinstance(leaf, str) and _is_image(leaf)]
+    paths = [leaf for leaf in seen if isinstance(leaf, str) and is_image(leaf)]
 
     def counts(name: str, value: Any) -> bool:
         leaves = list(_leaves(value))
         if not all(isinstance(leaf, str) for leaf in leaves):  # bytes: an encoded image
             return True
         texts = [str(leaf) for leaf in leaves if not any(_is_same_file(str(leaf), path) for path in paths)]
-        other_images = [text for text in texts if _is_image(text)]
+        other_images = [text for text in texts if is_image(text)]
         if other_images and not has_image:
             return True
         if name in ROLES["answer"] and has_question != has_answer:  # whether a caption is right, what a chat has not
@@ -261,7 +266,8 @@ def _leaves(value: Any) -> Iterator[str | bytes]:
             yield value
 
 
-def _is_image(text: str) -> bool:
+def is_image(text: str) -> bool:
+    """Tell whether a text ends as the path of an image does."""
     return PurePath(text).suffix.lower() in IMAGE_SUFFIXES
 
 

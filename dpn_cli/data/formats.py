@@ -80,6 +80,7 @@ FORMATS = {
     "demo": Format("demo", "demo.open_demo"),
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
     "vqa": Format("a folder with VQAv2's questions and annotations", "vqa.open_vqa"),
+    "coco": Format("a .json file with images and annotations, as COCO's captions", "coco.open_coco"),
     "llava": Format("a .json or .jsonl file of rows, as LLaVA's", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
     "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),

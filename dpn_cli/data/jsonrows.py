@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import assign
+from dpn_cli.data.fields import assign, is_image
 from dpn_cli.errors import DataError
 
 SUFFIXES = {".json", ".jsonl"}
@@ -97,7 +97,7 @@ class JsonRows:
         _, start, end = self.spans[index]
         try:
             row = json.loads(self.text[start:end])
-            return {"id": self._ids[index], **row} if self._ids else row
+            return _named(self._ids[index], row) if self._ids else row
         except json.JSONDecodeError as error:
             position = start + error.pos
             hint = "; is there a comma too many?" if self.text[start:position].rstrip().endswith(",") else ""
@@ -218,12 +218,22 @@ def _wrapped_list(text: str, start: int) -> tuple[list[str], int] | None:
             keys.append(key)
             position = _skip_space(text, _skip_space(text, position) + 1)
             if _LIST_OF_OBJECTS.match(text, position):
-                return None if _is_row(keys) else (keys, position)
+                return None if _is_row(keys) or is_image(key) else (keys, position)
             _, position = _DECODER.raw_decode(text, position)
             position = _skip_space(text, position)
     except (ValueError, IndexError, RecursionError):
         pass
     return None
+
+
+def _named(key: str, row: Any) -> Any:
+    """Return a row that is the value of a key: its id, or the path of an image that the value says something about."""
+    if not is_image(key):
+        return {"id": key, **row}
+    if isinstance(row, dict):
+        return row if "image" in assign(row) else {"image": key, **row}
+    is_chat = isinstance(row, list) and any(isinstance(each, dict) for each in row)
+    return {"image": key, "conversations" if is_chat else "caption": row}
 
 
 def _keyed(text: str, start: int) -> list[tuple[str, tuple[int, int]]]:
@@ -235,7 +245,7 @@ def _keyed(text: str, start: int) -> list[tuple[str, tuple[int, int]]]:
             key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
             colon = _skip_space(text, position)
             begin = _skip_space(text, colon + 1)
-            if text[colon] != ":" or text[begin] != "{":
+            if text[colon] != ":" or text[begin] not in ('{["' if is_image(key) else "{"):
                 return []
             end = _DECODER.raw_decode(text, begin)[1]
             found.append((key, (begin, end)))

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.data.fields import asks
 from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.jsonrows import SUFFIXES, JsonRows, key_of_rows
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource
+
+_BODIES = ("body", "params", "request")  # of requests to batch APIs
+_ADDRESS = ("method", "url")
+_NAMES = {"input": "messages", "instructions": "system"}  # of OpenAI's Responses API
 
 
 class LlavaFile(RowSource):
@@ -31,8 +36,20 @@ class LlavaFile(RowSource):
         return self.rows.number(index)
 
     def row(self, index: int) -> Any:
-        """Return a row."""
-        return self.rows.row(index)
+        """Return a row; of a request to a batch API, what it asks."""
+        return unwrapped(self.rows.row(index))
+
+
+def unwrapped(row: Any) -> Any:
+    """Return the body of a request, under the names that rows have, if the row is one.
+
+    Sources: https://platform.openai.com/docs/guides/batch, https://docs.anthropic.com/en/docs/build-with-claude/batch-processing
+    """
+    bodies = [row[key] for key in _BODIES if isinstance(row.get(key), dict)] if isinstance(row, dict) else []
+    if len(bodies) != 1 or asks(row):
+        return row
+    beside = {key: value for key, value in row.items() if key not in (*_BODIES, *_ADDRESS)}
+    return beside | {_NAMES.get(key, key): value for key, value in bodies[0].items()}
 
 
 def open_llava(request: Request) -> LlavaFile | None:

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from dpn_cli.data.downloads import fetch, shown
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.formats import IMAGE_SUFFIXES
 from dpn_cli.data.images import is_file
+from dpn_cli.data.naming import folders_of, names_of
 from dpn_cli.data.samples import ImageSource, StoredImage
 
 HOLDERS = ("bytes", "base64", "data", "path", "image", "image_url", "url", "source")
@@ -40,14 +41,17 @@ class Places:
     root: Path = Path()
     allow_urls: bool = False
 
-    def find(self, value: Any, name: str, again: Callable[[], Any]) -> ImageSource:
+    def find(self, value: Any, name: str, again: Callable[[], Any], *, split: str = "", row: str = "") -> ImageSource:
         """Return the image that a row's value stands for, still encoded.
 
         Args:
-            value: A path with slashes or backslashes, a file:, data: or http(s) URI, base64 text, encoded bytes, an
-                object with one of them under one of `HOLDERS`, or an image that is found already.
+            value: A path with slashes or backslashes, a number that names a file, a file:, data: or http(s) URI,
+                base64 text, encoded bytes, an object with one of them under one of `HOLDERS`, or an image that is found
+                already.
             name: Name for messages of an image that has no path.
             again: Function that returns the same value again, so that samples do not hold on to encoded images.
+            split: Split of the row, which may be the name of a folder.
+            row: Id of the row, which may be the name of a folder too.
 
         Raises:
             RowError: if it stands for none.
@@ -57,6 +61,8 @@ class Places:
         held = _held(value)
         if isinstance(held, bytes) or (isinstance(held, str) and _is_encoded(held)):
             return StoredImage(name, lambda: _decode(_held(again()), name))
+        if isinstance(held, int) and not isinstance(held, bool):
+            return self._file(names_of(held, split), split, row)
         if not isinstance(held, str) or not held:
             keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
             expected = f"expected the path of an image, or an object with one as {', '.join(HOLDERS)}"
@@ -68,8 +74,15 @@ class Places:
         if _ELSEWHERE.match(held) and not _FILE_URI.match(held):
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
         path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held
-        file = self.root / (path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/"))
-        return _with_suffix(file)
+        return self._file(
+            [path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/")], split, row
+        )
+
+    def _file(self, names: Iterable[str], split: str, row: str) -> Path:
+        """Return the first file that is there by one of its names, in one of its folders; else where it should be."""
+        folders = list(folders_of(split, row))
+        files = [self.root / folder / name for name in names for folder in folders]
+        return next(filter(is_file, map(_with_suffix, files)), files[0])
 
 
 def _with_suffix(file: Path) -> Path:

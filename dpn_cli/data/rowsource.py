@@ -22,10 +22,12 @@ class RowSource:
         name: Name of the data, as the user gave it.
         format: Description of the format, and of how the fields are read.
         fullest: Fields of the row that has most of those that are known, or all columns.
+        split: Split that all rows belong to; empty if it is not known.
     """
 
     name: str
     format: str
+    split: str = ""
 
     def __init__(self, name: str, kind: str, places: Places, reading: Reading) -> None:
         """Understand the fields of rows that are ready to be read.
@@ -100,10 +102,13 @@ class RowSource:
             place = len(values)
             values.append(value)
             return self.places.find(
-                value, f"image {place + 1} of row {self.number(index)}", lambda: self._value(index, place)
-            )
+                value, f"image {place + 1} of row {self.number(index)}", lambda: self._value(index, place),
+                split=split, row=identity,
+            )  # fmt: skip
 
         row = self.row(index)
+        about = row if isinstance(row, dict) else {}
+        split, identity = self.split or str(about.get("split", "")), str(about.get("id", ""))
         return read_row(row, self.number(index), open_image, self.reading, images_alone=self.images_alone)
 
     def _value(self, index: int, place: int) -> Any:

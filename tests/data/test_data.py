@@ -235,7 +235,7 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(image="a\0b"), "missing image file"),
         (llava_row(image="a" * 5000), "missing image file"),
         (llava_row(image="\ud800.png"), "missing image file"),
-        (llava_row(image=["images/a.png", 3]), "no image path"),
+        (llava_row(image=["images/a.png", 3.5]), "no image path"),
         (llava_row(image="https://example.org/a.png"), "image on the web"),
         (llava_row(image=base64.b64encode(b"GIF89a" * 9).decode()), "image cannot be decoded"),
         (llava_row(image="data:image/png;base64,////"), "image cannot be decoded"),

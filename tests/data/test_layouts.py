@@ -23,8 +23,8 @@ CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 QUESTIONS = [f"What colour is the {place} picture?" for place in ("first", "second", "third")]
 STOCK = "Describe the picture."
-UNASKED = {"Captions", "Images alone"}
-UNANSWERED = {"Images alone"}
+UNASKED = {"Captions", "COCO", "Images alone"}
+UNANSWERED = {"Batch requests", "Images alone"}
 DRAWN = {"Stream"}
 IN_ORDER = 1  # a seed that shuffles three rows into their order
 

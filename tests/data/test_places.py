@@ -113,7 +113,8 @@ def test_where_a_row_keeps_its_image(value: Any, path: str) -> None:
     [
         ({"pixels": "aGk="}, r"found dict with 'pixels'"),
         ({"image_url": {"href": "a.png"}}, r"found dict with 'image_url'"),
-        (7, "found int"),
+        (7.5, "found float"),
+        (True, "found bool"),
         ("s3://bucket/a.png", "'s3://bucket/a.png' is not a file: expected a path or a file:// URI"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_system_prompt_beside_the_messages_is_kept() -> None:
         ({"image": "a.png", "question": "图里有什么？", "answer": "red", "q": "什么颜色？"}, "`q`, of"),
         ({"image": "a.png", "text": "what", "label": "red"}, "`label`, of"),
         ({"image": "a.png", "caption": "a cat", "text": "what is it"}, "`text`, of"),
-        ({"image": "a.png", "qa": [{"q": "what ?", "a": "red"}]}, "`qa`, of"),
+        ({"image": "a.png", "faq": [{"q": "what ?", "a": "red"}]}, "`faq`, of"),
         ({"image": "a.png", "messages": [say("user", "what ?"), say("assistant", "A")], "choices": ["x"]}, "`choices`"),
         ({"image": "a.png", "messages": [say("user", "what ?")], "answer": "red"}, "`answer`, of"),
         ({"image": "a.png", "question": "what ?", "answer": "red", "image_2": {"bytes": b"x"}}, "`image_2`, of"),

@@ -78,8 +78,8 @@ def test_several_splits_are_told_apart(tmp_path: Path) -> None:
     [
         ({"question_id": 9}, "row 2: a question without an annotation .no annotation has its question_id, 9"),
         ({"question_id": [9]}, "row 2: a question without an annotation"),
-        ({"image_id": 8}, r"row 2: missing image file .*val2014/COCO_val2014_000000000008\.jpg"),
-        ({"image_id": "x"}, "row 2: no image path .expected a number as image_id, found 'x'"),
+        ({"image_id": 8}, r"row 2: missing image file .*/COCO_val2014_000000000008\)"),
+        ({"image_id": "x"}, r"row 2: missing image file .*/x\)"),
     ],
 )
 def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,165 @@
+"""Data sets that users of LLaVA have, as they are downloaded: what is asked, answered and shown by their first row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dpn_cli.data.loading import load_data
+from dpn_cli.data.options import DataOptions
+from dpn_cli.errors import DataError
+
+ASKED, LETTER = "what ?", "what ?\nA. red\nB. green\nAnswer with the option's letter from the given choices directly."
+STOCK = "Describe the image."
+PICTURES = ["a.png", "17.jpg", "val2017/000000000042.jpg", "images/train/3/image.png"]
+COCO = {"info": {}, "licenses": [], "images": [{"id": 17, "file_name": "17.jpg"}, {"id": 4, "file_name": "4.jpg"}]}
+OTHER = {"category_id": 1, "bbox": [1, 2, 3, 4], "area": 3.5, "iscrowd": 0, "segmentation": [[1, 2]]}
+PROGRAM = [{"operation": "select: thing", "dependencies": [], "argument": "a red thing (42)"}]
+PARTS = [{"type": "text", "text": ASKED}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+
+SETS: dict[str, tuple[Any, str, str | None, str]] = {
+    "LLaVA, its pretraining": (
+        [{"id": "0", "image": "a.png", "caption": "red thing", "blip_caption": "a red", "url": "https://x/y.jpg"}],
+        STOCK, "red thing", "a.png",
+    ),
+    "LLaVA, the same without captions of the web": (
+        [{"id": "0", "image": "a.png", "blip_caption": "a red thing", "url": "https://x/y.jpg"}],
+        STOCK, "a red thing", "a.png",
+    ),
+    "ShareGPT4V": (
+        [{"id": "0", "image": "a.png", "conversations": [
+            {"from": "human", "value": f"{ASKED}\n<image>"}, {"from": "gpt", "value": "red"}]}],
+        ASKED, "red", "a.png",
+    ),
+    "GQA": (
+        {"0": {"semantic": PROGRAM, "semanticStr": "select: a red thing (42)", "entailed": [], "equivalent": ["0"],
+               "question": ASKED, "imageId": "17", "groups": {"global": None, "local": "x"}, "answer": "red",
+               "annotations": {"answer": {"0": "42"}, "question": {}, "fullAnswer": {}},
+               "types": {"detailed": "x"}, "fullAnswer": "It is red.", "isBalanced": True}},
+        ASKED, "red", "17.jpg",
+    ),
+    "TextVQA": (
+        {"dataset_type": "val", "data": [
+            {"question": ASKED, "image_id": "17", "image_classes": ["Red thing"], "question_tokens": ["what"],
+             "flickr_original_url": "https://x/y.jpg", "image_width": 9, "answers": ["red"] * 10, "set_name": "val"}]},
+        ASKED, "red", "17.jpg",
+    ),
+    "TextCaps": (
+        {"data": [{"caption_str": "a red thing", "caption_tokens": ["a", "red"], "reference_strs": ["a red", "red one"],
+                   "reference_tokens": [["a", "red"]], "image_id": "17", "image_classes": ["Red"]}]},
+        STOCK, "a red thing", "17.jpg",
+    ),
+    "DocVQA": (
+        {"dataset_name": "SP-DocVQA", "data": [
+            {"questionId": 1, "question": ASKED, "question_types": ["handwritten text"], "image": "a.png", "docId": 1,
+             "ucsf_document_id": "x", "answers": ["red"], "data_split": "val"}]},
+        ASKED, "red", "a.png",
+    ),
+    "InfographicVQA": (
+        {"data": [{"questionId": 1, "question": ASKED, "image_local_name": "17.jpg", "image_url": "https://x/y.jpg",
+                   "ocr_output_file": "17.json", "answers": ["red"], "data_split": "val"}]},
+        ASKED, "red", "17.jpg",
+    ),
+    "ChartQA": ([{"imgname": "a.png", "query": ASKED, "label": "red"}], ASKED, "red", "a.png"),
+    "VizWiz": (
+        [{"image": "17.jpg", "question": ASKED, "answer_type": "other", "answerable": 1,
+          "answers": [{"answer": "red", "answer_confidence": "yes"}] * 2}],
+        ASKED, "red", "17.jpg",
+    ),
+    "A-OKVQA": (
+        [{"split": "val", "image_id": 42, "question_id": "x", "question": ASKED, "choices": ["red", "green"],
+          "correct_choice_idx": 0, "direct_answers": ["red"], "rationales": ["It is red."]}],
+        LETTER, "A", "000000000042.jpg",
+    ),
+    "AI2D": ([{"image": "a.png", "question": ASKED, "options": ["red", "green"], "answer": "1"}], LETTER, "B", "a.png"),
+    "POPE": ([{"question_id": 1, "image": "a.png", "text": ASKED, "label": "no"}], ASKED, "no", "a.png"),
+    "MM-Vet": (
+        {"v1_0": {"imagename": "a.png", "question": ASKED, "answer": "red", "imagesource": "https://x/y.png",
+                  "capability": ["ocr", "math"]}},
+        ASKED, "red", "a.png",
+    ),
+    "ScienceQA": (
+        {"3": {"question": ASKED, "choices": ["red", "green"], "answer": 1, "hint": "", "image": "image.png",
+               "task": "closed choice", "lecture": "On colours.", "solution": "See.", "split": "train"}},
+        LETTER, "B", "image.png",
+    ),
+    "RefCOCO, captions of regions": (
+        [{"image": "a.png", "question": ASKED, "answer": ["the red", "red one"], "bbox": [1, 2, 3, 4], "iscrowd": 0}],
+        ASKED, "the red", "a.png",
+    ),
+    "COCO": ({**COCO, "annotations": [{"image_id": 17, "id": 5, "caption": "red"}]}, STOCK, "red", "17.jpg"),
+    "captions by file": ({"a.png": ["a red thing", "red"], "17.jpg": ["green"]}, STOCK, "a red thing", "a.png"),
+    "TRL, preferences": (
+        [{"images": ["a.png"], "prompt": [{"role": "user", "content": [{"type": "image"}, PARTS[0]]}],
+          "chosen": [{"role": "assistant", "content": "red"}], "rejected": [{"role": "assistant", "content": "cat"}]}],
+        ASKED, "red", "a.png",
+    ),
+    "RLHF-V": (
+        [{"image": "a.png", "question": ASKED, "chosen": "red", "rejected": "a dog", "origin_dataset": "x"}],
+        ASKED, "red", "a.png",
+    ),
+    "OpenAI, a batch": (
+        [{"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": {
+            "model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": PARTS}]}}],
+        ASKED, None, "a.png",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in PICTURES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name, format="PNG")
+    return tmp_path
+
+
+def load(folder: Path, content: Any, **options: Any) -> Any:
+    (folder / "data.json").write_text(json.dumps(content))
+    return load_data(DataOptions(str(folder / "data.json"), **options))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_data_set_is_read_as_it_is_downloaded(name: str, pictures: Path) -> None:
+    content, question, answer, image = SETS[name]
+    first = load(pictures, content).samples[0]
+    [turn] = first.turns
+    assert (turn.question, turn.answer) == (question, answer)
+    assert [path.name for path in first.images] == [image]
+
+
+def test_a_request_that_is_no_row_stays_what_it_is(pictures: Path) -> None:
+    asked = {"image": "a.png", "question": ASKED, "answer": "red", "params": {"note": "x"}}
+    assert load(pictures, [asked]).samples[0].turns[0].answer == "red"
+    request = {"body": {"messages": []}, "params": {"messages": []}}
+    with pytest.raises(DataError, match="not read"):
+        load(pictures, [{**request, "note": "which one ?"}])
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([{"image_id": 17, "id": 1, **OTHER}], "annotations without text .*bbox.*expected captions, or questions"),
+        (
+            [{"image_id": 17, "caption": "red"}, {"image_id": 9, "caption": "x"}],
+            "row 2: an annotation without an",
+        ),
+        ([{"image_id": 17, "caption": "red"}, {"image_id": 4, "caption": "x"}], r"row 2: missing image file .*/4\.jpg"),
+        ([{"image_id": 17, "caption": "red"}, "x"], "row 2: not an object"),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_named(pictures: Path, annotations: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(pictures, {**COCO, "annotations": annotations})
+
+
+def test_pictures_lie_beside_the_folder_of_annotations(pictures: Path) -> None:
+    (pictures / "annotations").mkdir()
+    images = [{"id": 42, "file_name": "000000000042.jpg"}]
+    content = {"images": images, "annotations": [{"image_id": 42, "caption": "red"}]}
+    (pictures / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    for data in (pictures / "annotations", pictures / "annotations" / "captions_val2017.json"):
+        [sample] = load_data(DataOptions(str(data))).samples
+        assert sample.images == (pictures / "val2017" / "000000000042.jpg",)
