@@ -55,8 +55,25 @@ def test_the_docs_state_every_limit() -> None:
         "[" + ",\n".join(['{"x": }'] * 20_000) + "]",
         "\n".join([ROW, *['{"x": }'] * 20_000]),
         "[" + "[{" * 200_000,
+        ROW + "\n" * 30_000_000 + ROW,
+        "[" + ROW + "\n" * 30_000_000 + "}]",
+        "1\n" * 500_000,
+        "[" + "1," * 500_000 + "1]",
     ],
-    ids=["blank", "crlf", "escapes", "backslashes", "unclosed", "broken-list", "broken-lines", "deep"],
+    ids=[
+        "blank",
+        "crlf",
+        "escapes",
+        "backslashes",
+        "unclosed",
+        "broken-list",
+        "broken-lines",
+        "deep",
+        "very-blank",
+        "late",
+        "numbers",
+        "list",
+    ],
 )
 def test_rows(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text)

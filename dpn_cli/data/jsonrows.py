@@ -3,20 +3,22 @@
 import json
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import assign, is_image
+from dpn_cli.data.spans import Spans
 from dpn_cli.errors import DataError
 
 SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
 _BEGINNING = 1 << 16  # characters
+_BLOCK = 1 << 16  # characters between which line ends are counted once
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)  # a string without an end goes to the last
@@ -24,7 +26,6 @@ _EXPECTED = (
     'expected [{…}, …], an object with one such list, as {"data": [{…}, …]}, an object of rows by their ids, as '
     '{"1": {…}, …}, or one row per line'
 )
-_Span = tuple[int, int, int]  # the number of a row, and where it starts and ends
 
 
 def key_of_rows(path: Path) -> str | None:
@@ -71,10 +72,9 @@ class JsonRows:
         elif wrapped is not None:
             self.kind, self.spans = f"JSON, key {wrapped[0][-1]!r}", self._wrapped_rows(*wrapped)
         elif path.suffix.lower() == ".json" and (keyed := _keyed(self.text, start)):
-            self._ids, spans = zip(*keyed, strict=True)
-            self.kind, self.spans = "JSON, rows by id", [(i, *span) for i, span in enumerate(spans, 1)]
+            self.kind, (self._ids, self.spans) = "JSON, rows by id", keyed
         else:
-            self.kind, self.spans = "JSON lines", list(self._lines())
+            self.kind, self.spans = "JSON lines", self._lines()
         if not self.spans:
             raise DataError(f"{path} holds no rows")
         if self.kind == "JSON lines" and path.suffix == ".json" and (len(self) == 1 or not any(self.objects())):
@@ -114,31 +114,34 @@ class JsonRows:
                     yield row
 
     def _line(self, position: int) -> int:
-        return bisect_left(self._line_ends, position) + 1
+        block = position // _BLOCK
+        return 1 + self._line_ends[block] + self.text.count("\n", block * _BLOCK, position)
 
     @cached_property
     def _line_ends(self) -> list[int]:
-        return [match.start() for match in re.finditer("\n", self.text)]
+        """The number of lines that end before each block of the text."""
+        blocks = range(0, len(self.text), _BLOCK)
+        return list(accumulate((self.text.count("\n", start, start + _BLOCK) for start in blocks), initial=0))
 
-    def _lines(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (line number, start, end) of every line that is not blank."""
-        start = number = 0
-        while start < len(self.text):
-            number += 1
+    def _lines(self) -> Spans:
+        """Return the lines that are not blank."""
+        spans = Spans()
+        number, end = 1, 0
+        while (start := _skip_space(self.text, end)) < len(self.text):
+            number += self.text.count("\n", end, start)
             end = self.text.find("\n", start)
             end = len(self.text) if end == -1 else end
-            if _skip_space(self.text, start, end) < end:
-                yield number, start, end
-            start = end + 1
+            spans.append(number, start, end)
+        return spans
 
-    def _only_list(self, start: int) -> list[_Span]:
+    def _only_list(self, start: int) -> Spans:
         """Return the rows of the list at `start`, after which no text may follow."""
         spans, end = self._list(start)
         if _skip_space(self.text, end) < len(self.text):
             raise self._broken(len(spans), end, "more text follows the list")
         return spans
 
-    def _wrapped_rows(self, keys: list[str], start: int) -> list[_Span]:
+    def _wrapped_rows(self, keys: list[str], start: int) -> Spans:
         """Return the rows of the list at `start`, the last of these keys of an object; note what else it holds.
 
         Raises:
@@ -159,25 +162,23 @@ class JsonRows:
             raise DataError(f"{self.name} holds one row, {_EXPECTED}")
         return spans
 
-    def _list(self, start: int) -> tuple[list[_Span], int]:
+    def _list(self, start: int) -> tuple[Spans, int]:
         """Return the rows of the list at `start`, bad ones too where they can be told apart, and where it ends.
 
         Raises:
             DataError: if no end of a row can be found.
         """
-        spans: list[_Span] = []
+        spans = Spans()
         position = _skip_space(self.text, start + 1)
         while not self.text.startswith("]", position):
             number = len(spans) + 1
             end = self._end(number, position)
-            spans.append((number, position, end))
+            spans.append(number, position, end)
             position = _skip_space(self.text, end)
             if self.text.startswith(",", position):
                 position = _skip_space(self.text, position + 1)
                 if self.text.startswith("]", position):
-                    spans.append(
-                        (number + 1, position, position)
-                    )  # the comma after the last row: a row that is not there
+                    spans.append(number + 1, position, position)  # after the last comma: a row that is not there
             elif not self.text.startswith("]", position):
                 raise self._broken(number, position, "no comma and no ] follows it")
         return spans, position + 1
@@ -236,24 +237,26 @@ def _named(key: str, row: Any) -> Any:
     return {"image": key, "conversations" if is_chat else "caption": row}
 
 
-def _keyed(text: str, start: int) -> list[tuple[str, tuple[int, int]]]:
-    """Return the keys of an object whose values are rows, each with where its row starts and ends; else nothing."""
-    found: list[tuple[str, tuple[int, int]]] = []
+def _keyed(text: str, start: int) -> tuple[list[str], Spans] | None:
+    """Return the keys of an object whose values are rows, and where its rows are; None of another object."""
+    keys: list[str] = []
+    spans = Spans()
     position = start
     try:
-        while text[position] == "{,"[bool(found)]:
+        while text[position] == "{,"[bool(keys)]:
             key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
             colon = _skip_space(text, position)
             begin = _skip_space(text, colon + 1)
             if text[colon] != ":" or text[begin] not in ('{["' if is_image(key) else "{"):
-                return []
+                return None
             end = _DECODER.raw_decode(text, begin)[1]
-            found.append((key, (begin, end)))
+            keys.append(key)
+            spans.append(len(keys), begin, end)
             position = _skip_space(text, end)
         is_whole = text[position] == "}" and _skip_space(text, position + 1) == len(text)
     except (ValueError, IndexError, RecursionError):
-        return []
-    return [] if not is_whole or _is_row(key for key, _ in found) else found
+        return None
+    return (keys, spans) if keys and is_whole and not _is_row(keys) else None
 
 
 def _is_row(keys: Iterable[str]) -> bool:

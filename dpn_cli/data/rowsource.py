@@ -13,6 +13,7 @@ from dpn_cli.data.samples import ImageSource, Sample
 from dpn_cli.errors import DataError
 
 _LOOKED_AT = 100  # rows, to say which fields are read
+_ASKED = 100_000  # rows, to say that none asks anything
 
 
 class RowSource:
@@ -47,7 +48,8 @@ class RowSource:
         if reading.ignored or reading.columns:
             names = {name: None for row in self.outlines() for name in row}
             validate_named(reading.ignored, reading.columns, names, name)
-        self.images_alone = not any(asks(present(row, reading.ignored), reading.columns) for row in self.outlines())
+        first = islice(self.outlines(), _ASKED)
+        self.images_alone = not any(asks(present(row, reading.ignored), reading.columns) for row in first)
         looked_at = (list(present(row, reading.ignored)) for row in islice(self.outlines(), _LOOKED_AT))
         roles = ((names, assign(names, reading.columns)) for names in looked_at)
         fullest, _ = max(roles, key=lambda each: ("image" in each[1], len(each[1])), default=([], {}))
@@ -67,11 +69,12 @@ class RowSource:
         raise NotImplementedError
 
     def outlines(self) -> Iterator[Fields]:
-        """Yield what shows which fields there are: every row that is an object; a table yields one for all columns."""
+        """Yield what shows which fields there are: every row, a bad one empty; of a table one for all columns."""
         for index in range(len(self)):
+            row: Any = None
             with suppress(RowError):
-                if isinstance(row := self.row(index), dict):
-                    yield row
+                row = self.row(index)
+            yield row if isinstance(row, dict) else {}
 
     def fields(self) -> list[str]:
         """Return the fields by which rows can be grouped, in the order of their appearance."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.errors import DataError
 from dpn_cli.reporter import SILENT, Reporter
 
+_CHUNK = 4096  # rows that threads have before them
+_MANY = 10_000  # bad rows
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -104,9 +107,12 @@ def scan(
     try:
         while rows := list(islice(order, wanted)):
             with reporter.progress("reading the data", len(rows)) as advance:
-                for outcome in pool.map(partial(_read, source), rows):
-                    _sort_in(outcome, good, faults, check)
-                    advance(1)
+                for start in range(0, len(rows), _CHUNK):
+                    for outcome in pool.map(partial(_read, source), rows[start : start + _CHUNK]):
+                        _sort_in(outcome, good, faults, check)
+                        advance(1)
+                    if len(faults) > max(_MANY, skip_bad * max_bad * len(rows)):
+                        break  # enough to refuse them all
             found = Scan.of(source.format, len(source), [each.sample for each in good], faults)
             if faults and not (skip_bad and found.bad_fraction <= max_bad):
                 raise DataError(_complaint(source, found, skip_bad, max_bad))
@@ -130,7 +136,7 @@ class _Good:
 
 def _draw(rows: int, limit: int | None, seed: int) -> Iterator[int]:
     """Return the row indices in the order to read them in."""
-    order = list(range(rows))
+    order = array("q", range(rows))
     if limit is not None and limit < rows:
         random.Random(seed).shuffle(order)
     return iter(order)
