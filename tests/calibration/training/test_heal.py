@@ -165,6 +165,23 @@ def test_checkpointing_recomputes_the_layers(make_pair: Any, examples: list[Exam
     assert len(calls) == 3  # teacher, student, student again
 
 
+def test_attention_whose_gradients_can_be_nan_is_left_out(
+    make_pair: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def loss(*args: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return heal_loss(*args)
+
+    monkeypatch.setattr(healing, "heal_loss", loss)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    _, model = make_pair("llama")
+    run(model, examples, RECIPE.model_copy(update={"steps": 1}))
+    assert seen and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trains_a_float32_adapter(make_pair: Any, examples: list[Example], dtype: torch.dtype) -> None:
     _, model = make_pair()
