@@ -38,7 +38,8 @@ def draw(poster: Poster) -> NDArray[np.uint8]:
 def _font(name: str) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", _POINTS)
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(file, _POINTS, layout_engine=ImageFont.Layout.BASIC)  # the other is not everywhere
 
 
 def _form(pen: ImageDraw.ImageDraw, emblem: Emblem) -> None:

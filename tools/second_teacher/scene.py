@@ -84,24 +84,23 @@ class Poster(Content):
     words: tuple[Word, ...]
 
 
-def posters(split: Split, seed: int, alone: float = 0.5) -> Iterator[Poster]:
+def posters(split: Split, seed: int) -> Iterator[Poster]:
     """Yield posters of a split without end; the splits share none.
 
     Args:
         split: Which of the splits to draw from.
         seed: Names the stream; equal arguments give equal posters.
-        alone: Share of posters that show one thing alone.
     """
     rng = stream(split, seed)
     while True:
-        poster = compose(rng, alone)
+        poster = compose(rng)
         if poster.split == split:
             yield poster
 
 
-def compose(rng: Random, share_alone: float) -> Poster:
-    """Draw one poster at random; some show one thing alone, on which a teacher learns to look."""
-    alone = rng.choice(("emblem", "word", "corners")) if rng.random() < share_alone else None
+def compose(rng: Random) -> Poster:
+    """Draw one poster at random; half of them show one thing alone, on which a teacher learns to look."""
+    alone = rng.choice(("emblem", "word", "corners")) if rng.random() < 0.5 else None
     free = {(row, column) for row in range(GRID) for column in range(GRID)} - set(CORNERS.values())
     num_emblems = {None: rng.randint(1, 4), "emblem": 1}.get(alone, 0)
     emblems = tuple(

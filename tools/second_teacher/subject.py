@@ -1,7 +1,5 @@
 """The subject of the second teacher: posters, a SigLIP tower without a class token, and a Qwen2 decoder."""
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from transformers import (
@@ -83,10 +81,3 @@ SECOND = Subject(
     build_processor=build_processor,
     build_model=build_model,
 )
-
-LETTERS_FIRST = replace(
-    SECOND,
-    weights=dict.fromkeys(GRAINS, 0.0) | {"colour": 0.2, "corner": 0.3, "badge": 2.0},
-    scenes=partial(posters, alone=1.0),
-)
-"""What to begin with: letters are learnt fast from posters that show one thing alone, and slowly from others."""

@@ -1,6 +1,6 @@
 """All subjects, by the name that the scripts' ``--teacher`` takes."""
 
-from tools.second_teacher.subject import LETTERS_FIRST, SECOND
+from tools.second_teacher.subject import SECOND
 from tools.teacher.demo import DEMO
 
-SUBJECTS = {"demo": DEMO, "second": SECOND, "second-letters": LETTERS_FIRST}
+SUBJECTS = {"demo": DEMO, "second": SECOND}

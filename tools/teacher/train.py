@@ -30,7 +30,6 @@ def train(
     workers: int,
     seed: int,
     compiled: bool,
-    start: Path | None = None,
 ) -> None:
     """Train for a while, store in bfloat16, and measure what is stored.
 
@@ -43,7 +42,6 @@ def train(
         workers: Processes that draw pictures.
         seed: Of the initial weights and the pictures.
         compiled: Compile the layers.
-        start: Folder of weights to go on from; by default training starts from nothing.
     """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -54,12 +52,8 @@ def train(
     processor = subject.build_processor()
     packer = Packer(subject, processor.tokenizer)
     stream = batches(packer, size, workers, seed)
-    model = subject.build_model(processor.tokenizer)
-    if start:
-        model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).train()
-    model = model.to(device)
+    model = subject.build_model(processor.tokenizer).to(device)
     arguments = f"--teacher {name} --seconds {seconds:g} --batch {size} --seed {seed}{' --compile' if compiled else ''}"
-    arguments += f" --start {start.name}" if start else ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     log.write(stage="start", arguments=arguments, versions=versions, batch=size, rate=rate, seed=seed)
     processor.save_pretrained(output)
@@ -106,7 +100,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the layers: a minute, then faster")
-    parser.add_argument("--start", type=Path, help="weights to go on from")
     args = parser.parse_args()
     options = vars(args)
     train(options.pop("teacher"), size=options.pop("batch"), compiled=options.pop("compile"), **options)
