@@ -63,7 +63,8 @@ def results() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise
         raise DpnError(
-            f"stdout cannot be written ({error.strerror}): the results are not shown; files that were written are whole"
+            f"stdout cannot be written ({error.strerror}): the results are not shown; files that were written are "
+            "complete"
         ) from error
 
 

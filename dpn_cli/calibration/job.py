@@ -174,8 +174,8 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
     if recipe.budget >= cheapest:
         return recipe
     reporter.note(
-        f"Budget {recipe.budget:g} is out of reach of these data; the cheapest within reach is {cheapest:.3f}, "
-        "which is solved for."
+        f"Budget {recipe.budget:g} is out of reach on these data; the cheapest is {cheapest:.3f}, "
+        "which is used instead."
     )
     return recipe.model_copy(update={"budget": cheapest})
 

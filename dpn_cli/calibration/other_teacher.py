@@ -62,8 +62,8 @@ class OtherTeacher:
             refuse_quantised(checkpoint)
             if pyramid.is_imported:
                 raise CheckpointError(
-                    f"{source.label}: its pyramid came with its source and was trained with the model, so it is no "
-                    f"teacher without it: {IMPORTED_USE}"
+                    f"{source.label}: the pyramid was trained together with the model, which cannot teach without "
+                    f"it: {IMPORTED_USE}"
                 )
         else:
             checkpoint, layout = _open_original(source)
@@ -102,9 +102,9 @@ class OtherTeacher:
             theirs, ours = (answer_ids(answered, each, answer_tokens) for each in (self.processor, processor))
             if theirs != ours:
                 raise CheckpointError(
-                    f"the teacher {self.source.label} makes other tokens of an answer than {folder} does, by its "
-                    f"tokenizer or chat template: {theirs[:8]} in place of {ours[:8]}; expected a checkpoint whose "
-                    "answers begin, are split and end in the same way"
+                    f"the teacher {self.source.label} tokenises an answer differently from {folder}: {theirs[:8]} "
+                    f"instead of {ours[:8]}; expected a checkpoint with the same tokenizer, and a chat template that "
+                    "begins and ends answers in the same way"
                 )
 
         return check

@@ -34,12 +34,11 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
     if not (folder / RECIPE_FILE).is_file():
         if open_converted(folder)[2].is_imported:
             raise CheckpointError(
-                f"{folder}: its pyramid came with its source and was trained with the model, so there is no model "
-                f"without it to calibrate against: {IMPORTED_USE}"
+                f"{folder}: the pyramid was trained together with the model, so there is no original model to "
+                f"calibrate against: {IMPORTED_USE}"
             )
         raise CheckpointError(
-            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote, and none whose pyramid came "
-            "with the source"
+            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote from a model without a pyramid"
         )
     return _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
 

@@ -114,7 +114,9 @@ def _weights_file(folder: Path, config: dict[str, Any]) -> str:
     """Return the file that transformers begins with, a single one or an index."""
     if named := config.get(WEIGHTS_KEY):
         if not is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(f"{folder / 'config.json'} has the {WEIGHTS_KEY} {named!r}: expected a file in there")
+            raise CheckpointError(
+                f"{folder / 'config.json'} has the {WEIGHTS_KEY} {named!r}: expected a file in that folder"
+            )
         return str(named)
     for file in (SINGLE_FILE, INDEX_FILE):
         if (folder / file).is_file():

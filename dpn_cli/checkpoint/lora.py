@@ -45,7 +45,7 @@ class Lora:
             return None
         named = pyramid.calibration[ADAPTER_KEY]
         if not is_inside(named):
-            raise CheckpointError(f"{checkpoint} names {named!r} as its adapter: expected a folder in there")
+            raise CheckpointError(f"{checkpoint} names {named!r} as its adapter: expected a folder inside it")
         return cls.open(checkpoint / named)
 
     @classmethod
@@ -60,14 +60,14 @@ class Lora:
                 raise CheckpointError(f"{folder / file} is missing, yet the checkpoint was healed: calibrate it again")
         config = read_json(folder / CONFIG_FILE)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-            raise CheckpointError(f"{folder} holds another adapter than plain LoRA: calibrate the checkpoint again")
+            raise CheckpointError(f"{folder} holds an adapter that is not plain LoRA: calibrate the checkpoint again")
         down = {name: t.shape for name, t in read_header(folder / WEIGHTS_FILE).items() if name.endswith(_DOWN)}
         targets = frozenset(f"{name.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight" for name in down)
         alpha, rank = config.get("lora_alpha"), config.get("r")
         if not isinstance(alpha, int | float) or type(rank) is not int or rank < 1:
             raise CheckpointError(f"{folder / CONFIG_FILE} has no lora_alpha and r: calibrate the checkpoint again")
         if any(shape[:1] != (rank,) for shape in down.values()):
-            raise CheckpointError(f"{folder} has matrices of another width than its r, {rank}: calibrate again")
+            raise CheckpointError(f"{folder} has matrices whose rank is not its r, {rank}: calibrate again")
         return cls(folder, rank, alpha, targets)
 
     def merged(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":

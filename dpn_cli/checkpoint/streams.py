@@ -40,7 +40,9 @@ def read_pieces(folder: Path, tensor: TensorInfo, piece_bytes: int = PIECE_BYTES
             size = min(left, piece_bytes)
             piece = file.read(size)
             if len(piece) < size:
-                raise CheckpointError(f"{folder / tensor.file} became shorter in the meantime: run the command again")
+                raise CheckpointError(
+                    f"{folder / tensor.file} was truncated while it was being read: run the command again"
+                )
             left -= size
             yield piece
 

@@ -65,7 +65,8 @@ def import_authors(config: dict[str, Any], weights: Weights, vision_tower: str |
     side = rewritten.checkpoint.config["vision_config"]["image_size"]
     if config.get("input_image_size") not in (None, side):
         raise CheckpointError(
-            f"{folder} takes images of {config['input_image_size']} pixels, its vision tower of {side}: they must agree"
+            f"{folder} takes images of {config['input_image_size']} pixels, but its vision tower takes {side}: they "
+            "must agree"
         )
     if special and options["pooling_type"] == "adaptive":
         router = replace(pyramid.router, token_id=tokenizer.convert_tokens_to_ids(ROUTER_TOKEN))

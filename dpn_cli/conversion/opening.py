@@ -140,7 +140,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         return rewrite_weights(original, config, open_weights(folder, original), notes)
     if DPE_FILE in checkpoint.files:
         raise CheckpointError(
-            f"{folder} has a shard {DPE_FILE}, the name of the pyramid's own: rename it, in the index too"
+            f"{folder} has a shard named {DPE_FILE}, as the pyramid's will be: rename it, in the index too"
         )
     return Copied(original, checkpoint, notes)
 

@@ -198,8 +198,8 @@ def _grow(words: Words, num_rows: int, router_token: str | None, folder: Path) -
         )
     if start + len(added) > num_rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {start + len(added)} tokens, the embedding {num_rows} rows: they do not "
-            "belong together"
+            f"{folder}: the tokenizer has {start + len(added)} tokens, but the embedding has {num_rows} rows: they do "
+            "not belong together"
         )
     if router_token is not None and added[-1:] != [router_token]:
         raise CheckpointError(f"{folder}: expected {router_token} as the last token of the vocabulary")

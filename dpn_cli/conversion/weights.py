@@ -75,7 +75,7 @@ class SafetensorsWeights:
             file.seek(info.start)
             if file.readinto(values) < info.nbytes:
                 raise CheckpointError(
-                    f"{self.folder / info.file} became shorter in the meantime: run the command again"
+                    f"{self.folder / info.file} was truncated while it was being read: run the command again"
                 )
         return torch.frombuffer(values, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(info.shape)
 

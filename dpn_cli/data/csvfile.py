@@ -39,7 +39,7 @@ class CsvFile(RowSource):
             raise DataError(f"{path} holds no rows")
         self.header = header
         if twice := next((name for name, count in Counter(header).items() if count > 1), None):
-            raise DataError(f"{path}: the column {twice!r} comes twice in the header {', '.join(header)}")
+            raise DataError(f"{path}: the column {twice!r} appears twice in the header {', '.join(header)}")
         super().__init__(str(path), path.suffix[1:].upper(), places, reading)
         validate_readable(header, reading, self.name)
 

@@ -163,13 +163,13 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
             shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
             raise RowError(
-                "image tokens", f"its text has {shown} image tokens, the row has {len(sample.images)} images"
+                "image tokens", f"its text has {shown} image tokens, but the row has {len(sample.images)} images"
             )
         visual = num_tokens(expected_grids(sample, layout))
         total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
         total += answer_tokens if sample.turns[-1].answer is None else 0
         if total > max_tokens:
-            raise RowError("over-long", f"{total} tokens with its images, but the model takes {max_tokens}")
+            raise RowError("too long", f"{total} tokens with its images, but the model takes {max_tokens}")
 
     return check
 

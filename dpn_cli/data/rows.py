@@ -99,7 +99,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     images = [_open(image, open_image) for image in _images(fields, roles)]
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:
-        raise RowError("images in two places", "images stand in the messages and beside them")
+        raise RowError("images in two places", "there are images in the messages and outside of them")
     images = images or [_open(image, open_image) for image in text.inline]
     validate_all_read(
         fields,
@@ -200,7 +200,7 @@ def _place(turns: list[Turn], num_images: int) -> list[Turn]:
         turns = [Turn(turns[0].question, turns[0].answer, num_images), *turns[1:]]
     elif places != num_images:
         more = f"more {PLACEHOLDER} than images" if places > num_images else f"more images than {PLACEHOLDER}"
-        raise RowError(more, f"{PLACEHOLDER} stands {places} times, the row has {num_images} images")
+        raise RowError(more, f"{PLACEHOLDER} appears {places} times, but the row has {num_images} images")
     if not all(turn.question or turn.images for turn in turns):
         raise RowError("an empty question")
     return turns

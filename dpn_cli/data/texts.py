@@ -29,7 +29,7 @@ def read_text(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RowError("broken text", f"the {what} holds half of a surrogate pair") from None
+        raise RowError("broken text", f"the {what} contains an unpaired surrogate, which UTF-8 cannot hold") from None
     return value.strip()
 
 
@@ -91,7 +91,7 @@ def records(value: Any) -> Any:
     if not columns or not all(isinstance(column, list) for column in columns.values()):
         return value
     if len({len(column) for column in columns.values()}) > 1:
-        raise RowError("lists of unlike length", f"expected as many of each: {', '.join(columns)}")
+        raise RowError("lists of different lengths", f"expected as many items in each of {', '.join(columns)}")
     return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 

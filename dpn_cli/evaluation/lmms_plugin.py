@@ -94,7 +94,7 @@ class DpnLlava(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse tasks of several rounds."""
-        raise NotImplementedError("dpn answers tasks with output_type generate_until; it has no rounds")
+        raise NotImplementedError("dpn answers tasks with output_type generate_until, in one round")
 
     def _batches(self, requests: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[int, tuple[Any, ...]]]]:
         """Yield numbered requests of one task and with the same settings, longest contexts first."""

@@ -45,7 +45,7 @@ def exported_pyramid(
     if static is None:
         return pyramid if budget is None else _with_budget(pyramid, budget)
     if budget is not None:
-        raise UsageError("a static route leaves no choice by which to meet a budget: leave one of the two out")
+        raise UsageError("a static route costs the same whatever the budget: give --static or --budget, not both")
     chosen = _static(static, pyramid, layout.shape.num_layers)
     try:
         chosen.walk(chosen.own_routes[0], [layout.grid])

@@ -40,7 +40,7 @@ def broken(name: str, *models: PyramidGenerationMixin) -> DpnError:
                 "and convert it"
             )
     return DataError(
-        f"{name}: the model's answers to it are not finite numbers; leave it out of the data, or convert a checkpoint "
+        f"{name}: the model's outputs for it are not finite numbers; leave it out of the data, or convert a checkpoint "
         "of another dtype, such as bfloat16 instead of float16"
     )
 

@@ -106,7 +106,9 @@ class Trial:
         ids = self.inputs["input_ids"]
         length, positions = ids.shape[1], self.config.get_text_config().max_position_embeddings
         if length > positions:
-            raise ValueError(f"a question about one image takes {length} tokens, the model {positions}")
+            raise ValueError(
+                f"a question about one image takes {length} tokens, but the model has {positions} positions"
+            )
         sizes = {name: self.inputs[name] for name in GRID_INPUTS if name in self.inputs}
         pixels = self.inputs["pixel_values"].to("meta")
         images = self.model.model.get_image_features(pixel_values=pixels, **sizes, return_dict=True).pooler_output

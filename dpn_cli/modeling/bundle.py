@@ -46,7 +46,7 @@ class Module:
         for node in ast.walk(module.tree):
             if isinstance(node, Import) and _is_ours(node) and not module._can_drop(node):
                 raise ValueError(
-                    f"{name}, line {node.lineno}: a module that goes along with an export must import the "
+                    f"{name}, line {node.lineno}: a module that is bundled with an export must import the "
                     "package as `from dpn_cli.x import name`, at the top"
                 )
         return module

@@ -537,8 +537,8 @@ def _refuse_sliding_window(config: PreTrainedConfig) -> None:
 def _refuse_kernel(name: str) -> None:
     if name not in ("sdpa", "eager"):
         raise ValueError(
-            "attention that counts how many tokens each one stands for needs attn_implementation sdpa or eager, which "
-            f"take a mask of numbers, not {name}; or convert with --set pyramid.attention=plain"
+            "pyramid.attention: sized needs attn_implementation sdpa or eager, which take a mask of numbers, not "
+            f"{name}; or convert with --set pyramid.attention=plain"
         )
 
 

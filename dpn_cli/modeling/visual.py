@@ -47,8 +47,8 @@ def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch
         )
     if not {0, *accumulate(map(num_tokens, blocks))}.issuperset(samples):
         raise ValueError(
-            "the tokens of an image would lie in two samples: give the images in the order of the samples (releases of "
-            "transformers before 5.16 mix up the images of a sample in beam search)"
+            "the tokens of one image would be split between two samples: give the images in the order of the samples "
+            "(releases of transformers before 5.16 mix up the images of a sample in beam search)"
         )
     coords = torch.full((*is_image.shape, 3), -1, device=is_image.device)
     coords[is_image] = tokens

@@ -241,7 +241,7 @@ class PyramidConfig:
         if self.mean_distortions and len(self.mean_distortions) != self.num_routes:
             raise ValueError("a pyramid needs a mean distortion for each of its routes, or none")
         if (self.router.output == "routes") != (self.routes is not None):
-            raise ValueError("routers that score routes need a pyramid that lists them, and only they do")
+            raise ValueError("a pyramid lists its routes if, and only if, its routers score routes")
         if self.router.output == "routes" and self.gate != "none":
             raise ValueError("a gate needs routers that score experts (router.output: logits or distortion)")
         return self
@@ -422,7 +422,7 @@ class PyramidConfig:
         if self.static_route is not None:
             raise ValueError(f"this pyramid's route is fixed, whatever the budget: {list(self.static_route)}")
         if self.is_imported:
-            raise ValueError(f"this pyramid came with its source and has no budgets: {IMPORTED_USE}")
+            raise ValueError(f"this pyramid was trained together with the model and has no budgets: {IMPORTED_USE}")
         if not self.budgets:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
         if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1

@@ -59,7 +59,7 @@ class SiteRecipe(_Section):
         if (self.after is None) == (self.after_layer is None):
             raise ValueError("give either `after` (a fraction of the depth) or `after_layer` (an index)")
         if self.rates is not None and self.experts is not None:
-            raise ValueError("give either `experts` or `rates`, the same for pooling alone")
+            raise ValueError("give either `experts` or `rates` (for sites that only pool), not both")
         if self.rates is not None and self.rates[:1] != ((1, 1),):
             raise ValueError("the first rate must be [1, 1]: expert 0 keeps all")
         if self.rates is not None:
@@ -90,7 +90,7 @@ def _menu(names: tuple[str, ...]) -> tuple[Expert, ...]:
 
 def _check_menu(experts: tuple[Expert, ...], key: str) -> None:
     if len(set(experts)) < len(experts) or len(experts) < 2:
-        raise ValueError(f"{key} must be two or more with the one that keeps all, and all different")
+        raise ValueError(f"{key} must list at least two different entries, one of which keeps all tokens")
 
 
 class RouterRecipe(_Section):

@@ -222,7 +222,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(folders: dict[str, tuple[
     config = json.loads((folder / "config.json").read_text())
     for name in ("../other/model.safetensors", "/etc/model.safetensors", "model.bin", 3):
         (folder / "config.json").write_text(json.dumps(config | {WEIGHTS_KEY: name}))
-        with pytest.raises(CheckpointError, match=f"has the {WEIGHTS_KEY} .*expected a file in there"):
+        with pytest.raises(CheckpointError, match=f"has the {WEIGHTS_KEY} .*expected a file in that folder"):
             open_converted(folder)
     config["pyramid"]["calibration"]["adapter"] = "../adapter"
     (folder / "config.json").write_text(json.dumps(config))

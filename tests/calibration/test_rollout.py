@@ -181,7 +181,7 @@ def test_a_sample_whose_answers_are_no_numbers_is_named(make_pair: Any) -> None:
     samples = examples()
     noise = {"pixel_values": samples[3].visual["pixel_values"] * torch.nan}
     samples[3] = replace(samples[3], visual=noise, name="row 4")
-    with pytest.raises(DataError, match="row 4: the model's answers to it are not finite numbers"):
+    with pytest.raises(DataError, match="row 4: the model's outputs for it are not finite numbers"):
         measured(model, samples)
 
 

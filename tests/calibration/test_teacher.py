@@ -308,7 +308,7 @@ def test_other_tokens_of_the_same_answer_are_refused(
 ) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<unk>"
-    assert "makes other tokens of an answer than" in refused(folder, data, with_tokenizer(tokenizer), capsys)
+    assert "tokenises an answer differently from" in refused(folder, data, with_tokenizer(tokenizer), capsys)
 
 
 def test_a_layout_that_has_to_be_rewritten_is_refused(

@@ -120,7 +120,7 @@ def test_every_fault_stops_the_run_before_a_model_is_loaded(
         "bad: row 2: an empty answer; row 3: image cannot be decoded (noise.png: not a known image format); " in error
     )
     assert "row 12: image too large (" in error and "row 14: more <image> than images (" in error
-    assert "row 16: over-long (100" in error and "tokens with its images, but the model takes 2048" in error
+    assert "row 16: too long (100" in error and "tokens with its images, but the model takes 2048" in error
     assert "row 41: not JSON (" in error and "a comma is followed by no row" in error
     assert "--on-bad-row skip" in error and "Traceback" not in error
 

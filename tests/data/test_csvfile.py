@@ -49,7 +49,7 @@ def test_csv_files_alone_and_beside_their_images(tmp_path: Path, name: str, text
         ("file_name,label\na.png,red\n", "`label`, of the fields file_name, label.*--ignore-fields"),
         ("file_name,text\na.png,a\na.png,red,blue\n", "row 2: a row with too many cells .3 cells for the 2 columns"),
         ("file_name,text\na.png\n", "row 1: a row that lacks a column .1 cells, so nothing for `text`"),
-        ("file_name,text,text\na.png,red,blue\n", "'text' comes twice in the header file_name, text, text"),
+        ("file_name,text,text\na.png,red,blue\n", "'text' appears twice in the header file_name, text, text"),
         ('file_name,text\na.png,"a\nb"\na.png,"red\na.png,b\n', "line 4: row 2, column `text`: a quote is left open"),
         ('file_name,text\na.png,"red" apple\n', "line 2: row 1, column `text`: a quote is left open, or closed before"),
         ('file_name,"text\na.png,red\n', "line 1: the header, column `2`: a quote"),

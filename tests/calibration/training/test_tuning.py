@@ -257,7 +257,7 @@ def test_an_adapter_that_is_gone_or_strange_is_an_error(healed: Path, tmp_path: 
     shutil.copytree(healed, tmp_path / "tiny-dpn")
     config = adapter_of(tmp_path / "tiny-dpn") / "adapter_config.json"
     config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
-    with pytest.raises(CheckpointError, match="another adapter than plain LoRA"):
+    with pytest.raises(CheckpointError, match="an adapter that is not plain LoRA"):
         export(tmp_path / "tiny-dpn", tmp_path / "out")
     config.unlink()
     for act in (load_model, lambda folder: export(folder, tmp_path / "out")):
@@ -272,5 +272,5 @@ def test_patterns_in_an_adapters_file_are_not_looked_at(healed: Path, tmp_path: 
     write_json(path, config | {"target_modules": slow, "rank_pattern": {slow: 10**9}, "layers_pattern": slow})
     assert load_model(tmp_path / "tiny-dpn").is_adapted
     write_json(path, config | {"r": 10**9})
-    with pytest.raises(CheckpointError, match="another width than its r"):
+    with pytest.raises(CheckpointError, match="whose rank is not its r"):
         load_model(tmp_path / "tiny-dpn")
