@@ -5,7 +5,7 @@ what models and data have.
 """
 
 # Checkpoints
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library
+MAX_HEADER_BYTES = 8 << 20  # of a safetensors file: some 60,000 tensors, where a model has hundreds
 MAX_DIMENSIONS = 64  # of a tensor, as in torch
 MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
 MAX_CONFIG_BYTES = 256 << 10  # of config.json and the other files of settings, each of which transformers copies often

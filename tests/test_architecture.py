@@ -7,9 +7,9 @@ from pathlib import Path
 import dpn_cli
 
 ORDER = [
-    "errors", "limits", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling", "checkpoint",
-    "workspace", "data", "pages", "inference", "conversion", "parallel", "calibration", "exporting", "evaluation",
-    "channels", "console", "commands", "cli",
+    "errors", "extras", "limits", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling",
+    "checkpoint", "workspace", "data", "pages", "inference", "conversion", "parallel", "calibration", "exporting",
+    "evaluation", "channels", "console", "commands", "cli",
 ]  # fmt: skip
 """From the ground up. `modeling` goes along with exports: it needs nothing of `checkpoint` or above."""
 

@@ -95,6 +95,14 @@ def test_dimensions_of_a_tensor(tmp_path: Path, shape: list[int]) -> None:
         read_header(tmp_path / "x.safetensors")
 
 
+def test_header_of_a_shard(tmp_path: Path) -> None:
+    entries = {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(150_000)}
+    raw = json.dumps(entries).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors has a header of [\d,]+ bytes, expected at most"):
+        read_header(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("text", [ALIAS_BOMB, "a: &a [*a, *a]", "[" * 30_000, "x: [" + "1, " * 200_000 + "]"])
 def test_yaml(text: str) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):

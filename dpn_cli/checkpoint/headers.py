@@ -272,11 +272,13 @@ def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
         if size < 8:
             raise CheckpointError(f"{path} is truncated ({size} bytes): download it again")
         (length,) = struct.unpack("<Q", prefix[:8])
-        if length > min(MAX_HEADER_BYTES, size - 8):
+        if length > size - 8:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file: its header should take {length} bytes, "
                 f"the file has {size}: download it again"
             )
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} has a header of {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
         stream.seek(8)
         raw = stream.read(length)
     return _parse_header(path, file or path.name, raw, size)

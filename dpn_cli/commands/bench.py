@@ -11,7 +11,6 @@ from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import listed, names
 from dpn_cli.commands.data_options import reading_options, takes_data
-from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     Fraction,
     Size,
@@ -23,6 +22,7 @@ from dpn_cli.commands.options import (
 )
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
+from dpn_cli.extras import extra
 
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions

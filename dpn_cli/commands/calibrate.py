@@ -9,7 +9,6 @@ import click
 from dpn_cli import console, workspace
 from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
-from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     SAMPLES,
     SEED,
@@ -25,6 +24,7 @@ from dpn_cli.commands.options import (
     wide_option,
 )
 from dpn_cli.errors import UsageError
+from dpn_cli.extras import extra
 from dpn_cli.pyramid.experts import KINDS
 
 if TYPE_CHECKING:

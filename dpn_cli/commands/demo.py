@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import SAMPLES, Fraction
 from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+from dpn_cli.extras import extra
 from dpn_cli.limits import MAX_SAMPLES
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import click
 from dpn_cli import console
 from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
-from dpn_cli.commands.extras import extra
 from dpn_cli.commands.options import (
     SAMPLES,
     SEED,
@@ -30,6 +29,7 @@ from dpn_cli.data.metrics import METRICS
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.evaluation.harness import PAPER_TASKS
+from dpn_cli.extras import extra
 from dpn_cli.parallel.launch import is_launched
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.scan import Dataset
-from dpn_cli.errors import DpnError
 from dpn_cli.evaluation.evaluate import Evaluation, evaluate
 from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
 from dpn_cli.evaluation.stored import PAGE_FILE, REPORT_FILE, read_known, write_report
+from dpn_cli.extras import extra
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.inference.provenance import in_words, provenance
@@ -54,6 +54,9 @@ def evaluate_folder(
 
     Returns:
         The evaluation; None in all processes but the main one.
+
+    Raises:
+        DpnError: if its report cannot be written; the evaluation is delivered all the same.
     """
     processes = processes or Processes.join(reporter.note)
     with ExitStack() as held:
@@ -91,16 +94,16 @@ def evaluate_folder(
         if not processes.is_main:
             return None
         try:
-            about = _about(folder, data, model, pyramid)
-            earlier = write_report(folder, about, depends_on, known, result, shown)
+            with extra(f"{folder / REPORT_FILE} and .html are not written"):
+                about = _about(folder, data, model, pyramid)
+                earlier = write_report(folder, about, depends_on, known, result, shown)
             reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
             if earlier:
                 reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
-        except (OSError, DpnError) as error:
-            reporter.note(f"Note: {folder / REPORT_FILE} and .html are not written: {error}")
-        deliver(result)
-    for line in unmet(result.spendings, pyramid, folder, data):
-        reporter.note(line)
+        finally:
+            deliver(result)
+            for line in unmet(result.spendings, pyramid, folder, data):
+                reporter.note(line)
     return result
 
 

@@ -325,8 +325,10 @@ def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(
         return opened(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", read_only)
-    assert evaluate() == 0
-    assert "cannot be written (Read-only file system): no results are kept" in capsys.readouterr().err
+    assert evaluate() == 1
+    captured = capsys.readouterr()
+    assert "cannot be written (Read-only file system): no results are kept" in captured.err
+    assert "the results are complete, but " in captured.err.splitlines()[-1] and "dpn" in captured.out
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]])
@@ -363,9 +365,10 @@ def test_a_report_of_somebody_elses_stays(data: Path, capsys: pytest.CaptureFixt
     report = data / "tiny-dpn" / "evaluation" / "report.json"
     report.parent.mkdir()
     report.write_text('{"mine": 1}')
-    assert evaluate("--json") == 0
+    assert evaluate("--json") == 1
     captured = capsys.readouterr()
-    assert f"Note: {report.relative_to(data)} and .html are not written: it is not dpn's" in captured.err
+    failure = f"the results are complete, but {report.relative_to(data)} and .html are not written: it is not dpn's"
+    assert captured.err.endswith(f"Error: {failure}\n")
     assert json.loads(captured.out)["samples"] == 8
     assert [path.read_text() for path in report.parent.iterdir()] == ['{"mine": 1}']
     report.unlink()
