@@ -430,7 +430,7 @@ def test_the_command_says_what_became_of_it(
     for words, code in refused.items():
         assert main([*words, "--model", "out"]) == code
         said = " ".join(capsys.readouterr().err.split())
-        assert "the pyramid was trained together with the model" in said
+        assert "pyramid was trained together with the model" in said
         assert "use it without a budget, as it was trained, or fix a route" in said
     assert main(["export", "--model", "out", "-o", "exported"]) == 0
     assert "not calibrated" not in capsys.readouterr().out
