@@ -43,6 +43,7 @@ DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
 # characters, which cannot be written at all.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_UNITS, _NO_BREAK = re.compile(r"(?<=\d) (?=(?:s|ms|min|h|[kMG]?B)\b)"), "\0"
 _formatwarning = warnings.formatwarning
 _stderr = Console(file=cast("IO[str]", channels.Stderr()), highlight=False, markup=False, emoji=False, soft_wrap=True)
 _log = logging.getLogger("dpn")
@@ -137,7 +138,7 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
 
 def paragraph(text: str) -> None:
     """Print plain text on stdout, within the width of the terminal."""
-    echo(_wrapped(text, _stdout_width()))
+    echo(_wrapped(harmless(text), _stdout_width()))
 
 
 def note(message: str) -> None:
@@ -230,14 +231,14 @@ def _for_terminal(message: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Break the lines of a text at words, and keep their indents."""
+    """Break the lines of a text at words, but not before a unit, and keep their indents."""
     lines = []
-    for line in text.split("\n"):
+    for line in _UNITS.sub(_NO_BREAK, text).split("\n"):
         indent = line[: len(line) - len(line.lstrip())]
         lines += textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ) or [""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(_NO_BREAK, " ")
 
 
 @contextmanager

@@ -187,3 +187,7 @@ def test_messages_break_at_words_on_a_terminal_and_nowhere_else(
         *lines, path, end = capsys.readouterr().err.split("\n")
         assert max(map(len, lines)) <= 80 and all(line.startswith("  ") for line in lines) and not end
         assert " ".join([*lines, path]).split() == words.split(), "no word is cut, a path neither"
+    for length in range(60, 80):
+        console.note(f"{'x' * length} 2 tokens in 0.25 s, 4 MB")
+        said = capsys.readouterr().err
+        assert "0.25 s," in said and "4 MB" in said, "a number keeps its unit"

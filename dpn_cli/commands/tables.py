@@ -30,15 +30,16 @@ ROUTES_PER_KIND = 2
 MEANINGS = {
     "FLOPs": "share of the prefill FLOPs of the original language model",
     "KL": "distance of the answer's token probabilities from the {reference}'s, in nats",
-    "top-1": "answer tokens whose most likely token is the {reference}'s",
+    "top-1": "share of the answer tokens for which the most likely token is the {reference}'s",
     "λ": "what the routers are charged for FLOPs, solved for the budget",
+    "most frequent route": "in brackets the share of the samples that take it",
     "over dpn": "95% interval of the difference from dpn's KL",
     "same answer": "word for word the original's",
     "original": "right answers of the original, by the labels",
     "dpn": "right answers of the pyramid",
     "tokens": "visual tokens per layer, the mean",
     "accuracy": "right answers, by the labels",
-    "change": "of the accuracy from the original's, in points, with its 95% interval",
+    "change": "95% interval of the accuracy's difference from the original's, in points",
     "McNemar p": "how likely such a change is by chance",
     "first token": "from the encoded prompt to the first token, the vision tower included",
     "prefill": "the language model alone",
@@ -133,7 +134,7 @@ def about_experts(experts: "Iterable[Expert]") -> str:
     forms |= {"share+cells" if each.share else "cells" for each in experts if each.cells}
     return " ".join(
         [
-            f"Experts: {'; '.join(f'{kind}: {KINDS[kind].about}' for kind in kinds)}.",
+            f"Experts: {'; '.join(f'{kind} ({KINDS[kind].about})' for kind in kinds)}.",
             *(sentence for form, sentence in SETTINGS.items() if form in forms),
         ]
     )
@@ -165,6 +166,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
         return report.experts(taken) + (f" ({share:.0%})" if row[2] is not None else "")
 
     taken = [report.experts(next(iter(outcome.shares))) for _, outcome, _ in rows]
+    others = " Rows without a name are other budgets, which need no other calibration."
     fixed = " Best fixed: the best single route for all samples within the budget." if report.best_fixed else ""
     low, high = report.agreement_interval
     show(
@@ -176,12 +178,12 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
             Column("KL", lambda row: nats(row[1].distortion), means="KL"),
             Column("top-1", lambda row: percent(row[1].agreement), means="top-1"),
             Column("λ", lambda row: "" if row[2] is None else f"{row[2]:.4g}", wide=True, means="λ"),
-            Column("most frequent route", route, text=True),
+            Column("most frequent route", route, text=True, means="most frequent route"),
         ],
         sorted(rows, key=lambda row: -row[1].fraction),
         wide,
         report.reference,
-        _about_routes(taken) + fixed,
+        _about_routes(taken) + others + fixed,
     )
 
 
