@@ -168,11 +168,11 @@ def table(
     the terminal's width is wider.
 
     Args:
-        title: above the table.
-        columns: their heads.
+        title: Title above the table.
+        columns: Heads of the columns.
         rows: the cells.
         texts: heads of the columns that, like the first one, are aligned to the left and may break; others are numbers.
-        legend: below the table.
+        legend: Legend below the table.
     """
     stdout = Console(width=_stdout_width(), highlight=False)
     cells = [[harmless(str(cell)) for cell in row] for row in (columns, *rows)]

@@ -11,7 +11,7 @@ def extra(failure: str) -> Iterator[None]:
     """Name what comes after the work where it fails.
 
     Args:
-        failure: what did not happen, for the middle of a sentence.
+        failure: Clause that says what did not happen, for the middle of a sentence.
 
     Raises:
         DpnError: if the block fails; exit code 1, since not all that was asked for is there.

@@ -55,11 +55,11 @@ def calibrate(
         folder: Checkpoint that `dpn convert` wrote.
         data: the samples to calibrate on.
         recipe: samples, routes, seeds and the budget.
-        reporter: told what goes on, and the progress.
+        reporter: Reporter of messages and of the progress.
         teacher: folder, alias or hub id of another checkpoint with the same tokenizer that answers and is measured
             against; None for the model itself without its pyramid.
         restart: drop what an unfinished calibration has measured.
-        processes: that calibrate together, each with this call; by default those that a launcher has started.
+        processes: Processes that calibrate together, each with this call; by default those that a launcher has started.
         budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
             table, so that budgets are met on this data.
 

@@ -43,7 +43,7 @@ class Job:
     """What the stages of a calibration work with; only the main process has a state.
 
     Attributes:
-        teacher: who answers, and what is measured against.
+        teacher: Model that answers, and that is measured against.
         lengths: Prompt lengths of the samples that the budget table is computed from.
         candidates: the sites and experts that a survey is to choose from; None where the routes are given.
     """

@@ -35,7 +35,7 @@ class OtherTeacher:
     """A checkpoint that is to teach another one, opened from its headers alone.
 
     Attributes:
-        source: where it comes from.
+        source: Source of the checkpoint.
         checkpoint: Checkpoint, with the config of a converted one.
         layout: Layout of the checkpoint.
         pyramid: Pyramid, which is switched off; without sites where it was not converted.

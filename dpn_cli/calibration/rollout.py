@@ -129,7 +129,7 @@ def plan_batches(
 
     Args:
         tree: Tree of the routes.
-        pyramid: that they are of.
+        pyramid: Pyramid of the routes.
         grids: Visual grids, per sample; only samples that are offered the same routes share a batch.
         batch_size: samples per batch, at most.
         num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
@@ -182,7 +182,7 @@ def measure(
         pad_token_id: fills up the shorter samples of a batch.
         kept: keeps each batch as soon as it is measured, and brings back those of an earlier run.
         features: the file to keep in what routers read; None to keep it in memory.
-        processes: that measure together, a batch at a time each.
+        processes: Processes that measure together, a batch at a time each.
         advance: called with the number of samples done after each batch.
         other: Teacher that is another model; None for the model itself.
 

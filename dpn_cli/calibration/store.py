@@ -80,8 +80,8 @@ def save_calibration(
         claim: the checkpoint.
         model: the calibrated model.
         routers: None where they stay as they are.
-        pyramid: with the new settings.
-        report: on them.
+        pyramid: Pyramid with the new settings.
+        report: Report on the calibration.
 
     Raises:
         CheckpointError: if the folder has no DPE tensors.

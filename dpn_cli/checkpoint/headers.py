@@ -53,7 +53,7 @@ class TensorInfo:
         dtype: the dtype, as safetensors spells it (`F32`, `BF16`).
         shape: the tensor's shape.
         start: the offset of its first byte in the file.
-        nbytes: its size in the file, in bytes.
+        nbytes: Size in the file, in bytes.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Checkpoint:
 
         Args:
             folder: the checkpoint folder.
-            config: its config.json, where that has been read already.
+            config: Content of config.json, if that has been read already.
 
         Raises:
             CheckpointError: if the folder is damaged; names the file at fault and what to do.
@@ -257,7 +257,7 @@ def read_header(path: Path, file: str | None = None) -> dict[str, TensorInfo]:
 
     Args:
         path: the safetensors file.
-        file: its path inside the checkpoint folder, by default its name.
+        file: Path inside the checkpoint folder, by default the file's name.
 
     Raises:
         CheckpointError: if the file is missing, truncated, a Git LFS pointer, or otherwise not safetensors.

@@ -69,7 +69,7 @@ class Inspection:
         sample_from: what that sample comes from: the caller's `options`, at least in part; the `calibration`, of whose
             data it is typical; or neither (`default`).
         routes: the full route, each uniform one, the cheapest, and those that were asked for.
-        notes: what the user should know about the processor.
+        notes: Notes for the user on the processor.
     """
 
     path: Path
@@ -123,7 +123,7 @@ def inspect_checkpoint(
             data, or 64 where they are not known.
         images: images of that sample; None for those that are typical, or for one if `image_size` is given or nothing
             is known.
-        image_size: their height and width in pixels, which matter only if images are cut into tiles.
+        image_size: Height and width of the images in pixels, which matter only if images are cut into tiles.
         asked: more routes, as `parse_route` reads them.
 
     Raises:

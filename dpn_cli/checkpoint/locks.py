@@ -78,9 +78,9 @@ def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str)
     """Open and lock what is at a path.
 
     Args:
-        path: what is locked.
+        path: File or folder to lock.
         open_it: opens it, or makes it.
-        kind: of the lock, as in flock(2).
+        kind: Kind of lock, as in flock(2).
         refusal: the sentence for a second run, in which `{holder}` stands for the first one.
 
     Returns:

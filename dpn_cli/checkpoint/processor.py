@@ -112,7 +112,7 @@ class _Setting:
         expected: the value that belongs there.
         assumed: the value that transformers assumes if the key is missing.
         fits: says whether another value will do.
-        needs: what will do, in words; empty if config.json implies the value.
+        needs: Values that are accepted, in words; empty if config.json implies the value.
     """
 
     place: Place

@@ -26,7 +26,7 @@ class Source:
     Attributes:
         path: the model's folder.
         name: a short name, from which the output's name is made.
-        origin: what to record as the base model: the hub id, `demo`, or the folder's name.
+        origin: Base model to record: the hub id, `demo`, or the folder's name.
         revision: the commit, if the model is from the hub.
     """
 

@@ -25,7 +25,7 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     Args:
         target: the folder to write; its parents are made.
         force: replace a target that exists, once the new one is complete.
-        may_replace: what the model types of the folders that `force` may replace start with.
+        may_replace: Start of the model types of folders that `force` may replace.
         source: the input, which the target must not touch.
 
     Raises:

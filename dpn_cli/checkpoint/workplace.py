@@ -32,9 +32,9 @@ def workplace(target: Path, refusal: str, advice: str) -> Iterator[Path]:
     killed run was replacing is brought back.
 
     Args:
-        target: what is to be written, a file or a folder; its parents are made.
+        target: File or folder to be written; its parents are made.
         refusal: the sentence for a second run, in which `{holder}` stands for the first one.
-        advice: what to do where nothing can be written.
+        advice: Advice for the user if nothing can be written.
 
     Raises:
         UsageError: if another run holds the lock.

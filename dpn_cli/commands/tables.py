@@ -64,7 +64,7 @@ class Column:
     """A column of a table.
 
     Attributes:
-        head: its name, with the unit.
+        head: Name of the column, with its unit.
         cell: returns what it shows of an item.
         wide: whether only `--wide` shows it.
         text: whether it is aligned to the left and may be wrapped.

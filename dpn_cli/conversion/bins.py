@@ -32,7 +32,7 @@ class BinWeights:
 
     Attributes:
         folder: the checkpoint folder.
-        tensors: what the shards hold, by name; `start` means nothing here.
+        tensors: Tensors in the shards, by name; `start` means nothing here.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -51,7 +51,7 @@ class Conversion:
         base_bytes: bytes of the model's tensors without the pyramid.
         placement: how those tensors come into the output: as the source's files, `copied`, hard-`linked` or `cloned`
             (reflinks), or `rewritten` in Hugging Face's layout.
-        notes: what the user should know about the conversion.
+        notes: Notes for the user on the conversion.
     """
 
     source: Source

@@ -70,7 +70,7 @@ class Rewritten:
         checkpoint: the checkpoint in Hugging Face's layout; its files are those to be written.
         planned: the checkpoint's tensors, and those of its pyramid.
         write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
-        notes: what the user should know about the change of layout.
+        notes: Notes for the user on the change of layout.
         pyramid: the pyramid that the source already has, or None.
         dpe: the tensors of that pyramid as the source has them, by new name.
     """
@@ -101,7 +101,7 @@ class Rewritten:
             config: the new config.json.
             planned: the tensors, by new name.
             write_side_files: writes tokenizer, processor and what else belongs to the model into a folder.
-            notes: what the user should know about the change of layout.
+            notes: Notes for the user on the change of layout.
         """
         sources = sorted({tensor.file for tensor in planned.values()})
         shards = {file: f"model-{i:05d}-of-{len(sources):05d}.safetensors" for i, file in enumerate(sources, 1)}
@@ -115,7 +115,7 @@ class Rewritten:
         Args:
             pyramid: the source's pyramid.
             dpe: the pyramid's tensors, in float32, by new name.
-            notes: what the user should know about the pyramid.
+            notes: Notes for the user on the pyramid.
         """
         infos = {name: TensorInfo(t.name, t.file.name, t.dtype, t.shape, 0, t.nbytes) for name, t in dpe.items()}
         planned, notes = {**self.planned, **dpe}, (*self.notes, *notes)

@@ -37,7 +37,7 @@ class Weights:
     Attributes:
         folder: the checkpoint folder.
         tensors: file, dtype and shape of every tensor, by name.
-        notes: what the user should know about the names.
+        notes: Notes for the user on the names.
     """
 
     def __init__(self, shards: Shards) -> None:

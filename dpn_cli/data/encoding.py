@@ -33,7 +33,7 @@ class Example:
         labels: Target token ids, [L].
         visual: what the processor makes of the images, by name: pixels [images, 3, H, W] or, in tiles,
             [images, tiles, 3, H, W] with the sizes of the images; empty without images.
-        name: what messages call the sample.
+        name: Name of the sample in messages.
         sample: the sample that was encoded; None where there is none.
     """
 

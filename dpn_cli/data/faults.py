@@ -11,8 +11,8 @@ class RowError(DataError):
     """A row that cannot be used.
 
     Attributes:
-        reason: a few words, the same for every row with this fault.
-        detail: what exactly is wrong with this one.
+        reason: Kind of fault in a few words, the same for every row that has it.
+        detail: Description of the fault in this row.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -189,7 +189,7 @@ def validate_all_read(fields: Fields, read: Collection[str], **found: bool) -> N
     Args:
         fields: the row's fields.
         read: names of the fields that were read.
-        found: what was read, as keywords of `_unread`.
+        found: What was read, as keywords of `_unread`.
 
     Raises:
         RowError: if any is; names the fields.

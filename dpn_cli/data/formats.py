@@ -25,7 +25,7 @@ class Request:
         data: the data, as the user names it.
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         reading: Options for reading rows.
-        split: which split of the demo data to open.
+        split: Split of the demo data to open.
         limit: Number of samples to draw, of data that are not there as a whole; None for all.
         seed: Random seed for sampling of such data.
         stream: Whether to read no more of a table than is drawn.
@@ -60,7 +60,7 @@ class Format:
     """A format of data.
 
     Attributes:
-        description: what help texts and messages call it.
+        description: Description for help texts and messages.
         opener: the function that opens it, as `module.function` of this package. It takes a `Request`, and returns None
             for data of another format.
     """

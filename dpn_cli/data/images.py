@@ -59,7 +59,7 @@ def open_image(image: Path | bytes | Image.Image, name: str, together: int = 1) 
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: what messages call the image.
+        name: Name of the image in messages.
         together: the number of images that are in memory together.
 
     Raises:
@@ -78,7 +78,7 @@ def image_size(image: Path | bytes | Image.Image, name: str, together: int = 1) 
 
     Args:
         image: a file, its content, or a picture in memory.
-        name: what messages call the image.
+        name: Name of the image in messages.
         together: the number of images that are in memory together.
 
     Raises:

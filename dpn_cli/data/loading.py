@@ -28,13 +28,13 @@ def load_data(
     """Read samples, check every one of them, its images included, and report what was found.
 
     Args:
-        data: which data, and how to read them.
+        data: Options that name the data and say how to read them.
         prompts: the questions for images that come without one, in turn.
-        split: which split of the demo data to read.
+        split: Split of the demo data to read.
         limit: number of samples with an image to read, drawn over all of the data; None for all.
         seed: random seed for sampling.
-        check: raises RowError for a sample that is of no use.
-        reporter: told about the progress and the findings.
+        check: Function that raises RowError for a sample that cannot be used.
+        reporter: Reporter of the progress and the findings.
 
     Raises:
         DataError: if the data is in none of `FORMATS`, or naming the bad rows.

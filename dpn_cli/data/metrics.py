@@ -75,7 +75,7 @@ class Metric:
     """A way to score answers.
 
     Attributes:
-        description: what help texts say about it.
+        description: Description for help texts.
         score: returns an answer's score by its label, from 0 to 1.
     """
 

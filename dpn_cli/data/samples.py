@@ -14,7 +14,7 @@ class StoredImage:
     """An encoded image inside a table, fetched when it is needed.
 
     Attributes:
-        name: what messages call the image.
+        name: Name of the image in messages.
         read: returns the encoded bytes.
     """
 

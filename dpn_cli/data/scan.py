@@ -63,7 +63,7 @@ class Dataset:
 
     Attributes:
         samples: the good samples.
-        scan: what the scan found.
+        scan: Findings of the scan.
         digest: a digest of the samples' texts and image bytes: the same data gives the same digest anywhere.
         columns: Roles of the columns, as `Source.columns`.
     """
@@ -93,8 +93,8 @@ def scan(
         limit: number of samples with an image to read, drawn over all of the data; None for all rows. Text-only samples
             that are met on the way come in addition.
         seed: random seed for sampling.
-        check: raises RowError for samples that are of no use, called for one at a time.
-        reporter: told about the progress.
+        check: Function that raises RowError for samples that cannot be used, called for one at a time.
+        reporter: Reporter of the progress.
 
     Raises:
         DataError: if there is no usable row, or naming the bad ones.

@@ -19,7 +19,7 @@ def read_text(value: Any, what: str) -> str:
 
     Args:
         value: a value from a row.
-        what: what messages call the text.
+        what: Name of the text in messages.
 
     Raises:
         RowError: if it is no text, or one that cannot be encoded.

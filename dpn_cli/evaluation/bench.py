@@ -33,7 +33,7 @@ class SyntheticPrompts:
 
     Attributes:
         images: number of images per sample.
-        image_size: their height and width in pixels.
+        image_size: Height and width of the images in pixels.
         text_tokens: text tokens of the samples of a batch, in turn; None for as many as in the calibration data, or
             else `TEXT_TOKENS`.
     """
@@ -75,7 +75,7 @@ class Bench:
         folder: the checkpoint folder.
         has_data: whether the prompts were real.
         results: the measurements at every batch size.
-        lineups: what was measured at every batch size.
+        lineups: Methods that were measured, for every batch size.
     """
 
     folder: Path
@@ -100,8 +100,8 @@ def bench_folder(
     Args:
         folder: the checkpoint folder.
         prompts: the data to take prompts from (of the demo, the held-out pictures), or what synthetic prompts are like.
-        options: what is measured.
-        reporter: told what a reader of the figures should know, and about the progress.
+        options: Options of the measurement.
+        reporter: Reporter of remarks on the figures, and of the progress.
 
     Raises:
         DataError: if there are too few samples with an image.

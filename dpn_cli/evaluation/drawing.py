@@ -15,8 +15,8 @@ def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] =
 
     Args:
         path: the picture's file.
-        evaluations: what to draw: all methods of the first evaluation, the pyramid alone of the others.
-        names: what to call the evaluations' pyramids.
+        evaluations: Evaluations to draw: all methods of the first one, the pyramid alone of the others.
+        names: Names of the evaluations' pyramids.
     """
     first, *_ = evaluations
     others = dict.fromkeys(result.method for result in first.results)
@@ -30,7 +30,7 @@ def plot_latency(path: Path, results: Sequence[Latency], has_data: bool) -> None
 
     Args:
         path: the picture's file.
-        results: what to draw, one panel per batch size.
+        results: Results to draw, one panel per batch size.
         has_data: whether the prompts were real, so that fidelity says something.
     """
 

@@ -109,7 +109,7 @@ class Evaluation:
     """The results of all methods at all budgets.
 
     Attributes:
-        questions: what was asked, as far as figures need it.
+        questions: Questions that were asked, as far as figures need them.
         results: the original's result, then those of every budget, the pyramid's first.
         left_out: the methods that are missing at a budget, and why.
     """
@@ -156,8 +156,8 @@ def evaluate(
     Args:
         evaluator: the model, and how it is asked.
         samples: the samples, each with at least one image.
-        options: what is compared, and how.
-        reporter: told about the progress.
+        options: Options of the comparison.
+        reporter: Reporter of the progress.
 
     Raises:
         DataError: if there are no samples.

@@ -115,7 +115,7 @@ def spendings(rows: Sequence[Benchmark], budgets: Sequence[float], own: float | 
     """Return what the pyramid has spent on every task, which may have several metrics.
 
     Args:
-        rows: what `run_benchmarks` returned.
+        rows: Result of `run_benchmarks`.
         budgets: the budgets that it was given.
         own: the budget that the checkpoint is set to, or None.
     """

@@ -30,9 +30,9 @@ class KeptResults:
         """Find the results of an earlier run.
 
         Args:
-            depends_on: see `keeping`.
-            say: told if no more can be kept.
-            root: see `keeping`.
+            depends_on: Plain data that the results depend on, as for `keeping`.
+            say: Function that is called with a message if no more can be kept.
+            root: Folder for the results of all evaluations.
 
         Raises:
             UsageError: if .dpn leads elsewhere.
@@ -115,7 +115,7 @@ def keeping(
 
     Args:
         depends_on: plain data that changes with the results.
-        say: told if another evaluation's results are not used, or if none can be kept.
+        say: Function for messages: that another evaluation's results are not used, or that none can be kept.
         root: the folder for the results of all evaluations.
 
     Yields:

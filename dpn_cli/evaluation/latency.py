@@ -53,7 +53,7 @@ class Measurement:
     """One method over all rounds.
 
     Attributes:
-        name: what tables call it.
+        name: Name in tables.
         fraction: fraction of the original's prefill FLOPs that the samples need; padding does not count.
         flops: prefill FLOPs of the language model for one batch, the mean over the rounds.
         kv_bytes: bytes of the KV cache at the end of a batch, the mean over the rounds.
@@ -132,7 +132,7 @@ def measure_latency(
 
     Args:
         model: the model, in eval mode.
-        methods: what to measure, by name, `ORIGINAL` among them.
+        methods: Methods to measure, by name, `ORIGINAL` among them.
         batches: batches of one size, as `generate` takes them, on the model's device.
         new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.

@@ -27,9 +27,9 @@ class Lineup:
     """Who is measured, and what a reader should know about it.
 
     Attributes:
-        methods: what is measured, by the names in tables.
-        spendings: what the pyramid spends at every budget, the mean over the samples.
-        remarks: what a reader should know, in sentences.
+        methods: Methods to measure, by their names in tables.
+        spendings: Mean FLOPs fraction that the pyramid spends at every budget.
+        remarks: Sentences that a reader of the figures should know.
     """
 
     methods: dict[str, Baseline] = field(default_factory=lambda: {ORIGINAL: Original()})

@@ -70,7 +70,7 @@ def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool
     Args:
         path: the picture's file; its suffix says the format.
         series: the methods; x is the FLOPs fraction that was spent, y the quantity.
-        quantity: what y is, with its unit.
+        quantity: Name of the y axis, with its unit.
         log: whether the y axis is logarithmic, for divergences over several orders of magnitude.
     """
     with _figure(path, 1) as (figure, [axes]):
@@ -118,7 +118,7 @@ def plot_latency_fidelity(path: Path, panels: Mapping[str, Sequence[Series]], qu
     Args:
         path: the picture's file.
         panels: the methods by panel title; x is the fraction of the original's prefill time, y the quantity.
-        quantity: what y is, with its unit.
+        quantity: Name of the y axis, with its unit.
     """
     with _figure(path, len(panels)) as (figure, all_axes):
         for axes, (title, series) in zip(all_axes, panels.items(), strict=True):

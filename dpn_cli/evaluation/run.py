@@ -46,11 +46,11 @@ def evaluate_folder(
     Args:
         folder: the checkpoint folder.
         data: the samples to ask about; of the demo, the held-out pictures.
-        options: what is compared, and how samples are asked.
-        reporter: told what goes on, and about the progress.
+        options: Options of the comparison, and of the questions.
+        reporter: Reporter of messages and of the progress.
         processes: the processes that evaluate together, each with this call; by default those that a launcher has
             started.
-        deliver: given the evaluation in the main process; until it has shown it, all results are kept.
+        deliver: Function that shows the evaluation, in the main process; until it returns, all results are kept.
 
     Returns:
         The evaluation; None in all processes but the main one.

@@ -48,7 +48,7 @@ def unmet(
     """Say which budgets the data did not meet, and the command that solves λ on them.
 
     Args:
-        spendings: what was asked for, and what was spent.
+        spendings: Budgets that were asked for, and what was spent.
         pyramid: the checkpoint's pyramid.
         model: the checkpoint's folder.
         data: the data that the samples are from; None if it is not a data set.

@@ -51,7 +51,7 @@ def time_generation(
 
     Args:
         model: the model, in eval mode.
-        inputs: what `generate` takes, on the model's device.
+        inputs: Arguments of `generate`, on the model's device.
         new_tokens: number of tokens to generate, at least one.
         clock: Function that returns the time in seconds.
 

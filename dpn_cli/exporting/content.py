@@ -29,7 +29,7 @@ def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values:
 
     Args:
         stage: the folder to write into.
-        plan: what to write.
+        plan: Plan of what is written.
         pyramid: the pyramid to note in the shards' metadata.
         check_values: whether to stop at NaN and infinite values.
 

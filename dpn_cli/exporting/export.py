@@ -46,7 +46,7 @@ class Export:
         dtype: the dtype that the tensors were converted to; None if they were left as they were.
         scheme: how the decoder's linear layers were quantised; None if they were not.
         num_verified: number of tensors compared with the source; None if that was not asked for.
-        notes: what the user should know about the processor, and about what was left out.
+        notes: Notes for the user on the processor, and on what was left out.
     """
 
     source: Path
@@ -67,7 +67,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions = DEFAULTS, fo
     Args:
         checkpoint: a folder that `dpn convert` wrote.
         output: the folder to write.
-        options: what the export holds, and what is checked.
+        options: Options of the export and its checks.
         force: whether to replace an output that dpn wrote before.
 
     Raises:

@@ -59,7 +59,7 @@ class Plan:
 
     Attributes:
         source: the converted checkpoint.
-        shards: what goes into each file.
+        shards: Tensors of each file.
     """
 
     source: Checkpoint

@@ -42,10 +42,10 @@ def compute_dtype(
 
     Args:
         checkpoint: the opened checkpoint.
-        layout: its layout.
+        layout: Layout of the checkpoint.
         asked: `auto` for the fast one, or a key of `DTYPES`.
         device: the device that the model is loaded on.
-        say: told if `auto` is not the checkpoint's own, or would not be if there was more memory.
+        say: Function for a message if `auto` is not the checkpoint's dtype, or would not be with more memory.
         load_in: how the decoder's linear layers are quantised on loading.
         copies: number of processes of this machine that each load the model.
         beside: Bytes that each of them loads in addition.

@@ -26,8 +26,8 @@ class Call:
         adapts: whether layers with an adapter use it.
         routes: forced, one for all samples or one for each; empty where the routers choose.
         trade_off: λ, the price of FLOPs in nats.
-        pyramid: that the model runs as.
-        reduce: what reduces the visual tokens of a batch at a site, given by its number.
+        pyramid: Pyramid that the model runs as.
+        reduce: Function that reduces the visual tokens of a batch at a site, given its number.
         last_routes: Routes that the last prefill took, per sample.
         last_grids: the visual grids of every sample of the last prefill, before any reduction.
     """

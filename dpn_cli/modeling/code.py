@@ -12,7 +12,7 @@ def auto_map(stem: str) -> dict[str, str]:
     """Return where transformers finds a family's classes in that file.
 
     Args:
-        stem: what the names of the family's classes start with.
+        stem: Start of the names of the family's classes.
     """
     return {
         "AutoConfig": f"{CODE_MODULE}.{stem}Config",

@@ -31,7 +31,7 @@ def instruction_ends(
         is_image: [B, L] bool, the image tokens.
         input_ids: [B, L], where the cue is looked for.
         attention_mask: [B, L], or None when no row is padded.
-        cue: what the chat template writes between a question and its answer, as token ids.
+        cue: Token ids that the chat template writes between a question and its answer.
 
     Raises:
         ValueError: if the labels of a row do not show where its instruction ends, and there is no cue.

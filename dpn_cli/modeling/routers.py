@@ -148,8 +148,8 @@ def decide(scores: Sequence[float], options: Sequence[Option], costs: Sequence[f
 
     Args:
         scores: Scores of the router: minus the predicted distortions.
-        options: that are offered.
-        costs: their FLOPs fractions.
+        options: Options that are offered.
+        costs: FLOPs fractions of the options.
         trade_off: λ, in units of the scores per unit of FLOPs fraction.
 
     Source: ours; with λ = 0 and `output: logits` it is the paper's argmax.

@@ -20,7 +20,7 @@ def with_sizes(causal: torch.Tensor | None, sizes: torch.Tensor, queries: int, d
         causal: The mask to add them to: [B, 1, Q, K] bool or additive, or None where it is the plain causal one.
         sizes: [B, K] float, 0 for padding.
         queries: Q.
-        dtype: of the attention logits.
+        dtype: Dtype of the attention logits.
 
     Returns:
         [B, 1, Q, K], additive.

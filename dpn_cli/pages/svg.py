@@ -105,7 +105,7 @@ def tradeoff_plot(
         envelope: joined by a dashed staircase, colour 1: what holds from one x to the next.
         dots: Points drawn in colour 1.
         chosen: Points to draw a ring around.
-        name: what the plot shows, for who cannot see it.
+        name: Description of the plot, for readers who cannot see it.
     """
     steps = [point for a, b in pairwise(envelope) for point in (a, (b[0], a[1]))] + list(envelope[-1:])
     return _figure(
@@ -127,7 +127,7 @@ def scatter_plot(x: Axis, y: Axis, labels: tuple[str, str], groups: Sequence[Seq
         y: the vertical axis.
         labels: the labels of both axes.
         groups: the points; the first group is the largest in size.
-        name: what the plot shows, for who cannot see it.
+        name: Description of the plot, for readers who cannot see it.
     """
     circles = [
         _circle(x, y, dot, r=4 if colour == 0 else 3, class_=f"dot mark-{colour}")

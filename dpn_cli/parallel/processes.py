@@ -66,7 +66,7 @@ class Processes:
     Attributes:
         index: number of this process; the first, 0, is the main one.
         count: number of all processes.
-        say: told what this process waits for, where that takes long.
+        say: Function for messages about long waits.
     """
 
     index: int = 0

@@ -53,7 +53,7 @@ class Site:
 
     Attributes:
         after_layer: the decoder layer (0-based) before it; -1 is before the first layer.
-        experts: that it has; the first one keeps all visual tokens.
+        experts: Experts of the site; the first one keeps all visual tokens.
     """
 
     after_layer: int
@@ -69,8 +69,8 @@ class Option:
     """What one of a router's scores at a site stands for.
 
     Attributes:
-        expert: that is taken if this option is the best.
-        score: its index among the router's outputs.
+        expert: Expert that is taken if this option is the best.
+        score: Index of the option among the router's outputs.
         route: whose FLOPs it costs.
     """
 
@@ -140,7 +140,7 @@ class PyramidConfig:
 
     Attributes:
         sites: Sites, in the order of their layers.
-        routes: that are offered, the full one first; None for all that the sites allow.
+        routes: Routes that are offered, the full one first; None for all that the sites allow.
         mean_distortions: Mean distortion of each route in nats, as calibration measured it; empty before that.
         pooling: `avg`, `max`, or `conv` (depthwise, initialised as avg).
         gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).

@@ -32,9 +32,9 @@ class Kind:
 
     Attributes:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
-        flops: what choosing costs, from the decoder's shape and the numbers of visual and text tokens.
+        flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the last token of the instruction.
-        about: what it does, in a phrase for help texts and docs.
+        about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
 

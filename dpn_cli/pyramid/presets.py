@@ -26,7 +26,7 @@ class Preset:
     Attributes:
         kind: Kind of the expert at its sites.
         after_layers: the sites, from the decoder's depth.
-        about: what it does, in a phrase.
+        about: Description in a phrase.
         source: Paper or URL that describes it, and what is done differently here.
         first_layers: numbers K of first layers that see all tokens, to choose from, for a site after the last of them.
     """

@@ -204,7 +204,7 @@ class SurveyRecipe(_Section):
     """How the routes are found that fit a model, where its pyramid does not list them.
 
     Attributes:
-        samples: that candidates are measured on, at most.
+        samples: Largest number of samples that candidates are measured on.
         routes: Largest number of routes to choose.
         width: candidates of a round that the next round goes on with.
         experts: the kinds to try, of those that the sites have; null for all.

@@ -15,7 +15,7 @@ class Loss:
     """The answers of a group of samples.
 
     Attributes:
-        kind: what the samples have in common.
+        kind: Kind that the samples have in common.
         count: number of samples.
         changed: number of samples whose answer is not, word for word, the original's.
         labelled: number of samples with a label.

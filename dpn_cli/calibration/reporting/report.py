@@ -33,12 +33,12 @@ class Report:
         agreement_interval: 95%, of `routed.agreement`.
         budgets: the whole table.
         per_budget: the calibrated model at every row of `budgets`.
-        fixed: what every route does that all samples were sent down.
+        fixed: Outcome of every route, if all samples take it.
         visual_tokens: Mean number of visual tokens over the samples, per decoder layer.
         visual_tokens_full: the same where nothing is pooled.
         sites: the layer before every site, and the names of its experts.
         cases: Held-out samples that both models answered, the one with the largest distortion first.
-        settings: what was run, for the record.
+        settings: Settings of the run, for the record.
         versions: Versions of the packages that it was run with.
         origin: What was calibrated, by which recipe, when and on what device, for the reader.
         tried: the candidate routes of the survey, the dearest first; empty where the routes were given.
@@ -110,7 +110,7 @@ class Report:
             grids: Visual grids, per held-out sample.
             budget: Budget that was asked for.
             cases: Held-out samples that both models answered, the one with the largest distortion first.
-            settings: what was run.
+            settings: Settings of the run.
             origin: What was calibrated, by which recipe, when and on what device.
         """
         held, taken = policy.table, policy.choose_as(pyramid, pyramid.trade_off)

@@ -128,7 +128,7 @@ def draw_route(
         model: offers the routes.
         state: the batch before the first site.
         budget: the middle of the fractions of FLOPs to draw from.
-        recipe: their spread, and the share of the full route.
+        recipe: Spread of the budgets, and share of the full route.
         rng: Random generator.
     """
     pyramid, shape = model.pyramid, model.text_model.shape

@@ -163,12 +163,12 @@ def train(
     Several processes share the forward passes of a step, add up their gradients and take the same step.
 
     Args:
-        model: what the loss is computed with; in float16 the loss is scaled so that small gradients survive.
+        model: Model to train; in float16 the loss is scaled so that small gradients survive.
         parameters: those to train, float32, by name.
         loss_of: the loss of one forward pass, a mean over its samples.
-        draws: what the passes are about; their recipe says how to train.
+        draws: Draws of samples and budgets for the passes; their recipe says how to train.
         state: a folder; the state is kept there every few steps, and found there after a kill; the main process's.
-        processes: that train together; the parameters are the same in all.
+        processes: Processes that train together; the parameters are the same in all.
         advance: called with the number of steps done.
         judge: decides which parameters to keep; by default the last ones are.
 

@@ -53,7 +53,7 @@ def train_as_paper(
     Args:
         model: converted with `gate: probability` and `router.output: logits`, without an adapter, in eval mode.
         examples: none of those that the result is judged by.
-        recipe: its sections `paper` and `heal`.
+        recipe: Recipe, of which the sections `paper` and `heal` count.
         pad_token_id: fills up the shorter samples of a batch.
         seed: Random seed for sampling.
         state: a folder; a run that was killed goes on from there.

@@ -75,8 +75,8 @@ def tune(
             data rather than the teacher's own.
         recipe: Training recipe, which says what is trained.
         state: a folder for what a run that was killed goes on from; the main process's.
-        processes: that train together.
-        reporter: told the progress.
+        processes: Processes that train together.
+        reporter: Reporter of the progress.
         other: Teacher that is another model; None for the model itself.
     """
     training = training_recipe(recipe)

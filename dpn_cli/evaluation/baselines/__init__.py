@@ -25,7 +25,7 @@ def make_baseline(name: str, pyramid: "PyramidConfig") -> "Baseline":
 
     Args:
         name: Name of the baseline.
-        pyramid: that it is compared with.
+        pyramid: Pyramid to compare with.
 
     Raises:
         KeyError: if there is none of this name.
