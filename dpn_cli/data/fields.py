@@ -117,6 +117,20 @@ def lettered(names: Iterable[str]) -> dict[str, str]:
     return found if {"A", "B"} <= found.keys() else {}
 
 
+def numbered(names: Iterable[str]) -> list[str]:
+    """Return the fields that hold one image each, `image_1`, `image_2` and so on, in the order of their numbers."""
+    matches = ((re.fullmatch(r"(?:image|img)_?([1-9]\d?)", _normalise(name)), name) for name in names)
+    found = {int(match[1]): name for match, name in matches if match}
+    return [found[number] for number in sorted(found)]
+
+
+def image_fields(names: Iterable[str], columns: Columns = ()) -> list[str]:
+    """Return the fields that images are read from: the one with that role, else those with numbers."""
+    names = list(names)
+    role = assign(names, columns).get("image")
+    return numbered(names) if role is None else [role]
+
+
 def mapping(names: Iterable[str], columns: Columns = ()) -> str:
     """Return in words which fields are read, of those that there are."""
     names = list(names)
@@ -130,7 +144,7 @@ def mapping(names: Iterable[str], columns: Columns = ()) -> str:
         text = f"`{roles['question']}`{of} and {answer}"
     else:
         text = f"stock prompts and `{roles['caption']}` as answer" if "caption" in roles else "stock prompts"
-    images = f"`{roles['image']}`" if "image" in roles else "no images"
+    images = ", ".join(f"`{name}`" for name in image_fields(names, columns)) or "no images"
     return f"{images}, {text}"
 
 

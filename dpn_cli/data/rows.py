@@ -11,6 +11,7 @@ from dpn_cli.data.fields import (
     Columns,
     Fields,
     assign,
+    image_fields,
     is_blank,
     present,
     validate_all_read,
@@ -28,6 +29,7 @@ from dpn_cli.data.texts import (
     read_text_alone,
     records,
     without_images,
+    without_numbers,
 )
 
 KIND_FIELD = "kind"
@@ -68,6 +70,7 @@ class _Text:
         system: the system message, or the empty string.
         inline: images that stand in the messages.
         has_question: whether the question is the row's own.
+        numbers: Numbers of the images, from 1, in the order in which the question shows them; empty if it does not say.
     """
 
     read: tuple[str, ...]
@@ -75,6 +78,7 @@ class _Text:
     system: str = ""
     inline: Sequence[Any] = ()
     has_question: bool = True
+    numbers: Sequence[int] = ()
 
 
 def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, images_alone: bool = False) -> Sample:
@@ -96,18 +100,21 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     fields = present(row, reading.ignored)
     validate_media(fields)
     roles = assign(fields, reading.columns)
-    images = [_open(image, open_image) for image in _images(fields, roles)]
+    image_names = image_fields(fields, reading.columns)
+    images = [_open(image, open_image) for name in image_names for image in _images(fields[name])]
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:
         raise RowError("images in two places", "there are images in the messages and outside of them")
     images = images or [_open(image, open_image) for image in text.inline]
+    images = _in_order(images, text.numbers) if text.numbers else images
     validate_all_read(
         fields,
         {
             *text.read,
             reading.kind_field,
             KIND_FIELD,
-            *(roles[role] for role in ("image", "system", "id") if role in roles),
+            *image_names,
+            *(roles[role] for role in ("system", "id") if role in roles),
         },
         has_image=bool(images),
         has_question=text.has_question,
@@ -124,9 +131,17 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     )
 
 
-def _images(fields: Fields, roles: dict[str, str]) -> list[Any]:
-    value = records(fields[roles["image"]]) if "image" in roles else ""
+def _images(value: Any) -> list[Any]:
+    value = records(value)
     return value if isinstance(value, list) else [value] if value != "" else []
+
+
+def _in_order(images: Sequence[ImageSource], numbers: Sequence[int]) -> list[ImageSource]:
+    """Return images in the order of their numbers in a question, each of which is shown once."""
+    if sorted(numbers) != list(range(1, len(images) + 1)):
+        shown = ", ".join(map(str, numbers))
+        raise RowError("images and their numbers", f"the question shows the images {shown} of {len(images)}")
+    return [images[number - 1] for number in numbers]
 
 
 def _open(image: Any, open_image: OpenImage) -> ImageSource:
@@ -171,13 +186,15 @@ def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
         read.append(roles["context"])
         if not is_blank(context := fields[roles["context"]]):
             question = f"{read_text(context, 'context')}\n{question}"
+    question, numbers = without_numbers(question)
     choices, names = read_choices(fields, roles.get("choices"))
     question = ask_for_letter(question, choices) if choices else question
     if "answer" in roles:
         read.append(roles["answer"])
         value = fields[roles["answer"]]
         answer = answer_letter(value, choices) if choices else read_answer(value)
-    return _Text((*read, *names), [Turn(without_images(question), answer, count_images(question))])
+    turn = Turn(without_images(question), answer, count_images(question))
+    return _Text((*read, *names), [turn], numbers=numbers)
 
 
 def _read_prompt(messages: list[Any], fields: Fields, roles: dict[str, str]) -> _Text:

@@ -6,7 +6,17 @@ from itertools import islice
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields, asks, assign, known_names, lettered, mapping, present, validate_named
+from dpn_cli.data.fields import (
+    Fields,
+    asks,
+    assign,
+    image_fields,
+    known_names,
+    lettered,
+    mapping,
+    present,
+    validate_named,
+)
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading, group, read_row
 from dpn_cli.data.samples import ImageSource, Sample
@@ -86,6 +96,7 @@ class RowSource:
         roles = assign(self.fullest, self.reading.columns)
         choices = roles.get("choices") or ""
         read = {name: role for role, name in roles.items()}
+        read |= dict.fromkeys(image_fields(self.fullest, self.reading.columns), "image")
         if not choices and "question" in roles:
             read |= {name: f"choice {letter}" for letter, name in lettered(self.fullest).items()}
         return {name: read.get(name, "") for name in self.fullest}
@@ -127,7 +138,7 @@ def validate_readable(columns: Sequence[str], reading: Reading, name: str) -> No
         DataError: if none does, as far as is known.
     """
     read = [column for column in columns if column not in reading.ignored]
-    if not (asks(read, reading.columns) or "image" in assign(read, reading.columns)):
+    if not (asks(read, reading.columns) or image_fields(read, reading.columns)):
         raise DataError(
             f"{name} has the columns {', '.join(read)}: none is known to hold images or text. Say what they "
             f"are, as in --columns image=NAME,question=NAME. Known are {known_names()}"

@@ -7,6 +7,7 @@ from typing import Any
 from dpn_cli.data.faults import RowError
 
 PLACEHOLDER = "<image>"
+_NUMBERED = re.compile(r"<image (\d{1,2})>")  # as in MMMU
 _OTHER_MEDIA = ("<video>", "<audio>")
 _OTHER_MARKERS = re.compile(  # of images, such as <image 1>, <|image_pad|>, <ImageHere>, <img> and [IMG]
     rf"(?!(?-i:{PLACEHOLDER}))<\|?/?(?:image|img|im_patch|vision_|start_of_image)[\w -]*\|?/?>|\[img[\w -]*\]",
@@ -44,6 +45,11 @@ def count_images(question: str) -> int:
     if marker := _OTHER_MARKERS.search(question):
         raise RowError("an unknown image marker", f"{marker[0]}: an image is shown by {PLACEHOLDER} in a question")
     return question.count(PLACEHOLDER)
+
+
+def without_numbers(question: str) -> tuple[str, list[int]]:
+    """Return a question with plain placeholders for numbered ones, and the numbers in their order."""
+    return _NUMBERED.sub(PLACEHOLDER, question), [int(number) for number in _NUMBERED.findall(question)]
 
 
 def read_text_alone(value: Any, what: str) -> str:

@@ -100,6 +100,11 @@ SETS: dict[str, tuple[Any, str, str | None, str]] = {
         [{"image": "a.png", "question": ASKED, "chosen": "red", "rejected": "a dog", "origin_dataset": "x"}],
         ASKED, "red", "a.png",
     ),
+    "MMMU": (
+        [{"id": "x", "question": f"<image 1> {ASKED}", "options": "['red', 'green']", "answer": "A", "image_1": "a.png",
+          "image_2": None, "img_type": "['Plots']", "subfield": "Art", "explanation": "It is so."}],
+        LETTER, "A", "a.png",
+    ),
     "OpenAI, a batch": (
         [{"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": {
             "model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": PARTS}]}}],
@@ -128,6 +133,17 @@ def test_a_data_set_is_read_as_it_is_downloaded(name: str, pictures: Path) -> No
     [turn] = first.turns
     assert (turn.question, turn.answer) == (question, answer)
     assert [path.name for path in first.images] == [image]
+
+
+def test_numbered_images_are_shown_in_the_order_of_the_question(pictures: Path) -> None:
+    row = {"image_1": "a.png", "image_2": "17.jpg", "answer": "red"}
+    [sample] = load(pictures, [{**row, "question": f"<image 2> and <image 1>: {ASKED}"}]).samples
+    assert [path.name for path in sample.images] == ["17.jpg", "a.png"] and sample.turns[0].question == f"and : {ASKED}"
+    [sample] = load(pictures, [{**row, "question": ASKED}]).samples
+    assert [path.name for path in sample.images] == ["a.png", "17.jpg"]
+    for shown in ("<image 1>", "<image 1> <image 3>"):
+        with pytest.raises(DataError, match=r"the question shows the images 1.* of 2"):
+            load(pictures, [{**row, "question": f"{shown} {ASKED}"}])
 
 
 def test_a_request_that_is_no_row_stays_what_it_is(pictures: Path) -> None:

@@ -285,7 +285,7 @@ def test_parts_that_number_their_images_are_in_order() -> None:
 @pytest.mark.parametrize(
     "marker",
     [
-        "<image 1>", "<image_1>", "<image1>", "<IMAGE>", "<img>", "<img></img>", "<|image|>", "<|image_1|>", "[IMG]",
+        "<image 100>", "<image_1>", "<image1>", "<IMAGE>", "<img>", "<img></img>", "<|image|>", "<|image_1|>", "[IMG]",
         "<ImageHere>", "<|vision_start|><|image_pad|>", "<IMG_CONTEXT>", "<image_placeholder>", "<start_of_image>",
         "</image>",
     ],
