@@ -95,19 +95,21 @@ class LlavaLayout:
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         """Compare the decoder's sizes with its tensors: transformers loads a bad config silently."""
         shape, prefix = self.shape, self.text_prefix
+        heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         expected = {
-            "layers.0.self_attn.q_proj.weight": (shape.num_heads * shape.head_dim, shape.hidden_size),
-            "layers.0.self_attn.k_proj.weight": (shape.num_kv_heads * shape.head_dim, shape.hidden_size),
-            "layers.0.mlp.gate_proj.weight": (shape.intermediate_size, shape.hidden_size),
-            "embed_tokens.weight": (shape.vocab_size, shape.hidden_size),
+            "layers.0.self_attn.q_proj.weight": ("num_attention_heads × head_dim", heads),
+            "layers.0.self_attn.k_proj.weight": ("num_key_value_heads × head_dim", kv_heads),
+            "layers.0.mlp.gate_proj.weight": ("intermediate_size", shape.intermediate_size),
+            "embed_tokens.weight": ("vocab_size", shape.vocab_size),
         }
-        for name, size in expected.items():
+        for name, (key, rows) in expected.items():
+            size = (rows, shape.hidden_size)
             tensor = checkpoint.tensors.get(prefix + name)
             found = "no such tensor" if tensor is None else str(list(tensor.shape))
             if tensor is None or not has_shape(tensor, size):
                 raise CheckpointError(
-                    f"{checkpoint.path}: config.json asks for {prefix}{name} of {list(size)}, found {found}: "
-                    "text_config and weights do not belong together"
+                    f"{checkpoint.path}: config.json asks for {prefix}{name} of {list(size)}, which are {key} and "
+                    f"hidden_size, found {found}: text_config and weights do not belong together"
                 )
         stored = _num_layers(checkpoint, prefix)
         if stored != shape.num_layers:
@@ -276,16 +278,29 @@ def _shape(text_config: dict[str, Any], where: Path) -> DecoderShape:
     given = [key for key in OPTIONAL_SIZES if text_config.get(key) is not None]
     for key in (*REQUIRED_SIZES, *given):
         if type(text_config[key]) is not int or text_config[key] < 1:
-            raise CheckpointError(f"{where}: text_config has an impossible {key}: {text_config[key]!r}")
+            raise impossible(where, f"text_config.{key}", text_config[key])
     return DecoderShape.from_config(text_config)
+
+
+def impossible(folder: Path, key: str, value: object) -> CheckpointError:
+    """Return what refuses a size in config.json."""
+    return CheckpointError(
+        f"{folder / 'config.json'} has the impossible {key} {value!r}, expected a whole number of at least 1"
+    )
 
 
 def _pixels(vision_config: dict[str, Any], prepooling: int, where: Path) -> tuple[int, int]:
     """Return the sides of an image and of a visual token."""
     vision_config = VISION_TOWERS[vision_config["model_type"]].completed(vision_config)
     image_size, patch_size = vision_config["image_size"], vision_config["patch_size"]
-    if not (isinstance(image_size, int) and isinstance(patch_size, int) and image_size >= patch_size > 0):
-        raise CheckpointError(f"{where}: impossible image_size {image_size} or patch_size {patch_size}")
+    for key, value in (("image_size", image_size), ("patch_size", patch_size)):
+        if type(value) is not int or value < 1:
+            raise impossible(where, f"vision_config.{key}", value)
+    if image_size < patch_size:
+        raise CheckpointError(
+            f"{where / 'config.json'} has the vision_config.image_size {image_size}, less than the patch_size "
+            f"{patch_size}"
+        )
     return image_size, patch_size * prepooling
 
 

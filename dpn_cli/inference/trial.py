@@ -4,10 +4,11 @@ transformers builds most of a config, a tokenizer or a generation config without
 shows when the first answer is generated. Here it shows before anything is written, with the file and the key.
 """
 
+import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from PIL import Image
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dpn_cli.checkpoint.blame import Key, keys, without
 from dpn_cli.checkpoint.headers import (
     GENERATION_FILE,
     IMAGES_FILE,
@@ -32,7 +34,7 @@ from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.template import QUESTION
 from dpn_cli.checkpoint.writer import copy_file, write_json
-from dpn_cli.data.encoding import VISUAL, encode, prompts
+from dpn_cli.data.encoding import VISUAL, chat_prompt, encode
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.loading import build_processor, model_classes, quietly
@@ -41,7 +43,6 @@ from dpn_cli.modeling.visual import GRID_INPUTS
 
 CONFIG_FILE = "config.json"
 SEARCH_S = 3.0  # of CPU time, for the key that is to blame
-MAX_KEYS = 200  # of an object whose keys are tried: more are a vocabulary's
 # What the weights confirm, and what says no more than its file does.
 NEVER_BLAMED = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "image_size", "text_config", "vision_config",
@@ -49,28 +50,14 @@ NEVER_BLAMED = {
 _FLAG = "true or false", lambda value: isinstance(value, bool)
 _COUNT = "a whole number of at least 1", lambda value: type(value) is int and value >= 1
 _NUMBER = "a number", lambda value: type(value) in (int, float)
-# The settings of generation that a greedy token does not show to be wrong, with what each must be.
-SETTINGS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    **dict.fromkeys(
-        (
-            "do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-            "return_dict_in_generate", "renormalize_logits", "remove_invalid_values", "token_healing",
-            "disable_compile",
-        ),
-        _FLAG,
-    ),
-    **dict.fromkeys(("num_beams", "num_return_sequences", "max_new_tokens"), _COUNT),
-    **dict.fromkeys(
-        (
-            "max_length", "max_time", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff",
-            "eta_cutoff", "length_penalty",
-        ),
-        _NUMBER,
-    ),
-}  # fmt: skip
+_KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {"bool": _FLAG, "int": _NUMBER, "float": _NUMBER}
+_STATED = re.compile(r"^ *(\w+) \(`(bool|int|float)`[,)]", re.MULTILINE)
+# The settings of generation, which one greedy token does not show to be wrong, with what transformers says each must
+# be; those that every command sets itself are not even read then.
+SETTINGS = {key: _KINDS[kind] for key, kind in _STATED.findall(GenerationConfig.__doc__ or "")} | dict.fromkeys(
+    ("num_beams", "num_return_sequences", "max_new_tokens"), _COUNT
+)
 MAX_SHOWN = 200  # characters of a value or a reason
-
-Key = tuple[str, ...]
 
 
 class Trial:
@@ -91,9 +78,10 @@ class Trial:
         """A question about an image, as the processor encodes it."""
         processor = build_processor(self.folder, self.config.model_type)
         side = self.layout.pixels
-        sample = Sample("trial", (Image.new("RGB", (side, side)),), (Turn(QUESTION, "It is red."),))
+        image = Image.new("RGB", (side, side))
+        sample = Sample("trial", (image,), (Turn(QUESTION, "It is red."),))
         encode(sample, processor, answer_tokens=8)
-        return prompts([sample], processor)
+        return processor(text=chat_prompt(processor, sample, 0), images=[[image]], return_tensors="pt")
 
     @cached_property
     def model(self) -> Any:
@@ -181,18 +169,17 @@ def _blame(
     """Return the sentence that names the key without which a step succeeds, else the file."""
     reason = _shown(" ".join(str(error).split()) or type(error).__name__)
     remedy = "correct it, or take the file from the model that this one was made from"
-    said, until = "".join(traceback.format_exception(error)), time.process_time() + SEARCH_S
+    until = time.process_time() + SEARCH_S
     contents = {file: read_json_if_there(trial.folder / file) for file in files}
-    candidates = [(file, key) for file, data in contents.items() for key in _keys(data)]
-    candidates.sort(key=lambda each: -said.rfind(each[1][-1]))  # what the traceback names last comes first
+    candidates = [(file, key) for file, data in contents.items() for key in keys(data) if key[-1] not in NEVER_BLAMED]
+    candidates.sort(key=_suspicion(error, contents))
     with TemporaryDirectory() as name:
         for path in trial.folder.iterdir():
             copy_file(path, Path(name, path.name))
         for file, key in candidates:
             if time.process_time() > until:
                 break
-            data = deepcopy(contents[file])
-            value = _pop(data, key)
+            data, value = without(contents[file], key)
             write_json(Path(name, file), data)
             try:
                 with no_panic():
@@ -207,19 +194,28 @@ def _blame(
     return f"{source / files[0]} describes what cannot be run ({reason}): {remedy}"
 
 
-def _keys(data: dict[str, Any], before: Key = ()) -> Iterator[Key]:
-    """Yield the keys of a JSON object, those of objects in it first."""
-    for key, value in data.items() if len(data) <= MAX_KEYS else ():
-        if isinstance(value, dict):
-            yield from _keys(value, (*before, key))
-        if key not in NEVER_BLAMED:
-            yield (*before, key)
+def _suspicion(error: Exception, contents: Mapping[str, dict[str, Any]]) -> Callable[[tuple[str, Key]], Any]:
+    """Return what keys are sorted by, the likeliest first.
 
+    Those come first whose values are of another type than transformers' defaults, then those whose values the error
+    repeats, then those that the traceback names, the last first.
+    """
+    said, reason = "".join(traceback.format_exception(error)), str(error)
+    defaults = {GENERATION_FILE: GenerationConfig._get_default_generation_params()}
+    with suppress(Exception):
+        config = model_classes(contents[CONFIG_FILE])[0].from_dict({})
+        defaults[CONFIG_FILE] = config.to_dict()
 
-def _pop(data: dict[str, Any], key: Key) -> Any:
-    for each in key[:-1]:
-        data = data[each]
-    return data.pop(key[-1])
+    def order(candidate: tuple[str, Key]) -> tuple[bool, bool, int]:
+        file, key = candidate
+        value, default = contents[file], defaults.get(file, {})
+        for each in key:
+            value = value[each]
+            default = default.get(each) if isinstance(default, dict) else None
+        is_odd = None not in (value, default) and type(value) is not type(default)
+        return not is_odd, str(value) not in reason, -said.rfind(key[-1])
+
+    return order
 
 
 def _shown(text: str) -> str:

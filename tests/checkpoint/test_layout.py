@@ -61,8 +61,8 @@ def test_what_cannot_have_a_pyramid_is_refused(tiny_llava: Path, change: str) ->
         ("num_key_value_heads", 4, "do not belong together"),
         ("vocab_size", 300, "do not belong together"),
         ("num_hidden_layers", 6, "6 decoder layers, the weights have 8"),
-        ("num_hidden_layers", "8", "impossible num_hidden_layers"),
-        ("num_attention_heads", 0, "impossible num_attention_heads"),
+        ("num_hidden_layers", "8", "impossible text_config.num_hidden_layers"),
+        ("num_attention_heads", 0, "impossible text_config.num_attention_heads"),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(

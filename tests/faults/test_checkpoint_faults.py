@@ -132,7 +132,7 @@ TENSORS: dict[str, tuple[Harm, str]] = {
         "under two names",
     ),
     "feature layer": (edit(CONFIG, vision_feature_layer=7), "has no feature layer 7"),
-    "vision size": (edit_part("vision_config", intermediate_size="64"), "impossible intermediate_size: '64'"),
+    "vision size": (edit_part("vision_config", intermediate_size="64"), "impossible vision_config.interm"),
     ".bin alone, truncated": (
         both(without(INDEX, SHARD, OTHER_SHARD), overwrite("pytorch_model.bin", b"PK\x03\x04")),
         "truncated or damaged: download it again",

@@ -1,6 +1,7 @@
 """Odd values in a checkpoint's small files: convert refuses what could not run, with the file and the key."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,13 @@ REFUSED = [
     (CONFIG, "vision_config.layer_norm_eps", "x"),
     (CONFIG, "dtype", "int8"),
     (CONFIG, "is_encoder_decoder", True),
+    (CONFIG, "return_dict", {}),
+    (CONFIG, "multimodal_projector_bias", 0),
+    (CONFIG, "vision_feature_layer", "x"),
+    (CONFIG, "text_config.attention_bias", 0.5),
+    (CONFIG, "text_config.head_dim", True),
+    (CONFIG, "vision_config.num_channels", []),
+    (CONFIG, "vision_config.image_size", "48"),
     (GENERATION_FILE, "eos_token_id", "x"),
     (GENERATION_FILE, "cache_implementation", "static"),
     (GENERATION_FILE, "min_length", "x"),
@@ -112,7 +120,7 @@ def test_file_and_key_are_named(
     put(source, file, key, value)
     assert main(["convert", str(source), "-o", "out"]) == 3
     message = capsys.readouterr().err
-    assert message.startswith(f"Error: {source / file} has the {key}") and message.count("\n") == 1
+    assert re.match(rf"Error: {source / file} has the (impossible )?{key} ", message) and message.count("\n") == 1
     assert {path.name for path in Path().iterdir()} == {"source"}
 
 
