@@ -97,7 +97,9 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @dtype_option("auto")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Plot the results into a .png or .svg file."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Plot the results into a .png or .svg file, which is replaced if it exists.",
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")

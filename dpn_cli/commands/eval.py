@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Plot KL against FLOPs into a .png or .svg file.",
+    help="Plot KL against FLOPs into a .png or .svg file, which is replaced if it exists.",
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -29,8 +29,11 @@ def folders_of(split: str, row: str) -> Iterator[str]:
 
     Args:
         split: Split of the row; empty if it is not known.
-        row: Id of the row.
+        row: Id of the row; empty for a picture that no row names, which is where it is said to be.
     """
+    if not (split or row):
+        yield ""
+        return
     for below in ("", *_splits(split)):
         for folder in (below, f"images/{below}"):
             yield folder
