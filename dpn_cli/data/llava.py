@@ -11,7 +11,7 @@ from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource
 
 _BODIES = ("body", "params", "request")  # of requests to batch APIs
-_ADDRESS = ("method", "url")
+_ADDRESS = {"method", "url"}  # of the API
 _NAMES = {"input": "messages", "instructions": "system"}  # of OpenAI's Responses API
 
 
@@ -48,7 +48,8 @@ def unwrapped(row: Any) -> Any:
     bodies = [row[key] for key in _BODIES if isinstance(row.get(key), dict)] if isinstance(row, dict) else []
     if len(bodies) != 1 or asks(row):
         return row
-    beside = {key: value for key, value in row.items() if key not in (*_BODIES, *_ADDRESS)}
+    address = _ADDRESS if _ADDRESS <= row.keys() else set()
+    beside = {key: value for key, value in row.items() if key not in {*_BODIES, *address}}
     return beside | {_NAMES.get(key, key): value for key, value in bodies[0].items()}
 
 
