@@ -37,10 +37,10 @@ class LlavaFile(RowSource):
 
     def row(self, index: int) -> Any:
         """Return a row; of a request to a batch API, what it asks."""
-        return unwrapped(self.rows.row(index))
+        return _unwrapped(self.rows.row(index))
 
 
-def unwrapped(row: Any) -> Any:
+def _unwrapped(row: Any) -> Any:
     """Return the body of a request, under the names that rows have, if the row is one.
 
     Sources: https://platform.openai.com/docs/guides/batch, https://docs.anthropic.com/en/docs/build-with-claude/batch-processing
@@ -48,7 +48,7 @@ def unwrapped(row: Any) -> Any:
     bodies = [row[key] for key in _BODIES if isinstance(row.get(key), dict)] if isinstance(row, dict) else []
     if len(bodies) != 1 or asks(row):
         return row
-    address = _ADDRESS if _ADDRESS <= row.keys() else set()
+    address = _ADDRESS if row.keys() >= _ADDRESS else set()
     beside = {key: value for key, value in row.items() if key not in {*_BODIES, *address}}
     return beside | {_NAMES.get(key, key): value for key, value in bodies[0].items()}
 
