@@ -92,14 +92,18 @@ def compact(
     new_coords[torch.where(stays, place, trash)] = coords
 
     def merged(values: torch.Tensor, mode: Literal["avg", "max"] = "avg") -> torch.Tensor:
-        return _merge(values.flatten(0, 1), place.flatten(), trash, mode).view(batch, longest, -1)
+        flat = values.flatten(0, 1)
+        if assignment.merges:
+            flat = _merge(precise(flat), place.flatten(), trash, mode).to(values.dtype)
+        else:
+            flat = flat.new_zeros(trash + 1, flat.shape[1]).index_copy(0, place.flatten(), flat)[:trash]
+        return flat.view(batch, longest, -1)
 
     sizes = state.sizes
     if sized and (assignment.merges or sizes is not None):
         sizes = state.positions.new_ones(batch, length) if sizes is None else sizes
         sizes = sizes.new_zeros(trash + 1).index_add(0, place.flatten(), sizes.flatten())[:trash].view(batch, longest)
-    hidden_states = precise(state.hidden_states)
-    hidden_states = hidden_states if weights is None else hidden_states * weights
+    hidden_states = state.hidden_states if weights is None else precise(state.hidden_states) * weights
     return replace(
         state,
         hidden_states=merged(hidden_states, mode).to(state.hidden_states.dtype),

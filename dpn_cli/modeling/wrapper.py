@@ -8,6 +8,7 @@ Shapes: B batch, L sequence.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -112,6 +113,16 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
+
+    @staticmethod
+    @override
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights; files of the checkpoint's own folder first, those of a calibration in it last.
+
+        For weights that stay on disk, transformers takes the folder of the first file for that of all.
+        """
+        files = checkpoint_files and sorted(checkpoint_files, key=lambda file: len(Path(file).parts))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
     @override
     def _maybe_prepare_encoder_kwargs_for_generation(

@@ -25,6 +25,7 @@ from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
+from tests.pyramids import prompt
 from tests.runs import noise_pictures
 
 RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)
@@ -100,6 +101,14 @@ def test_calibrated_with_budget_one_equals_stock(calibrated: Path, tiny_llava: P
         assert torch.equal(model(**inputs).logits, expected)
         model.set_budget(None)
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_the_weights_of_a_calibrated_folder_may_stay_on_disk(calibrated: Path, tmp_path: Path) -> None:
+    inputs, whole = prompt(1, 3, 5, seed=0), load_model(calibrated)
+    parts = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    placement: Any = {"device_map": parts | {"model.language_model": "disk"}, "offload_folder": tmp_path}
+    with torch.no_grad():
+        assert torch.equal(load_model(calibrated, **placement)(**inputs).logits, whole(**inputs).logits)
 
 
 def test_a_budget_set_later_is_saved_with_the_model(calibrated: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def draw(seed: int, padding: list[int]) -> tuple[PyramidState, Assignment]:
         chosen = torch.cat([stays, torch.tensor([DROPPED])])
         target[row, gap:] = chosen[torch.randint(len(chosen), (LENGTH - gap,), generator=generator)]
         target[row, stays] = stays
-    return state, Assignment(target, coords=torch.randint(5, (batch, LENGTH, 3), generator=generator))
+    return state, Assignment(target, coords=torch.randint(5, (batch, LENGTH, 3), generator=generator), merges=True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -69,7 +69,7 @@ def test_a_row_does_not_depend_on_its_place_in_the_batch(seed: int, order: list[
     state, assignment = draw(seed, [0, 4, 1, 2])
     batch = {each.name: getattr(state, each.name) for each in fields(state)}
     shuffled = replace(state, **{k: v[order] for k, v in batch.items() if isinstance(v, torch.Tensor)})
-    moved = Assignment(assignment.target[order], assignment.coords[order])
+    moved = replace(assignment, target=assignment.target[order], coords=assignment.coords[order])
     after, other = compact(state, assignment), compact(shuffled, moved)
     for name in ("hidden_states", "positions", "coords", "columns"):
         assert torch.equal(getattr(other, name), getattr(after, name)[order]), name

@@ -56,13 +56,13 @@ def farthest_first(
         Per step, the token [..., 1] and its distance to the nearest before it.
     """
     size = distance.shape[-1]
-    rows = distance.masked_fill(torch.eye(size, dtype=torch.bool, device=distance.device), -1).view(-1, size)
-    first = torch.arange(0, len(rows), size, device=distance.device)
+    distance = distance.masked_fill(torch.eye(size, dtype=torch.bool, device=distance.device), -1).view(-1, size, size)
+    every = torch.arange(len(distance), device=distance.device)
     shape, nearest = nearest.shape[:-1], nearest.view(-1, size)
     tokens, distances = [], []
-    for _ in range(num_steps):  # four kernels a step
+    for _ in range(num_steps):  # three kernels a step
         far, token = nearest.max(-1)
         tokens.append(token.view(*shape, 1))
         distances.append(far.view(*shape, 1))
-        nearest = torch.minimum(nearest, rows.index_select(0, first + token))
+        nearest = torch.minimum(nearest, distance[every, token])
     return tokens, distances
