@@ -35,6 +35,11 @@ MAX_YAML_VALUES = 10_000  # with every alias written out
 MAX_SAMPLES = 10_000_000  # to draw; the demo has no end
 MAX_SEED = 2**63 - 1
 
+# Rows of data
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_ROW_TURNS = 256  # each is rendered with all before it
+MAX_ROW_IMAGES = 256
+
 # Images
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 MAX_WHOLE_PIXELS = 24_000_000  # of a sample's images together; what has more is halved

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import dpn_cli.inference.trial  # noqa: F401 - imports take memory, and none is to be taken by a case
 from dpn_cli import limits
@@ -78,6 +79,22 @@ def test_the_docs_state_every_limit() -> None:
 def test_rows(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(DataError):
+        load_data(DataOptions(str(tmp_path / "rows.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"question": "a " * 600_000}, "1,199,999 characters of text"),
+        ({"question": "what ?", "answer": "b" * 1_000_001}, "1,000,007 characters of text"),
+        ({"conversations": [{"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(2000)]}, "1,000 turns"),
+        ({"image": ["x.png"] * 257, "question": "what ?"}, "257 images"),
+    ],
+)
+def test_lengths_of_a_row(tmp_path: Path, row: dict[str, Any], what: str) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "x.png"} | row))
+    with pytest.raises(DataError, match=f"over-long \\({what}, at most"):
         load_data(DataOptions(str(tmp_path / "rows.jsonl")))
 
 
@@ -251,8 +268,6 @@ def test_a_pipe_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_pictures(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int]
 ) -> None:
-    from PIL import Image
-
     Image.new("1", size).save(tmp_path / "x.png")
     assert main(["run", "--model", str(make_converted()), "--image", str(tmp_path / "x.png"), "what ?"]) == 4
     assert "image too" in capsys.readouterr().err
@@ -262,8 +277,6 @@ def test_pictures(
 def test_large_pictures_take_little_memory(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: list[str]
 ) -> None:
-    from PIL import Image
-
     side = 9000 if pictures == ["large"] else 4800
     Image.new("RGB", (side, side)).save(tmp_path / "x.png", compress_level=1)
     shown = [part for _ in pictures for part in ("--image", str(tmp_path / "x.png"))]

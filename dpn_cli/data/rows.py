@@ -31,6 +31,7 @@ from dpn_cli.data.texts import (
     without_images,
     without_numbers,
 )
+from dpn_cli.limits import MAX_ROW_CHARACTERS, MAX_ROW_IMAGES, MAX_ROW_TURNS
 
 KIND_FIELD = "kind"
 
@@ -122,13 +123,31 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     )
     if not text.read and not (images and images_alone):
         raise RowError("no text", "no conversation, no question and no caption")
+    system = "\n".join(filter(None, (_system(fields, roles), text.system)))
+    _validate_lengths(text.turns, system, len(images))
     return Sample(
         _identity(fields.get(roles.get("id", "")), number),
         tuple(images),
         tuple(_place(text.turns, len(images))),
         group(fields.get(reading.kind_field)),
-        "\n".join(filter(None, (_system(fields, roles), text.system))),
+        system,
     )
+
+
+def _validate_lengths(turns: Sequence[Turn], system: str, images: int) -> None:
+    """Check that a row has no more text, turns and images than can be encoded in seconds.
+
+    Raises:
+        RowError: if it has.
+    """
+    characters = len(system) + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+    for what, found, most in (
+        ("characters of text", characters, MAX_ROW_CHARACTERS),
+        ("turns", len(turns), MAX_ROW_TURNS),
+        ("images", images, MAX_ROW_IMAGES),
+    ):
+        if found > most:
+            raise RowError("over-long", f"{found:,} {what}, at most {most:,} are read")
 
 
 def _images(value: Any) -> list[Any]:
