@@ -1,5 +1,6 @@
 """Conversations: lists of messages, in all the forms that trainers and `datasets` store them in."""
 
+import re
 from typing import Any
 
 from dpn_cli.data.faults import RowError
@@ -16,6 +17,7 @@ _ROLES = {
 _NAMES = ("from", "role")
 _CONTENTS = ("value", "content")
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of the parts that show an image
+_PATHS = re.compile(r"<img>\s*([^<>]+?)\s*</img>")  # in a text, as Qwen-VL's data has them
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -102,6 +104,8 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
         elif kind in _TEXT_PARTS:
             validate_object(part, ("type", "text"), "a part of a message")
             text = read_text(part.get("text"), f"message from {name}")
+            images += [{"path": path} for path in _PATHS.findall(text)]
+            text = _PATHS.sub(PLACEHOLDER, text)
             placeholders += count_images(text)
             texts.append(without_images(text))
         else:

@@ -100,6 +100,11 @@ SETS: dict[str, tuple[Any, str, str | None, str]] = {
         [{"image": "a.png", "question": ASKED, "chosen": "red", "rejected": "a dog", "origin_dataset": "x"}],
         ASKED, "red", "a.png",
     ),
+    "Qwen-VL": (
+        [{"id": "0", "conversations": [
+            {"from": "user", "value": f"<img>a.png</img>\n{ASKED}"}, {"from": "assistant", "value": "red"}]}],
+        ASKED, "red", "a.png",
+    ),
     "MMMU": (
         [{"id": "x", "question": f"<image 1> {ASKED}", "options": "['red', 'green']", "answer": "A", "image_1": "a.png",
           "image_2": None, "img_type": "['Plots']", "subfield": "Art", "explanation": "It is so."}],
