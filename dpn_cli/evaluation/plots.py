@@ -16,9 +16,12 @@ from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import MissingExtraError, UsageError
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito 2008, https://jfly.uni-koeln.de/color/, without the faint yellow; wine and grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#808080")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+# Okabe and Ito 2008, https://jfly.uni-koeln.de/color/, without the faint yellow; wine, grey, olive and brown.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#808080", "#999933",
+    "#661100",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")  # as many as have no common factor with the colours
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "legend.fontsize": 8, "lines.linewidth": 1.4,
