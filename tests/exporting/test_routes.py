@@ -102,7 +102,7 @@ def test_the_card_of_a_static_export_says_what_it_costs(make_converted: Callable
 def test_what_no_route_allows_is_refused(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_converted()
     config = read_json(folder / "config.json")
-    with pytest.raises(UsageError, match="leave one of the two out"):
+    with pytest.raises(UsageError, match="give --static or --budget, not both"):
         export(folder, tmp_path / "out", ExportOptions(static="0,0,0,0,0", budget=0.7))
     with pytest.raises(UsageError, match="needs a grid of tokens"):
         export(folder, tmp_path / "out", ExportOptions(static="diverse:0.5+8x8,1x2,keep,keep,keep"))
