@@ -11,6 +11,7 @@ MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
 MAX_CONFIG_BYTES = 256 << 10  # of config.json and the other files of settings, each of which transformers copies often
 MAX_TOKENIZER_CONFIG_BYTES = 4 << 20
 MAX_EXTRA_TOKENS = 10_000  # that tokenizer_config.json adds to those of the vocabulary
+MAX_TOKEN_CHARACTERS = 10_000  # of a token that is added to a vocabulary
 MAX_JSON_DEPTH = 100  # objects and lists in one another; what reads them by recursion may go some times deeper
 MAX_LABELS = 10_000  # of a config's num_labels, for each of which transformers makes an entry
 MAX_RESIZED = 2  # the shorter side of a resized image, in sides of the vision tower's

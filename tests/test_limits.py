@@ -22,6 +22,7 @@ from dpn_cli.checkpoint.licence import read_licence
 from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
+from dpn_cli.conversion.convert import convert
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, DataError, RecipeError, UsageError
@@ -29,6 +30,7 @@ from dpn_cli.pyramid.strict_yaml import parse_yaml
 from tests.conftest import CHAT_TEMPLATE
 from tests.faults.limited import limited
 from tests.faults.mutation import ALIAS_BOMB, LOOPS, MERGE_BOMB
+from tests.originals import Original
 
 ROW = '{"image": "x.png", "question": "what ?"}'
 
@@ -204,6 +206,8 @@ def test_a_large_tokenizer_has_more_time(
         ("generation_config.json", ("bad_words_ids",), [[1]] * 100_000),
         ("tokenizer_config.json", ("additional_special_tokens",), [f"<{i}>" for i in range(20_000)]),
         ("tokenizer_config.json", ("chat_template",), "x" * 5_000_000),
+        ("tokenizer_config.json", ("pad_token",), "x" * 1_000_000),
+        ("tokenizer_config.json", ("added_tokens_decoder",), {"300": {"content": "x" * 1_000_000}}),
         ("tokenizer.json", ("padding",), {"strategy": {"Fixed": 10**8}}),
         ("processor_config.json", ("num_additional_image_tokens",), 10**9),
         ("processor_config.json", ("image_processor", "size"), {"shortest_edge": 10**7}),
@@ -227,6 +231,12 @@ def test_numbers(
     said = capsys.readouterr().err
     assert keys[-1] in said or f"{file} has" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_long_token_of_an_original(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    original = make_original(added=("x" * 1_000_000,))
+    with pytest.raises(CheckpointError, match="has a token of 1,000,000 characters, expected at most 10,000"):
+        convert(str(original.folder), output=tmp_path / "out", vision_tower=str(original.clip))
 
 
 def test_values_that_are_not_in_the_file(tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

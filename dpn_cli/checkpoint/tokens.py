@@ -1,6 +1,6 @@
 """The tokens of a folder's tokenizer, checked against its model's config. No torch, and no tokenizer is loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from dpn_cli.checkpoint.headers import (
     read_json_if_there,
 )
 from dpn_cli.errors import CheckpointError
-from dpn_cli.limits import MAX_EXTRA_TOKENS, MAX_PADDING
+from dpn_cli.limits import MAX_EXTRA_TOKENS, MAX_PADDING, MAX_TOKEN_CHARACTERS
 
 DEFAULT_IMAGE_TOKEN = "<image>"  # of transformers' processors
 
@@ -64,6 +64,8 @@ class Tokens:
         _refuse_extra(folder / special_file, noted)
         with _damaged(folder / TOKENIZER_CONFIG_FILE, "added_tokens_decoder"):
             added = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+        refuse_long(folder / TOKENIZER_CONFIG_FILE, added)
+        refuse_long(folder / special_file, special.values())
         if path.is_file():
             data = read_json(path)
             _refuse_padding(path, data.get("padding"))
@@ -71,6 +73,7 @@ class Tokens:
                 return cls(folder, TOKENIZER_FILE, added | _all_ids(data), True, special, special_file)
         with _damaged(folder / _ADDED_FILE, "ids"):
             added |= {token: int(i) for token, i in read_json_if_there(folder / _ADDED_FILE).items()}
+        refuse_long(folder / _ADDED_FILE, added)
         return cls(folder, TOKENIZER_CONFIG_FILE, added, False, special, special_file)
 
     def validate_ids(self, config: Mapping[str, Any], num_rows: int) -> None:
@@ -177,6 +180,23 @@ def _refuse_extra(path: Path, noted: Mapping[str, Any]) -> None:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(extra := noted.get(key), list | dict) and len(extra) > MAX_EXTRA_TOKENS:
             raise CheckpointError(f"{path} has {len(extra):,} {key}, expected at most {MAX_EXTRA_TOKENS:,}")
+
+
+def refuse_long(path: Path, tokens: Iterable[Any]) -> None:
+    """Refuse tokens so long that adding them takes a tokenizer many seconds.
+
+    Args:
+        path: the file that has them.
+        tokens: Tokens that it adds to the vocabulary.
+
+    Raises:
+        CheckpointError: if one is.
+    """
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:
+        raise CheckpointError(
+            f"{path} has a token of {longest:,} characters, expected at most {MAX_TOKEN_CHARACTERS:,}"
+        )
 
 
 def _refuse_padding(path: Path, padding: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import read_json, read_json_if_there
+from dpn_cli.checkpoint.tokens import refuse_long
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError, MissingExtraError
 
@@ -87,6 +88,7 @@ class Words:
             added = _added_tokens(folder, config, files[0])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"{folder} has a damaged list of added tokens: download it again") from None
+        refuse_long(folder, added.values())
         legacy, max_length = config.get("legacy"), config.get("model_max_length")
         if not (max_length is None or (type(max_length) in (int, float) and max_length > 0)):
             raise CheckpointError(f"{path} has an impossible model_max_length: {max_length!r}")
