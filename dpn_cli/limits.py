@@ -34,6 +34,8 @@ MAX_YAML_BYTES = 64 << 10
 MAX_YAML_VALUES = 10_000  # with every alias written out
 
 MAX_SAMPLES = 10_000_000  # to draw; the demo has no end
+MAX_BATCH = 4096  # samples that `dpn bench` measures together
+MAX_ROUNDS = 10_000  # of `dpn bench`
 MAX_SEED = 2**63 - 1
 
 # Rows of data

@@ -23,6 +23,7 @@ from dpn_cli.commands.options import (
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.extras import extra
+from dpn_cli.limits import MAX_BATCH, MAX_ROUNDS, MAX_ROW_IMAGES
 
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions
@@ -63,10 +64,10 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     f"{', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
-    "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
+    "--batch-size", "batch_sizes", type=click.IntRange(1, MAX_BATCH), multiple=True, default=(1,), show_default=True,
     help="Samples per batch; repeatable.",
 )  # fmt: skip
-@click.option("--images", type=click.IntRange(1), help="Images per synthetic sample; default: 1.")
+@click.option("--images", type=click.IntRange(1, MAX_ROW_IMAGES), help="Images per synthetic sample; default: 1.")
 @click.option(
     "--image-size", type=Size(),
     help="Height and width of synthetic images, for models that cut images into tiles; default: 672x672.",
@@ -90,7 +91,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_ROUNDS),
     default=8,
     show_default=True,
     help="Number of timed rounds, after one warm-up round.",

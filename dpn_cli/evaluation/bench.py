@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, open_converted
+from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.data.encoding import prompts as encode_prompts
 from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
-from dpn_cli.errors import DataError
+from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthetic_inputs
 from dpn_cli.evaluation.lineup import Lineup, line_up
 from dpn_cli.evaluation.spending import unmet
 from dpn_cli.inference.dtypes import compute_dtype
 from dpn_cli.inference.loading import default_device, load_opened, load_opened_processor, max_positions
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.experts import num_tokens
 from dpn_cli.pyramid.reach import typical_length, validate_in_table
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.reporter import SILENT, Reporter
@@ -112,6 +113,8 @@ def bench_folder(
         checkpoint, layout, pyramid = open_converted(folder)
         routes = [parse_route(route, pyramid.sites) for route in options.routes]
         validate_in_table(options.budgets, pyramid)
+        if isinstance(prompts, SyntheticPrompts):
+            _check_length(prompts, layout, max_positions(checkpoint), options.new_tokens)
         with reporter.waiting("opening processor"):
             processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), options.new_tokens)
@@ -136,6 +139,21 @@ def bench_folder(
         for line in unmet(found.spendings, pyramid, folder, data) if data else ():
             reporter.note(line)
     return Bench(folder, data is not None, results, lineups)
+
+
+def _check_length(prompts: SyntheticPrompts, layout: LlavaLayout, positions: int, new_tokens: int) -> None:
+    """Check that the model takes synthetic prompts and their answers.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    visual = num_tokens(layout.image_grids([prompts.image_size] * prompts.images))
+    tokens = visual + max(prompts.text_tokens or (0,)) + new_tokens
+    if tokens > positions:
+        raise UsageError(
+            f"a prompt of {tokens} tokens, with its {visual} visual and {new_tokens} new ones, is asked for, but the "
+            f"model takes {positions}: lower --text-tokens, --images or --new-tokens"
+        )
 
 
 def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, processor: Any, batch_size: int) -> Inputs:

@@ -61,6 +61,12 @@ def check_plot(path: Path) -> None:
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: expected a file that ends in {' or '.join(FORMATS)}")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"--plot {path!s:.40}…: {error.strerror}") from None
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -113,7 +113,13 @@ def test_a_method_that_cannot_spend_so_little_is_left_out(
         (["--route", "a"], "an expert for each, such as keep,keep,keep,keep,keep"),
         (["--text-tokens", "1"], "32,64,128"),
         (["--plot", "picture.bmp"], ".png"),
+        (["--plot", "x" * 5000 + ".png"], "File name too long"),
         (["--data", "demo", "--text-tokens", "4"], "--text-tokens"),
+        (["--text-tokens", "4,1000000000"], "but the model takes 2048"),
+        (["--images", "250"], "but the model takes 2048"),
+        (["--new-tokens", "1000000000"], "but the model takes 2048"),
+        (["--batch-size", "1000000000"], "1<=x<=4096"),
+        (["--rounds", "1" + "0" * 30], "1<=x<=10000"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
