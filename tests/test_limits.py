@@ -26,6 +26,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, DataError, RecipeError, UsageError
+from dpn_cli.pyramid.recipe import available_recipes, load_recipe
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 from tests.conftest import CHAT_TEMPLATE
 from tests.faults.limited import limited
@@ -126,6 +127,11 @@ def test_header_of_a_shard(tmp_path: Path) -> None:
 def test_yaml(text: str) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         parse_yaml(text, "recipe.yaml")
+
+
+def test_depth_of_an_override() -> None:
+    with pytest.raises(RecipeError, match="has 30001 keys, at most 100"):
+        load_recipe(available_recipes()[0], ["a." * 30_000 + "b=1"])
 
 
 def test_aliases_of_a_few_values_are_written_out() -> None:

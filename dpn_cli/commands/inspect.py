@@ -11,6 +11,7 @@ from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
 from dpn_cli.commands.tables import MEANINGS, meaning, show_sites, some_budgets
 from dpn_cli.errors import UsageError
+from dpn_cli.limits import MAX_ROW_IMAGES
 from dpn_cli.notation import nats
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ SAMPLE_FROM = {
 )  # fmt: skip
 @click.option(
     "--images",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_ROW_IMAGES),
     help="Images of a sample; default: typical of the calibration data, else 1.",
 )
 @click.option(

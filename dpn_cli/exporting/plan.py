@@ -118,7 +118,7 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: if it is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Z]*)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UsageError(f"{size!r} is not a size: expected bytes, or a number with KB, MB or GB, such as 2GB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpn_cli.errors import RecipeError, UsageError, did_you_mean
-from dpn_cli.limits import MAX_SAMPLES, MAX_SEED
+from dpn_cli.limits import MAX_JSON_DEPTH, MAX_SAMPLES, MAX_SEED
 from dpn_cli.pyramid.config import (
     Attention,
     Gate,
@@ -420,6 +420,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
+    if len(keys) > MAX_JSON_DEPTH:
+        raise RecipeError(f"--set {override:.40}… has {len(keys)} keys, at most {MAX_JSON_DEPTH} are in one another")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override!r}: expected KEY.PATH=VALUE, as in calibration.samples=256")
     node: Any = data

@@ -66,3 +66,8 @@ def test_a_route_is_priced_on_demand(capsys: pytest.CaptureFixture[str]) -> None
     assert routes["0,0,0"]["flops"] == routes["full"]["flops"] > routes["1x2,1x1,1x2"]["flops"]
     assert main(["inspect", "--route", "3x3,0,0"]) == 2
     assert "'3x3' is not an expert of site 0" in capsys.readouterr().err
+
+
+def test_a_sample_of_many_images_is_refused(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--model", str(converted), "--images", "1000000000"]) == 2
+    assert "0<=x<=256" in capsys.readouterr().err
