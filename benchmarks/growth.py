@@ -1,6 +1,6 @@
 """How do time and memory of a calibration and of an evaluation grow with the samples?
 
-    python benchmarks/growth.py --plot docs/growth.png
+    python benchmarks/growth.py --plot growth.png
 
 Every command is a process of its own, on the demo teacher and its pictures; the memory is the kernel's peak for that
 process, the time CPU seconds. Time is linear where every further sample takes as long as the one before it, and memory
