@@ -62,13 +62,15 @@ def _split(message: Any) -> list[Any]:
     """Return a question and its answer that stand in one object, under any of their names, as two messages."""
     if not isinstance(message, dict) or message.keys() & set(_NAMES):
         return [message]
-    roles = assign(message)
-    names = {"system": "system", "user": roles.get("question", "user"), "assistant": roles.get("answer", "assistant")}
+    others = assign(message)
+    plain = {"system": "system", "user": "question", "assistant": "answer"}
+    names = {role: role if message.get(role) is not None else others.get(other, role) for role, other in plain.items()}
     said = {role: message[name] for role, name in names.items() if message.get(name) is not None}
     if "user" not in said:
         return [message]
     validate_object(message, tuple(names.values()), "a message")
-    said |= {"assistant": read_answer(said["assistant"])} if "assistant" in said else {}
+    if names["assistant"] != "assistant" and "assistant" in said:
+        said["assistant"] = read_answer(said["assistant"])
     return [{"role": role, "content": content} for role, content in said.items()]
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.formats import Request, only_file
@@ -65,22 +65,31 @@ def open_coco(request: Request) -> CocoFile | None:
     Raises:
         DataError: if there are several in the folder, or it holds no text.
     """
-    path = only_file(request, {".json"}, _may_be_coco)
-    if path is None or not _may_be_coco(path):
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return None  # what is wrong with it, the reader of all JSON says
-    images, annotations = found.get(_IMAGES), found.get(_ANNOTATIONS)
-    if not (_holds(images, "id", "file_name") and _holds(annotations, "image_id")):
+    path = only_file(request, {".json"}, is_coco)
+    lists = read_lists(path) if path else None
+    if path is None or lists is None:
         return None
     beside = path.parent.parent if path.parent.name == _ANNOTATIONS else path.parent  # as the downloads unpack
     places = Places(request.image_root or beside, request.allow_urls)
-    return CocoFile(path, images, annotations, places, request.reading)
+    return CocoFile(path, *lists, places, request.reading)
 
 
-def _holds(rows: Any, *keys: str) -> bool:
+def is_coco(path: Path) -> bool:
+    """Tell whether a file has the layout."""
+    return read_lists(path) is not None
+
+
+def read_lists(path: Path) -> tuple[list[Any], list[Any]] | None:
+    """Return the images and the annotations of a file; None of one that has another layout."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig")) if _may_be_coco(path) else {}
+    except (OSError, ValueError, RecursionError):
+        return None  # what is wrong with it, the reader of all JSON says
+    images, annotations = found.get(_IMAGES), found.get(_ANNOTATIONS)
+    return (images, annotations) if _holds(images, "id", "file_name") and _holds(annotations, "image_id") else None
+
+
+def _holds(rows: Any, *keys: str) -> TypeGuard[list[Any]]:
     """Tell whether something is a list of objects, the first of which has these keys."""
     return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and rows[0].keys() >= {*keys}
 

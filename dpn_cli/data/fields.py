@@ -28,13 +28,14 @@ Fields = Mapping[str, Any]
 Columns = Sequence[tuple[str, str]]
 """Roles that the user gave, each with the name of the field that has it."""
 
+_PAIRS = ("qa", "qas", "qa_pairs")  # a conversation, but beside a question
 ROLES: dict[str, tuple[str, ...]] = {
     "image": (
         "decoded_image", "images", "image", "file_name", "image_path", "image_paths", "image_file", "img", "img_path",
         "picture", "photo", "filename", "image_local_name", "imagename", "image_url", "image_name", "imgname",
         "img_name", "image_id",
     ),
-    "conversation": ("conversations", "messages", "conversation", "texts", "qa", "qas", "qa_pairs"),
+    "conversation": ("conversations", "messages", "conversation", "texts", *_PAIRS),
     "question": ("question", "query", "prompt", "instruction", "problem"),
     "answer": (
         "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "completion", "target",
@@ -104,6 +105,8 @@ def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
         alias = next((alias for alias in aliases if alias in known), None)
         if alias and role not in settled:
             roles[role] = known[alias]
+    if "question" in roles and _normalise(roles.get("conversation", "")) in _PAIRS:
+        del roles["conversation"]
     is_caption = roles.keys().isdisjoint({"conversation", "question"}) and roles.get("caption") == known.get("text")
     if "caption" in roles and is_caption and not known.keys().isdisjoint(_MAKES_TEXT_A_QUESTION):
         roles["question"] = roles.pop("caption")

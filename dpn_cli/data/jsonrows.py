@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import assign, is_image
+from dpn_cli.data.fields import assign, is_blank, is_image
 from dpn_cli.data.spans import Spans
 from dpn_cli.errors import DataError
 
@@ -232,7 +232,7 @@ def _named(key: str, row: Any) -> Any:
     if not is_image(key):
         return {"id": key, **row}
     if isinstance(row, dict):
-        return row if "image" in assign(row) else {"image": key, **row}
+        return {**row, "image": key} if is_blank(row.get("image")) else row
     is_chat = isinstance(row, list) and any(isinstance(each, dict) for each in row)
     return {"image": key, "conversations" if is_chat else "caption": row}
 

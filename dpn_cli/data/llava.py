@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.data.fields import asks
+from dpn_cli.data.coco import is_coco
 from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.jsonrows import SUFFIXES, JsonRows, key_of_rows
 from dpn_cli.data.places import Places
@@ -45,11 +45,13 @@ def _unwrapped(row: Any) -> Any:
 
     Sources: https://platform.openai.com/docs/guides/batch, https://docs.anthropic.com/en/docs/build-with-claude/batch-processing
     """
-    bodies = [row[key] for key in _BODIES if isinstance(row.get(key), dict)] if isinstance(row, dict) else []
-    if len(bodies) != 1 or asks(row):
+    if not isinstance(row, dict) or not ("custom_id" in row or row.keys() >= _ADDRESS):
         return row
+    bodies = [row[key] for key in _BODIES if isinstance(row.get(key), dict)]
     address = _ADDRESS if row.keys() >= _ADDRESS else set()
     beside = {key: value for key, value in row.items() if key not in {*_BODIES, *address}}
+    if len(bodies) != 1 or beside.keys() & bodies[0].keys():
+        return row
     return beside | {_NAMES.get(key, key): value for key, value in bodies[0].items()}
 
 
@@ -59,5 +61,5 @@ def open_llava(request: Request) -> LlavaFile | None:
     Raises:
         DataError: if there are several in the folder.
     """
-    path = only_file(request, SUFFIXES, lambda path: key_of_rows(path) is not None)
-    return LlavaFile(path, request.places, request.reading) if path else None
+    path = only_file(request, SUFFIXES, lambda path: key_of_rows(path) is not None and not is_coco(path))
+    return LlavaFile(path, request.places, request.reading) if path and not is_coco(path) else None

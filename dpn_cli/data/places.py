@@ -3,7 +3,7 @@
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Places:
         if isinstance(held, bytes) or (isinstance(held, str) and _is_encoded(held)):
             return StoredImage(name, lambda: _decode(_held(again()), name))
         if isinstance(held, int) and not isinstance(held, bool):
-            return self._file(names_of(held, split), split, row)
+            return self._file(names_of(held, split), [*folders_of(split, row), "images"])
         if not isinstance(held, str) or not held:
             keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
             expected = f"expected the path of an image, or an object with one as {', '.join(HOLDERS)}"
@@ -75,12 +75,12 @@ class Places:
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
         path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held
         return self._file(
-            [path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/")], split, row
+            [path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/")],
+            [*folders_of(split, row)],
         )
 
-    def _file(self, names: Iterable[str], split: str, row: str) -> Path:
+    def _file(self, names: Iterable[str], folders: Sequence[str]) -> Path:
         """Return the first file that is there by one of its names, in one of its folders; else where it should be."""
-        folders = list(folders_of(split, row))
         files = [self.root / folder / name for name in names for folder in folders]
         return next(filter(is_file, map(_with_suffix, files)), files[0])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields
+from dpn_cli.data.fields import Fields, image_fields, present
 from dpn_cli.data.formats import Request
 from dpn_cli.data.jsonrows import JsonRows, key_of_rows
 from dpn_cli.data.naming import split_of
@@ -50,6 +50,8 @@ class VqaFiles(RowSource):
             if (number := _number(row)) not in self.annotation_of:
                 raise RowError("a question without an annotation", f"no annotation has its question_id, {number}")
             row = self.annotations.row(self.annotation_of[number]) | row
+        if not image_fields(present(row), self.reading.columns):
+            raise RowError("no image path", "expected a number as image_id")
         return row
 
 

@@ -184,3 +184,54 @@ def test_pictures_lie_beside_the_folder_of_annotations(pictures: Path) -> None:
     for data in (pictures / "annotations", pictures / "annotations" / "captions_val2017.json"):
         [sample] = load_data(DataOptions(str(data))).samples
         assert sample.images == (pictures / "val2017" / "000000000042.jpg",)
+
+
+ROW = {"question": ASKED, "answer": "red"}
+
+
+def test_rows_of_the_users_own_go_before_annotations_beside_them(pictures: Path) -> None:
+    (pictures / "instances.json").write_text(json.dumps({**COCO, "annotations": [{"image_id": 17, **OTHER}]}))
+    (pictures / "captions.json").write_text(json.dumps({**COCO, "annotations": [{"image_id": 17, "caption": "x"}]}))
+    (pictures / "rows.jsonl").write_text(json.dumps({"image": "a.png", **ROW}))
+    [sample] = load_data(DataOptions(str(pictures))).samples
+    assert sample.images == (pictures / "a.png",)
+
+
+def test_questions_without_their_picture_are_bad_rows(pictures: Path) -> None:
+    (pictures / "images").mkdir(exist_ok=True)
+    (pictures / "17.jpg").rename(pictures / "images" / "000000000017.jpg")
+    questions = [{"image_id": 17, "question": ASKED, "question_id": 1}]
+    assert load(pictures, {"questions": questions}).samples[0].images == (pictures / "images" / "000000000017.jpg",)
+    with pytest.raises(DataError, match="row 2: no image path"):
+        load(pictures, {"questions": [*questions, {"pic_id": 17, "question": ASKED, "question_id": 2}]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "texts": [{"user": ASKED, "assistant": "red", "label": 3, "output": None, "prompt": ""}]},
+        {"image": "a.png", **ROW, "params": {"prompt": "a cat on a mat", "steps": 3}},
+    ],
+    ids=["other names in a message", "settings that made the image"],
+)
+def test_what_stands_beside_a_question_does_not_take_its_place(pictures: Path, row: Any) -> None:
+    ignored = ("params",) if "params" in row else ()
+    [turn] = load(pictures, [row], ignored=ignored).samples[0].turns
+    assert (turn.question, turn.answer) == (ASKED, "red")
+
+
+def test_settings_of_an_image_are_no_request(pictures: Path) -> None:
+    with pytest.raises(DataError, match="params"):
+        load(pictures, [{"image": "a.png", "params": {"prompt": "a cat on a mat", "steps": 3}}])
+
+
+def test_the_key_of_a_row_names_its_picture(pictures: Path) -> None:
+    rows = {"a.png": {"image": None, **ROW}, "17.jpg": {"image_id": 7, **ROW}}
+    assert [sample.images for sample in load(pictures, rows).samples] == [
+        (pictures / "a.png",), (pictures / "17.jpg",),
+    ]  # fmt: skip
+
+
+def test_a_text_beside_a_question_is_no_conversation(pictures: Path) -> None:
+    with pytest.raises(DataError, match="not read .`qa`"):
+        load(pictures, [{"image": "a.png", **ROW, "qa": "open"}])
