@@ -233,5 +233,5 @@ def test_the_key_of_a_row_names_its_picture(pictures: Path) -> None:
 
 
 def test_a_text_beside_a_question_is_no_conversation(pictures: Path) -> None:
-    with pytest.raises(DataError, match="not read .`qa`"):
+    with pytest.raises(DataError, match=r"not read .`qa`"):
         load(pictures, [{"image": "a.png", **ROW, "qa": "open"}])
