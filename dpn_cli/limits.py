@@ -45,7 +45,8 @@ MAX_ROW_IMAGES = 256
 
 # Images
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
-MAX_WHOLE_PIXELS = 24_000_000  # of a sample's images together; what has more is halved
+MAX_WHOLE_PIXELS = 24_000_000  # of a sample's images together; where they have more, the largest are halved
+MIN_HALVED_PIXELS = 1_000_000  # smaller images are never halved: half their sides may be less than a vision tower takes
 MAX_DECODER_BYTES = 500_000_000  # where a decoder takes more than the decoded pixels
 MAX_IMAGE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200  # the shorter side is scaled to the vision tower's: a thinner image grows without bounds

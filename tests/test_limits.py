@@ -97,7 +97,7 @@ def test_rows(tmp_path: Path, text: str) -> None:
 def test_lengths_of_a_row(tmp_path: Path, row: dict[str, Any], what: str) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "x.png"} | row))
-    with pytest.raises(DataError, match=f"over-long \\({what}, at most"):
+    with pytest.raises(DataError, match=f"too long \\({what}, at most"):
         load_data(DataOptions(str(tmp_path / "rows.jsonl")))
 
 

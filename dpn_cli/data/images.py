@@ -5,7 +5,7 @@ Every reader goes through `_opened`, so that one limit holds for all, and every 
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
@@ -14,7 +14,14 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps
 
 from dpn_cli.data.faults import MISSING, RowError
-from dpn_cli.limits import MAX_ASPECT_RATIO, MAX_DECODER_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_WHOLE_PIXELS
+from dpn_cli.limits import (
+    MAX_ASPECT_RATIO,
+    MAX_DECODER_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_PIXELS,
+    MAX_WHOLE_PIXELS,
+    MIN_HALVED_PIXELS,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # decoders that start no other program
 _BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 20, "TIFF": 8}  # of decoders that take more than the decoded pixels
@@ -23,6 +30,7 @@ _UNSCALED = ("I", "F")  # Pillow's modes whose values may lie anywhere
 _BAND = 64  # rows of a reduced image
 _STANDS = "TIFF"  # Pillow gives it the size of the upright image
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF's orientation
+Size = tuple[int, int]
 # What Pillow's decoders raise on damaged files: LookupError and ArithmeticError stand for indices and sizes gone wrong.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, ArithmeticError, TypeError, struct.error,
@@ -52,42 +60,61 @@ def check_image(data: bytes, name: str) -> None:
         _upright(image)
 
 
-def open_image(image: Path | bytes | Image.Image, name: str, together: int = 1) -> Image.Image:
-    """Return an image in RGB, upright, halved until it has its share of `MAX_WHOLE_PIXELS`.
+def open_image(image: Path | bytes | Image.Image, name: str, most: float = MAX_WHOLE_PIXELS) -> Image.Image:
+    """Return an image in RGB, upright, its sides halved until it has few enough pixels.
 
     A picture in memory that is so already is returned itself, not a copy.
 
     Args:
         image: a file, its content, or a picture in memory.
         name: Name of the image in messages.
-        together: the number of images that are in memory together.
+        most: Number of pixels it may have, see `most_pixels`.
 
     Raises:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
         width, height = opened.size
-        factor = _factor(opened.size, together)
+        factor = _factor(opened.size, most)
         if factor > 1 and opened is not image:  # what of it the decoder of a JPEG can do
             opened.draft("RGB", (max(1, width // factor), max(1, height // factor)))
         return _upright(opened, factor // round(max(width / opened.width, height / opened.height)))
 
 
-def image_size(image: Path | bytes | Image.Image, name: str, together: int = 1) -> tuple[int, int]:
-    """Return the height and width of an image as `open_image` returns it, from its header alone.
+def image_size(image: Path | bytes | Image.Image, name: str) -> Size:
+    """Return the height and width of an upright image, before any halving, from its header alone.
 
     Args:
         image: a file, its content, or a picture in memory.
         name: Name of the image in messages.
-        together: the number of images that are in memory together.
 
     Raises:
         RowError: as `check_image`.
     """
     with _opened(image, name) as opened:
-        width, height = _divided(opened.size, _factor(opened.size, together))
+        width, height = opened.size
         lies = opened.format != _STANDS and _orientation(opened) in _QUARTER_TURNS
         return (width, height) if lies else (height, width)
+
+
+def halved(size: Size, most: float) -> Size:
+    """Return what `open_image` makes of a size."""
+    return _divided(size, _factor(size, most))
+
+
+def most_pixels(sizes: Iterable[Size]) -> float:
+    """Return how many pixels each of the images may have that are in memory together.
+
+    While all have more than `MAX_WHOLE_PIXELS`, the sides of the largest are halved, unless it has fewer than
+    `MIN_HALVED_PIXELS`. Images of one size stay of one size.
+
+    Args:
+        sizes: Heights and widths of the images; none for an image that is alone.
+    """
+    areas: list[float] = [math.prod(size) for size in sizes]
+    while sum(areas) > MAX_WHOLE_PIXELS and (largest := max(areas)) >= MIN_HALVED_PIXELS:
+        areas = [area / 4 if area == largest else area for area in areas]
+    return max(areas, default=MAX_WHOLE_PIXELS)
 
 
 def size_fault(width: int, height: int) -> RowError | None:
@@ -162,15 +189,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _factor(size: tuple[int, int], together: int) -> int:
+def _factor(size: Size, most: float) -> int:
     """Return the power of two by which the sides of an image are divided; see `open_image`."""
     factor = 1
-    while math.prod(size) * together > MAX_WHOLE_PIXELS * factor**2:
+    while math.prod(size) > most * factor**2:
         factor *= 2
     return factor
 
 
-def _divided(size: tuple[int, int], factor: int) -> tuple[int, int]:
+def _divided(size: Size, factor: int) -> Size:
     return -(-size[0] // factor), -(-size[1] // factor)
 
 

@@ -90,7 +90,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
         number: the row's number, from 1; it names a row without an id.
         open_image: turns what stands for an image into a source, see `OpenImage`.
         reading: how the row is read.
-        images_alone: whether no row has text, so that every image is asked a stock prompt.
+        images_alone: whether a row without text is asked a stock prompt, see `RowSource.images_alone`.
 
     Raises:
         RowError: if it makes no sample, or one that would pass over text or images of the row.
@@ -147,7 +147,7 @@ def _validate_lengths(turns: Sequence[Turn], system: str, images: int) -> None:
         ("images", images, MAX_ROW_IMAGES),
     ):
         if found > most:
-            raise RowError("over-long", f"{found:,} {what}, at most {most:,} are read")
+            raise RowError("too long", f"{found:,} {what}, at most {most:,} are read")
 
 
 def _images(value: Any) -> list[Any]:

@@ -34,6 +34,7 @@ class RowSource:
         format: Description of the format, and of how the fields are read.
         fullest: Fields of the row that has most of those that are known, or all columns.
         split: Split that all rows belong to; empty if it is not known.
+        images_alone: Whether none of the first 100,000 rows has text, so that images alone are asked stock prompts.
     """
 
     name: str

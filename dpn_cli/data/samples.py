@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpn_cli.data.images import image_size, open_image, printable
+from dpn_cli.data.images import halved, image_size, most_pixels, open_image, printable
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Sample:
         return next((i for i, turn in enumerate(self.turns) if turn.answer is None), 0)
 
     def images_until(self, turn: int) -> tuple[ImageSource, ...]:
-        """Return the images that are shown up to and including one turn."""
-        return self.images[: sum(each.images for each in self.turns[: turn + 1])]
+        """Return the images that are shown up to and including one turn; all of them for the last, -1."""
+        return self.images[: sum(each.images for each in self.turns[: turn + 1 or None])]
 
     def open_images(self, turn: int = -1) -> list[Image.Image]:
         """Return the images in RGB, upright, of the whole conversation or as far as one turn.
@@ -94,7 +94,8 @@ class Sample:
         Raises:
             DataError: if one cannot be read.
         """
-        return [open_image(*each, together=len(self.images)) for each in self._encoded(turn)]
+        most = most_pixels(self._whole_sizes() if len(self.images) > 1 else [])  # one that is alone is read once
+        return [open_image(*each, most) for each in self._encoded(turn)]
 
     def image_sizes(self, turn: int = -1) -> list[tuple[int, int]]:
         """Return the heights and widths of the images in pixels, as `open_images` shows them.
@@ -102,11 +103,17 @@ class Sample:
         Raises:
             DataError: if one cannot be read.
         """
-        return [image_size(*each, together=len(self.images)) for each in self._encoded(turn)]
+        sizes = self._whole_sizes()
+        most = most_pixels(sizes)
+        return [halved(size, most) for size in sizes[: len(self.images_until(turn))]]
+
+    def _whole_sizes(self) -> list[tuple[int, int]]:
+        """Return the heights and widths of all images, before any halving."""
+        return [image_size(*each) for each in self._encoded(-1)]
 
     def _encoded(self, turn: int) -> Iterator[tuple[Path | bytes | Image.Image, str]]:
         """Yield the images as far as one turn, those of a table as their bytes, each with its name."""
-        for source in self.images if turn == -1 else self.images_until(turn):
+        for source in self.images_until(turn):
             if isinstance(source, StoredImage):
                 yield source.read(), source.name
             else:

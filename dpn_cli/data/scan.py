@@ -4,11 +4,10 @@ import hashlib
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Protocol
 
 from PIL import Image
@@ -103,15 +102,17 @@ def scan(
     faults: list[Fault] = []
     order = _draw(len(source), limit, seed)
     wanted = len(source) if limit is None else limit
+    drawn = 0
     pool = ThreadPoolExecutor(THREADS)
     try:
-        while rows := list(islice(order, wanted)):
+        while rows := order[drawn : drawn + wanted]:
+            drawn += len(rows)
             with reporter.progress("reading the data", len(rows)) as advance:
                 for start in range(0, len(rows), _CHUNK):
                     for outcome in pool.map(partial(_read, source), rows[start : start + _CHUNK]):
                         _sort_in(outcome, good, faults, check)
                         advance(1)
-                    if len(faults) > max(_MANY, skip_bad * max_bad * len(rows)):
+                    if len(faults) > max(_MANY, skip_bad * max_bad * drawn):
                         break  # enough to refuse them all
             found = Scan.of(source.format, len(source), [each.sample for each in good], faults)
             if faults and not (skip_bad and found.bad_fraction <= max_bad):
@@ -134,12 +135,13 @@ class _Good:
     digest: str
 
 
-def _draw(rows: int, limit: int | None, seed: int) -> Iterator[int]:
+def _draw(rows: int, limit: int | None, seed: int) -> Sequence[int]:
     """Return the row indices in the order to read them in."""
+    if limit is None or limit >= rows:
+        return range(rows)
     order = array("q", range(rows))
-    if limit is not None and limit < rows:
-        random.Random(seed).shuffle(order)
-    return iter(order)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _read(source: Source, index: int) -> _Good | Fault:

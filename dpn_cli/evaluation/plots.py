@@ -21,7 +21,7 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#808080", "#999933",
     "#661100",
 )  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")  # as many as have no common factor with the colours
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", "p", ">")  # no common factor with colours and lines
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "legend.fontsize": 8, "lines.linewidth": 1.4,
@@ -30,6 +30,7 @@ STYLE = {
     "savefig.dpi": 200, "svg.hashsalt": "dpn", "errorbar.capsize": 2,
     "legend.frameon": False, "legend.handlelength": 3.2,
 }  # fmt: skip
+_SHOWN = 40  # characters of a name in a message
 Interval = tuple[float, float]
 
 
@@ -66,7 +67,9 @@ def check_plot(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UsageError(f"--plot {path!s:.40}…: {error.strerror}") from None
+        name = str(path)
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+        raise UsageError(f"--plot {shown}: {error.strerror}") from None
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -57,12 +57,10 @@ def write_report(
 
     Raises:
         DataError: if an image cannot be read any more.
-        DpnError: if the files cannot be written, or one of another kind has the report's name.
+        DpnError: if the files cannot be written, or there is a report that is damaged or not dpn's.
     """
     path = folder / REPORT_FILE
-    earlier = read_json(path) if path.exists() else None
-    if earlier is not None and not earlier.keys() >= {_KNOWN, _DEPENDS_ON}:
-        raise DpnError("it is not dpn's")
+    earlier = _read_earlier(path) if path.exists() else None
     page = render(evaluation, samples, about)
     report = about | evaluation.to_dict() | {"questions": [asdict(question) for question in evaluation.questions]}
     report |= {_DEPENDS_ON: depends_on, _KNOWN: known}
@@ -72,6 +70,17 @@ def write_report(
         replace_file(path, lambda stage: write_json(stage, report), work)
         replace_file(folder / PAGE_FILE, lambda stage: stage.write_text(page, encoding="utf-8"), work)
     return kept
+
+
+def _read_earlier(path: Path) -> dict[str, Any]:
+    """Return the report that is about to be replaced."""
+    try:
+        earlier = read_json(path)
+    except CheckpointError:
+        raise DpnError("what is there is damaged: delete it, and run the command again") from None
+    if not earlier.keys() >= {_KNOWN, _DEPENDS_ON}:
+        raise DpnError("it is not dpn's")
+    return earlier
 
 
 def _is_same(report: dict[str, Any], depends_on: dict[str, Any]) -> bool:

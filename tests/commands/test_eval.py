@@ -371,6 +371,16 @@ def test_a_report_of_somebody_elses_stays(data: Path, capsys: pytest.CaptureFixt
     assert captured.err.endswith(f"Error: {failure}\n")
     assert json.loads(captured.out)["samples"] == 8
     assert [path.read_text() for path in report.parent.iterdir()] == ['{"mine": 1}']
+    report.write_text('{"known": {')
+    assert evaluate("--json") == 1
+    damaged = f"{report.relative_to(data)} and .html are not written: what is there is damaged: delete it, and run"
+    assert damaged in capsys.readouterr().err and report.read_text() == '{"known": {'
+    report.write_text('{"known": {}, "depends_on": {}}')
+    (report.parent / "earlier").write_text("mine")
+    assert evaluate("--json") == 1
+    assert "evaluation/earlier is not a folder: rename or delete it" in capsys.readouterr().err
+    assert report.read_text() == '{"known": {}, "depends_on": {}}'
+    (report.parent / "earlier").unlink()
     report.unlink()
     report.parent.rmdir()
     report.parent.symlink_to(data)

@@ -15,7 +15,7 @@ from dpn_cli.data.faults import RowError
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample, Turn
-from dpn_cli.data.scan import Dataset
+from dpn_cli.data.scan import Dataset, _draw
 from dpn_cli.errors import DataError, UsageError
 
 
@@ -368,6 +368,28 @@ def test_the_draw_replaces_what_a_check_refuses(tmp_path: Path, picture: Path) -
 
     data = load(path, limit=20, check=odd, on_bad_row="skip", max_bad=1.0)
     assert len(data.samples) == 20 and {fault.reason for fault in data.scan.faults} == {"odd"}
+
+
+def test_bad_rows_of_an_earlier_round_leave_no_replacement_unread(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More are bad than are ever refused at once, but of all rows no more than may be left out."""
+    monkeypatch.setattr("dpn_cli.data.scan._MANY", 10)
+    monkeypatch.setattr("dpn_cli.data.scan._CHUNK", 4)
+    path = write(tmp_path / "data.json", [llava_row(id=i) for i in range(100)])
+
+    def odd(sample: Sample) -> None:
+        if int(sample.id) % 4 == 0:
+            raise RowError("odd")
+
+    data = load(path, limit=74, check=odd, on_bad_row="skip", max_bad=0.5)
+    assert len(data.samples) == 74 and len(data.scan.faults) > 18
+
+
+def test_rows_that_stand_one_after_another_are_not_listed() -> None:
+    """So that small files of many rows fit into memory."""
+    assert _draw(10**12, None, seed=0)[-1] == _draw(10**12, 10**12, seed=0)[-1] == 10**12 - 1
+    assert sorted(_draw(100, 10, seed=0)) == list(range(100))
 
 
 def test_the_digest_follows_content_and_not_place(tmp_path: Path, picture: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageChops
 
 from dpn_cli.data import images
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.images import FORMATS, check_image, image_size, open_image
+from dpn_cli.data.images import FORMATS, check_image, halved, image_size, most_pixels, open_image
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 from dpn_cli.pages.rendering import thumbnails
@@ -154,16 +154,43 @@ def test_large_images_are_halved(
     stored.convert(mode).save(buffer, format=kind, exif=exif, **{"lossless": True} if kind == "WEBP" else {})
     data, at_full_size = buffer.getvalue(), open_image(buffer.getvalue(), "x")
     monkeypatch.setattr(images, "MAX_WHOLE_PIXELS", size[0] * size[1])
+    monkeypatch.setattr(images, "MIN_HALVED_PIXELS", 0)
+    most = most_pixels([size] * together)
     in_memory = Image.open(io.BytesIO(data))
     for source in (data, in_memory):
-        shown = open_image(source, "x", together)
-        assert image_size(source, "x", together) == (shown.height, shown.width)
+        shown = open_image(source, "x", most)
+        assert halved(image_size(source, "x"), most) == (shown.height, shown.width)
         expected = at_full_size.reduce(factor)
         assert shown.size == expected.size
         if size[0] % 16 == 0:  # else a rotated image has its squares elsewhere
             difference = ImageChops.difference(shown, expected)
             assert max(high for _, high in difference.getextrema()) <= (20 if kind == "JPEG" else 1)
     assert sorted(in_memory.size) == sorted(size)  # a user's picture stays as it is
+
+
+@pytest.mark.parametrize(
+    ("whole", "shown"),
+    [
+        ([(336, 336)] * 256, [(336, 336)] * 256),
+        ([(480, 640)] * 100, [(480, 640)] * 100),
+        ([(3250, 4000), (9, 9)], [(3250, 4000), (9, 9)]),
+        ([(3250, 4000), (3250, 4000)], [(1625, 2000), (1625, 2000)]),
+        ([(5000, 4000), (1000, 4001), (336, 336)], [(2500, 2000), (1000, 4001), (336, 336)]),
+        ([(1000, 1000)] * 25, [(500, 500)] * 25),
+        ([(999, 1000)] * 25, [(999, 1000)] * 25),
+        ([(8000, 8000)] + [(600, 600)] * 70, [(500, 500)] + [(600, 600)] * 70),
+    ],
+    ids=["towers", "many", "one-and-a-tiny-one", "pair", "largest-first", "megapixels", "smaller", "one-of-many"],
+)
+def test_only_the_largest_images_of_a_sample_are_halved_and_only_where_all_are_too_large(
+    whole: list[tuple[int, int]], shown: list[tuple[int, int]]
+) -> None:
+    pictures = {(height, width): Image.new("RGB", (width, height)) for height, width in whole}
+    turns = tuple(Turn("what ?", "red", 1) for _ in whole)
+    sample = Sample("x", tuple(pictures[size] for size in whole), turns)
+    assert [(image.height, image.width) for image in sample.open_images()] == sample.image_sizes() == shown
+    assert sample.image_sizes(1) == shown[:2]
+    assert [(image.height, image.width) for image in sample.open_images(0)] == shown[:1]
 
 
 def test_a_picture_is_copied_only_to_change_it() -> None:

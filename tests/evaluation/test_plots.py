@@ -73,6 +73,12 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
         check_plot(tmp_path / "picture.jpg")
     with pytest.raises(UsageError, match="does not exist"):
         check_plot(tmp_path / "nowhere" / "picture.png")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--plot loop/picture\.png: Too many"):
+        check_plot(Path("loop/picture.png"))
+    with pytest.raises(UsageError, match=r"--plot x{40}…: File name too long"):
+        check_plot(Path("x" * 5000 + ".png"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"dpn-cli\[plots\]"):
         check_plot(tmp_path / "picture.png")
