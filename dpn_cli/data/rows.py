@@ -102,11 +102,11 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     validate_media(fields)
     roles = assign(fields, reading.columns)
     image_names = image_fields(fields, reading.columns)
-    images = [_open(image, open_image) for name in image_names for image in _images(fields[name])]
+    images = _open_all([image for name in image_names for image in _images(fields[name])], open_image)
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:
         raise RowError("images in two places", "there are images in the messages and outside of them")
-    images = images or [_open(image, open_image) for image in text.inline]
+    images = images or _open_all(text.inline, open_image)
     images = _in_order(images, text.numbers) if text.numbers else images
     validate_all_read(
         fields,
@@ -124,7 +124,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     if not text.read and not (images and images_alone):
         raise RowError("no text", "no conversation, no question and no caption")
     system = "\n".join(filter(None, (_system(fields, roles), text.system)))
-    _validate_lengths(text.turns, system, len(images))
+    _validate_text(text.turns, system)
     return Sample(
         _identity(fields.get(roles.get("id", "")), number),
         tuple(images),
@@ -134,20 +134,16 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     )
 
 
-def _validate_lengths(turns: Sequence[Turn], system: str, images: int) -> None:
-    """Check that a row has no more text, turns and images than can be encoded in seconds.
-
-    Raises:
-        RowError: if it has.
-    """
+def _validate_text(turns: Sequence[Turn], system: str) -> None:
+    """Check that a row has no more text and turns than can be encoded in seconds."""
     characters = len(system) + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
-    for what, found, most in (
-        ("characters of text", characters, MAX_ROW_CHARACTERS),
-        ("turns", len(turns), MAX_ROW_TURNS),
-        ("images", images, MAX_ROW_IMAGES),
-    ):
-        if found > most:
-            raise RowError("too long", f"{found:,} {what}, at most {most:,} are read")
+    _validate_length("characters of text", characters, MAX_ROW_CHARACTERS)
+    _validate_length("turns", len(turns), MAX_ROW_TURNS)
+
+
+def _validate_length(what: str, found: int, most: int) -> None:
+    if found > most:
+        raise RowError("too long", f"{found:,} {what}, at most {most:,} are read")
 
 
 def _images(value: Any) -> list[Any]:
@@ -161,6 +157,11 @@ def _in_order(images: Sequence[ImageSource], numbers: Sequence[int]) -> list[Ima
         shown = ", ".join(map(str, numbers))
         raise RowError("images and their numbers", f"the question shows the images {shown} of {len(images)}")
     return [images[number - 1] for number in numbers]
+
+
+def _open_all(held: Sequence[Any], open_image: OpenImage) -> list[ImageSource]:
+    _validate_length("images", len(held), MAX_ROW_IMAGES)
+    return [_open(image, open_image) for image in held]
 
 
 def _open(image: Any, open_image: OpenImage) -> ImageSource:
