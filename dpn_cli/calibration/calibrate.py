@@ -14,6 +14,7 @@ from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.job import Job, open_job, split_rows, start_afresh
 from dpn_cli.calibration.policy import Policy
+from dpn_cli.calibration.predictors import EPOCHS, SAMPLES, Piece, fit_predictors, observe
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.samples import CalibrationData
@@ -26,6 +27,7 @@ from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.inference.provenance import provenance
+from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
@@ -99,6 +101,7 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted, further = split_rows(len(samples), recipe)
+    _fit_predictors(job, [samples[i] for i in fitted])
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
@@ -156,6 +159,36 @@ def _answer(job: Job, samples: Sequence[Sample]) -> list[Sample]:
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
 
 
+def _fit_predictors(job: Job, samples: Sequence[Sample]) -> None:
+    """Give the model fitted predictors, where it, or a candidate of the survey, needs any."""
+    model, pieces = job.model, dict[int, Piece]()
+    pyramid = job.candidates or model.pyramid
+    if not pyramid.predicted_layers:
+        return
+    with job.processes.as_one():
+        examples = Encoded(samples[:SAMPLES], job.processor, job.recipe.answer_tokens)
+        pad, size = job.processor.tokenizer.pad_token_id, job.recipe.batch_size
+        batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+
+    def work(i: int) -> Piece:
+        return observe(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad)
+
+    def take(i: int, piece: Piece) -> None:
+        pieces[i] = piece
+        advance(len(batches[i]))
+
+    with job.reporter.progress("watching attention", len(examples)) as advance:
+        job.processes.share(len(batches), work, take, job.state.attention if job.state else None)
+    predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
+    start_afresh(predictors, "predictors")
+    if job.processes.is_main:
+        predictors.to(model.device)
+        with job.reporter.progress("fitting predictors", EPOCHS * len(predictors)) as advance:
+            fit_predictors(predictors, [pieces[i] for i in range(len(batches))], job.recipe.seed, advance)
+    predictors.load_state_dict(job.processes.agree(predictors.state_dict()))
+    model.text_model.predictors = predictors.requires_grad_(False).to(model.device)
+
+
 def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tuple[Tried, ...]:
     """Let the model become the pyramid whose routes fit it best; return all that were tried."""
     model, recipe, pieces = job.model, job.recipe, 0
@@ -186,7 +219,7 @@ def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tupl
         f"{len(found.chosen)} that fit this model best are calibrated."
     )
     model.rebuild(found.pyramid)
-    start_afresh(model.text_model.routers)
+    start_afresh(model.text_model.routers, "routers")
     return found.rows(pyramid)
 
 

@@ -23,9 +23,10 @@ from dpn_cli.parallel.kept import KeptFiles
 FINGERPRINT_FILE = "fingerprint.json"
 FEATURES_FILE = "features.bin"
 
+ATTENTION = "attention-{:06d}.safetensors"
 ANSWERS, SURVEYS, BATCHES = "answers-{:06d}.json", "survey-{:06d}.safetensors", "batch-{:06d}.safetensors"
 
-_NAMES = (ANSWERS, SURVEYS, BATCHES, FINGERPRINT_FILE, FEATURES_FILE, TRAINING_FILE)
+_NAMES = (ANSWERS, ATTENTION, SURVEYS, BATCHES, FINGERPRINT_FILE, FEATURES_FILE, TRAINING_FILE)
 _FILES = "(" + "|".join(r"\d{6}".join(map(re.escape, name.split("{:06d}"))) for name in _NAMES) + ")"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.\d+\.tmp")  # all that is written there, and what a kill leaves of it
 
@@ -36,6 +37,7 @@ class MeasurementState:
     Attributes:
         folder: Folder that holds everything that is kept.
         answers: the teacher's, by batch.
+        attention: what predictors are fitted to, by batch.
         surveys: the columns of a batch's candidates, by round and batch.
         measurements: the columns of a batch's rows in the route table, by batch.
         features: the file for what routers read, of all batches.
@@ -58,17 +60,14 @@ class MeasurementState:
             read=lambda path: list(read_json(path)["answers"]),
             write=lambda path, answers: write_json(path, {"answers": answers}),
         )
-        self.measurements = KeptFiles[dict[str, torch.Tensor]](
-            self.folder,
-            BATCHES,
-            read=load_file,
-            write=lambda path, tensors: path.write_bytes(save(tensors)),
-        )
-        self.surveys = KeptFiles[dict[str, torch.Tensor]](
-            self.folder,
-            SURVEYS,
-            read=load_file,
-            write=lambda path, tensors: path.write_bytes(save(tensors)),
+        self.attention, self.surveys, self.measurements = (
+            KeptFiles[dict[str, torch.Tensor]](
+                self.folder,
+                name,
+                read=load_file,
+                write=lambda path, tensors: path.write_bytes(save(tensors)),
+            )
+            for name in (ATTENTION, SURVEYS, BATCHES)
         )
         self.features = self.folder / FEATURES_FILE
         stored = self._stored_fingerprint()

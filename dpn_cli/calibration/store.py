@@ -94,7 +94,7 @@ def save_calibration(
         replaced = (folder / name for name in ("config.json", REPORT_FILE, PAGE_FILE))
         keep_earlier(replaced, folder / CALIBRATION, claim.work)
     else:
-        generation = _write_generation(claim, config, model if model.is_adapted else None, routers)
+        generation = _write_generation(claim, config, model, routers)
         calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
         config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
     config |= {"pyramid": replace(pyramid, calibration=calibration).to_dict()}
@@ -129,16 +129,16 @@ def _holds_only(folder: Path, files: set[str], adapter: str | None = None) -> bo
 
 
 def _write_generation(
-    claim: Claim, config: dict[str, Any], adapted: PyramidGenerationMixin | None, routers: nn.ModuleList
+    claim: Claim, config: dict[str, Any], model: PyramidGenerationMixin, routers: nn.ModuleList
 ) -> Path:
-    """Write routers, index and adapter; return where they are, inside the checkpoint's folder."""
+    """Write routers, predictors, index and adapter; return where they are, inside the checkpoint's folder."""
     folder, stage = claim.folder, claim.work / "generation"
     source = Checkpoint.open(folder, config)
     stage.mkdir()
-    file, tensors = _with_routers(source, routers)
+    file, tensors = _with_fitted(source, routers, model.text_model.predictors)
     (stage / DPE_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    if adapted is not None:
-        save_adapter(adapted, stage / _ADAPTER)
+    if model.is_adapted:
+        save_adapter(model, stage / _ADAPTER)
     generation = GENERATIONS / _digest(stage)
     base = [tensor for tensor in source.tensors.values() if tensor.file != file]
     write_index(stage, [*base, *read_header(stage / DPE_FILE, (generation / DPE_FILE).as_posix()).values()])
@@ -149,8 +149,10 @@ def _write_generation(
     return generation
 
 
-def _with_routers(source: Checkpoint, routers: nn.ModuleList) -> tuple[str, dict[str, Any]]:
-    """Return the shard that the pyramid's tensors are in, and its tensors with the routers' new values.
+def _with_fitted(
+    source: Checkpoint, routers: nn.ModuleList, predictors: nn.ModuleDict
+) -> tuple[str, dict[str, Any]]:
+    """Return the shard that the pyramid's tensors are in, and its tensors with what calibration has fitted.
 
     Raises:
         CheckpointError: if there is no such shard.
@@ -161,10 +163,10 @@ def _with_routers(source: Checkpoint, routers: nn.ModuleList) -> tuple[str, dict
     if not stored:
         raise CheckpointError(f"{source.path} has no {DPE_FILE} with routers: convert it again")
     prefix, dtype = stored[0].partition("routers.")[0], tensors[stored[0]].dtype
-    for name in stored:
-        del tensors[name]
-    for name, parameter in routers.state_dict(prefix=f"{prefix}routers.").items():
-        tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
+    tensors = {name: tensor for name, tensor in tensors.items() if ".poolers." in name}
+    for kind, fitted in (("routers", routers), ("predictors", predictors)):
+        for name, parameter in fitted.state_dict(prefix=f"{prefix}{kind}.").items():
+            tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
     return str(file), tensors
 
 

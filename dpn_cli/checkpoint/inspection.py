@@ -239,4 +239,4 @@ def _part(name: str, layout: LlavaLayout) -> str:
     inside = name.removeprefix(layout.text_prefix)
     if inside == name:
         return "other"
-    return "pyramid" if inside.startswith(("routers.", "poolers.")) else "language_model"
+    return "pyramid" if inside.startswith(DPE_PARTS) else "language_model"

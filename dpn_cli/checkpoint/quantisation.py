@@ -7,7 +7,7 @@ from dpn_cli.checkpoint.headers import TensorInfo
 
 # What stays unquantised: matched at the start of a module's name, as a pattern, or at its end. A list replaces
 # transformers' own: lm_head.
-SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\.routers"]
+SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\.routers", r".*\.predictors"]
 
 # The ends of the names of tensors that tell how a weight was quantised.
 _STATISTICS = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_format")

@@ -23,12 +23,12 @@ from dpn_cli.exporting.config import export_config, without_unused_layers
 from dpn_cli.exporting.content import verify_untouched, write_weights
 from dpn_cli.exporting.model_card import model_card
 from dpn_cli.exporting.options import DEFAULTS, ExportOptions
-from dpn_cli.exporting.plan import POOLERS, ROUTERS, Plan, parse_size, plan_export
+from dpn_cli.exporting.plan import TEXT_MODEL, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
 from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
 from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
-from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.config import DPE_PARTS, PyramidConfig
 from dpn_cli.pyramid.presets import preset_of
 
 
@@ -133,8 +133,8 @@ def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
         names = {TORCH_DTYPES[stored]: name for name, stored in DTYPES.items()}
         dtype = names.get(str(stored_dtype(source, layout)))
     config = export_config(source, layout, pyramid, dtype)
-    left_out = [] if pyramid.has_routers else [ROUTERS]
-    left_out += [] if pyramid.pooling == "conv" else [POOLERS]
+    added = pyramid.dpe_tensors(layout.shape.hidden_size)
+    left_out = [f"{TEXT_MODEL}{part}" for part in DPE_PARTS if not any(name.startswith(part) for name in added)]
     if options.drop_unused:
         config, unused = without_unused_layers(config, source)
         left_out += unused

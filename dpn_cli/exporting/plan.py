@@ -12,7 +12,8 @@ from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
 from dpn_cli.families.tensors import COMPUTED, memory_name
 
-ROUTERS, POOLERS = "model.language_model.routers.", "model.language_model.poolers."
+TEXT_MODEL = "model.language_model."
+_PRECISE = (f"{TEXT_MODEL}routers.", f"{TEXT_MODEL}predictors.")  # what stays in float32, whatever the dtype
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -93,7 +94,7 @@ def plan_export(
 
     Args:
         source: the converted checkpoint.
-        dtype: `bf16`, `fp16` or `fp32` for all but the routers; None leaves every tensor as it is.
+        dtype: `bf16`, `fp16` or `fp32` for all but routers and predictors; None leaves every tensor as it is.
         scheme: how the decoder's linear layers are quantised, or None.
         lora: an adapter to merge, or None.
         max_shard_bytes: the most bytes in a file, unless a single tensor has more.
@@ -136,7 +137,7 @@ def _name(tensor: TensorInfo, source: Checkpoint) -> str:
 def _move(tensor: TensorInfo, name: str, dtype: str | None, scheme: Scheme | None, lora: Lora | None) -> Move:
     new = tensor.dtype
     if dtype is not None and tensor.dtype in TORCH_DTYPES:
-        new = "F32" if name.startswith(ROUTERS) else DTYPES[dtype]
+        new = "F32" if name.startswith(_PRECISE) else DTYPES[dtype]
     quantised = scheme is not None and is_linear(name, tensor.shape) and takes(scheme, tensor.shape)
     healed = lora is not None and name in lora.targets
     return Move(tensor, name, new, scheme if quantised else None, lora if healed else None)

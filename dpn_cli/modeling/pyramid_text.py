@@ -30,6 +30,7 @@ from dpn_cli.modeling.engine import compact
 from dpn_cli.modeling.experts.pool import Kernels
 from dpn_cli.modeling.experts.registry import assign
 from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
+from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.renamed import CACHE, WITH_MASK
 from dpn_cli.modeling.routers import (
     GATE_TEMPERATURE,
@@ -76,6 +77,7 @@ class PyramidTextMixin:
         self.default_routes: tuple[Route, ...] = pyramid.own_routes
         if pyramid.has_routers:
             self.routers = new_routers(config.hidden_size, pyramid)
+        self.predictors = new_predictors(config.hidden_size, pyramid)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.experts) for site in pyramid.sites)
 
@@ -193,12 +195,17 @@ class PyramidTextMixin:
         return current_call(self).pools and self.pyramid.has_routers and chooses
 
     def rebuild(self, pyramid: PyramidConfig) -> None:
-        """Take another pyramid, with fresh routers where it has any."""
+        """Take another pyramid, with fresh routers where it has any; predictors stay at the layers that need one."""
+        device = self.norm.get_parameter("weight").device
         self.pyramid = pyramid
         self.default_routes = pyramid.own_routes
         if pyramid.has_routers:
-            self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
+            self.routers = new_routers(self.config.hidden_size, pyramid).to(device)
             self.routers.apply(self._init_weights)
+        predictors = new_predictors(self.config.hidden_size, pyramid).to(device)
+        predictors.apply(self._init_weights)
+        predictors.update({layer: each for layer, each in self.predictors.items() if layer in predictors})
+        self.predictors = predictors
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
@@ -386,16 +393,13 @@ class PyramidTextMixin:
 
     def router_features(self, state: PyramidState) -> torch.Tensor:
         """Return what a router reads in this state, [B, num_inputs, D]."""
-        assert state.router_tokens is not None and state.instruction is not None and state.coords is not None
+        assert state.router_tokens is not None and state.coords is not None
         is_visual = state.coords[..., 0] >= 0
         columns = state.now_at(state.router_tokens.clamp(min=0))
         is_read = torch.zeros_like(is_visual, dtype=torch.long).scatter_add(
             1, columns, (state.router_tokens >= 0).long()
         )
-        last = state.now_at(state.instruction[:, None])
-        is_text = ~is_visual & (torch.arange(is_visual.shape[1], device=is_visual.device) <= last)
-        is_text = is_text if state.valid is None else is_text & state.valid
-        batch = Readable(state.hidden_states, is_read > 0, is_text, is_visual)
+        batch = Readable(state.hidden_states, is_read > 0, state.is_text, is_visual)
         return router_features(batch, self.pyramid.router)
 
     def choose(self, state: PyramidState, site: int) -> Choice:

@@ -69,6 +69,14 @@ class PyramidState:
         """What attention has to know of the tokens as keys, [B, S], as `PyramidCache` keeps it; None for nothing."""
         return self.valid if self.sizes is None else self.sizes
 
+    @property
+    def is_text(self) -> torch.Tensor:
+        """Which tokens are the instruction's and not visual, [B, S] bool."""
+        assert self.coords is not None and self.instruction is not None
+        last = self.now_at(self.instruction[:, None])
+        is_text = (self.coords[..., 0] < 0) & (torch.arange(self.coords.shape[1], device=last.device) <= last)
+        return is_text if self.valid is None else is_text & self.valid
+
     def after(self, hidden_states: torch.Tensor) -> "PyramidState":
         """Return the state after some layers, on the device of their output: layers may be on several devices."""
         moved: dict[str, Any] = {

@@ -76,7 +76,7 @@ def brings_images(
 class PyramidModelMixin(PreTrainedModel):
     """Makes the inner model of a family hand the place of each visual token in its image to a pyramid."""
 
-    _keep_in_fp32_modules_strict = ["routers"]
+    _keep_in_fp32_modules_strict = ["routers", "predictors"]
     _can_compile_fullgraph = False  # lengths depend on the data
 
     language_model: PyramidTextMixin

@@ -42,7 +42,7 @@ NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length
 class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     """Makes a family's model for conditional generation one with a pyramid, routed per sample."""
 
-    _keep_in_fp32_modules_strict = ["routers"]
+    _keep_in_fp32_modules_strict = ["routers", "predictors"]
     _can_compile_fullgraph = False  # lengths depend on the data
     inner_class: type[PyramidModelMixin]  # the family's
 

@@ -21,7 +21,7 @@ PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvi
 _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
 _FITTED = {"budgets", "lambda", "calibration", "mean_distortions"}  # what calibration itself writes
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
-_ROUTERS = ".routers."
+_CALIBRATED = (".routers.", ".predictors.")  # in the names of tensors
 
 
 def fingerprint(
@@ -36,8 +36,8 @@ def fingerprint(
         pyramid: the pyramid to calibrate, or the candidates of a survey.
     """
     trains = recipe.heal.method != "none" or recipe.objective == "paper"
-    fitted = {tensor.file for tensor in checkpoint.tensors.values() if _ROUTERS in tensor.name}
-    beside = [t for t in checkpoint.tensors.values() if t.file in fitted and _ROUTERS not in t.name]
+    fitted = {tensor.file for tensor in checkpoint.tensors.values() if _is_calibrated(tensor.name)}
+    beside = [t for t in checkpoint.tensors.values() if t.file in fitted and not _is_calibrated(t.name)]
     settings = {key: value for key, value in pyramid.to_dict().items() if key not in _FITTED}
     packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
     return {
@@ -49,6 +49,10 @@ def fingerprint(
         "pooling weights": _digest(piece for tensor in beside for piece in read_pieces(checkpoint.path, tensor)),
         "config.json": {k: v for k, v in checkpoint.config.items() if k != WEIGHTS_KEY} | {"pyramid": settings},
     }
+
+
+def _is_calibrated(name: str) -> bool:
+    return any(part in name for part in _CALIBRATED)
 
 
 def evaluation_fingerprint(checkpoint: Checkpoint, adapter: Lora | None, data_digest: str) -> dict[str, Any]:

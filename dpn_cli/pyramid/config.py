@@ -15,13 +15,23 @@ from itertools import pairwise, product
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from dpn_cli.pyramid.experts import KEEP, Expert, Grid, Rounding, num_tokens, pictures_of
+from dpn_cli.pyramid.experts import (
+    KEEP,
+    KINDS,
+    Expert,
+    Grid,
+    Rounding,
+    num_tokens,
+    pictures_of,
+    predictor_tensors,
+)
 
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PYRAMID_VERSION = 2
+DPE_PARTS = ("routers.", "predictors.", "poolers.")  # what a pyramid adds to a text model
 
 # What a router may read, by the vectors of hidden_size that it is made of: see `ROUTER_VECTORS` in modeling/routers.py.
 ROUTER_INPUTS = {
@@ -436,6 +446,12 @@ class PyramidConfig:
             above = row
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
+    @property
+    def predicted_layers(self) -> list[int]:
+        """The layers before which a predictor chooses tokens."""
+        fitted = (site for site in self.sites if any(KINDS[expert.kind].is_fitted for expert in site.experts))
+        return sorted({site.after_layer + 1 for site in fitted})
+
     def dpe_tensors(self, hidden_size: int) -> Shapes:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
         shapes: Shapes = {}
@@ -446,6 +462,8 @@ class PyramidConfig:
             if self.pooling == "conv":
                 for k, expert in enumerate(site.experts):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, *(expert.cells or (1, 1)))
+        for layer in self.predicted_layers:
+            shapes |= {f"predictors.{layer}.{name}": size for name, size in predictor_tensors(hidden_size).items()}
         return shapes
 
 

@@ -19,6 +19,8 @@ Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
 Rounding = Literal["ceil", "floor"]
 
+PREDICTOR_HEADS, PREDICTOR_WIDTH, PREDICTOR_HIDDEN = 8, 32, 64
+PREDICTOR_TEXT = 128  # tokens of the instruction that a predictor reads, the last ones
 PIVOTS = 4  # tokens that others are compared with as duplicates
 BLOCK = 8  # side of the largest block of the image in which tokens are compared with each other
 _SHARE, _CELLS = r"0?\.\d+", r"\d+[x×]\d+"
@@ -33,7 +35,8 @@ class Kind:
     Attributes:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
-        reads_instruction: whether it looks at the last token of the instruction.
+        reads_instruction: whether it looks at the instruction.
+        is_fitted: whether it has a predictor, which calibration fits to the model.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
@@ -43,6 +46,7 @@ class Kind:
     source: str
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
+    is_fitted: bool = False
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -59,6 +63,23 @@ def _block_flops(shape: DecoderShape, visual: int, text: int) -> int:
 def _pairs_flops(shape: DecoderShape, visual: int, text: int) -> int:
     """The similarities of all pairs of tokens."""
     return 2 * visual * visual * shape.hidden_size
+
+
+def predictor_tensors(hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a predictor's tensors, by name."""
+    outputs = {"queries": PREDICTOR_HEADS * PREDICTOR_WIDTH, "gates": PREDICTOR_HEADS}
+    outputs |= {"keys": PREDICTOR_HEADS * PREDICTOR_WIDTH, "hidden": PREDICTOR_HIDDEN}
+    layers = {name: (size, hidden_size) for name, size in outputs.items()} | {"score": (1, PREDICTOR_HIDDEN)}
+    return {
+        f"{name}.{part}": shape for name, size in layers.items() for part, shape in (("weight", size), ("bias", size[:1]))
+    }
+
+
+def _predictor_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The keys and the network of all tokens, the queries of the last ones of the text, and their products."""
+    read, width = min(max(text, 1), PREDICTOR_TEXT), PREDICTOR_HEADS * PREDICTOR_WIDTH
+    own = shape.hidden_size * (width + PREDICTOR_HIDDEN) + PREDICTOR_HIDDEN + read * width
+    return 2 * (visual + text) * own + 2 * read * shape.hidden_size * (width + PREDICTOR_HEADS)
 
 
 def _pivot_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -88,6 +109,14 @@ KINDS: dict[str, Kind] = {
         _PYRAMIDDROP,
         _attention_flops,
         reads_instruction=True,
+    ),
+    "predicted": Kind(
+        SELECTS,
+        "the tokens stay that a small network, which calibration fits, foresees the answer will need",
+        "ours; SparseVLM, https://arxiv.org/abs/2410.04417",
+        _predictor_flops,
+        reads_instruction=True,
+        is_fitted=True,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),

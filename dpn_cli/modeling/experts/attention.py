@@ -1,6 +1,6 @@
-"""The attention that the last instruction token pays, of one layer and computed apart: the model keeps its kernels.
+"""The attention that some tokens pay, of one layer and computed apart: the model keeps its kernels.
 
-Shapes: B batch, S sequence, D hidden, G key-value heads, R query heads per key-value head, d head size.
+Shapes: B batch, S sequence, Q queries, D hidden, G key-value heads, R query heads per key-value head, d head size.
 """
 
 from typing import Any
@@ -22,29 +22,37 @@ def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) 
         layer_idx: the layer whose attention it is.
     """
     assert state.instruction is not None
+    last = state.now_at(state.instruction[:, None])
+    return attention_from(text_model, state, layer_idx, last).mean((1, 2, 3))
+
+
+def attention_from(text_model: Any, state: PyramidState, layer_idx: int, columns: torch.Tensor) -> torch.Tensor:
+    """Return the attention [B, G, R, Q, S] from the tokens in some columns [B, Q] to all tokens, of every head.
+
+    The other arguments are those of `instruction_attention`.
+    """
     layer = text_model.layers[layer_idx]
     attention, head_dim = layer.self_attn, text_model.shape.head_dim
     hidden_states = layer.input_layernorm(state.hidden_states)
-    last = state.now_at(state.instruction[:, None])  # [B, 1]
     cos, sin = text_model.rotary_emb(hidden_states, position_ids=state.positions)  # [B, S, d]
 
     keys = attention.k_proj(hidden_states).unflatten(-1, (-1, head_dim))  # [B, S, G, d]
-    query = attention.q_proj(_at(hidden_states, last)).unflatten(-1, (-1, head_dim))  # [B, 1, G * R, d]
+    queries = attention.q_proj(_at(hidden_states, columns)).unflatten(-1, (-1, head_dim))  # [B, Q, G * R, d]
     if TEXT_MODELS[text_model.config.model_type].head_norms:
-        keys, query = attention.k_norm(keys), attention.q_norm(query)
-    keys, query = _rotate(keys, cos, sin), _rotate(query, _at(cos, last), _at(sin, last))
-    query = query[:, 0].unflatten(1, (keys.shape[2], -1))  # [B, G, R, d]
-    logits = precise(torch.einsum("bgrd,bsgd->bgrs", query, keys)) * attention.scaling
+        keys, queries = attention.k_norm(keys), attention.q_norm(queries)
+    keys, queries = _rotate(keys, cos, sin), _rotate(queries, _at(cos, columns), _at(sin, columns))
+    queries = queries.unflatten(2, (keys.shape[2], -1))  # [B, Q, G, R, d]
+    logits = precise(torch.einsum("bqgrd,bsgd->bgrqs", queries, keys)) * attention.scaling
 
     if state.sizes is not None:
-        logits = logits + log_sizes(state.sizes)[:, None, None]
-    visible = torch.arange(keys.shape[1], device=last.device) <= last  # [B, S]
-    visible = visible if state.valid is None else visible & state.valid
-    return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+        logits = logits + log_sizes(state.sizes)[:, None, None, None]
+    visible = torch.arange(keys.shape[1], device=columns.device) <= columns[..., None]  # [B, Q, S]
+    visible = visible if state.valid is None else visible & state.valid[:, None]
+    return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
 
 
 def _at(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return [B, 1, D] of [B, S, D]."""
+    """Return [B, Q, D] of [B, S, D]."""
     return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
 
 

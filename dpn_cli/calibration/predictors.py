@@ -1,0 +1,132 @@
+"""Predictors learn which visual tokens the whole model attends to while it reads a question and answers it.
+
+One forward pass of the model without its pyramid shows, for every visual token, the largest attention of any head and
+any text token after it, the mean over the layers. A predictor is fitted to foresee these shares from what there is
+before its site. Only some tokens of a sample are kept for that, so that memory does not grow with the images.
+Source: ours.
+
+Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hidden.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpn_cli.calibration.passes import start_batch
+from dpn_cli.data.encoding import Example, collate
+from dpn_cli.inference.threads import one_thread
+from dpn_cli.modeling.experts.attention import attention_from
+from dpn_cli.modeling.experts.predicted import last_columns, last_text
+from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.config import Site
+from dpn_cli.pyramid.experts import KEEP
+
+SAMPLES = 512  # to learn from, at most
+KEPT = 256  # visual tokens of a sample, at most
+EPOCHS = 24
+LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05  # for a hidden size of 128; the rate falls with its square root
+HELD_OUT = 8  # every so many pieces, one judges
+
+Piece = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: Sequence[int], pad: int) -> Piece:
+    """Return what predictors before some layers read of a batch, and what they should foresee.
+
+    Args:
+        model: in eval mode; runs without its pyramid.
+        examples: samples with images and answers.
+        layers: the indices of the layers.
+        pad: the token that fills up the shorter samples.
+
+    Returns:
+        For every layer l `l.tokens` [B, V, D], `l.text` [B, T, D] in float16 and `l.is_text` [B, T]; and
+        `attention` [B, V], the share of every token, 0 where a sample has fewer of them.
+    """
+    text_model: Any = model.text_model
+    sites = tuple(Site(layer - 1, (KEEP,)) for layer in range(len(text_model.layers)))
+    piece: Piece = {}
+    with model.as_pyramid(replace(model.pyramid.with_all_routes(), sites=sites, budgets=(), gate="none")):
+        state = text_model.run_segment(start_batch(model, collate(examples, pad, model.device)), 0)
+        follows = _follows_image(state)
+        readers, is_reader = last_columns(follows, int(follows.sum(1).max()))
+        kept, is_kept = _some_visual(state)
+        total = torch.zeros(kept.shape)
+        for layer in range(len(text_model.layers)):
+            if layer in layers:
+                tokens = state.hidden_states.gather(1, kept[..., None].expand(-1, -1, state.hidden_states.shape[-1]))
+                text, is_text = last_text(state)
+                parts = {"tokens": tokens.half(), "text": text.half(), "is_text": is_text}
+                piece |= {f"{layer}.{name}": values.cpu() for name, values in parts.items()}
+            paid = attention_from(text_model, state, layer, readers)
+            paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
+            total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
+            state = text_model.run_segment(state, layer + 1)
+    return piece | {"attention": total / total.sum(1, keepdim=True)}
+
+
+def _follows_image(state: PyramidState) -> torch.Tensor:
+    """Return which tokens are text after the first visual token, answers included, [B, S] bool."""
+    assert state.coords is not None
+    is_visual = state.coords[..., 0] >= 0
+    follows = is_visual.cumsum(1).gt(0) & ~is_visual
+    return follows if state.valid is None else follows & state.valid
+
+
+def _some_visual(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return columns of random visual tokens [B, V], and which of them there are."""
+    assert state.coords is not None
+    is_visual = state.coords[..., 0] >= 0
+    order = torch.rand(is_visual.shape, generator=torch.Generator().manual_seed(0)).to(is_visual.device)
+    places = order.masked_fill(~is_visual, -1).topk(min(KEPT, is_visual.shape[1]), dim=1)
+    return places.indices, places.values >= 0
+
+
+@one_thread()
+def fit_predictors(
+    predictors: nn.ModuleDict, pieces: Sequence[Piece], seed: int, advance: Callable[[int], None] = lambda epochs: None
+) -> None:
+    """Fit predictors in place, and leave each as it was where it did best on pieces that it was not fitted to.
+
+    The loss is the cross-entropy between the foreseen shares of attention and those that were paid.
+
+    Args:
+        predictors: by the index of the layer that they stand before.
+        pieces: from `observe`.
+        seed: Random seed for the order of the pieces.
+        advance: called after every epoch of every predictor.
+    """
+    held, learned = pieces[::HELD_OUT], [piece for i, piece in enumerate(pieces) if i % HELD_OUT]
+    for layer, predictor in predictors.items():
+        rate = LEARNING_RATE * math.sqrt(128 / pieces[0][f"{layer}.tokens"].shape[-1])
+        optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, EPOCHS * max(1, len(learned)))
+        generator, best = torch.Generator().manual_seed(seed), (math.inf, predictor.state_dict())
+        for _ in range(EPOCHS):
+            for i in torch.randperm(len(learned), generator=generator).tolist():
+                optimizer.zero_grad()
+                _loss(predictor, layer, learned[i]).backward()
+                optimizer.step()
+                schedule.step()
+            with torch.no_grad():
+                judged = sum(_loss(predictor, layer, piece).item() for piece in held)
+            best = min(best, (judged, deepcopy(predictor.state_dict())), key=lambda each: each[0])
+            advance(1)
+        predictor.load_state_dict(best[1])
+        predictor.requires_grad_(False)
+
+
+def _loss(predictor: nn.Module, layer: str, piece: Piece) -> torch.Tensor:
+    device = next(predictor.parameters()).device
+    tokens, text, is_text = (piece[f"{layer}.{name}"].to(device) for name in ("tokens", "text", "is_text"))
+    attention = piece["attention"].to(device)
+    scores = predictor(tokens, text, is_text).masked_fill(attention == 0, -torch.inf)
+    foreseen = scores.log_softmax(-1).masked_fill(attention == 0, 0)
+    return -(attention * foreseen).sum(-1).mean()

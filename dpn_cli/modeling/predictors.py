@@ -1,0 +1,53 @@
+"""Predictors: small networks that foresee which visual tokens an answer will need, from the tokens before the site.
+
+Source: ours. The teacher is the attention of the whole model (see `dpn_cli.calibration.predictors`), as in
+SparseVLM's text-guided selection, https://arxiv.org/abs/2410.04417; that of a single early layer overlooks much.
+
+Shapes: B batch, S sequence, D hidden, T text tokens, H heads, W their width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dpn_cli.modeling.routers import RouterLinear
+from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.experts import PREDICTOR_HEADS, PREDICTOR_HIDDEN, PREDICTOR_WIDTH
+
+HIDDEN = -1e4  # the logit of what is no token of the instruction
+
+
+class Predictor(nn.Module):
+    """Scores every token by how well it answers to some word of the instruction, and by itself; in float32.
+
+    score(v) = mean over heads of log Σ_t exp(q(t)·k(v) / √W + g(t)) + MLP(v), of normalised tokens.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.queries = RouterLinear(hidden_size, PREDICTOR_HEADS * PREDICTOR_WIDTH)
+        self.gates = RouterLinear(hidden_size, PREDICTOR_HEADS)
+        self.keys = RouterLinear(hidden_size, PREDICTOR_HEADS * PREDICTOR_WIDTH)
+        self.hidden = RouterLinear(hidden_size, PREDICTOR_HIDDEN)
+        self.score = RouterLinear(PREDICTOR_HIDDEN, 1)
+
+    def forward(self, tokens: torch.Tensor, text: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+        """Score tokens [B, S, D] by the instruction's [B, T, D], of which some [B, T] bool are there; return [B, S]."""
+        size = tokens.shape[-1:]
+        # Every layer is called as a module, so that hooks which load its weights (offloading) run.
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens, text = F.layer_norm(tokens.float(), size), F.layer_norm(text.float(), size)
+            queries, keys = (
+                values.unflatten(-1, (PREDICTOR_HEADS, PREDICTOR_WIDTH)).transpose(1, 2)
+                for values in (self.queries(text), self.keys(tokens))
+            )
+            logits = queries @ keys.transpose(-1, -2) / PREDICTOR_WIDTH**0.5  # [B, H, T, S]
+            logits = logits + self.gates(text).transpose(1, 2)[..., None]
+            logits = logits.masked_fill(~is_text[:, None, :, None], HIDDEN)
+            own: torch.Tensor = self.score(F.gelu(self.hidden(tokens)))[..., 0]
+            return logits.logsumexp(2).mean(1) + own
+
+
+def new_predictors(hidden_size: int, pyramid: PyramidConfig) -> nn.ModuleDict:
+    """Return a fresh predictor for every site that has an expert in need of it, by the index of the next layer."""
+    return nn.ModuleDict({str(layer): Predictor(hidden_size) for layer in pyramid.predicted_layers})
