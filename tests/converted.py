@@ -69,7 +69,8 @@ def pretend_calibration(folder: Path) -> None:
     )
     write_json(folder / "config.json", config | {"pyramid": pyramid.to_dict()})
     tensors = load_file(folder / "dpe.safetensors")
-    for name in [name for name in tensors if int(name.split("routers.")[-1].split(".")[0]) >= len(pyramid.sites)]:
+    needed = tuple(f".{name}" for name in pyramid.dpe_tensors(config["text_config"]["hidden_size"]))
+    for name in [name for name in tensors if not name.endswith(needed)]:
         del tensors[name]
     for name, tensor in tensors.items():
         if "head" in name:

@@ -11,7 +11,7 @@ Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hid
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,24 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import KEEP
 
-SAMPLES = 512  # to learn from, at most
-KEPT = 256  # visual tokens of a sample, at most
-EPOCHS = 24
+KEPT = 128  # visual tokens of a sample, at most
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05  # for a hidden size of 128; the rate falls with its square root
 HELD_OUT = 8  # every so many pieces, one judges
 
 Piece = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What was observed of all batches, on disk: at seven billion parameters it is a megabyte a sample.
+
+    Attributes:
+        count: Number of batches.
+        load: returns what was observed of one.
+    """
+
+    count: int
+    load: Callable[[int], Piece]
 
 
 @torch.no_grad()
@@ -91,7 +102,11 @@ def _some_visual(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
 
 @one_thread()
 def fit_predictors(
-    predictors: nn.ModuleDict, pieces: Sequence[Piece], seed: int, advance: Callable[[int], None] = lambda epochs: None
+    predictors: nn.ModuleDict,
+    pieces: Pieces,
+    epochs: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda epochs: None,
 ) -> None:
     """Fit predictors in place, and leave each as it was where it did best on pieces that it was not fitted to.
 
@@ -100,23 +115,25 @@ def fit_predictors(
     Args:
         predictors: by the index of the layer that they stand before.
         pieces: from `observe`.
+        epochs: passes over them.
         seed: Random seed for the order of the pieces.
         advance: called after every epoch of every predictor.
     """
-    held, learned = pieces[::HELD_OUT], [piece for i, piece in enumerate(pieces) if i % HELD_OUT]
+    held = range(0, pieces.count, HELD_OUT)
+    learned = [i for i in range(pieces.count) if i not in held] or list(held)
     for layer, predictor in predictors.items():
-        rate = LEARNING_RATE * math.sqrt(128 / pieces[0][f"{layer}.tokens"].shape[-1])
+        rate = LEARNING_RATE * math.sqrt(128 / pieces.load(0)[f"{layer}.tokens"].shape[-1])
         optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, EPOCHS * max(1, len(learned)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(learned))
         generator, best = torch.Generator().manual_seed(seed), (math.inf, predictor.state_dict())
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for i in torch.randperm(len(learned), generator=generator).tolist():
                 optimizer.zero_grad()
-                _loss(predictor, layer, learned[i]).backward()
+                _loss(predictor, layer, pieces.load(learned[i])).backward()
                 optimizer.step()
                 schedule.step()
             with torch.no_grad():
-                judged = sum(_loss(predictor, layer, piece).item() for piece in held)
+                judged = sum(_loss(predictor, layer, pieces.load(i)).item() for i in held)
             best = min(best, (judged, deepcopy(predictor.state_dict())), key=lambda each: each[0])
             advance(1)
         predictor.load_state_dict(best[1])

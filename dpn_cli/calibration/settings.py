@@ -12,7 +12,7 @@ from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.families.family import DEFAULT_RECIPE
 from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
 from dpn_cli.pyramid.experts import KINDS
-from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
 
 STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
@@ -119,4 +119,6 @@ def _resolved(
     for override in overrides:
         apply_override(data, override)
     data["calibration"] = {**data.get("calibration", {}), **options}
-    return Recipe.from_dict(data, where=str(where)).calibration
+    recipe = Recipe.from_dict(data, where=str(where))
+    predictors = (recipe.calibration.predictors or PredictorRecipe()) if recipe.predicts else None
+    return recipe.calibration.model_copy(update={"predictors": predictors})

@@ -149,9 +149,7 @@ def _write_generation(
     return generation
 
 
-def _with_fitted(
-    source: Checkpoint, routers: nn.ModuleList, predictors: nn.ModuleDict
-) -> tuple[str, dict[str, Any]]:
+def _with_fitted(source: Checkpoint, routers: nn.ModuleList, predictors: nn.ModuleDict) -> tuple[str, dict[str, Any]]:
     """Return the shard that the pyramid's tensors are in, and its tensors with what calibration has fitted.
 
     Raises:

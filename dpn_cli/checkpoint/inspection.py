@@ -10,7 +10,7 @@ from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open
 from dpn_cli.checkpoint.processor import inspect_processor
 from dpn_cli.checkpoint.quantisation import num_parameters
 from dpn_cli.errors import UsageError
-from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.config import DPE_PARTS, PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
 from dpn_cli.pyramid.experts import Grid, num_tokens
 from dpn_cli.pyramid.reach import typical_length

@@ -70,9 +70,8 @@ def predictor_tensors(hidden_size: int) -> dict[str, tuple[int, ...]]:
     outputs = {"queries": PREDICTOR_HEADS * PREDICTOR_WIDTH, "gates": PREDICTOR_HEADS}
     outputs |= {"keys": PREDICTOR_HEADS * PREDICTOR_WIDTH, "hidden": PREDICTOR_HIDDEN}
     layers = {name: (size, hidden_size) for name, size in outputs.items()} | {"score": (1, PREDICTOR_HIDDEN)}
-    return {
-        f"{name}.{part}": shape for name, size in layers.items() for part, shape in (("weight", size), ("bias", size[:1]))
-    }
+    weights = {f"{name}.weight": size for name, size in layers.items()}
+    return weights | {f"{name}.bias": size[:1] for name, size in layers.items()}
 
 
 def _predictor_flops(shape: DecoderShape, visual: int, text: int) -> int:

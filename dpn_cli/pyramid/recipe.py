@@ -23,7 +23,7 @@ from dpn_cli.pyramid.config import (
     RouterOutput,
     Site,
 )
-from dpn_cli.pyramid.experts import KEEP, Expert, Rounding, known_kind, pool
+from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, Rounding, known_kind, pool
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 
@@ -216,6 +216,19 @@ class SurveyRecipe(_Section):
     experts: tuple[ExpertKind, ...] | None = None
 
 
+class PredictorRecipe(_Section):
+    """How the predictors are fitted, where experts have any.
+
+    Attributes:
+        samples: Number of samples to learn from, where that is more than the calibration measures; those that come in
+            addition take no part in fitting the routers.
+        epochs: passes over these samples.
+    """
+
+    samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1536
+    epochs: Annotated[int, Field(ge=1)] = 24
+
+
 class CalibrationRecipe(_Section):
     """How the routers are fitted.
 
@@ -233,6 +246,7 @@ class CalibrationRecipe(_Section):
         dtype: Dtype of the frozen weights and the activations; `auto` is the checkpoint's, or float32 on a CPU that
             only emulates the checkpoint's, if memory allows.
         load_in: hold the frozen weights in `4bit` or `8bit` (bitsandbytes) while calibrating; null for as they are.
+        predictors: Settings of the predictors; null for the default ones, where a recipe's experts have any.
         survey: Settings of the survey.
         objective: `rate_distortion`, routers fitted to measured routes, or `paper`, the authors' training.
         heal: Settings of healing.
@@ -256,6 +270,7 @@ class CalibrationRecipe(_Section):
     )
     dtype: Dtype = "auto"
     load_in: Literal["4bit", "8bit"] | None = None
+    predictors: PredictorRecipe | None = None
     survey: SurveyRecipe = SurveyRecipe()
     objective: Literal["rate_distortion", "paper"] = "rate_distortion"
     heal: HealRecipe = HealRecipe()
@@ -263,8 +278,9 @@ class CalibrationRecipe(_Section):
 
     @property
     def samples_read(self) -> int:
-        """How many samples to take from the data, those that only healing reads included."""
-        return max(self.samples, self.heal.samples or 0) if self.heal.method == "lora" else self.samples
+        """How many samples to take from the data, those that only healing and predictors read included."""
+        healed = self.heal.samples if self.heal.method == "lora" else None
+        return max(self.samples, healed or 0, self.predictors.samples if self.predictors else 0)
 
 
 class Recipe(_Section):
@@ -289,6 +305,13 @@ class Recipe(_Section):
     def surveys(self) -> bool:
         """Whether calibration finds the routes, among all that the sites allow."""
         return self.pyramid.router_config.output == "routes" and self.pyramid.routes is None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether calibration fits a predictor, for an expert that the sites have and the survey may try."""
+        default, tried = _menu(self.pyramid.experts), self.calibration.survey.experts or KINDS
+        kinds = {expert.kind for site in self.pyramid.sites for expert in site.menu(default)}
+        return any(KINDS[kind].is_fitted and kind in tried for kind in kinds)
 
     def pyramid_config(self, num_layers: int) -> PyramidConfig:
         """Place the sites in a decoder of `num_layers`.

@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
             path.unlink()
         limit = next(state.glob("batch-*")).stat().st_size - 1
     else:
-        limit = (folder / "dpe.safetensors").stat().st_size * 9 // 10
+        limit = (folder / "dpe.safetensors").stat().st_size // 3  # the predictors of experts that are not chosen go
     (state / FEATURES_FILE).unlink()  # made from the batches by every run
     before = digests(folder)
     capsys.readouterr()
