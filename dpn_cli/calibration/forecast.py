@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from dpn_cli.calibration.predictors import KEPT
 from dpn_cli.calibration.survey import FINAL_SAMPLES, MOST_EXPERTS, SHORTLIST, children
 from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.experts import num_tokens
+from dpn_cli.pyramid.experts import PREDICTOR_TEXT, num_tokens
 from dpn_cli.pyramid.reach import Length
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.pyramid.shape import DecoderShape
@@ -93,7 +94,7 @@ class Forecast:
 
 def forecast(
     model: Model, pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length], unanswered: int, *,
-    surveys: bool, teacher: Reader | None = None,
+    surveys: bool, teacher: Reader | None = None, watched: int = 0,
 ) -> Forecast:  # fmt: skip
     """Estimate what a calibration costs.
 
@@ -105,6 +106,7 @@ def forecast(
         unanswered: Number of samples that the teacher answers.
         surveys: Whether a survey chooses the routes.
         teacher: Another model as the teacher; None for the model itself.
+        watched: Number of samples that predictors learn from.
     """
     reader = Reader(model, lengths)
     shape, fitted = model.shape, round((1 - recipe.holdout) * len(lengths))
@@ -119,13 +121,15 @@ def forecast(
     taught = 0.0 if teacher is None else teacher.vision + teacher.whole  # of a sample, whatever its number of routes
     flops = unanswered * (teacher or reader).answering(recipe.answer_tokens)
     flops += sum(samples * (taught + reader.vision + routes * per_route) for samples, routes in passes)
+    flops += watched * (reader.vision + reader.whole)
     speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
+    seen = watched * len(pyramid.predicted_layers) * (KEPT + PREDICTOR_TEXT) * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
         memory_bytes=model.nbytes + (teacher.model.nbytes if teacher else 0) + _activations(model, recipe, lengths),
-        disk_bytes=features,
-        basis=_basis(model, recipe, passes, unanswered, teacher),
+        disk_bytes=features + seen,
+        basis=_basis(model, recipe, passes, unanswered, teacher, watched),
     )  # fmt: skip
 
 
@@ -231,12 +235,18 @@ def _activations(model: Model, recipe: CalibrationRecipe, lengths: Sequence[Leng
 
 
 def _basis(
-    model: Model, recipe: CalibrationRecipe, passes: Sequence[tuple[int, int]], unanswered: int, teacher: Reader | None
+    model: Model,
+    recipe: CalibrationRecipe,
+    passes: Sequence[tuple[int, int]],
+    unanswered: int,
+    teacher: Reader | None,
+    watched: int,
 ) -> tuple[str, ...]:
     """Return in sentences what the figures were computed from, and what they leave out."""
     *tried, (samples, routes) = passes
     rounds = "; ".join(f"{some} samples on {many} routes" for some, many in tried)
-    survey = f"a survey ({rounds}) and " if tried else ""
+    survey = f"watching the attention on {watched} samples, " if watched else ""
+    survey += f"a survey ({rounds}) and " if tried else ""
     by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
     answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""
     dtype = str(model.dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ from PIL import Image
 from dpn_cli.calibration.forecast import Forecast, Model, Reader, forecast
 from dpn_cli.calibration.job import read_samples
 from dpn_cli.calibration.other_teacher import OtherTeacher
-from dpn_cli.calibration.samples import load_samples
+from dpn_cli.calibration.samples import CalibrationData, load_samples
 from dpn_cli.calibration.settings import candidates
 from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import Checkpoint
@@ -95,18 +95,20 @@ def preview(
     checkpoint, layout, pyramid = open_converted(folder)
     processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
     dataset = read.measured
-    used = [sample for sample in dataset.samples if sample.images]
     with reporter.waiting("estimating"):
-        cost = _forecast(used, processor, checkpoint, layout, pyramid, recipe, reporter, other) if used else None
+        cost = _forecast(read, processor, checkpoint, layout, pyramid, recipe, reporter, other)
     asked = tuple(_shown(sample, processor) for sample in dataset.samples[:SHOWN])
     return Preview(dataset.scan, dataset.columns, asked, cost)
 
 
 def _forecast(
-    samples: Sequence[Sample], processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
+    read: CalibrationData, processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
     recipe: CalibrationRecipe, reporter: Reporter, other: OtherTeacher | None,
-) -> Forecast:  # fmt: skip
-    """Estimate what the calibration of a checkpoint costs on some samples with images."""
+) -> Forecast | None:  # fmt: skip
+    """Estimate what the calibration of a checkpoint costs on some samples; None where none has an image."""
+    samples, further = ([each for each in some if each.images] for some in (read.measured.samples, read.further))
+    if not samples:
+        return None
     surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
 
     def reader(checkpoint: Checkpoint, layout: LlavaLayout, processor: Any) -> Reader:
@@ -116,10 +118,12 @@ def _forecast(
 
     own = reader(checkpoint, layout, processor)
     teacher = None if other is None else reader(other.checkpoint, other.layout, other.processor)
-    unanswered = sum(not sample.is_answered for sample in samples)
+    unanswered = sum(not sample.is_answered for sample in (*samples, *further))
+    fitted = len(further) + round((1 - recipe.holdout) * len(samples))
     return forecast(
-        own.model, surveyed or pyramid, recipe, own.lengths, unanswered, surveys=surveyed is not None, teacher=teacher
-    )
+        own.model, surveyed or pyramid, recipe, own.lengths, unanswered, surveys=surveyed is not None, teacher=teacher,
+        watched=min(fitted, recipe.predictors.samples) if recipe.predictors else 0,
+    )  # fmt: skip
 
 
 def _model(checkpoint: Checkpoint, layout: LlavaLayout, recipe: CalibrationRecipe, reporter: Reporter) -> Model:

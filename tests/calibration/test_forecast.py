@@ -52,6 +52,8 @@ def test_what_costs_more_is_expected_to_cost_more() -> None:
     assert cost(lengths=LENGTHS * 2).forward_flops == pytest.approx(2 * plain.forward_flops)
     assert cost(lengths=LENGTHS * 2).disk_bytes == 2 * plain.disk_bytes
     assert cost(unanswered=20).forward_flops > plain.forward_flops < cost(surveys=True).forward_flops
+    watching = cost(watched=10)
+    assert watching.forward_flops - plain.forward_flops == pytest.approx(10 * Reader(MODEL, LENGTHS).answering(0))
     wide = cost(RECIPE.model_copy(update={"survey": SurveyRecipe(width=40)}), surveys=True)
     assert wide.forward_flops > cost(surveys=True).forward_flops
     assert cost(RECIPE.model_copy(update={"batch_size": 16})).memory_bytes > plain.memory_bytes > MODEL.nbytes

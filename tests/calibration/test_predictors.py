@@ -1,0 +1,167 @@
+"""Predictors: they learn from what stock transformers' attention is, and stay with the checkpoint."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpn_cli.calibration import predictors as stage
+from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.predictors import Pieces, fit_predictors, observe
+from dpn_cli.calibration.settings import calibration_recipe
+from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.conversion.convert import convert
+from dpn_cli.data.options import DataOptions
+from dpn_cli.exporting.export import export
+from dpn_cli.exporting.options import ExportOptions
+from dpn_cli.inference.loading import load_model
+from dpn_cli.modeling.predictors import Predictor
+from dpn_cli.pyramid.config import Site
+from dpn_cli.pyramid.experts import KEEP, Expert, predictor_tensors
+from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.reporter import Reporter
+from tests.calibration.test_rollout import examples
+from tests.pyramids import IMAGE, prompt
+from tests.runs import noise_pictures
+
+PREDICTED = ("pyramid.sites=[{after: 0, experts: [keep, 'predicted:0.25']}]", "pyramid.routes=['predicted:0.25']")
+RECIPE = {"samples": 24, "epochs": 5, "batch_size": 8, "answer_tokens": 3, "budget": 0.6, "holdout": 0.25}
+
+
+def with_predictor(make_pair: Callable[..., tuple[Any, Any]], **settings: Any) -> tuple[Any, Any]:
+    site = Site(-1, (KEEP, Expert("predicted", 0.25)))
+    return make_pair(sites=(site,), static_route=(1,), **settings)
+
+
+def test_what_it_learns_is_the_attention_of_the_stock_model(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean over the layers of the largest attention of any head and any text token after the image."""
+    stock, model = with_predictor(make_pair, attn="eager")
+    monkeypatch.setattr(stage, "KEPT", 1000)
+    samples = examples()
+    together = observe(model, samples, [0], pad=3)
+    for row, sample in enumerate(samples):
+        inputs = {"input_ids": sample.input_ids[None], "pixel_values": sample.visual["pixel_values"]}
+        with torch.no_grad():
+            attention = torch.stack(stock(**inputs, output_attentions=True).attentions)[:, 0]
+        is_visual = sample.input_ids == IMAGE
+        first = int(is_visual.nonzero()[0])
+        readers = torch.arange(first, len(is_visual))[~is_visual[first:]]
+        paid = attention[:, :, readers][..., is_visual].amax((1, 2)).mean(0)
+        found = together["attention"][row]
+        assert int((found > 0).sum()) == int(is_visual.sum()), "of the others there is none"
+        assert torch.allclose(found[found > 0].sort().values, (paid / paid.sum()).sort().values, atol=1e-5)
+
+
+def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
+    """The token that is alike to the second word gets all attention; other words, and how many there are, differ."""
+    torch.manual_seed(0)
+    words = torch.randn(6, 32)
+
+    def piece(seed: int) -> stage.Piece:
+        generator = torch.Generator().manual_seed(seed)
+        asked = torch.randint(0, 6, (16,), generator=generator)
+        order = torch.stack([torch.randperm(6, generator=generator) for _ in range(16)])
+        text = torch.stack([words[asked], torch.randn(16, 32, generator=generator)], dim=1)
+        is_text = torch.tensor([[True, i % 2 == 0] for i in range(16)])
+        attention = (order == asked[:, None]).float() * 0.95 + 0.0125
+        return {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
+
+    predictor = Predictor(32)
+    fit_predictors(torch.nn.ModuleDict({"0": predictor}), Pieces(16, piece), epochs=60, seed=0)
+    unseen = piece(99)
+    with torch.no_grad():
+        scores = predictor(unseen["0.tokens"], unseen["0.text"], unseen["0.is_text"])
+    assert (scores.argmax(1) == unseen["attention"].argmax(1)).float().mean() > 0.9
+    assert not any(parameter.requires_grad for parameter in predictor.parameters())
+
+
+def test_shapes_are_those_that_the_config_foretells() -> None:
+    found = {name: tuple(parameter.shape) for name, parameter in Predictor(48).named_parameters()}
+    assert found == predictor_tensors(48)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), 40)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_llava: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path_factory.mktemp("out") / "dpn").output
+    calibrate(folder, DataOptions(str(data)), calibration_recipe(folder, (), dict(RECIPE)))
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = load_model(folder, dtype=torch.float32)
+    model.set_route((1,))
+    with torch.no_grad():
+        return model(**prompt(1, 3, 5, seed=0)).logits
+
+
+def test_calibration_stores_it_and_every_export_has_it(calibrated: Path, tmp_path: Path) -> None:
+    pyramid = open_converted(calibrated)[2]
+    stored = open_converted(calibrated)[0].tensors
+    assert sum(".predictors.0." in name for name in stored) == len(predictor_tensors(64))
+    before = logits(calibrated)
+    for options in (ExportOptions(), ExportOptions(static="predicted:0.25")):
+        name = "fixed" if options.static else "routed"
+        export(calibrated, tmp_path / name, options)
+        assert torch.equal(logits(tmp_path / name), before)
+    export(calibrated, tmp_path / "fastv", ExportOptions(static="fastv:K=2,R=0.5"))
+    assert not any("predictors" in name for name in open_converted(tmp_path / "fastv")[0].tensors)
+    assert pyramid.predicted_layers == [0]
+
+
+def test_an_export_answers_the_same_without_dpn(calibrated: Path, tmp_path: Path) -> None:
+    """In a process that cannot import this package."""
+    export(calibrated, tmp_path / "export", ExportOptions(static="predicted:0.25"))
+    torch.save((prompt(1, 3, 5, seed=0), logits(calibrated)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; sys.modules['dpn_cli'] = None\n"
+        "from transformers import AutoModelForImageTextToText as Auto\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"model = Auto.from_pretrained({str(tmp_path / 'export')!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        "with torch.no_grad(): found = model.eval()(**inputs).logits\n"
+        "assert torch.equal(found, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_samples_of_its_own_take_no_part_in_fitting_the_routers(
+    tiny_llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
+    totals: dict[str, int] = {}
+
+    def progress(title: str, total: int) -> Any:
+        totals[title] = totals.get(title, 0) + total
+        return Reporter().progress(title, total)
+
+    recipe = calibration_recipe(folder, ("calibration.predictors.samples=34",), dict(RECIPE))
+    calibrate(folder, DataOptions(str(data)), recipe, Reporter(progress=progress))
+    assert totals["watching attention"] == 28, "ten further ones, and those 18 of the 24 that are not held out"
+    assert totals["measuring routes"] == 24
+
+
+def test_what_was_observed_is_not_observed_again(
+    tiny_llava: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
+    recipe = calibration_recipe(folder, (), dict(RECIPE))
+    monkeypatch.setattr("dpn_cli.calibration.calibrate.fit_predictors", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(folder, DataOptions(str(data)), recipe)
+    kept = sorted((folder / "calibration" / "state").glob("attention-*"))
+    assert len(kept) == 5 and load_file(kept[0])["attention"].shape == (8, stage.KEPT)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.undo()
+    monkeypatch.setattr("dpn_cli.calibration.calibrate.observe", lambda *args: 1 / 0)
+    calibrate(copy, DataOptions(str(data)), recipe)
+    assert not (copy / "calibration" / "state").exists()
