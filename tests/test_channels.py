@@ -48,7 +48,7 @@ def test_streams_that_cannot_be_written_cost_no_work(
     done = convert(tiny_llava, tmp_path, redirection)
     assert done.returncode == code
     assert error in done.stderr and "Traceback" not in done.stderr
-    assert ("before the first layer" in done.stdout) is (code == 0)
+    assert ("before the first" in done.stdout) is (code == 0)
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / ".dpn" / "current.json").is_file()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.modeling.routers import RouterLinear
+from dpn_cli.modeling.routers import RouterLinear, full_precision
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import PREDICTOR_HEADS, PREDICTOR_HIDDEN, PREDICTOR_WIDTH
 
@@ -35,7 +35,7 @@ class Predictor(nn.Module):
         """Score tokens [B, S, D] by the instruction's [B, T, D], of which some [B, T] bool are there; return [B, S]."""
         size = tokens.shape[-1:]
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             tokens, text = F.layer_norm(tokens.float(), size), F.layer_norm(text.float(), size)
             queries, keys = (
                 values.unflatten(-1, (PREDICTOR_HEADS, PREDICTOR_WIDTH)).transpose(1, 2)

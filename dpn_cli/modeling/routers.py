@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, D hidden, E scores (experts of the site, or routes 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ class RouterNorm(nn.Module):
         return x * self.weight.float() + self.bias.float()
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Leave autocast out, where there is any; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Router(nn.Module):
     """LayerNorm → Linear(D, D/4) → GELU → Linear(D/4, E), or one Linear(D, E); always in float32.
 
@@ -81,7 +87,7 @@ class Router(nn.Module):
         """
         x = features.float()
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
             z: torch.Tensor = self.head(x)
         if self.config.output == "logits":

@@ -23,7 +23,9 @@ from tests.pyramids import POOLING
 @pytest.fixture(scope="module")
 def converted(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(
-        str(tiny_llava), load_recipe("llava-1.5-7b", POOLING), tmp_path_factory.mktemp("inspect") / "out"
+        str(tiny_llava),
+        load_recipe("llava-1.5-7b", [*POOLING, "pyramid.min_visual_tokens=16"]),
+        tmp_path_factory.mktemp("inspect") / "out",
     ).output
 
 
