@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional as F
 
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
 from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, excess
@@ -26,8 +25,6 @@ MOST_EXPERTS = 3  # that reduce, on a route
 SHORTLIST = 2  # times the routes to choose are measured again
 FINAL_SAMPLES = 4  # times the samples
 STEP = 0.15  # of a FLOPs fraction
-ORACLES_TURN = 4  # every so many routes, one is chosen by what an oracle knows
-SHARPNESS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of what counts as alike
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,12 @@ class Candidates:
         distortion: [N, R] KL from the teacher in nats; infinite where a sample is not offered the route.
         fraction: [N, R] FLOPs, as a fraction of the original's.
         agreement: [N, R] of the answer tokens; NaN where a sample is not offered the route.
-        features: [N, F] what a router reads before the first site.
     """
 
     routes: tuple[Route, ...]
     distortion: torch.Tensor
     fraction: torch.Tensor
     agreement: torch.Tensor
-    features: torch.Tensor
 
     @property
     def excess(self) -> torch.Tensor:
@@ -56,9 +51,7 @@ class Candidates:
     @classmethod
     def of(cls, table: RouteTable) -> "Candidates":
         """Take a round's measurements."""
-        features = torch.as_tensor(table.features[torch.arange(len(table.fraction))]).flatten(1).float()
-        distortion = table.distortion.nan_to_num(torch.inf)
-        return cls(table.tree.routes, distortion, table.fraction, table.agreement, features)
+        return cls(table.tree.routes, table.distortion.nan_to_num(torch.inf), table.fraction, table.agreement)
 
     def means(self) -> dict[Route, tuple[float, float, float]]:
         """Return the mean FLOPs fraction, distortion and agreement of every route, over the samples that have it."""
@@ -78,47 +71,28 @@ class Candidates:
             (self.agreement, other.agreement),
         ]
         routes = (*self.routes, *(other.routes[i] for i in new))
-        distortion, fraction, agreement = (torch.cat([a, b[:, new]], dim=1) for a, b in pairs)
-        return Candidates(routes, distortion, fraction, agreement, self.features)
+        return Candidates(routes, *(torch.cat([a, b[:, new]], dim=1) for a, b in pairs))
 
     @one_thread()
     def best_set(self, size: int) -> list[int]:
         """Return the indices of the routes to have, the full one first; at most `size`.
 
         First the safest route of every step in FLOPs: few samples cannot tell how often a cheap route fails. Then
-        those that a router would want most, which foresees no more than other samples tell it, and every fourth time
-        the one that an oracle would want most.
+        those that an oracle would want most.
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
-        router, oracle = (
-            distortion[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
-            for distortion in (self.foreseen(), self.excess)
-        )
-        chosen: list[int] = list(dict.fromkeys([0, *self._safest()]))[:size]
+        cost = self.excess[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
+        scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
+        chosen = list(dict.fromkeys([0, *self._safest()]))[:size]
+        least = cost[:, chosen].min(1).values
         while len(chosen) < min(size, len(self.routes)):
-            first, second = (oracle, router) if len(chosen) % ORACLES_TURN == 0 else (router, oracle)
-            if (best := _most_wanted(first, chosen)) is None and (best := _most_wanted(second, chosen)) is None:
+            totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
+            best = int(totals.argmin())
+            if best in chosen or totals[best] >= (least.mean(0) / scale).sum() * (1 - 1e-6):
                 break
             chosen.append(best)
+            least = torch.minimum(least, cost[:, best])
         return chosen
-
-    def foreseen(self) -> torch.Tensor:
-        """Return what the other samples let foresee of every sample's excess, [N, R].
-
-        The mean over the others, those that read alike before the first site counting more; how much more is what
-        foresees best, which may be not at all.
-        """
-        excess, offered = self.excess, self.distortion.isfinite()
-        centred = F.normalize(self.features - self.features.mean(0), dim=-1)
-        unlike = 1 - centred @ centred.T
-        found = []
-        for sharpness in SHARPNESS:
-            weights = torch.exp(-sharpness * unlike).fill_diagonal_(0)
-            sums = weights @ torch.where(offered, excess, 0)
-            means = torch.where(offered, sums / (weights @ offered.float()).clamp(min=1e-9), torch.inf)
-            error = torch.where(offered, means - excess, 0).square().sum().item()
-            found.append((error, means))
-        return min(found, key=lambda each: each[0])[1]
 
     def within(self, budget: float) -> int:
         """Return the best route whose mean FLOPs are within a budget, or the cheapest one."""
@@ -138,15 +112,6 @@ class Candidates:
             [there] = (steps == step).nonzero(as_tuple=True)
             safest.append(int(there[risk[there].argmin()]))
         return safest
-
-
-def _most_wanted(cost: torch.Tensor, chosen: list[int]) -> int | None:
-    """Return the route that most lowers what samples pay, [N, R, T], beyond those chosen; None where none does."""
-    scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
-    least = cost[:, chosen].min(1).values
-    totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
-    best = int(totals.argmin())
-    return best if best not in chosen and totals[best] < (least.mean(0) / scale).sum() * (1 - 1e-6) else None
 
 
 @dataclass(frozen=True)
@@ -225,12 +190,12 @@ def survey(
         if not routes:
             break
         title = f"trying {len(routes)} routes"
-        measured = Candidates.of(measure(title, RouteTree((full, *sorted(routes)), ((),)), recipe.samples))
+        measured = Candidates.of(measure(title, RouteTree((full, *sorted(routes)), ()), recipe.samples))
         tried = tried.joined(measured) if tried else measured
         parents = [tried.routes[i] for i in tried.best_set(recipe.width)[1:]]
     assert tried is not None, "a pyramid has sites with experts"
     shortlist = dict.fromkeys([*tried.best_set(SHORTLIST * recipe.routes), tried.within(budget)])
-    tree = RouteTree((full, *sorted(tried.routes[i] for i in shortlist if i)), ((),))
+    tree = RouteTree((full, *sorted(tried.routes[i] for i in shortlist if i)), ())
     title = f"trying the best {len(tree.routes) - 1}"
     finalists = Candidates.of(measure(title, tree, FINAL_SAMPLES * recipe.samples))
     chosen = finalists.best_set(recipe.routes)

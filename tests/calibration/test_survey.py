@@ -34,8 +34,10 @@ def made_up(tree: RouteTree, count: int) -> RouteTable:
         columns.append(loss)
     distortion = torch.stack(columns, dim=1)
     fraction = torch.tensor([flops_fraction(SHAPE, PYRAMID, route, [GRID], 12) for route in tree.routes])
-    read = odd.float()[:, None, None, None]  # what a router reads
-    return RouteTable(tree, read, distortion >= 0, distortion, (distortion < 0.1).float(), fraction.expand(count, -1))
+    nothing = torch.zeros(count, 0, 1, 1)
+    return RouteTable(
+        tree, nothing, distortion >= 0, distortion, (distortion < 0.1).float(), fraction.expand(count, -1)
+    )
 
 
 def test_it_finds_what_fits_and_never_offers_what_hurts_everybody() -> None:
@@ -43,7 +45,7 @@ def test_it_finds_what_fits_and_never_offers_what_hurts_everybody() -> None:
 
     def measure(title: str, tree: RouteTree, count: int) -> RouteTable:
         asked.append((len(tree.routes), count))
-        assert tree.prefixes == ((),) and tree.routes[0] == (0, 0, 0)
+        assert tree.prefixes == () and tree.routes[0] == (0, 0, 0)
         return made_up(tree, count)
 
     found = survey(PYRAMID, [(GRID,)] * 60, measure, RECIPE, 0.5, [(3, 0, 0)])
@@ -82,7 +84,7 @@ def test_the_chosen_set_holds_a_safe_route_of_every_price_and_more_routes_never_
     fraction = torch.rand(1, 12, generator=generator).expand(20, -1).clone()
     distortion = torch.rand(20, 12, generator=generator) * (1 - fraction) * 4
     fraction[:, 0], distortion[:, 0] = 1, 0
-    found = Candidates(routes, distortion, fraction, torch.ones(20, 12), torch.zeros(20, 1))
+    found = Candidates(routes, distortion, fraction, torch.ones(20, 12))
 
     def oracle(chosen: list[int], trade_off: float) -> float:
         return (distortion[:, chosen] + trade_off * fraction[:, chosen]).min(1).values.mean().item()
