@@ -23,7 +23,7 @@ def test_the_current_checkpoint_is_shown(converted: Path, capsys: pytest.Capture
     assert main(["inspect"]) == 0
     captured = capsys.readouterr()
     assert str(converted) in captured.err
-    for text in ("after layer 3", "pool:2x2,pool:1x2,keep", "vision_tower", "6–7", " 144"):
+    for text in ("after layer 3", "pool:2x2,pool:2x2,keep", "vision_tower", "6–7", " 144"):
         assert text in captured.out
     assert "Budgets" not in captured.out
     assert "64 text tokens, an assumed length (--text-tokens sets it)" in captured.out
