@@ -58,10 +58,17 @@ class Step:
         return [sys.executable, *runner, *arguments]
 
 
-DEMO, SECOND = "work/demo/demo-dpn", "work/second"
+DEMO, SECOND = "work/routed", "work/second"
+LONG = "--budget 0.25 --set calibration.survey.routes=24"  # more than the recipe's, as the generators are endless
+LONG_DEMO = f"--data demo --samples 2000 --set calibration.predictors.samples=6144 {LONG}"
+LONG_SECOND = f"--data work/second-samples --samples 1500 --set calibration.predictors.samples=4096 {LONG}"
+SHORT = "--samples 32 --set calibration.predictors.samples=64"
+HEAL, SHORT_HEAL = "--heal lora", f"{SHORT} --set calibration.heal.steps=2"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
     Step("demo", "dpn demo --output work/demo", "--samples 32 --questions 32"),
+    Step("convert", f"dpn convert demo --output {DEMO}"),
+    Step("calibrate", f"dpn calibrate --model {DEMO} {LONG_DEMO}", SHORT),
     Step("calibration", f"calibration.py --model {DEMO} --samples 600", "--samples 16 --budget 0.25"),
     Step(
         "frontier",
@@ -69,15 +76,11 @@ STEPS = (
         "--samples 16 --budget 0.25",
     ),
     Step("convert-healed", "dpn convert demo --output work/healed"),
-    Step(
-        "calibrate-healed",
-        "dpn calibrate --model work/healed --data demo --budget 0.2 --heal lora",
-        "--samples 32 --set calibration.heal.steps=2",
-    ),
+    Step("calibrate-healed", f"dpn calibrate --model work/healed {LONG_DEMO} {HEAL}", SHORT_HEAL),
     Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
     Step(
         "second-samples",
-        "python -m tools.second_teacher.data --output work/second-samples --samples 600",
+        "python -m tools.second_teacher.data --output work/second-samples --samples 4096",
         "--samples 32",
     ),
     Step(
@@ -86,9 +89,7 @@ STEPS = (
         "--samples 32",
     ),
     Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
-    Step(
-        "second-calibrate", f"dpn calibrate --model {SECOND} --data work/second-samples --budget 0.25", "--samples 32"
-    ),
+    Step("second-calibrate", f"dpn calibrate --model {SECOND} {LONG_SECOND}", SHORT),
     Step(
         "second-calibration",
         f"calibration.py --model {SECOND} --data work/second-heldout --samples 700",
@@ -101,11 +102,7 @@ STEPS = (
         "--samples 16 --budget 0.36",
     ),
     Step("second-convert-healed", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}-healed"),
-    Step(
-        "second-calibrate-healed",
-        f"dpn calibrate --model {SECOND}-healed --data work/second-samples --budget 0.2 --heal lora",
-        "--samples 32 --set calibration.heal.steps=2",
-    ),
+    Step("second-calibrate-healed", f"dpn calibrate --model {SECOND}-healed {LONG_SECOND} {HEAL}", SHORT_HEAL),
     Step(
         "second-healing",
         f"healing.py --plain {SECOND} --healed {SECOND}-healed --data work/second-heldout --samples 700",

@@ -4,9 +4,9 @@
     python benchmarks/latency.py --device cuda --layers 32 --json latency.json
 
 The decoder is built in memory with random weights and, on a CPU, with fewer layers, in float32; on CUDA in bfloat16.
-The vision tower has two layers, as its time is not what is looked at. 2880 visual tokens are five images, as many as
-the tiles of LLaVA-NeXT. All methods are measured in turns (see `dpn bench`); what counts is the paired speedup of the
-prefill, held against the one that its FLOPs promise:
+The vision tower has two layers, as its time is not what is looked at. 1024 visual tokens are LLaVA-HR's; 2880 are five
+images, as many as the tiles of LLaVA-NeXT. All methods are measured in turns (see `dpn bench`); what counts is the
+paired speedup of the prefill, held against the one that its FLOPs promise:
 
 - `dpn`: the routers run but do not decide, as random ones would decide nothing sensible; every sample is given the
   route that is nearest to the budget, and in the ragged batch others whose mean is about the budget.
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
@@ -55,7 +56,7 @@ MENUS = {  # by the depth of the site
     0.75: "keep exit",
 }
 CHOICES = ("pool:2x2", "predicted:0.25", "diverse:0.25", "covering:0.25", "attended:0.25", "divprune:0.25")
-GRID = (24, 24)
+PATCH = 14
 IMAGE_TOKEN = 32000
 LAYERS = 32  # of the 7B model
 SPREAD = (-0.06, -0.02, 0.02, 0.06)  # of the routes' FLOPs fractions in a ragged batch, around the budget
@@ -68,34 +69,38 @@ class Case:
     Attributes:
         images: number of images per sample.
         text_tokens: text tokens of every sample.
+        side: Rows, and columns, of visual tokens of an image.
     """
 
     images: int
     text_tokens: tuple[int, ...]
+    side: int = 24
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The visual grids of a sample."""
-        return (GRID,) * self.images
+        return ((self.side, self.side),) * self.images
 
 
 CASES = {
     "576": Case(1, (64,)),
     "576-ragged": Case(1, (32, 64, 96, 128)),
     "576-batch": Case(1, (64,) * 8),
+    "1024": Case(1, (64,), side=32),
     "2880": Case(5, (64,)),
 }
 
 
-def random_llava(layers: int, device: str, dtype: torch.dtype) -> DpnLlavaForConditionalGeneration:
-    """Return LLaVA-1.5-7B with other numbers of layers, random weights and a pyramid."""
+@lru_cache(maxsize=1)
+def random_llava(layers: int, device: str, dtype: torch.dtype, side: int) -> DpnLlavaForConditionalGeneration:
+    """Return LLaVA-1.5-7B with other numbers of layers, random weights and a pyramid, for images of `side`² tokens."""
     text = LlamaConfig(
         vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
         num_attention_heads=32, max_position_embeddings=4096, pad_token_id=0,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16,
+        image_size=side * PATCH, patch_size=PATCH, projection_dim=768,
     )  # fmt: skip
     config = DpnLlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, dtype=dtype)
     menus = {round(depth * layers) - 1: tuple(map(Expert.parse, menu.split())) for depth, menu in MENUS.items()}
@@ -151,7 +156,7 @@ def measure(
     """Measure all methods on one batch."""
     case = CASES[name]
     images = {"input_ids": torch.full((1, num_tokens(case.grids)), IMAGE_TOKEN)}
-    images["pixel_values"] = torch.randn(case.images, 3, 336, 336, dtype=model.dtype)
+    images["pixel_values"] = torch.randn(case.images, 3, *[case.side * PATCH] * 2, dtype=model.dtype)
     batch = synthetic_inputs(model, images, case.text_tokens)
     methods: dict[str, Baseline] = {ORIGINAL: Original()}
     for budget in budgets:
@@ -186,7 +191,7 @@ class Choice:
 def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds: int, clock: Clock) -> Iterator[Choice]:
     """Measure the experts of `CHOICES` on one sample, and the layers without any."""
     text_model, device = model.text_model, model.device
-    grid = torch.cartesian_prod(torch.arange(case.images), *map(torch.arange, GRID))
+    grid = torch.cartesian_prod(torch.arange(case.images), torch.arange(case.side), torch.arange(case.side))
     coords = torch.cat([grid, torch.full((case.text_tokens[0], 3), -1)])[None].to(device)
     width = text_model.config.hidden_size
     embedded = torch.randn(1, coords.shape[1], width, dtype=model.dtype, device=device)
@@ -268,11 +273,12 @@ def main(
     if shared:
         torch.set_num_threads(1)
     clock = time.process_time if shared else time.perf_counter
-    model = random_llava(layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {model.dtype} on {device}")
-    results = {name: measure(model, name, budgets, against, rounds, new_tokens, clock) for name in cases}
-    alone = [CASES[name] for name in cases if len(CASES[name].text_tokens) == 1]
-    choices = [choice for case in alone for choice in measure_choices(model, case, rounds, clock)]
+    dtype, results, choices = torch.bfloat16 if device == "cuda" else torch.float32, {}, []
+    console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {dtype} on {device}")
+    for name in sorted(cases, key=lambda name: CASES[name].side):
+        model, case = random_llava(layers, device, dtype, CASES[name].side), CASES[name]
+        results[name] = measure(model, name, budgets, against, rounds, new_tokens, clock)
+        choices += measure_choices(model, case, rounds, clock) if len(case.text_tokens) == 1 else ()
     for result in results.values():
         print_latency(result, has_data=False)
     print_efficiencies(results)
