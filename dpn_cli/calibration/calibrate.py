@@ -183,7 +183,7 @@ def _fit_predictors(job: Job, samples: Sequence[Sample]) -> None:
         predictors.to(model.device)
         with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:
             fit_predictors(predictors, pieces, settings.epochs, recipe.seed, advance)
-    predictors.load_state_dict(job.processes.agree(predictors.state_dict()))
+    predictors.load_state_dict(job.processes.agree(predictors.cpu().state_dict()))
     model.text_model.predictors = predictors.requires_grad_(False).to(model.device)
 
 

@@ -80,7 +80,7 @@ def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: 
             paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
             total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
             state = text_model.run_segment(state, layer + 1)
-    return piece | {"attention": total / total.sum(1, keepdim=True)}
+    return piece | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
 
 
 def _follows_image(state: PyramidState) -> torch.Tensor:
