@@ -59,7 +59,7 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = "--budget 0.25 --set calibration.survey.routes=24"  # more than the recipe's, as the generators are endless
+LONG = "--budget 0.25 --set calibration.survey.routes=24"  # more than in the recipe, since the generators are endless
 LONG_DEMO = f"--data demo --samples 2000 --set calibration.predictors.samples=6144 {LONG}"
 LONG_SECOND = f"--data work/second-samples --samples 1500 --set calibration.predictors.samples=4096 {LONG}"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
