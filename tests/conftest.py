@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny random LLaVA checkpoint, in the layouts that users bring."""
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: on a busy machine more threads only wait
 
 pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.teachers", "tests.tiled"]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through what modules hold, over and over again."""
+    gc.collect()
+    gc.freeze()
+
 
 TextType = Literal["llama", "mistral", "qwen2", "qwen3"]
 Layout = Literal["hub", "new"]

@@ -1,7 +1,9 @@
 """Converted checkpoints, some as if calibrated, and a picture to ask them about."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +35,39 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-@pytest.fixture
-def make_converted(
-    tiny_llava_factory: Callable[..., Path], tiny_tiled: Callable[..., Path], tmp_path: Path
+@pytest.fixture(scope="session")
+def converted_factory(
+    tiny_llava_factory: Callable[..., Path], tiny_tiled: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Return `make(text, layout, shards, calibrated, family) -> Path`; calibrated, its routers disagree."""
+    """Return `make(text, layout, shards, calibrated, family) -> Path`; calibrated, its routers disagree.
 
-    def make(
-        text: str = "llama", layout: str = "hub", shards: int = 1, calibrated: bool = True, family: str = "llava"
-    ) -> Path:
-        folder = tmp_path / "tiny-dpn"
-        if family == "llava":
+    Equal arguments give the same folder, which nobody may change.
+    """
+
+    @cache
+    def make(text: str, layout: str, shards: int, calibrated: bool, family: str) -> Path:
+        folder = tmp_path_factory.mktemp("converted") / "tiny-dpn"
+        if calibrated:
+            shutil.copytree(make(text, layout, shards, False, family), folder)
+            pretend_calibration(folder)
+        elif family == "llava":
             convert(str(tiny_llava_factory(text=text, layout=layout, shards=shards)), output=folder)
         else:
             recipe = load_recipe("llava-next", ["pyramid.min_visual_tokens=4"])
             convert(str(tiny_tiled(family, text, layout)), recipe, folder)
-        if calibrated:
-            pretend_calibration(folder)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def make_converted(converted_factory: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return `make(...) -> Path` as `converted_factory` does, a folder of one's own."""
+
+    def make(
+        text: str = "llama", layout: str = "hub", shards: int = 1, calibrated: bool = True, family: str = "llava"
+    ) -> Path:
+        return Path(shutil.copytree(converted_factory(text, layout, shards, calibrated, family), tmp_path / "tiny-dpn"))
 
     return make
 

@@ -12,7 +12,7 @@ from dpn_cli.pyramid.config import Budget
 
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
 HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
-BISECTIONS = 60
+PRECISION = 1e-7  # of λ, relative: what it is multiplied by has no more
 LEAST_GAIN = 0.002  # nats: less is not worth another rule
 CONFIDENCE = 1.64  # standard errors: 95%, one-sided
 TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those that are tried
@@ -39,20 +39,20 @@ def budget_table(
         policy = Policy.of(routers, table)
     trusts = TRUSTS if mean_distortions else (1.0,)
 
-    def take(trade_off: float, trust: float) -> torch.Tensor:
-        return policy.choose(trade_off, trust, mean_distortions)
+    choosers = {trust: policy.chooser(trust, mean_distortions) for trust in trusts}
+    samples = torch.arange(len(table.distortion))
 
     def solve(wanted: float, low: float, trust: float) -> tuple[float, float]:
         """Return the smallest λ from `low` on that spends no more than wanted, and the trust."""
-        up = HIGHEST
-        for _ in range(BISECTIONS):
+        up, take = HIGHEST, choosers[trust]
+        while up - low > PRECISION * up:
             middle = (low + up) / 2
-            spent = outcome(table, take(middle, trust)).fraction
+            spent = table.fraction[samples, take(middle)].double().mean().item()
             low, up = (middle, up) if spent > wanted else (low, middle)
         return up, trust
 
     def row(trade_off: float, trust: float) -> Budget:
-        found = outcome(table, take(trade_off, trust))
+        found = outcome(table, choosers[trust](trade_off))
         return Budget(found.fraction, trade_off, found.distortion, trust)
 
     cheapest = row(HIGHEST, 1.0).fraction
@@ -60,8 +60,8 @@ def budget_table(
     while rows[-1].fraction > cheapest:
         wanted = max(rows[-1].fraction - STEP, cheapest)
         settings = [solve(wanted, rows[-1].trade_off, trust) for trust in trusts]
-        samples = torch.arange(len(table.distortion))
-        rows.append(row(*settings[_best([table.distortion[samples, take(*each)] for each in settings])]))
+        losses = [table.distortion[samples, choosers[trust](trade_off)] for trade_off, trust in settings]
+        rows.append(row(*settings[_best(losses)]))
     return tuple(rows)
 
 

@@ -3,7 +3,7 @@
 Shapes: N samples, R routes, P prefixes, E scores of a router, C options at a prefix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,23 +83,26 @@ class Policy:
         ]
         return torch.tensor(rows)
 
-    def _values(self, logits: torch.Tensor, trade_off: float, allowed: torch.Tensor) -> torch.Tensor:
-        """Return logit - λ·cost of every option, [N, P, C]; -inf where it is not allowed."""
-        scores = logits.gather(2, self._score.clamp(min=0).expand(len(logits), -1, -1))
-        values = scores - trade_off * self.table.fraction[:, self._route.clamp(min=0)]
-        out_of_reach = ~allowed.any(-1, keepdim=True)  # a prefix that this sample cannot get to: anything finite
-        return values.masked_fill(~((allowed | out_of_reach) & (self._route >= 0)), -torch.inf)
+    def chooser(self, trust: float = 1.0, mean_distortions: Sequence[float] = ()) -> Callable[[float], torch.Tensor]:
+        """Return `choose(trade_off) -> [N]`, the index of the route that every sample takes at λ; see `trusted`."""
+        route, following, rows = self._route.clamp(min=0), self._next, torch.arange(len(self.logits))
+        allowed = (self._route >= 0) & self.table.offered[:, route]
+        allowed |= (self._route >= 0) & ~allowed.any(-1, keepdim=True)  # a prefix out of this sample's reach: any
+        scores = trusted(self.logits, mean_distortions, trust).gather(2, self._score.clamp(min=0).expand_as(allowed))
+        scores, cost = scores.masked_fill(~allowed, -torch.inf), self.table.fraction[:, route]  # [N, P, C]
+
+        def choose(trade_off: float) -> torch.Tensor:
+            best = (scores - trade_off * cost).argmax(-1)  # ties go to the first
+            node = torch.zeros_like(rows)
+            for _ in self.table.tree.routes[0]:
+                node = following[node, best[rows, node]]
+            return node
+
+        return choose
 
     def choose(self, trade_off: float, trust: float = 1.0, mean_distortions: Sequence[float] = ()) -> torch.Tensor:
         """Return the index of the route that every sample takes at λ, [N]; see `trusted` for the rest."""
-        rows = torch.arange(len(self.logits))
-        offered = (self._route >= 0) & self.table.offered[:, self._route.clamp(min=0)]
-        logits = trusted(self.logits, mean_distortions, trust)
-        best = self._values(logits, trade_off, offered).argmax(-1)  # ties go to the first
-        node = torch.zeros_like(rows)
-        for _ in self.table.tree.routes[0]:
-            node = self._next[node, best[rows, node]]
-        return node
+        return self.chooser(trust, mean_distortions)(trade_off)
 
     def choose_as(self, pyramid: PyramidConfig, trade_off: float) -> torch.Tensor:
         """Return what a calibrated pyramid lets every sample take at λ, [N]."""

@@ -8,6 +8,7 @@ import ast
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dpn_cli import __version__
@@ -98,6 +99,7 @@ class Module:
         return isinstance(node, ast.ImportFrom) and node.level == 0 and node in self.tree.body and not renamed
 
 
+@cache
 def bundle_modeling() -> str:
     """Return the source of one module that does what the modeling package does.
 

@@ -28,7 +28,10 @@ from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
 from tests.runs import noise_pictures
 
-RECIPE = CalibrationRecipe(samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25)
+SURVEY = SurveyRecipe(samples=6, routes=8, width=2)
+RECIPE = CalibrationRecipe(
+    samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25, survey=SURVEY
+)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +277,7 @@ def test_the_report_names_the_routes_that_the_checkpoint_offers(calibrated: Path
 def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
-    run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("pool",), routes=5)}))
+    run(folder, data, RECIPE.model_copy(update={"survey": SURVEY.model_copy(update={"experts": ("pool",), "routes": 5})}))
     found = inspect_checkpoint(folder).pyramid
     assert {expert.kind for site in found.sites for expert in site.experts} == {"keep", "pool"}
     assert found.num_routes <= 5 and load_model(folder).pyramid == found

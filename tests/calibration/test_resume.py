@@ -22,7 +22,10 @@ from dpn_cli.conversion.convert import convert
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
 SAMPLES = 16
-OPTIONS = {"epochs": 4, "batch_size": 2, "answer_tokens": 2, "holdout": 0.4}
+OPTIONS = {
+    "epochs": 4, "batch_size": 2, "answer_tokens": 2, "holdout": 0.4,
+    "survey.samples": 4, "survey.routes": 10, "survey.width": 2,
+}  # fmt: skip
 KILLS = 10
 
 
@@ -125,7 +128,10 @@ def test_a_kill_after_one_of_the_results_is_mended(
     assert digests(folder) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
     before = digests(folder)
     process = start(arguments(folder, data, epochs=100_000))  # it cannot end before the signal

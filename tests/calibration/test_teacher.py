@@ -72,7 +72,7 @@ def folder(converted: Path, tmp_path: Path) -> Path:
 
 def arguments(folder: Path, data: Path, teacher: Path | str | None, *further: str) -> list[str]:
     line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", "16", "--budget", "0.6"]
-    settings = ("epochs=4", "answer_tokens=2", "holdout=0.4", "survey.samples=4")
+    settings = ("epochs=4", "answer_tokens=2", "holdout=0.4", "survey.samples=4", "survey.routes=4", "survey.width=2")
     line += [word for each in settings for word in ("--set", f"calibration.{each}")]
     return [*line, *(["--teacher", str(teacher)] if teacher else []), *further]
 

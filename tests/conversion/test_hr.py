@@ -25,7 +25,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.pyramid.config import DPE_PARTS
-from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe, load_recipe
 from tests.conversion.test_dpn_authors import NEW_ROUTER, OLD_ROUTER, make_dpn, prompts
 from tests.conversion.test_tokenizer import reference_pixels
 from tests.converted import pretend_calibration
@@ -158,7 +158,8 @@ def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
     for i in range(16):
         pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
-    recipe = CalibrationRecipe(samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25)
+    survey = SurveyRecipe(samples=4, routes=6, width=2)
+    recipe = CalibrationRecipe(samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25, survey=survey)
     calibrate(folder, DataOptions(str(tmp_path / "data")), recipe)
     expected, routes = answer(dpn_cli.load(folder), folder, picture)
     assert any(routes[0])

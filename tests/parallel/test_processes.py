@@ -25,6 +25,7 @@ LAUNCHED = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }  # fmt: skip
+SURVEY = ("survey.samples=4", "survey.routes=6", "survey.width=2")
 HEAL = ("heal.method=lora", "heal.steps=4", "heal.batch_size=2", "heal.gradient_accumulation=2", "heal.save_every=1")
 
 
@@ -52,7 +53,7 @@ def copy(converted: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def arguments(folder: Path, data: Path | str, *settings: str) -> list[str]:
-    settings = ("epochs=4", "batch_size=2", "answer_tokens=2", *settings)
+    settings = ("epochs=4", "batch_size=2", "answer_tokens=2", *SURVEY, *settings)
     words = [word for each in settings for word in ("--set", f"calibration.{each}")]
     return ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6", *words]
 
