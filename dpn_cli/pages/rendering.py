@@ -1,6 +1,7 @@
 """Templates become pages: whatever the data holds is escaped, and images are small copies inside of the page."""
 
 import base64
+from functools import cache
 from importlib.resources import files
 from io import BytesIO
 from typing import Any
@@ -28,6 +29,13 @@ def render_page(package: str, template: str, **values: Any) -> str:
     Raises:
         DataError: if an image cannot be read.
     """
+    text = _environment(package).get_template(template).render(**values)
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
+
+
+@cache
+def _environment(package: str) -> Environment:
+    """Return what finds a package's templates, and keeps those that it has compiled."""
 
     def load(name: str) -> str | None:
         found = (files(each) / name for each in (package, "dpn_cli.pages"))
@@ -39,8 +47,7 @@ def render_page(package: str, template: str, **values: Any) -> str:
     environment.filters.update(
         percent=percent, nats=nats, shorten=_shorten, breakable=_breakable, thumbnails=thumbnails
     )
-    text = environment.get_template(template).render(**values)
-    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold lone surrogates
+    return environment
 
 
 def thumbnails(sample: Sample) -> list[str]:

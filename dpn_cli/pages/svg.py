@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dpn_cli.notation import SMALLEST_SHOWN
 
@@ -246,5 +246,5 @@ def _text(content: str, x: float, y: float, class_: str, **attributes: object) -
 def _element(tag: str, *content: str, **attributes: object) -> Markup:
     """Return an element; `class_` stands for class and `aria_label` for aria-label."""
     values = {key: f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items()}
-    pairs = [Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value) for key, value in values.items()]
-    return Markup("<{0}{1}>{2}</{0}>").format(tag, Markup("").join(pairs), Markup("").join(content))
+    pairs = [f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in values.items()]
+    return Markup(f"<{tag}{''.join(pairs)}>{Markup('').join(content)}</{tag}>")

@@ -277,7 +277,8 @@ def test_the_report_names_the_routes_that_the_checkpoint_offers(calibrated: Path
 def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
-    run(folder, data, RECIPE.model_copy(update={"survey": SURVEY.model_copy(update={"experts": ("pool",), "routes": 5})}))
+    pooling = SURVEY.model_copy(update={"experts": ("pool",), "routes": 5})
+    run(folder, data, RECIPE.model_copy(update={"survey": pooling}))
     found = inspect_checkpoint(folder).pyramid
     assert {expert.kind for site in found.sites for expert in site.experts} == {"keep", "pool"}
     assert found.num_routes <= 5 and load_model(folder).pyramid == found

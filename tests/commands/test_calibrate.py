@@ -16,7 +16,9 @@ from dpn_cli.workspace import current
 from tests.data.test_data import bomb
 from tests.runs import digests
 
-LIGHT = ["--samples", "24", "--set", "calibration.epochs=3", "--set", "calibration.holdout=0.25", "--budget", "0.6"]
+SETTINGS = ("epochs=3", "holdout=0.25", "survey.routes=6", "survey.width=2")
+LIGHT = [word for each in SETTINGS for word in ("--set", f"calibration.{each}")]
+LIGHT += ["--samples", "24", "--budget", "0.6"]
 
 
 @pytest.fixture

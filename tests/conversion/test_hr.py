@@ -159,7 +159,9 @@ def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
         pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
     survey = SurveyRecipe(samples=4, routes=6, width=2)
-    recipe = CalibrationRecipe(samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25, survey=survey)
+    recipe = CalibrationRecipe(
+        samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25, survey=survey
+    )
     calibrate(folder, DataOptions(str(tmp_path / "data")), recipe)
     expected, routes = answer(dpn_cli.load(folder), folder, picture)
     assert any(routes[0])
