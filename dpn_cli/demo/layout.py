@@ -119,15 +119,13 @@ def _fits(thing: Thing, patch: Patch, things: list[Thing], taken: set[Patch]) ->
     x, y = thing.centre
     if patch in taken or not all(0 < each < GRID - 1 for each in patch) or (y // PATCH, x // PATCH) in taken:
         return False
-    if 4 * sum(each in taken for each in thing.patches) > len(thing.patches):
-        return False
     for other in things:
         far = (x - other.centre[0]) ** 2 + (y - other.centre[1]) ** 2
         if far < (0.7 * (thing.radius + other.radius)) ** 2:
             return False
         if _covers(other, patch) or (other.mark and _covers(thing, other.mark.patch)):
             return False
-    return True
+    return 4 * sum(each in taken for each in thing.patches) <= len(thing.patches)
 
 
 def _covers(thing: Thing, patch: Patch) -> bool:

@@ -1,9 +1,9 @@
 """What a demo picture shows, as plain data: a ground, things with marks on them, signs with words, and stops."""
 
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "calibration", "heldout"]
 Patch = tuple[int, int]
@@ -110,6 +110,14 @@ class Ground:
     clutter: int
 
 
+def _values(part: Any) -> Any:
+    """Return the values of a part of a picture and of all that is in it, as `astuple` does without its copies."""
+    if isinstance(part, tuple):
+        return tuple(map(_values, part))
+    names = getattr(part, "__match_args__", None)
+    return part if names is None else tuple(_values(getattr(part, name)) for name in names)
+
+
 @dataclass(frozen=True, eq=False)
 class Content:
     """What a picture shows, whatever it is; to be compared by ``number``."""
@@ -117,7 +125,7 @@ class Content:
     @cached_property
     def number(self) -> int:
         """Name the content: equal contents have equal numbers, and the number decides every pixel."""
-        content = repr(astuple(self)).encode()
+        content = repr(_values(self)).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
     @property

@@ -1,8 +1,6 @@
 """Predictors: they learn from what stock transformers' attention is, and stay with the checkpoint."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from dpn_cli.pyramid.experts import KEEP, Expert, predictor_tensors
 from dpn_cli.pyramid.recipe import load_recipe
 from dpn_cli.reporter import Reporter
 from tests.calibration.test_rollout import examples
+from tests.elsewhere import run_elsewhere
 from tests.pyramids import IMAGE, prompt
 from tests.runs import noise_pictures
 
@@ -124,14 +123,14 @@ def test_an_export_answers_the_same_without_dpn(calibrated: Path, tmp_path: Path
     export(calibrated, tmp_path / "export", ExportOptions(static="predicted:0.25"))
     torch.save((prompt(1, 3, 5, seed=0), logits(calibrated)), tmp_path / "expected.pt")
     code = (
-        "import sys, torch; sys.modules['dpn_cli'] = None\n"
+        "import torch\n"
         "from transformers import AutoModelForImageTextToText as Auto\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
         f"model = Auto.from_pretrained({str(tmp_path / 'export')!r}, trust_remote_code=True, dtype=torch.float32)\n"
         "with torch.no_grad(): found = model.eval()(**inputs).logits\n"
         "assert torch.equal(found, expected)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_elsewhere(code, cwd=tmp_path)
 
 
 def test_samples_of_its_own_take_no_part_in_fitting_the_routers(

@@ -18,6 +18,7 @@ from tests.runs import digests
 
 SETTINGS = ("epochs=3", "holdout=0.25", "survey.routes=6", "survey.width=2")
 LIGHT = [word for each in SETTINGS for word in ("--set", f"calibration.{each}")]
+NO_FURTHER = ["--set", "calibration.predictors.samples=20"]
 LIGHT += ["--samples", "24", "--budget", "0.6"]
 
 
@@ -186,7 +187,10 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--samples", "1" + "0" * 30], "is not in the range"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
-        (["--set", "calibration.holdout=0.999", "--samples", "20"], "leaves 0 to fit routers to, which need 4"),
+        (
+            ["--set", "calibration.holdout=0.999", "--samples", "20", *NO_FURTHER],
+            "leaves 0 to fit routers to, which need 4",
+        ),
     ],
 )
 def test_what_no_calibration_can_have_is_refused(

@@ -26,21 +26,13 @@ from dpn_cli.exporting.plan import parse_size
 from dpn_cli.families.family import FAMILIES
 from dpn_cli.families.tensors import memory_name
 from tests.converted import pretend_calibration
+from tests.elsewhere import run_elsewhere
 from tests.exports import QUESTION, answer, stored
 from tests.tiled import collate_tiled, tiled_prompt
 
-# Run in a process of its own, in which dpn_cli cannot be imported; print what they found as JSON.
-BLOCKED = """
+# Run where dpn is not installed; print what they found as JSON.
+FRESH = """
 import json, sys
-class Blocker:
-    def find_spec(self, name, *args):
-        if name.split(".")[0] == "dpn_cli":
-            raise ModuleNotFoundError("dpn_cli is not here")
-sys.meta_path.insert(0, Blocker())
-"""
-FRESH = (
-    BLOCKED
-    + """
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 folder, image, question = sys.argv[1:]
@@ -62,12 +54,10 @@ print(json.dumps({
     "piped": piped[0]["generated_text"], "dtype": str(model.dtype),
 }))
 """
-)
 
 # The same without a processor, which for LLaVA-OneVision needs torchvision: on inputs that were saved.
-FRESH_ON_INPUTS = (
-    BLOCKED
-    + """
+FRESH_ON_INPUTS = """
+import json, sys
 import torch
 from transformers import AutoModelForImageTextToText
 folder, file, _ = sys.argv[1:]
@@ -79,18 +69,11 @@ print(json.dumps({
     "routes": model.last_routes,
 }))
 """
-)
 
 
 def in_fresh_process(folder: Path, file: Path, tmp_path: Path, code: str = FRESH) -> dict[str, Any]:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(file), QUESTION],
-        env=env, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    output = run_elsewhere(code, folder, file, QUESTION, cwd=tmp_path)
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 

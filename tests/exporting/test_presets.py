@@ -18,7 +18,7 @@ from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.presets import PRESETS, parse_preset, preset_of
-from tests.exporting.test_export import BLOCKED, in_fresh_process
+from tests.exporting.test_export import in_fresh_process
 from tests.exports import stored
 from tests.pyramids import collate, ragged_batch
 
@@ -28,9 +28,8 @@ BASELINES = {
     "divprune:0.25": StaticPyramid("divprune", 0.25),
 }
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
-FRESH = (
-    BLOCKED
-    + """
+FRESH = """
+import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText
@@ -50,7 +49,6 @@ for path in sorted(Path(folder).iterdir()):
     }
 print(json.dumps(found))
 """
-)
 
 
 def test_exports_are_the_baselines_where_dpn_is_not_installed(

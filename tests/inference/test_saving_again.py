@@ -1,7 +1,5 @@
 """Models that are loaded, changed and saved with transformers: their code goes along."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +7,11 @@ import pytest
 
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
+from tests.elsewhere import run_elsewhere
 from tests.exports import question
 
 ELSEWHERE = """
 import sys
-sys.modules["dpn_cli"] = None
 import torch
 from transformers import AutoModelForImageTextToText
 folder, again = sys.argv[1:]
@@ -45,6 +43,4 @@ def test_a_merged_adapter_loads_where_dpn_is_not_installed(
     torch.save(dict(inputs), tmp_path / "inputs.pt")
     expected = f"{merged.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()} {merged.last_routes}"
     for saved, again in (("saved", "saved there"), ("saved there", "last")):
-        command = [sys.executable, "-c", ELSEWHERE, saved, again]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-        assert done.stdout.strip() == expected
+        assert run_elsewhere(ELSEWHERE, saved, again, cwd=tmp_path).strip() == expected
