@@ -1,6 +1,6 @@
 """The demo's pictures, drawn as they are needed."""
 
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from typing import TYPE_CHECKING, cast
 
@@ -21,23 +21,29 @@ class DemoPictures:
     name = "demo"
 
     def __init__(self, split: "Split", count: int) -> None:
+        """Take note of which pictures; they are composed when the first sample is asked for."""
+        self.format = f"demo pictures ({split})"
+        self.split: Split = split
+        self.count = count
+
+    @cached_property
+    def samples(self) -> list[Sample]:
         """Compose the pictures."""
         from dpn_cli.demo.pictures import samples
 
-        self.format = f"demo pictures ({split})"
-        self.samples = [
+        return [
             Sample(
                 each.id,
                 (StoredImage(f"the picture of {each.id}", partial(_encoded, each)),),
                 (Turn(each.question, each.answer, images=1),),
                 each.kind,
             )
-            for each in samples(split, count)
+            for each in samples(self.split, self.count)
         ]
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return len(self.samples)
+        return self.count
 
     def columns(self) -> dict[str, str]:
         """Return no columns."""

@@ -16,9 +16,11 @@ from dpn_cli.workspace import current
 from tests.data.test_data import bomb
 from tests.runs import digests
 
-SETTINGS = ("epochs=3", "holdout=0.25", "survey.routes=6", "survey.width=2")
+SETTINGS = (
+    "epochs=3", "holdout=0.25", "answer_tokens=3", "survey.samples=4", "survey.routes=6", "survey.width=2",
+)  # fmt: skip
 LIGHT = [word for each in SETTINGS for word in ("--set", f"calibration.{each}")]
-NO_FURTHER = ["--set", "calibration.predictors.samples=20"]
+FEW = ["--set", "calibration.predictors.samples=20"]
 LIGHT += ["--samples", "24", "--budget", "0.6"]
 
 
@@ -174,7 +176,7 @@ def test_experts_that_are_not_to_be_had_are_refused_before_the_work(
 
 
 def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert calibrate(rows, "--experts", "diverse,exit") == 0
+    assert calibrate(rows, "--experts", "diverse,exit", "--set", "calibration.survey.samples=48") == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "trying 11 routes" in said, said
     assert "routes on 14 samples; the" in said, said
@@ -187,10 +189,7 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--samples", "1" + "0" * 30], "is not in the range"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
-        (
-            ["--set", "calibration.holdout=0.999", "--samples", "20", *NO_FURTHER],
-            "leaves 0 to fit routers to, which need 4",
-        ),
+        (["--set", "calibration.holdout=0.999", "--samples", "20", *FEW], "leaves 0 to fit routers to, which need 4"),
     ],
 )
 def test_what_no_calibration_can_have_is_refused(

@@ -188,7 +188,7 @@ def test_a_field_that_is_not_there_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("dpn_cli.evaluation.run.load_opened", None)
     if source == ".":
         (data / "data.json").unlink()
-    assert main(["eval", "--model", "tiny-dpn", "--data", source, "--by", "levels"]) == 2
+    assert main(["eval", "--model", "tiny-dpn", "--data", source, "--samples", "8", "--by", "levels"]) == 2
     assert message in capsys.readouterr().err
 
 

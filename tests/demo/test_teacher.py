@@ -144,6 +144,15 @@ def test_packed_conversations_spell_the_chat_template(processor: LlavaProcessor,
     assert processor.decode([each for each in answers.tolist() if each >= 0]) == " star</s> red</s>"
 
 
+def test_questions_of_every_kind_are_answered(model: LlavaForConditionalGeneration, packer: Packer) -> None:
+    few = held_out(packer, 4, seed=7)
+    found = by_kind(few, [exact(model, packer, each) for each in few])
+    assert set(found) == set(KINDS)
+    assert min(found.values()) >= 0.75, found
+    assert sum(found.values()) / len(found) >= 0.97, found
+
+
+@pytest.mark.slow
 def test_accuracy_of_every_kind(asked: list[Asked], scores: list[Tensor]) -> None:
     found = by_kind(asked, scores)
     assert set(found) == set(KINDS)
@@ -161,7 +170,7 @@ def test_generating_gives_what_one_pass_says(model: LlavaForConditionalGeneratio
 
 
 def test_a_second_turn_is_understood(model: LlavaForConditionalGeneration, packer: Packer) -> None:
-    scores = torch.cat([exact(model, packer, each) for each in in_two_turns(packer, 40)]).float()
+    scores = torch.cat([exact(model, packer, each) for each in in_two_turns(packer, 16)]).float()
     assert scores.mean() >= 0.9
 
 
