@@ -1,6 +1,8 @@
 """A tiny LLaVA and its pyramid, with routers that disagree from sample to sample."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,36 @@ def pyramid(**changes: Any) -> PyramidConfig:
     return PyramidConfig(**{**defaults, **changes})
 
 
-@pytest.fixture
-def make_pair(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
-    """Return `make(text, attn, **pyramid changes) -> (stock model, pyramid model)` with the same weights."""
+@pytest.fixture(scope="session")
+def pair_factory(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+    """Return `make(text, attn, layout, pyramid) -> (stock model, pyramid model)`, which nobody may change."""
 
-    def make(text: str = "llama", attn: str = "sdpa", layout: str = "hub", **changes: Any) -> tuple[Any, Any]:
+    @cache
+    def make(text: str, attn: str, layout: str, wanted: PyramidConfig) -> tuple[Any, Any]:
         folder = tiny_llava_factory(text=text, layout=layout)
         stock = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=attn).eval()
         settings = AutoConfig.from_pretrained(folder).to_dict()
         settings.pop("model_type")
         config = DpnLlavaConfig(**settings)
-        config.pyramid = pyramid(**changes).to_dict()
+        config.pyramid = wanted.to_dict()
         model, info = DpnLlavaForConditionalGeneration.from_pretrained(
             folder, config=config, attn_implementation=attn, output_loading_info=True
         )
         assert not info["unexpected_keys"]
         assert all(any(part in key for part in DPE_PARTS) for key in info["missing_keys"])
-        scramble_routers(model, seed=7)  # of the first dozen, the one whose routers disagree most
         return stock, model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_pair(pair_factory: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Return `make(text, attn, **pyramid changes) -> (stock model, pyramid model)` with the same weights."""
+
+    def make(text: str = "llama", attn: str = "sdpa", layout: str = "hub", **changes: Any) -> tuple[Any, Any]:
+        stock, model = deepcopy(pair_factory(text, attn, layout, pyramid(**changes)))
+        scramble_routers(model, seed=7)  # of the first dozen, the one whose routers disagree most
+        return stock, model
 
     return make
 

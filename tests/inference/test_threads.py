@@ -23,13 +23,13 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_fitting_and_budgets_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = Policy.choose, []
+    real, seen = Policy.chooser, []
 
-    def choose(self: Policy, *args: Any) -> Any:
+    def chooser(self: Policy, *args: Any) -> Any:
         seen.append(torch.get_num_threads())
         return real(self, *args)
 
-    monkeypatch.setattr(Policy, "choose", choose)
+    monkeypatch.setattr(Policy, "chooser", chooser)
     table, routers = make_table(40), make_routers()
     fitting.fit_routers(routers, table, table, epochs=5, learning_rate=1e-2, seed=0)
     assert seen and set(seen) == {1} and torch.get_num_threads() == 2
