@@ -40,7 +40,9 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         raise CheckpointError(
             f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote from a model without a pyramid"
         )
-    return _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
+    recipe = _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
+    predictors = (recipe.calibration.predictors or PredictorRecipe()) if recipe.predicts else None
+    return recipe.calibration.model_copy(update={"predictors": predictors})
 
 
 def validate_replaceable(folder: Path, force: bool, restart: bool) -> None:
@@ -75,8 +77,8 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
     data = read_json(folder / RECIPE_FILE) if has_recipe else load_recipe(DEFAULT_RECIPE).to_dict()
     recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
     data["calibration"] = {**data.get("calibration", {}), **recorded, "budget": pyramid.budget or 1.0}
-    options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}}
-    return _resolved(data, overrides, options, where=folder)
+    options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}, "predictors": None}
+    return _resolved(data, overrides, options, where=folder).calibration
 
 
 def recipe_name(folder: Path) -> str:
@@ -112,13 +114,9 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
     return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)
 
 
-def _resolved(
-    data: dict[str, Any], overrides: Sequence[str], options: dict[str, Any], where: Path
-) -> CalibrationRecipe:
-    """Return the calibration section of a recipe's plain data, with overrides and options."""
+def _resolved(data: dict[str, Any], overrides: Sequence[str], options: dict[str, Any], where: Path) -> Recipe:
+    """Return the recipe of some plain data, with overrides, and with options in its calibration section."""
     for override in overrides:
         apply_override(data, override)
     data["calibration"] = {**data.get("calibration", {}), **options}
-    recipe = Recipe.from_dict(data, where=str(where))
-    predictors = (recipe.calibration.predictors or PredictorRecipe()) if recipe.predicts else None
-    return recipe.calibration.model_copy(update={"predictors": predictors})
+    return Recipe.from_dict(data, where=str(where))

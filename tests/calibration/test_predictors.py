@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dpn_cli.calibration import predictors as stage
 from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.predictors import Pieces, fit_predictors, observe
-from dpn_cli.calibration.settings import calibration_recipe
+from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
@@ -164,3 +164,12 @@ def test_what_was_observed_is_not_observed_again(
     monkeypatch.setattr("dpn_cli.calibration.calibrate.observe", lambda *args: 1 / 0)
     calibrate(copy, DataOptions(str(data)), recipe)
     assert not (copy / "calibration" / "state").exists()
+
+
+def test_budgets_alone_are_solved_on_as_many_samples_as_are_asked_for(
+    calibrated: Path, data: Path, tmp_path: Path
+) -> None:
+    """No predictor learns then, so that none needs samples of its own."""
+    folder = shutil.copytree(calibrated, tmp_path / "dpn")
+    report = calibrate(folder, DataOptions(str(data)), budgets_recipe(folder, (), {"samples": 5}), budgets_only=True)
+    assert report is not None and report.summary()["held_out"] == 5
