@@ -74,13 +74,19 @@ def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: 
             if layer in layers:
                 tokens = state.hidden_states.gather(1, kept[..., None].expand(-1, -1, state.hidden_states.shape[-1]))
                 text, is_text = last_text(state)
-                parts = {"tokens": tokens.half(), "text": text.half(), "is_text": is_text}
+                parts = {"tokens": _half(tokens), "text": _half(text), "is_text": is_text}
                 piece |= {f"{layer}.{name}": values.cpu() for name, values in parts.items()}
             paid = attention_from(text_model, state, layer, readers)
             paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
             total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
             state = text_model.run_segment(state, layer + 1)
     return piece | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
+
+
+def _half(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float16; what is beyond its range, as some activations of large models are, becomes its end."""
+    end = torch.finfo(torch.float16).max
+    return values.float().clamp(-end, end).half()
 
 
 def _follows_image(state: PyramidState) -> torch.Tensor:
@@ -125,7 +131,7 @@ def fit_predictors(
         rate = LEARNING_RATE * math.sqrt(128 / pieces.load(0)[f"{layer}.tokens"].shape[-1])
         optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(learned))
-        generator, best = torch.Generator().manual_seed(seed), (math.inf, predictor.state_dict())
+        generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))
         for _ in range(epochs):
             for i in torch.randperm(len(learned), generator=generator).tolist():
                 optimizer.zero_grad()
