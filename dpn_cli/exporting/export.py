@@ -25,7 +25,7 @@ from dpn_cli.exporting.model_card import model_card
 from dpn_cli.exporting.options import DEFAULTS, ExportOptions
 from dpn_cli.exporting.plan import TEXT_MODEL, Plan, parse_size, plan_export
 from dpn_cli.exporting.quantise import SCHEMES, Scheme, is_linear, quantization_config
-from dpn_cli.exporting.routes import exported_pyramid, pools_nothing
+from dpn_cli.exporting.routes import exported_pyramid, validate_calibrated
 from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.pyramid.config import DPE_PARTS, PyramidConfig
@@ -118,13 +118,10 @@ def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
         if choice is not None and choice not in known:
             raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")
     completion = complete_processor(source, layout)
-    if not options.uncalibrated and options.static is None and pools_nothing(source, layout, pyramid):
-        raise UsageError(
-            f"{checkpoint} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` first, "
-            "or pass --static for a fixed route, or --uncalibrated"
-        )
-    lora = Lora.of(checkpoint, pyramid)
-    pyramid = exported_pyramid(pyramid, layout, options.budget, options.static)
+    converted, pyramid = pyramid, exported_pyramid(pyramid, layout, options.budget, options.static)
+    if not options.uncalibrated:
+        validate_calibrated(source, layout, converted, pyramid)
+    lora = Lora.of(checkpoint, converted)
     if preset_of(pyramid):  # of the literature, on the original's weights
         lora = None
     if not pyramid.answer_cue:  # as in folders that earlier versions converted

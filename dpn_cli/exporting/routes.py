@@ -18,12 +18,39 @@ from dpn_cli.pyramid.presets import PRESETS, parse_preset
 from dpn_cli.pyramid.route import parse_route
 
 
-def pools_nothing(checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig) -> bool:
-    """Say whether the routers are those that conversion adds: with heads of zeros, which keep every token."""
-    if pyramid.static_route is not None:
-        return False
-    heads = (checkpoint.tensors[name] for name in layout.added_tensors(pyramid) if ".head." in name)
-    return not any(any(piece) for head in heads for piece in read_pieces(checkpoint.path, head))
+def validate_calibrated(
+    source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig, exported: PyramidConfig
+) -> None:
+    """Check that what chooses in an export has been fitted.
+
+    Args:
+        source: the converted checkpoint.
+        layout: the decoder's layout.
+        pyramid: the checkpoint's pyramid.
+        exported: the export's.
+
+    Raises:
+        UsageError: if its routers, or the predictors on its route, are those that conversion adds.
+    """
+    if pyramid.static_route is not None or _is_fitted(source, layout, pyramid):
+        return
+    if exported.static_route is None:
+        raise UsageError(
+            f"{source.path} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` "
+            "first, or pass --static for a fixed route, or --uncalibrated"
+        )
+    fitted = [str(each) for each in exported.experts(exported.static_route) if KINDS[each.kind].is_fitted]
+    if fitted:
+        raise UsageError(
+            f"{source.path} is not calibrated, so {fitted[0]} would keep random tokens: run `dpn calibrate --data "
+            "DATA` first, or choose another route, or pass --uncalibrated"
+        )
+
+
+def _is_fitted(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig) -> bool:
+    """Say whether the routers are others than conversion adds, whose heads of zeros keep every token."""
+    heads = (source.tensors[name] for name in layout.added_tensors(pyramid) if ".head." in name)
+    return any(any(piece) for head in heads for piece in read_pieces(source.path, head))
 
 
 def exported_pyramid(
