@@ -245,15 +245,16 @@ def _basis(
     """Return in sentences what the figures were computed from, and what they leave out."""
     *tried, (samples, routes) = passes
     rounds = "; ".join(f"{some} samples on {many} routes" for some, many in tried)
-    survey = f"watching the attention on {watched} samples, " if watched else ""
-    survey += f"a survey ({rounds}) and " if tried else ""
+    stages = [f"watching the attention on {watched} samples"] * bool(watched) + [f"a survey ({rounds})"] * bool(tried)
+    *before, last = [*stages, f"the measurement of {samples} samples on {routes} routes"]
+    work = f"{', '.join(before)} and {last}" if before else last
     by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
     answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""
     dtype = str(model.dtype).removeprefix("torch.")
     trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
-        f"Time: the FLOPs of {survey}the measurement of {samples} samples on {routes} routes, at {EFFICIENCY:.0%} of "
-        f"the speed of a decoder layer in {dtype} on {model.device}, measured just now.{answers}",
+        f"Time: the FLOPs of {work}, at {EFFICIENCY:.0%} of the speed of a decoder layer in {dtype} on {model.device}, "
+        f"measured just now.{answers}",
         f"Memory: {weights} and a batch of {recipe.batch_size} of the longest samples; libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
         *(["Training an adapter comes in addition and is not part of the time."] if trained else []),

@@ -76,6 +76,8 @@ def test_the_figures_say_what_they_come_from() -> None:
     assert "15 samples on 2 routes" in said and "20 samples on 16 routes" in said
     assert "3 samples are answered by" in said
     assert "decoder layer in float32 on cpu, measured just now" in said and "Training" not in said
+    assert "FLOPs of watching the attention on 9 samples and the measurement of 20" in " ".join(cost(watched=9).basis)
+    assert "on 9 samples, a survey (" in " ".join(cost(watched=9, surveys=True).basis)
     healing = RECIPE.model_copy(update={"heal": RECIPE.heal.model_copy(update={"method": "lora"})})
     assert "Training an adapter comes in addition" in " ".join(cost(healing).basis)
 
