@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
+from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_model
@@ -80,6 +82,25 @@ def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
     assert not any(parameter.requires_grad for parameter in predictor.parameters())
 
 
+def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) -> None:
+    site = Site(1, (KEEP, Expert("predicted", 0.25)))
+    _, model = make_pair(sites=(site,), static_route=(1,))
+    with torch.no_grad():
+        model.text_model.layers[0].mlp.down_proj.weight *= 1e9
+    piece = observe(model, examples(), [2], pad=3)
+    assert all(piece[name].isfinite().all() for name in ("2.tokens", "2.text", "attention"))
+    assert piece["2.tokens"].abs().max() == torch.finfo(torch.float16).max
+
+
+def test_a_predictor_that_cannot_learn_stays_as_it_was() -> None:
+    tokens = torch.full((2, 4, 8), torch.nan)
+    piece = {"0.tokens": tokens, "0.text": tokens, "0.is_text": torch.ones(2, 4).bool(), "attention": torch.ones(2, 4)}
+    predictor = Predictor(8)
+    before = deepcopy(predictor.state_dict())
+    fit_predictors(torch.nn.ModuleDict({"0": predictor}), Pieces(2, lambda i: piece), epochs=1, seed=0)
+    assert all(torch.equal(values, before[name]) for name, values in predictor.state_dict().items())
+
+
 def test_shapes_are_those_that_the_config_foretells() -> None:
     found = {name: tuple(parameter.shape) for name, parameter in Predictor(48).named_parameters()}
     assert found == predictor_tensors(48)
@@ -116,6 +137,15 @@ def test_calibration_stores_it_and_every_export_has_it(calibrated: Path, tmp_pat
     export(calibrated, tmp_path / "fastv", ExportOptions(static="fastv:K=2,R=0.5"))
     assert not any("predictors" in name for name in open_converted(tmp_path / "fastv")[0].tensors)
     assert pyramid.predicted_layers == [0]
+
+
+def test_a_route_on_a_predictor_that_is_not_fitted_is_not_exported(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
+    with pytest.raises(UsageError, match=r"not calibrated, so predicted:0\.25 would keep random tokens"):
+        export(folder, tmp_path / "export", ExportOptions(static="predicted:0.25"))
+    export(folder, tmp_path / "full", ExportOptions(static="keep"))
+    export(folder, tmp_path / "anyway", ExportOptions(static="predicted:0.25", uncalibrated=True))
+    export(tmp_path / "anyway", tmp_path / "again")
 
 
 def test_an_export_answers_the_same_without_dpn(calibrated: Path, tmp_path: Path) -> None:
