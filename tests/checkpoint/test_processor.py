@@ -169,14 +169,24 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("family", sorted({family for family, _, _ in COMPLETED}))
+def test_where_nothing_is_missing_nothing_is_completed(
+    make_source: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    assert not convert(str(make_source(family)), output=tmp_path / "out").notes
+
+
 @pytest.mark.parametrize(("family", "harm", "keys"), COMPLETED)
 def test_what_the_config_implies_is_completed(
-    make_source: Callable[[str], Path], tmp_path: Path, family: str, harm: Harm, keys: tuple[str, ...]
+    make_source: Callable[[str], Path],
+    make_converted: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    harm: Harm,
+    keys: tuple[str, ...],
 ) -> None:
-    source = make_source(family)
-    whole = convert(str(source), output=tmp_path / "whole")
-    assert not whole.notes
-    expected = encoded(whole.output)
+    source, earlier = make_source(family), make_converted(calibrated=False, family=family)
+    expected = encoded(earlier)
     harm(source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     done = convert(str(source), output=tmp_path / "out")
@@ -184,8 +194,7 @@ def test_what_the_config_implies_is_completed(
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     assert_same(encoded(done.output), expected)
 
-    earlier = whole.output  # what dpn has written before it looked at the processor
-    harm(earlier)
+    harm(earlier)  # what dpn has written before it looked at the processor
     assert_same(encoded(earlier), expected)
     exported = export(earlier, tmp_path / "exported", ExportOptions(uncalibrated=True))
     for notes in (inspect_checkpoint(earlier).notes, exported.notes):
@@ -238,10 +247,14 @@ REFUSED: list[tuple[str, Harm, str]] = [
 
 @pytest.mark.parametrize(("family", "harm", "complaint"), REFUSED)
 def test_what_contradicts_the_config_is_named_before_the_work(
-    make_source: Callable[[str], Path], tmp_path: Path, family: str, harm: Harm, complaint: str
+    make_source: Callable[[str], Path],
+    make_converted: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    harm: Harm,
+    complaint: str,
 ) -> None:
-    source = make_source(family)
-    earlier = convert(str(source), output=tmp_path / "out").output
+    source, earlier = make_source(family), make_converted(calibrated=False, family=family)
     harm(source)
     harm(earlier)
     for act in (

@@ -139,6 +139,29 @@ def _fill(shard: Path, byte: bytes) -> None:
     shard.write_bytes(content[:header] + byte * (len(content) - header))
 
 
+def _broken(here: Path) -> None:
+    """Copy the checkpoint, with weights that are NaN."""
+    broken = shutil.copytree(here / "tiny-dpn", here / "broken")
+    _fill(broken / "model-00001-of-00001.safetensors", b"\xff")
+
+
+def _short(here: Path) -> None:
+    """Copy the checkpoint, with few positions."""
+    config = read_json(shutil.copytree(here / "tiny-dpn", here / "short") / "config.json")
+    config["text_config"]["max_position_embeddings"] = 200
+    write_json(here / "short" / "config.json", config)
+
+
+FAULTY: dict[str, Callable[[Path], object]] = {
+    "notes.txt": lambda here: (here / "notes.txt").write_text("no picture"),
+    "thin.png": lambda here: Image.new("1", (1, 12_000)).save(here / "thin.png"),
+    "large.png": lambda here: Image.new("1", (10_000, 9_000)).save(here / "large.png"),
+    "half.png": lambda here: (here / "half.png").write_bytes((here / "picture.png").read_bytes()[:2000]),
+    "broken": _broken,
+    "short": _short,
+}
+
+
 @pytest.mark.parametrize(
     ("args", "code", "complaint"),
     [
@@ -171,16 +194,9 @@ def test_faults(
     code: int,
     complaint: str,
 ) -> None:
-    (here / "notes.txt").write_text("no picture")
-    broken = shutil.copytree(here / "tiny-dpn", here / "broken")
-    _fill(broken / "model-00001-of-00001.safetensors", b"\xff")
-    Image.new("1", (1, 12_000)).save(here / "thin.png")
-    Image.new("1", (10_000, 9_000)).save(here / "large.png")
-    (here / "half.png").write_bytes((here / "picture.png").read_bytes()[:2000])
-    shutil.copytree(here / "tiny-dpn", here / "short")
-    config = read_json(here / "short" / "config.json")
-    config["text_config"]["max_position_embeddings"] = 200
-    write_json(here / "short" / "config.json", config)
+    for name, make in FAULTY.items():
+        if name in args:
+            make(here)
     assert main(["run", "--model", "tiny-dpn", *args.format(source=tiny_llava).split(), QUESTION]) == code
     captured = capsys.readouterr()
     assert complaint in captured.err and "Traceback" not in captured.err and "unexpected" not in captured.err
