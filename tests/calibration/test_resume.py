@@ -2,12 +2,10 @@
 
 import json
 import random
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration.state import FEATURES_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.conversion.convert import convert
+from tests.faults.limited import largest_file
 from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
 
 SAMPLES = 16
@@ -148,17 +147,6 @@ def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: 
     assert measured(folder, 2)
     assert not list(folder.rglob("*.tmp"))
     assert before.items() <= digests(folder).items()
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size, as a full disk would not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("full", ["while measuring", "while writing routers"])

@@ -1,4 +1,4 @@
-"""A limit on what a test may take, in CPU time and memory."""
+"""Limits on what a test may take, in CPU time, memory and the size of files."""
 
 import resource
 import signal
@@ -29,3 +29,14 @@ def limited(seconds: float, nbytes: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_DATA, memory)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as a full disk would not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -34,6 +33,7 @@ from tests.faults.damage import (
     set_dtype,
     set_tensor,
 )
+from tests.faults.limited import largest_file
 
 SOURCE, OUTPUT = "my llàva 模型", "öut put"  # every run is one with blanks and other alphabets in its paths
 DPN = [sys.executable, "-c", "import sys; from dpn_cli.cli import main; sys.exit(main())"]
@@ -340,16 +340,15 @@ def test_a_full_disk_is_seen_before_the_first_byte(
 
 @pytest.mark.parametrize("limit", [100, 5_000, 500_000])
 @pytest.mark.usefixtures("here")
-def test_a_disk_that_fills_up_leaves_nothing_behind(undisturbed: Listing, limit: int) -> None:
-    def limit_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    undisturbed: Listing, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = listing(Path())
-    args = [*DPN, "convert", SOURCE, "-o", OUTPUT]
-    done = subprocess.run(args, capture_output=True, text=True, check=False, preexec_fn=limit_files)
-    assert done.returncode == 1
-    assert "make room and run the same command line again" in done.stderr
-    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    with largest_file(limit):
+        assert main(["convert", SOURCE, "-o", OUTPUT]) == 1
+    said = capsys.readouterr().err
+    assert "make room and run the same command line again" in said
+    assert said.startswith("Error: ") and said.count("\n") == 1
     assert listing(Path()) == before
     converts(undisturbed)
 
@@ -373,7 +372,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     converts(undisturbed)
 
 
-@pytest.mark.parametrize("closed", ["reader gone", "no stdout"])
+@pytest.mark.parametrize("closed", ["reader gone", pytest.param("no stdout", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("here")
 def test_a_closed_stdout_loses_the_table_and_nothing_else(undisturbed: Listing, closed: str) -> None:
     reader, writer = os.pipe()

@@ -60,7 +60,7 @@ CASES = {
     "recipe": 1000,
 }  # fmt: skip
 QUICK = {
-    "hub": 100, "converted": 60, "original": 30, "tower": 10, "hr": 20, "tiled": 30, "rows": 100, "recipe": 40,
+    "hub": 40, "converted": 40, "original": 20, "tower": 10, "hr": 20, "tiled": 15, "rows": 100, "recipe": 150,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.random_checkpoint import make
+from dpn_cli.conversion.convert import convert
 
 DPN = (sys.executable, "-m", "dpn_cli", "--quiet")
 MOMENTS = 50
@@ -95,7 +96,7 @@ def test_of_two_runs_at_once_one_wins_whichever_is_ahead(large: Path) -> None:
 
 def test_of_two_runs_at_once_one_wins(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(tiny_llava_factory(shards=2), tmp_path / "source")
-    assert finish("convert", "source", cwd=tmp_path) == (0, "")
+    convert(str(tmp_path / "source"), output=tmp_path / "source-dpn")
     at_once(tmp_path, "source")
     assert same(tmp_path / "out", tmp_path / "source-dpn")
 
