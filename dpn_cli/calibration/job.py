@@ -181,7 +181,7 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
 
 
 def split_rows(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows that are held out, those that are measured to learn from, and those that only healing reads.
+    """Return the rows that are held out, those that are measured to learn from, and the further ones.
 
     Raises:
         RecipeError: if so many are held out that too few are left to learn from.

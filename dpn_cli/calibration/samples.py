@@ -1,4 +1,4 @@
-"""The samples of a calibration: those that are measured, and those that only healing reads. No torch."""
+"""The samples of a calibration: those that are measured, and those that only healing and predictors read. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class CalibrationData:
 
     Attributes:
         measured: Samples to measure, the same ones healed or not.
-        further: Samples that only healing reads.
+        further: Samples that only healing and predictors read.
         digest: Digest of all of them; see `Dataset`.
     """
 

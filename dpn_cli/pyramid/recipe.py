@@ -221,8 +221,8 @@ class PredictorRecipe(_Section):
 
     Attributes:
         samples: Number of samples to learn from, where that is more than the calibration measures; those that come in
-            addition take no part in fitting the routers.
-        epochs: passes over these samples.
+            addition take no part in fitting the routers to measurements.
+        epochs: Number of passes over these samples.
     """
 
     samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1536

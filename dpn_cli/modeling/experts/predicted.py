@@ -17,7 +17,8 @@ from dpn_cli.pyramid.experts import PREDICTOR_TEXT
 def predicted_tokens(batch: Reducible) -> Assignment:
     """Keep the tokens that the predictor of this site scores highest."""
     predictor = batch.text_model.predictors[str(batch.next_layer)]
-    return select(batch, predictor(batch.state.hidden_states, *last_text(batch.state)))
+    scores = predictor(batch.state.hidden_states, *last_text(batch.state))
+    return select(batch, scores.to(batch.coords.device))  # layers and predictors may be on several devices
 
 
 def last_text(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
