@@ -14,7 +14,7 @@ from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.job import Job, open_job, split_rows, start_afresh
 from dpn_cli.calibration.policy import Policy
-from dpn_cli.calibration.predictors import Piece, Pieces, fit_predictors, observe
+from dpn_cli.calibration.predictors import learn_predictors
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.samples import CalibrationData
@@ -27,13 +27,12 @@ from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.inference.provenance import provenance
-from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.reach import cheapest_route, length_record
-from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 
@@ -101,7 +100,7 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted, further = split_rows(len(samples), recipe)
-    _fit_predictors(job, [samples[i] for i in further + fitted])
+    learn_predictors(job, [samples[i] for i in further + fitted])
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
@@ -157,34 +156,6 @@ def _answer(job: Job, samples: Sequence[Sample]) -> list[Sample]:
         job.processes.share(len(batches), ask, take, job.state.answers if job.state else None)
     answers = job.processes.agree(answers)
     return [sample.answered(answers[i]) if i in answers else sample for i, sample in enumerate(samples)]
-
-
-def _fit_predictors(job: Job, samples: Sequence[Sample]) -> None:
-    """Give the model fitted predictors, where it, or a candidate of the survey, needs any."""
-    model, recipe, settings = job.model, job.recipe, job.recipe.predictors or PredictorRecipe()
-    pyramid = job.candidates or model.pyramid
-    if not pyramid.predicted_layers:
-        return
-    with job.processes.as_one():
-        examples = Encoded(samples[: settings.samples], job.processor, recipe.answer_tokens)
-        pad, size = job.processor.tokenizer.pad_token_id, recipe.batch_size
-        batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
-    kept = job.state.attention if job.state else None
-
-    def watch(i: int) -> Piece:
-        return observe(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad)
-
-    with job.reporter.progress("watching attention", len(examples)) as advance:
-        job.processes.share(len(batches), watch, lambda i, piece: advance(len(batches[i])), kept)
-    predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
-    start_afresh(predictors, "predictors")
-    if kept is not None:
-        pieces = Pieces(len(batches), lambda i: kept.load(i) or watch(i))
-        predictors.to(model.device)
-        with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:
-            fit_predictors(predictors, pieces, settings.epochs, recipe.seed, advance)
-    predictors.load_state_dict(job.processes.agree(predictors.cpu().state_dict()))
-    model.text_model.predictors = predictors.requires_grad_(False).to(model.device)
 
 
 def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tuple[Tried, ...]:

@@ -11,44 +11,66 @@ Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hid
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpn_cli.calibration.job import Job, start_afresh
 from dpn_cli.calibration.passes import start_batch
-from dpn_cli.data.encoding import Example, collate
+from dpn_cli.data.encoding import Encoded, Example, collate
+from dpn_cli.data.samples import Sample
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.experts.attention import attention_from
-from dpn_cli.modeling.experts.predicted import last_columns, last_text
+from dpn_cli.modeling.predictors import last_columns, last_text, new_predictors
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import KEEP
+from dpn_cli.pyramid.recipe import PredictorRecipe
 
-KEPT = 128  # visual tokens of a sample, at most
+TOKENS = 128  # visual tokens of a sample to learn from, at most
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05  # for a hidden size of 128; the rate falls with its square root
-HELD_OUT = 8  # every so many pieces, one judges
+HELD_OUT = 8  # every so many batches, one judges
 
-Piece = dict[str, torch.Tensor]
+Watched = dict[str, torch.Tensor]
+"""What `watch_attention` returns of a batch: at seven billion parameters a megabyte a sample, which stays on disk."""
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What was observed of all batches, on disk: at seven billion parameters it is a megabyte a sample.
+def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
+    """Give the model fitted predictors, where it, or a candidate of the survey, needs any."""
+    model, recipe, settings = job.model, job.recipe, job.recipe.predictors or PredictorRecipe()
+    pyramid = job.candidates or model.pyramid
+    if not pyramid.predicted_layers:
+        return
+    with job.processes.as_one():
+        examples = Encoded(samples[: settings.samples], job.processor, recipe.answer_tokens)
+        pad, size = job.processor.tokenizer.pad_token_id, recipe.batch_size
+        batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+    kept = job.state.attention if job.state else None
 
-    Attributes:
-        count: Number of batches.
-        load: returns what was observed of one.
-    """
+    def watch(i: int) -> Watched:
+        return watch_attention(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad)
 
-    count: int
-    load: Callable[[int], Piece]
+    with job.reporter.progress("watching attention", len(examples)) as advance:
+        job.processes.share(len(batches), watch, lambda i, watched: advance(len(batches[i])), kept)
+    predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
+    start_afresh(predictors, "predictors")
+    if kept is not None:
+        predictors.to(model.device)
+        with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:
+            fit_predictors(
+                predictors, len(batches), lambda i: kept.load(i) or watch(i), settings.epochs, recipe.seed, advance
+            )
+    predictors.load_state_dict(job.processes.agree(predictors.cpu().state_dict()))
+    model.text_model.predictors = predictors.requires_grad_(False).to(model.device)
 
 
 @torch.no_grad()
-def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: Sequence[int], pad: int) -> Piece:
+def watch_attention(
+    model: PyramidGenerationMixin, examples: Sequence[Example], layers: Sequence[int], pad: int
+) -> Watched:
     """Return what predictors before some layers read of a batch, and what they should foresee.
 
     Args:
@@ -63,7 +85,7 @@ def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: 
     """
     text_model: Any = model.text_model
     sites = tuple(Site(layer - 1, (KEEP,)) for layer in range(len(text_model.layers)))
-    piece: Piece = {}
+    watched: Watched = {}
     with model.as_pyramid(replace(model.pyramid.with_all_routes(), sites=sites, budgets=(), gate="none")):
         state = text_model.run_segment(start_batch(model, collate(examples, pad, model.device)), 0)
         follows = _follows_image(state)
@@ -75,12 +97,12 @@ def observe(model: PyramidGenerationMixin, examples: Sequence[Example], layers: 
                 tokens = state.hidden_states.gather(1, kept[..., None].expand(-1, -1, state.hidden_states.shape[-1]))
                 text, is_text = last_text(state)
                 parts = {"tokens": _half(tokens), "text": _half(text), "is_text": is_text}
-                piece |= {f"{layer}.{name}": values.cpu() for name, values in parts.items()}
+                watched |= {f"{layer}.{name}": values.cpu() for name, values in parts.items()}
             paid = attention_from(text_model, state, layer, readers)
             paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
             total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
             state = text_model.run_segment(state, layer + 1)
-    return piece | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
+    return watched | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:
@@ -102,54 +124,56 @@ def _some_visual(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
     assert state.coords is not None
     is_visual = state.coords[..., 0] >= 0
     order = torch.rand(is_visual.shape, generator=torch.Generator().manual_seed(0)).to(is_visual.device)
-    places = order.masked_fill(~is_visual, -1).topk(min(KEPT, is_visual.shape[1]), dim=1)
+    places = order.masked_fill(~is_visual, -1).topk(min(TOKENS, is_visual.shape[1]), dim=1)
     return places.indices, places.values >= 0
 
 
 @one_thread()
 def fit_predictors(
     predictors: nn.ModuleDict,
-    pieces: Pieces,
+    count: int,
+    load: Callable[[int], Watched],
     epochs: int,
     seed: int,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> None:
-    """Fit predictors in place, and leave each as it was where it did best on pieces that it was not fitted to.
+    """Fit predictors in place, and leave each as it was where it did best on batches that it was not fitted to.
 
     The loss is the cross-entropy between the foreseen shares of attention and those that were paid.
 
     Args:
         predictors: by the index of the layer that they stand before.
-        pieces: from `observe`.
+        count: Number of batches.
+        load: returns what was watched of one.
         epochs: passes over them.
-        seed: Random seed for the order of the pieces.
+        seed: Random seed for their order.
         advance: called after every epoch of every predictor.
     """
-    held = range(0, pieces.count, HELD_OUT)
-    learned = [i for i in range(pieces.count) if i not in held] or list(held)
+    held = range(0, count, HELD_OUT)
+    learned = [i for i in range(count) if i not in held] or list(held)
     for layer, predictor in predictors.items():
-        rate = LEARNING_RATE * math.sqrt(128 / pieces.load(0)[f"{layer}.tokens"].shape[-1])
+        rate = LEARNING_RATE * math.sqrt(128 / load(0)[f"{layer}.tokens"].shape[-1])
         optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(learned))
         generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))
         for _ in range(epochs):
             for i in torch.randperm(len(learned), generator=generator).tolist():
                 optimizer.zero_grad()
-                _loss(predictor, layer, pieces.load(learned[i])).backward()
+                _loss(predictor, layer, load(learned[i])).backward()
                 optimizer.step()
                 schedule.step()
             with torch.no_grad():
-                judged = sum(_loss(predictor, layer, pieces.load(i)).item() for i in held)
+                judged = sum(_loss(predictor, layer, load(i)).item() for i in held)
             best = min(best, (judged, deepcopy(predictor.state_dict())), key=lambda each: each[0])
             advance(1)
         predictor.load_state_dict(best[1])
         predictor.requires_grad_(False)
 
 
-def _loss(predictor: nn.Module, layer: str, piece: Piece) -> torch.Tensor:
+def _loss(predictor: nn.Module, layer: str, watched: Watched) -> torch.Tensor:
     device = next(predictor.parameters()).device
-    tokens, text, is_text = (piece[f"{layer}.{name}"].to(device) for name in ("tokens", "text", "is_text"))
-    attention = piece["attention"].to(device)
+    tokens, text, is_text = (watched[f"{layer}.{name}"].to(device) for name in ("tokens", "text", "is_text"))
+    attention = watched["attention"].to(device)
     scores = predictor(tokens, text, is_text).masked_fill(attention == 0, -torch.inf)
     foreseen = scores.log_softmax(-1).masked_fill(attention == 0, 0)
     return -(attention * foreseen).sum(-1).mean()

@@ -39,7 +39,7 @@ def validate_calibrated(
             f"{source.path} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` "
             "first, or pass --static for a fixed route, or --uncalibrated"
         )
-    fitted = [str(each) for each in exported.experts(exported.static_route) if KINDS[each.kind].is_fitted]
+    fitted = [str(each) for each in exported.experts(exported.static_route) if KINDS[each.kind].has_predictor]
     if fitted:
         raise UsageError(
             f"{source.path} is not calibrated, so {fitted[0]} would keep random tokens: run `dpn calibrate --data "

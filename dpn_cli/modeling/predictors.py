@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpn_cli.modeling.routers import RouterLinear, full_precision
+from dpn_cli.modeling.state import PyramidState
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.experts import PREDICTOR_HEADS, PREDICTOR_HIDDEN, PREDICTOR_WIDTH
+from dpn_cli.pyramid.experts import PREDICTOR_HEADS, PREDICTOR_HIDDEN, PREDICTOR_TEXT, PREDICTOR_WIDTH
 
 HIDDEN = -1e4  # the logit of what is no token of the instruction
 
@@ -51,3 +52,19 @@ class Predictor(nn.Module):
 def new_predictors(hidden_size: int, pyramid: PyramidConfig) -> nn.ModuleDict:
     """Return a fresh predictor for every site that has an expert in need of it, by the index of the next layer."""
     return nn.ModuleDict({str(layer): Predictor(hidden_size) for layer in pyramid.predicted_layers})
+
+
+def last_text(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the last text tokens of every sample's instruction [B, T, D], and which of them there are, [B, T] bool."""
+    columns, is_there = last_columns(state.is_text, max(state.text_tokens))
+    return state.hidden_states.gather(1, columns[..., None].expand(-1, -1, state.hidden_states.shape[-1])), is_there
+
+
+def last_columns(some: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of the last of some tokens [B, S] bool, [B, T] from the last on, and which there are.
+
+    `count` is the largest number of them in a sample; no more than `PREDICTOR_TEXT` are returned.
+    """
+    columns = torch.arange(some.shape[1], device=some.device).expand(some.shape).masked_fill(~some, -1)
+    columns = columns.topk(max(1, min(PREDICTOR_TEXT, count)), dim=1).values
+    return columns.clamp(min=0), columns >= 0

@@ -449,7 +449,7 @@ class PyramidConfig:
     @property
     def predicted_layers(self) -> list[int]:
         """The layers before which a predictor chooses tokens."""
-        fitted = (site for site in self.sites if any(KINDS[expert.kind].is_fitted for expert in site.experts))
+        fitted = (site for site in self.sites if any(KINDS[expert.kind].has_predictor for expert in site.experts))
         return sorted({site.after_layer + 1 for site in fitted})
 
     def dpe_tensors(self, hidden_size: int) -> Shapes:

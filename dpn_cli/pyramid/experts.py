@@ -36,7 +36,7 @@ class Kind:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the instruction.
-        is_fitted: whether it has a predictor, which calibration fits to the model.
+        has_predictor: whether it has a predictor, which calibration fits to the model.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
@@ -46,7 +46,7 @@ class Kind:
     source: str
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
-    is_fitted: bool = False
+    has_predictor: bool = False
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -115,7 +115,7 @@ KINDS: dict[str, Kind] = {
         "ours; SparseVLM, https://arxiv.org/abs/2410.04417",
         _predictor_flops,
         reads_instruction=True,
-        is_fitted=True,
+        has_predictor=True,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),

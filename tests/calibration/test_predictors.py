@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dpn_cli.calibration import predictors as stage
 from dpn_cli.calibration.calibrate import calibrate
-from dpn_cli.calibration.predictors import Pieces, fit_predictors, observe
+from dpn_cli.calibration.predictors import Watched, fit_predictors, watch_attention
 from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.conversion.convert import convert
@@ -43,9 +43,9 @@ def with_predictor(make_pair: Callable[..., tuple[Any, Any]], **settings: Any) -
 def test_what_it_learns_is_the_attention_of_the_stock_model(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean over the layers of the largest attention of any head and any text token after the image."""
     stock, model = with_predictor(make_pair, attn="eager")
-    monkeypatch.setattr(stage, "KEPT", 1000)
+    monkeypatch.setattr(stage, "TOKENS", 1000)
     samples = examples()
-    together = observe(model, samples, [0], pad=3)
+    together = watch_attention(model, samples, [0], pad=3)
     for row, sample in enumerate(samples):
         inputs = {"input_ids": sample.input_ids[None], "pixel_values": sample.visual["pixel_values"]}
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
     torch.manual_seed(0)
     words = torch.randn(6, 32)
 
-    def piece(seed: int) -> stage.Piece:
+    def piece(seed: int) -> Watched:
         generator = torch.Generator().manual_seed(seed)
         asked = torch.randint(0, 6, (16,), generator=generator)
         order = torch.stack([torch.randperm(6, generator=generator) for _ in range(16)])
@@ -74,7 +74,7 @@ def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
         return {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
 
     predictor = Predictor(32)
-    fit_predictors(torch.nn.ModuleDict({"0": predictor}), Pieces(16, piece), epochs=60, seed=0)
+    fit_predictors(torch.nn.ModuleDict({"0": predictor}), 16, piece, epochs=60, seed=0)
     unseen = piece(99)
     with torch.no_grad():
         scores = predictor(unseen["0.tokens"], unseen["0.text"], unseen["0.is_text"])
@@ -87,7 +87,7 @@ def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) 
     _, model = make_pair(sites=(site,), static_route=(1,))
     with torch.no_grad():
         model.text_model.layers[0].mlp.down_proj.weight *= 1e9
-    piece = observe(model, examples(), [2], pad=3)
+    piece = watch_attention(model, examples(), [2], pad=3)
     assert all(piece[name].isfinite().all() for name in ("2.tokens", "2.text", "attention"))
     assert piece["2.tokens"].abs().max() == torch.finfo(torch.float16).max
 
@@ -97,7 +97,7 @@ def test_a_predictor_that_cannot_learn_stays_as_it_was() -> None:
     piece = {"0.tokens": tokens, "0.text": tokens, "0.is_text": torch.ones(2, 4).bool(), "attention": torch.ones(2, 4)}
     predictor = Predictor(8)
     before = deepcopy(predictor.state_dict())
-    fit_predictors(torch.nn.ModuleDict({"0": predictor}), Pieces(2, lambda i: piece), epochs=1, seed=0)
+    fit_predictors(torch.nn.ModuleDict({"0": predictor}), 2, lambda i: piece, epochs=1, seed=0)
     assert all(torch.equal(values, before[name]) for name, values in predictor.state_dict().items())
 
 
@@ -184,14 +184,14 @@ def test_what_was_observed_is_not_observed_again(
 ) -> None:
     folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
     recipe = calibration_recipe(folder, (), dict(RECIPE))
-    monkeypatch.setattr("dpn_cli.calibration.calibrate.fit_predictors", lambda *args: 1 / 0)
+    monkeypatch.setattr("dpn_cli.calibration.predictors.fit_predictors", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrate(folder, DataOptions(str(data)), recipe)
     kept = sorted((folder / "calibration" / "state").glob("attention-*"))
-    assert len(kept) == 5 and load_file(kept[0])["attention"].shape == (8, stage.KEPT)
+    assert len(kept) == 5 and load_file(kept[0])["attention"].shape == (8, stage.TOKENS)
     copy = shutil.copytree(folder, tmp_path / "copy")
     monkeypatch.undo()
-    monkeypatch.setattr("dpn_cli.calibration.calibrate.observe", lambda *args: 1 / 0)
+    monkeypatch.setattr("dpn_cli.calibration.predictors.watch_attention", lambda *args: 1 / 0)
     calibrate(copy, DataOptions(str(data)), recipe)
     assert not (copy / "calibration" / "state").exists()
 
