@@ -247,7 +247,7 @@ def _keyed(text: str, start: int) -> tuple[list[str], Spans] | None:
             key, position = _DECODER.raw_decode(text, _skip_space(text, position + 1))
             colon = _skip_space(text, position)
             begin = _skip_space(text, colon + 1)
-            if text[colon] != ":" or text[begin] not in ('{["' if is_image(key) else "{"):
+            if not isinstance(key, str) or text[colon] != ":" or text[begin] not in ('{["' if is_image(key) else "{"):
                 return None
             end = _DECODER.raw_decode(text, begin)[1]
             keys.append(key)

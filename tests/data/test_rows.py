@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpn_cli.data.faults import UNREAD, RowError
@@ -407,6 +407,7 @@ def test_any_row_makes_a_sample_or_has_a_named_fault(row: Any, images_alone: boo
     assert "<image>" not in "".join(f"{turn.question}{turn.answer}" for turn in sample.turns)
 
 
+@example(text="{1:1")
 @settings(deadline=None)
 @given(text=st.text(alphabet='[]{}",:\\1a \n', max_size=40) | st.lists(rows, max_size=3).map(json.dumps))
 def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
