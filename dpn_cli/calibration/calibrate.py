@@ -188,7 +188,7 @@ def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tupl
         f"{len(found.chosen)} that fit this model best are calibrated."
     )
     model.rebuild(found.pyramid)
-    start_afresh(model.text_model.routers, "routers")
+    start_afresh(model.text_model.routers)
     return found.rows(pyramid)
 
 

@@ -115,7 +115,7 @@ def open_job(
         if other:
             taught_by = other.load(dtypes[1], recipe, device)
     if not budgets_only:
-        start_afresh(model.text_model.routers, "routers")
+        start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
     return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
@@ -197,8 +197,7 @@ def split_rows(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[i
     return order[:num_held], order[num_held:], list(range(measured, count))
 
 
-def start_afresh(modules: nn.Module, kind: str) -> None:
+def start_afresh(modules: nn.Module) -> None:
     """Make routers or predictors what they are after conversion: what an earlier or killed calibration left is gone."""
-    shapes = {f"{kind}.{name}": tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
-    values = {name.removeprefix(f"{kind}."): torch.from_numpy(values) for name, values in initial_tensors(shapes)}
-    modules.load_state_dict(values)
+    shapes = {name: tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
+    modules.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})

@@ -24,7 +24,7 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.experts.attention import attention_from
 from dpn_cli.modeling.predictors import last_columns, last_text, new_predictors
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import KEEP
@@ -35,7 +35,7 @@ LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05  # for a hidden size of 128; the rate f
 HELD_OUT = 8  # every so many batches, one judges
 
 Watched = dict[str, torch.Tensor]
-"""What `watch_attention` returns of a batch: at seven billion parameters a megabyte a sample, which stays on disk."""
+"""What `watch_attention` returns of a batch: up to 2 MB a sample at seven billion parameters, which stay on disk."""
 
 
 def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
@@ -56,7 +56,7 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
     with job.reporter.progress("watching attention", len(examples)) as advance:
         job.processes.share(len(batches), watch, lambda i, watched: advance(len(batches[i])), kept)
     predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
-    start_afresh(predictors, "predictors")
+    start_afresh(predictors)
     if kept is not None:
         predictors.to(model.device)
         with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:
@@ -87,21 +87,24 @@ def watch_attention(
     sites = tuple(Site(layer - 1, (KEEP,)) for layer in range(len(text_model.layers)))
     watched: Watched = {}
     with model.as_pyramid(replace(model.pyramid.with_all_routes(), sites=sites, budgets=(), gate="none")):
-        state = text_model.run_segment(start_batch(model, collate(examples, pad, model.device)), 0)
+        state = start_batch(model, collate(examples, pad, model.device))
         follows = _follows_image(state)
         readers, is_reader = last_columns(follows, int(follows.sum(1).max()))
         kept, is_kept = _some_visual(state)
         total = torch.zeros(kept.shape)
         for layer in range(len(text_model.layers)):
+            state = text_model.run_segment(state, layer)  # up to the layer's input
             if layer in layers:
-                tokens = state.hidden_states.gather(1, kept[..., None].expand(-1, -1, state.hidden_states.shape[-1]))
                 text, is_text = last_text(state)
-                parts = {"tokens": _half(tokens), "text": _half(text), "is_text": is_text}
+                parts = {
+                    "tokens": _half(take_columns(state.hidden_states, kept)),
+                    "text": _half(text),
+                    "is_text": is_text,
+                }
                 watched |= {f"{layer}.{name}": values.cpu() for name, values in parts.items()}
             paid = attention_from(text_model, state, layer, readers)
             paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
             total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
-            state = text_model.run_segment(state, layer + 1)
     return watched | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
 
 

@@ -28,7 +28,7 @@ from dpn_cli.checkpoint.writer import replace_file, write_index, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.adapter import save_adapter
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig
 
 CALIBRATION = Path("calibration")
 GENERATIONS = CALIBRATION / "generations"
@@ -162,8 +162,8 @@ def _with_fitted(source: Checkpoint, routers: nn.ModuleList, predictors: nn.Modu
         raise CheckpointError(f"{source.path} has no {DPE_FILE} with routers: convert it again")
     prefix, dtype = stored[0].partition("routers.")[0], tensors[stored[0]].dtype
     tensors = {name: tensor for name, tensor in tensors.items() if ".poolers." in name}
-    for kind, fitted in (("routers", routers), ("predictors", predictors)):
-        for name, parameter in fitted.state_dict(prefix=f"{prefix}{kind}.").items():
+    for part, fitted in zip(FITTED_PARTS, (routers, predictors), strict=True):
+        for name, parameter in fitted.state_dict(prefix=f"{prefix}{part}.").items():
             tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
     return str(file), tensors
 

@@ -1,6 +1,6 @@
 """The tensors that a conversion adds, as they are before any calibration. No torch.
 
-The head is zero, so that all rates tie and 1×1 wins (lossless); poolers average; hidden layers are drawn from
+The head is zero, so that all rates tie and 1×1 wins (lossless); poolers average; other linear layers are drawn from
 N(0, 0.02²) with a fixed seed, so that a conversion is reproducible.
 """
 
@@ -33,11 +33,11 @@ def _pieces(name: str, shape: tuple[int, ...], random: np.random.Generator) -> I
     while left:
         count = min(left, _PIECE_VALUES)
         left -= count
-        if name.endswith("hidden.weight") or ("predictors." in name and name.endswith(".weight")):
-            yield random.normal(0.0, INIT_STD, count).astype(np.float32)
+        if ".poolers." in name:
+            yield np.full(count, 1 / math.prod(shape[1:]), np.float32)
         elif name.endswith("norm.weight"):
             yield np.ones(count, np.float32)
-        elif "poolers." in name:
-            yield np.full(count, 1 / math.prod(shape[1:]), np.float32)
+        elif name.endswith(".weight") and not name.endswith("head.weight"):
+            yield random.normal(0.0, INIT_STD, count).astype(np.float32)
         else:
             yield np.zeros(count, np.float32)

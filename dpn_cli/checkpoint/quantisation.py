@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from math import prod
 
 from dpn_cli.checkpoint.headers import TensorInfo
+from dpn_cli.pyramid.config import FITTED_PARTS
 
 # What stays unquantised: matched at the start of a module's name, as a pattern, or at its end. A list replaces
 # transformers' own: lm_head.
-SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", r".*\.routers", r".*\.predictors"]
+SKIPPED = ["lm_head", "model.vision_tower", "model.multi_modal_projector", *(rf".*\.{part}" for part in FITTED_PARTS)]
 
 # The ends of the names of tensors that tell how a weight was quantised.
 _STATISTICS = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_format")

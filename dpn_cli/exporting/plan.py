@@ -11,9 +11,10 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
 from dpn_cli.families.tensors import COMPUTED, memory_name
+from dpn_cli.pyramid.config import FITTED_PARTS
 
 TEXT_MODEL = "model.language_model."
-_PRECISE = (f"{TEXT_MODEL}routers.", f"{TEXT_MODEL}predictors.")  # what stays in float32, whatever the dtype
+_PRECISE = tuple(f"{TEXT_MODEL}{part}." for part in FITTED_PARTS)  # what stays in float32, whatever the dtype
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

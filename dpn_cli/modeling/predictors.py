@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpn_cli.modeling.routers import RouterLinear, full_precision
-from dpn_cli.modeling.state import PyramidState
+from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import PREDICTOR_HEADS, PREDICTOR_HIDDEN, PREDICTOR_TEXT, PREDICTOR_WIDTH
 
@@ -57,7 +57,7 @@ def new_predictors(hidden_size: int, pyramid: PyramidConfig) -> nn.ModuleDict:
 def last_text(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the last text tokens of every sample's instruction [B, T, D], and which of them there are, [B, T] bool."""
     columns, is_there = last_columns(state.is_text, max(state.text_tokens))
-    return state.hidden_states.gather(1, columns[..., None].expand(-1, -1, state.hidden_states.shape[-1])), is_there
+    return take_columns(state.hidden_states, columns), is_there
 
 
 def last_columns(some: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

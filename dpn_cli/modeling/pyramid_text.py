@@ -50,6 +50,7 @@ from dpn_cli.modeling.state import (
     Choice,
     PyramidState,
     put,
+    take_columns,
     visible_tokens,
 )
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -195,17 +196,13 @@ class PyramidTextMixin:
         return current_call(self).pools and self.pyramid.has_routers and chooses
 
     def rebuild(self, pyramid: PyramidConfig) -> None:
-        """Take another pyramid, with fresh routers where it has any; predictors stay at the layers that need one."""
-        device = self.norm.get_parameter("weight").device
+        """Take another pyramid, with fresh routers where it has any, and of the predictors those that it needs."""
         self.pyramid = pyramid
         self.default_routes = pyramid.own_routes
         if pyramid.has_routers:
-            self.routers = new_routers(self.config.hidden_size, pyramid).to(device)
+            self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
             self.routers.apply(self._init_weights)
-        predictors = new_predictors(self.config.hidden_size, pyramid).to(device)
-        predictors.apply(self._init_weights)
-        predictors.update({layer: each for layer, each in self.predictors.items() if layer in predictors})
-        self.predictors = predictors
+        self.predictors = nn.ModuleDict({layer: self.predictors[layer] for layer in map(str, pyramid.predicted_layers)})
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""
@@ -505,7 +502,7 @@ class PyramidTextMixin:
         hidden_states = state.hidden_states
         if state.columns is None:
             return hidden_states
-        return hidden_states.gather(1, state.columns[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        return take_columns(hidden_states, state.columns)
 
 
 def _with_pyramid(text: TextModel) -> type[PyramidTextMixin]:

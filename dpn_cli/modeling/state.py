@@ -113,6 +113,11 @@ def precise(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return of values [B, S, D] those in some columns [B, Q] of every sample, [B, Q, D]."""
+    return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a site takes: one expert index per sample and, for the probability gate, its probability [B]."""

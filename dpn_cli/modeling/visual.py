@@ -17,7 +17,7 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
-from dpn_cli.pyramid.config import Block
+from dpn_cli.pyramid.config import FITTED_PARTS, Block
 from dpn_cli.pyramid.experts import Grid, num_tokens
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
@@ -76,7 +76,7 @@ def brings_images(
 class PyramidModelMixin(PreTrainedModel):
     """Makes the inner model of a family hand the place of each visual token in its image to a pyramid."""
 
-    _keep_in_fp32_modules_strict = ["routers", "predictors"]
+    _keep_in_fp32_modules_strict = list(FITTED_PARTS)
     _can_compile_fullgraph = False  # lengths depend on the data
 
     language_model: PyramidTextMixin

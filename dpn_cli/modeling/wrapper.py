@@ -32,7 +32,7 @@ from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
-from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.route import parse_route
 
@@ -42,7 +42,7 @@ NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length
 class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     """Makes a family's model for conditional generation one with a pyramid, routed per sample."""
 
-    _keep_in_fp32_modules_strict = ["routers", "predictors"]
+    _keep_in_fp32_modules_strict = list(FITTED_PARTS)
     _can_compile_fullgraph = False  # lengths depend on the data
     inner_class: type[PyramidModelMixin]  # the family's
 

@@ -13,7 +13,7 @@ from dpn_cli.checkpoint.side_files import side_files
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
 from dpn_cli.inference.loading import default_device
-from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvision")
@@ -21,7 +21,7 @@ PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvi
 _EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
 _FITTED = {"budgets", "lambda", "calibration", "mean_distortions"}  # what calibration itself writes
 _AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
-_CALIBRATED = (".routers.", ".predictors.")  # in the names of tensors
+_CALIBRATED = tuple(f".{part}." for part in FITTED_PARTS)  # in the names of tensors
 
 
 def fingerprint(

@@ -31,7 +31,8 @@ Route = tuple[int, ...]  # one expert index per site
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PYRAMID_VERSION = 2
-DPE_PARTS = ("routers.", "predictors.", "poolers.")  # what a pyramid adds to a text model
+FITTED_PARTS = ("routers", "predictors")  # of a text model: what calibration fits, always in float32
+DPE_PARTS = tuple(f"{part}." for part in (*FITTED_PARTS, "poolers"))  # what a pyramid adds to a text model
 
 # What a router may read, by the vectors of hidden_size that it is made of: see `ROUTER_VECTORS` in modeling/routers.py.
 ROUTER_INPUTS = {

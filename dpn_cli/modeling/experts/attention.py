@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.modeling.sized import log_sizes
-from dpn_cli.modeling.state import PyramidState, precise
+from dpn_cli.modeling.state import PyramidState, precise, take_columns
 
 
 def instruction_attention(text_model: Any, state: PyramidState, layer_idx: int) -> torch.Tensor:
@@ -37,10 +37,10 @@ def attention_from(text_model: Any, state: PyramidState, layer_idx: int, columns
     cos, sin = text_model.rotary_emb(hidden_states, position_ids=state.positions)  # [B, S, d]
 
     keys = attention.k_proj(hidden_states).unflatten(-1, (-1, head_dim))  # [B, S, G, d]
-    queries = attention.q_proj(_at(hidden_states, columns)).unflatten(-1, (-1, head_dim))  # [B, Q, G * R, d]
+    queries = attention.q_proj(take_columns(hidden_states, columns)).unflatten(-1, (-1, head_dim))  # [B, Q, G * R, d]
     if TEXT_MODELS[text_model.config.model_type].head_norms:
         keys, queries = attention.k_norm(keys), attention.q_norm(queries)
-    keys, queries = _rotate(keys, cos, sin), _rotate(queries, _at(cos, columns), _at(sin, columns))
+    keys, queries = _rotate(keys, cos, sin), _rotate(queries, take_columns(cos, columns), take_columns(sin, columns))
     queries = queries.unflatten(2, (keys.shape[2], -1))  # [B, Q, G, R, d]
     logits = precise(torch.einsum("bqgrd,bsgd->bgrqs", queries, keys)) * attention.scaling
 
@@ -49,11 +49,6 @@ def attention_from(text_model: Any, state: PyramidState, layer_idx: int, columns
     visible = torch.arange(keys.shape[1], device=columns.device) <= columns[..., None]  # [B, Q, S]
     visible = visible if state.valid is None else visible & state.valid[:, None]
     return logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-
-
-def _at(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return [B, Q, D] of [B, S, D]."""
-    return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
