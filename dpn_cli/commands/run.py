@@ -67,6 +67,7 @@ def command(
     sample = _sample(question, images, allow_urls)
 
     with console.waiting("starting"):
+        from dpn_cli.checkpoint.fitted import validate_predictors
         from dpn_cli.checkpoint.layout import open_converted
         from dpn_cli.checkpoint.locks import in_use
         from dpn_cli.data.encoding import token_limit
@@ -80,6 +81,7 @@ def command(
     with in_use(folder):
         checkpoint, layout, pyramid = open_converted(folder)
         experts = None if route is None else parse_route(route, pyramid.sites)
+        validate_predictors(checkpoint, layout, pyramid, [] if experts is None else pyramid.experts(experts))
         validate_in_table([] if budget is None else [budget], pyramid)
         with console.waiting("opening processor"):
             processor = load_opened_processor(checkpoint, layout)

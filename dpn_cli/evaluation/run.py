@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from dpn_cli.checkpoint.fitted import validate_predictors
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
@@ -64,7 +65,7 @@ def evaluate_folder(
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
             for route in options.routes:  # what is none is refused before the data are read
-                parse_route(route, pyramid.sites)
+                validate_predictors(checkpoint, layout, pyramid, pyramid.experts(parse_route(route, pyramid.sites)))
             with reporter.waiting("opening processor"):
                 processor = load_opened_processor(checkpoint, layout)
             dataset = load_data(

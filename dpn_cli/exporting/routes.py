@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpn_cli.checkpoint.fitted import is_fitted, validate_predictors
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.lora import without_adapter
-from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import RouteError, UsageError, did_you_mean
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import KINDS
@@ -32,25 +32,14 @@ def validate_calibrated(
     Raises:
         UsageError: if its routers, or the predictors on its route, are those that conversion adds.
     """
-    if pyramid.static_route is not None or _is_fitted(source, layout, pyramid):
+    if is_fitted(source, layout, pyramid):
         return
     if exported.static_route is None:
         raise UsageError(
             f"{source.path} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` "
             "first, or pass --static for a fixed route, or --uncalibrated"
         )
-    fitted = [str(each) for each in exported.experts(exported.static_route) if KINDS[each.kind].has_predictor]
-    if fitted:
-        raise UsageError(
-            f"{source.path} is not calibrated, so {fitted[0]} would keep random tokens: run `dpn calibrate --data "
-            "DATA` first, or choose another route, or pass --uncalibrated"
-        )
-
-
-def _is_fitted(source: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig) -> bool:
-    """Say whether the routers are others than conversion adds, whose heads of zeros keep every token."""
-    heads = (source.tensors[name] for name in layout.added_tensors(pyramid) if ".head." in name)
-    return any(any(piece) for head in heads for piece in read_pieces(source.path, head))
+    validate_predictors(source, layout, pyramid, exported.experts(exported.static_route), or_else="--uncalibrated")
 
 
 def exported_pyramid(

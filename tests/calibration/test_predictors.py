@@ -15,6 +15,7 @@ from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.predictors import Watched, fit_predictors, watch_attention
 from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 from dpn_cli.checkpoint.layout import open_converted
+from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import UsageError
@@ -139,10 +140,15 @@ def test_calibration_stores_it_and_every_export_has_it(calibrated: Path, tmp_pat
     assert pyramid.predicted_layers == [0]
 
 
-def test_a_route_on_a_predictor_that_is_not_fitted_is_not_exported(tiny_llava: Path, tmp_path: Path) -> None:
+def test_a_route_on_a_predictor_that_is_not_fitted_is_refused(
+    tiny_llava: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
     with pytest.raises(UsageError, match=r"not calibrated, so predicted:0\.25 would keep random tokens"):
         export(folder, tmp_path / "export", ExportOptions(static="predicted:0.25"))
+    for command in (["run", "--image", str(picture), "What?"], ["eval", "--data", "demo", "--samples", "2"]):
+        assert main([*command, "--model", str(folder), "--route", "predicted:0.25"]) == 2
+        assert "not calibrated, so predicted:0.25 would keep random tokens" in capsys.readouterr().err
     export(folder, tmp_path / "full", ExportOptions(static="keep"))
     export(folder, tmp_path / "anyway", ExportOptions(static="predicted:0.25", uncalibrated=True))
     export(tmp_path / "anyway", tmp_path / "again")
