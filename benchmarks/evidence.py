@@ -59,9 +59,9 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = "--budget 0.25 --set calibration.survey.routes=24"  # more than in the recipe, since the generators are endless
-LONG_DEMO = f"--data demo --samples 2000 --set calibration.predictors.samples=6144 {LONG}"
-LONG_SECOND = f"--data work/second-samples --samples 1500 --set calibration.predictors.samples=4096 {LONG}"
+LONG = "--budget 0.25 --set calibration.survey.routes=24 --set calibration.holdout=0.07"
+LONG_DEMO = f"--data demo --samples 6144 --set calibration.predictors.samples=6144 {LONG}"  # the generators are endless
+LONG_SECOND = f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG}"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL, SHORT_HEAL = "--heal lora", f"{SHORT} --set calibration.heal.steps=2"
 SECOND_TEACHER = HERE / "second_teacher"

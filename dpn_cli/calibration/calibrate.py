@@ -202,8 +202,8 @@ def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteT
     with job.processes.as_one():
         examples = Encoded(samples, job.processor, recipe.answer_tokens)
         grids = [expected_grids(sample, job.layout) for sample in samples]
-    num_routes = None if recipe.routes == "all" else recipe.routes
     tree = RouteTree.of(model.pyramid, grids)
+    num_routes = recipe.routes_per_sample(len(tree.routes), len(samples) - num_held)
     batches = plan_batches(tree, model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
     kept, features = (job.state.measurements, job.state.features) if job.state else (None, None)
     with job.reporter.progress("measuring routes", len(examples)) as advance:

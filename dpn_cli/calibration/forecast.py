@@ -110,17 +110,13 @@ def forecast(
     """
     reader = Reader(model, lengths)
     shape, fitted = model.shape, round((1 - recipe.holdout) * len(lengths))
-    num_routes = recipe.survey.routes if surveys else _num_routes(pyramid, recipe, lengths)
-    tried = _tried(pyramid, recipe) if surveys else []
+    num_routes = recipe.survey.routes if surveys else _num_routes(pyramid, lengths)
     per_route = _mean_route_flops(shape, pyramid, lengths)
-    passes = [
-        *((min(recipe.survey.samples, fitted), routes) for routes in tried),
-        *([(min(FINAL_SAMPLES * recipe.survey.samples, fitted), SHORTLIST * recipe.survey.routes)] if surveys else []),
-        (len(lengths), num_routes),
-    ]
+    tried = _tried(pyramid, recipe, fitted) if surveys else []
+    measured = [(len(lengths) - fitted, num_routes), (fitted, recipe.routes_per_sample(num_routes, fitted))]
     taught = 0.0 if teacher is None else teacher.vision + teacher.whole  # of a sample, whatever its number of routes
     flops = unanswered * (teacher or reader).answering(recipe.answer_tokens)
-    flops += sum(samples * (taught + reader.vision + routes * per_route) for samples, routes in passes)
+    flops += sum(samples * (taught + reader.vision + routes * per_route) for samples, routes in [*tried, *measured])
     flops += watched * (reader.vision + reader.whole)
     speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
@@ -129,7 +125,7 @@ def forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
         memory_bytes=model.nbytes + (teacher.model.nbytes if teacher else 0) + _activations(model, recipe, lengths),
         disk_bytes=features + seen,
-        basis=_basis(model, recipe, passes, unanswered, teacher, watched),
+        basis=_basis(model, recipe, tried, measured, unanswered, teacher, watched),
     )  # fmt: skip
 
 
@@ -186,20 +182,20 @@ class _Layer:
         return time.perf_counter() - start
 
 
-def _num_routes(pyramid: PyramidConfig, recipe: CalibrationRecipe, lengths: Sequence[Length]) -> int:
-    offered = max(sum(1 for _ in pyramid.routes_for(grids)) for grids in {grids for grids, _ in lengths})
-    return offered if recipe.routes == "all" else min(offered, recipe.routes)
+def _num_routes(pyramid: PyramidConfig, lengths: Sequence[Length]) -> int:
+    return max(sum(1 for _ in pyramid.routes_for(grids)) for grids in {grids for grids, _ in lengths})
 
 
-def _tried(pyramid: PyramidConfig, recipe: CalibrationRecipe) -> list[int]:
-    """Return how many routes every round of a survey tries, by the mean number of children of a route."""
+def _tried(pyramid: PyramidConfig, recipe: CalibrationRecipe, fitted: int) -> list[tuple[int, int]]:
+    """Return on how many samples and routes every round of a survey runs, by the mean number of children of a route."""
     routes: list[Route] = children(pyramid, [pyramid.full_route])
     counts = [len(routes)]
     for _ in range(1, min(MOST_EXPERTS, len(pyramid.sites))):
         following = children(pyramid, routes)
         counts.append(round(recipe.survey.width * len(following) / max(1, len(routes))))
         routes = following
-    return counts
+    last = min(FINAL_SAMPLES * recipe.survey.samples, fitted), SHORTLIST * recipe.survey.routes
+    return [*((min(recipe.survey.samples, fitted), count) for count in counts), last]
 
 
 def _mean_route_flops(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequence[Length]) -> float:
@@ -237,16 +233,20 @@ def _activations(model: Model, recipe: CalibrationRecipe, lengths: Sequence[Leng
 def _basis(
     model: Model,
     recipe: CalibrationRecipe,
-    passes: Sequence[tuple[int, int]],
+    tried: Sequence[tuple[int, int]],
+    measured: Sequence[tuple[int, int]],
     unanswered: int,
     teacher: Reader | None,
     watched: int,
 ) -> tuple[str, ...]:
     """Return in sentences what the figures were computed from, and what they leave out."""
-    *tried, (samples, routes) = passes
     rounds = "; ".join(f"{some} samples on {many} routes" for some, many in tried)
+    on: Counter[int] = Counter()
+    for some, many in measured:
+        on[many] += some
+    routes = " and ".join(f"{some} samples on {many} routes" for many, some in on.items())
     stages = [f"watching the attention on {watched} samples"] * bool(watched) + [f"a survey ({rounds})"] * bool(tried)
-    *before, last = [*stages, f"the measurement of {samples} samples on {routes} routes"]
+    *before, last = [*stages, f"the measurement of {routes}"]
     work = f"{', '.join(before)} and {last}" if before else last
     by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
     answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""

@@ -132,32 +132,23 @@ def plan_batches(
         pyramid: Pyramid of the routes.
         grids: Visual grids, per sample; only samples that are offered the same routes share a batch.
         batch_size: samples per batch, at most.
-        num_routes: routes per batch, chosen so that every rate of every site is seen equally often; None for all.
+        num_routes: routes per batch, the full one among them and the others equally often; None for all.
         complete: samples that are sent down all routes nevertheless.
     """
     batches = []
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: Counter[Route] = Counter()
     offered = {grid: tree.offered(pyramid, grid) for grid in set(grids)}
     groups: dict[tuple[bool, tuple[Route, ...]], list[int]] = {}
     for i in sorted(range(len(grids)), key=lambda i: num_tokens(grids[i])):
         groups.setdefault((i in complete, offered[grids[i]]), []).append(i)
     for (all_routes, routes), rows in sorted(groups.items()):
         for start in range(0, len(rows), batch_size):
-            some = all_routes or num_routes is None or num_routes >= len(routes)
-            chosen = routes if some else _stratified(routes, num_routes or len(routes), seen)
-            batches.append(Batch(tuple(rows[start : start + batch_size]), chosen))
+            full, *rest = routes
+            if num_routes and not all_routes:
+                rest = sorted(rest, key=seen.__getitem__)[: num_routes - 1]
+                seen.update(rest)
+            batches.append(Batch(tuple(rows[start : start + batch_size]), (full, *sorted(rest))))
     return batches
-
-
-def _stratified(routes: Sequence[Route], count: int, seen: Counter[tuple[int, int]]) -> tuple[Route, ...]:
-    """Choose the full route and those whose rates were seen least; counts them in `seen`."""
-    chosen, rest = [routes[0]], list(routes[1:])
-    while len(chosen) < count:
-        route = min(rest, key=lambda each: sum(seen[site_expert] for site_expert in enumerate(each)))
-        rest.remove(route)
-        chosen.append(route)
-        seen.update(enumerate(route))
-    return tuple(sorted(chosen))
 
 
 def measure(

@@ -1,6 +1,7 @@
 """Recipes: what pyramid to insert and how to calibrate it, as strict YAML. No torch."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from operator import itemgetter
@@ -26,6 +27,8 @@ from dpn_cli.pyramid.config import (
 from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, Rounding, known_kind, pool
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.pyramid.strict_yaml import parse_yaml
+
+SAMPLES_PER_ROUTE = 256  # to fit routers to: fewer tell too little of a route
 
 ExpertName = Annotated[str, AfterValidator(lambda name: str(Expert.parse(name)))]
 ExpertKind = Annotated[str, AfterValidator(known_kind)]
@@ -234,7 +237,8 @@ class CalibrationRecipe(_Section):
 
     Attributes:
         samples: calibration samples to take from the data.
-        routes: routes measured per sample, `all` or a number.
+        routes: number of routes to measure per sample, or `all`; more where a route would be measured on fewer than
+            `SAMPLES_PER_ROUTE` samples. Those that are held out are measured on all.
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
         epochs: passes of router fitting over the measured table.
@@ -275,6 +279,13 @@ class CalibrationRecipe(_Section):
     objective: Literal["rate_distortion", "paper"] = "rate_distortion"
     heal: HealRecipe = HealRecipe()
     paper: PaperRecipe = PaperRecipe()
+
+    def routes_per_sample(self, num_routes: int, samples: int) -> int:
+        """Return on how many of a pyramid's routes each sample is measured that routers are fitted to."""
+        if self.routes == "all" or not samples:
+            return num_routes
+        enough = 1 + math.ceil((num_routes - 1) * SAMPLES_PER_ROUTE / samples)  # all take the full route
+        return min(num_routes, max(self.routes, enough))
 
     @property
     def samples_read(self) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpn_cli.errors import RecipeError
-from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, available_recipes, load_recipe
 
 
 def test_shipped_recipes_parse_and_are_named_after_their_file() -> None:
@@ -143,3 +143,9 @@ def test_placed_sites_always_lie_inside_and_ascend(fractions: list[float], num_l
 def test_the_resolved_recipe_reads_back() -> None:
     recipe = load_recipe("llava-1.5-13b", ["pyramid.sites.0={after_layer: 2}"])
     assert Recipe.from_dict(recipe.to_dict(), where="test") == recipe
+
+
+def test_every_route_is_measured_on_enough_samples() -> None:
+    recipe = CalibrationRecipe(routes=8)
+    assert [recipe.routes_per_sample(24, count) for count in (4096, 896, 448, 256, 100, 0)] == [8, 8, 15, 24, 24, 24]
+    assert CalibrationRecipe().routes_per_sample(24, 4096) == 24
