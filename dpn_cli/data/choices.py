@@ -8,7 +8,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, is_blank, lettered
-from dpn_cli.data.texts import read_text_alone
+from dpn_cli.data.texts import name_images, read_text_alone
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
@@ -97,4 +97,5 @@ def _bare(text: str) -> str:
 
 
 def _text(choice: Any) -> str:
-    return read_text_alone(str(choice) if isinstance(choice, int | float) else choice, "choice")
+    choice = str(choice) if isinstance(choice, int | float) else choice
+    return read_text_alone(name_images(choice) if isinstance(choice, str) else choice, "choice")

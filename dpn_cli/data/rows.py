@@ -24,12 +24,13 @@ from dpn_cli.data.samples import ImageSource, Sample, Turn
 from dpn_cli.data.texts import (
     PLACEHOLDER,
     count_images,
+    image_numbers,
+    name_images_asked,
     read_answer,
     read_text,
     read_text_alone,
     records,
     without_images,
-    without_numbers,
 )
 from dpn_cli.limits import MAX_ROW_CHARACTERS, MAX_ROW_IMAGES, MAX_ROW_TURNS
 
@@ -71,7 +72,7 @@ class _Text:
         system: the system message, or the empty string.
         inline: images that stand in the messages.
         has_question: whether the question is the row's own.
-        numbers: Numbers of the images, from 1, in the order in which the question shows them; empty if it does not say.
+        numbers: Numbers of the images that the text names, from 1.
     """
 
     read: tuple[str, ...]
@@ -107,7 +108,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     if text.inline and images:
         raise RowError("images in two places", "there are images in the messages and outside of them")
     images = images or _open_all(text.inline, open_image)
-    images = _in_order(images, text.numbers) if text.numbers else images
+    _validate_numbers(text.numbers, len(images))
     validate_all_read(
         fields,
         {
@@ -151,12 +152,10 @@ def _images(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value != "" else []
 
 
-def _in_order(images: Sequence[ImageSource], numbers: Sequence[int]) -> list[ImageSource]:
-    """Return images in the order of their numbers in a question, each of which is shown once."""
-    if sorted(numbers) != list(range(1, len(images) + 1)):
-        shown = ", ".join(map(str, numbers))
-        raise RowError("images and their numbers", f"the question shows the images {shown} of {len(images)}")
-    return [images[number - 1] for number in numbers]
+def _validate_numbers(numbers: Sequence[int], num_images: int) -> None:
+    for number in numbers:
+        if not 1 <= number <= num_images:
+            raise RowError("images and their numbers", f"the text names image {number} of {num_images}")
 
 
 def _open_all(held: Sequence[Any], open_image: OpenImage) -> list[ImageSource]:
@@ -206,8 +205,9 @@ def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
         read.append(roles["context"])
         if not is_blank(context := fields[roles["context"]]):
             question = f"{read_text(context, 'context')}\n{question}"
-    question, numbers = without_numbers(question)
     choices, names = read_choices(fields, roles.get("choices"))
+    numbers = image_numbers("\n".join([question, *map(str, choices)]))
+    question = name_images_asked(question)
     question = ask_for_letter(question, choices) if choices else question
     if "answer" in roles:
         read.append(roles["answer"])

@@ -8,6 +8,8 @@ from dpn_cli.data.faults import RowError
 
 PLACEHOLDER = "<image>"
 _NUMBERED = re.compile(r"<image (\d{1,2})>")  # as in MMMU
+_ALONE = re.compile(rf"^{_NUMBERED.pattern}\s*|\s*{_NUMBERED.pattern}$")
+_BESIDE = re.compile(rf"^(?:{_NUMBERED.pattern}\s*)+(?=[A-Z])|(?<=[.?!:])\s*(?:{_NUMBERED.pattern}\s*)+$")
 _OTHER_MEDIA = ("<video>", "<audio>")
 _OTHER_MARKERS = re.compile(  # of images, such as <image 1>, <|image_pad|>, <ImageHere>, <img> and [IMG]
     rf"(?!(?-i:{PLACEHOLDER}))<\|?/?(?:image|img|im_patch|vision_|start_of_image)[\w -]*\|?/?>|\[img[\w -]*\]",
@@ -47,9 +49,20 @@ def count_images(question: str) -> int:
     return question.count(PLACEHOLDER)
 
 
-def without_numbers(question: str) -> tuple[str, list[int]]:
-    """Return a question with plain placeholders for numbered ones, and the numbers in their order."""
-    return _NUMBERED.sub(PLACEHOLDER, question), [int(number) for number in _NUMBERED.findall(question)]
+def image_numbers(text: str) -> list[int]:
+    """Return the numbers of a text's numbered placeholders."""
+    return [int(number) for number in _NUMBERED.findall(text)]
+
+
+def name_images(text: str) -> str:
+    """Return a text with words for numbered placeholders."""
+    return _NUMBERED.sub(r"image \1", text)
+
+
+def name_images_asked(question: str) -> str:
+    """Return a question with words for numbered placeholders; those that only show an image, at either end, go."""
+    alone = len(image_numbers(question)) == 1
+    return name_images((_ALONE if alone else _BESIDE).sub("", question))
 
 
 def read_text_alone(value: Any, what: str) -> str:

@@ -56,13 +56,13 @@ def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
 
 
 def _block_flops(shape: DecoderShape, visual: int, text: int) -> int:
-    """The similarities of all pairs of tokens inside a block."""
-    return 2 * visual * min(visual, BLOCK * BLOCK) * shape.hidden_size
+    """The similarities of all pairs of visual tokens inside a block, of the largest size, and to their mean."""
+    return 2 * visual * (min(visual, BLOCK * BLOCK) + 1) * shape.hidden_size
 
 
 def _pairs_flops(shape: DecoderShape, visual: int, text: int) -> int:
-    """The similarities of all pairs of tokens."""
-    return 2 * visual * visual * shape.hidden_size
+    """The similarities of all pairs of tokens, and to the mean."""
+    return 2 * (visual + text) ** 2 * shape.hidden_size + _mean_flops(shape, visual, text)
 
 
 def predictor_tensors(hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -88,7 +88,7 @@ def _pivot_flops(shape: DecoderShape, visual: int, text: int) -> int:
 
 def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
     """The similarity of every token to one other vector."""
-    return 2 * visual * shape.hidden_size
+    return 2 * (visual + text) * shape.hidden_size
 
 
 _DIVPRUNE, _CDPRUNER = "DivPrune, https://arxiv.org/abs/2503.02175", "CDPruner, https://arxiv.org/abs/2506.10967"

@@ -140,15 +140,33 @@ def test_a_data_set_is_read_as_it_is_downloaded(name: str, pictures: Path) -> No
     assert [path.name for path in first.images] == [image]
 
 
-def test_numbered_images_are_shown_in_the_order_of_the_question(pictures: Path) -> None:
-    row = {"image_1": "a.png", "image_2": "17.jpg", "answer": "red"}
-    [sample] = load(pictures, [{**row, "question": f"<image 2> and <image 1>: {ASKED}"}]).samples
-    assert [path.name for path in sample.images] == ["17.jpg", "a.png"] and sample.turns[0].question == f"and : {ASKED}"
-    [sample] = load(pictures, [{**row, "question": ASKED}]).samples
+@pytest.mark.parametrize(
+    ("asked", "read"),
+    [
+        (f"<image 2> and <image 1>: {ASKED}", f"image 2 and image 1: {ASKED}"),
+        (f"<image 1><image 2> What of <image 1> ?\n{ASKED}", f"What of image 1 ?\n{ASKED}"),
+        (f"{ASKED} <image 1>", ASKED),
+        ("Is <image 2> red ? <image 1> <image 2>", "Is image 2 red ?"),
+        (ASKED, ASKED),
+    ],
+)
+def test_numbered_images_are_named(pictures: Path, asked: str, read: str) -> None:
+    row = {"image_2": "17.jpg", "image_1": "a.png", "answer": "red", "question": asked}
+    [sample] = load(pictures, [row]).samples
     assert [path.name for path in sample.images] == ["a.png", "17.jpg"]
-    for shown in ("<image 1>", "<image 1> <image 3>"):
-        with pytest.raises(DataError, match=r"the question shows the images 1.* of 2"):
-            load(pictures, [{**row, "question": f"{shown} {ASKED}"}])
+    assert (sample.turns[0].question, sample.turns[0].images) == (read, 2)
+
+
+def test_choices_may_be_numbered_images(pictures: Path) -> None:
+    row = {"image_1": "a.png", "image_2": "17.jpg", "question": "Which one ?", "options": "['<image 1>', '<image 2>']"}
+    [sample] = load(pictures, [{**row, "answer": "B"}]).samples
+    assert sample.turns[0].question.startswith("Which one ?\nA. image 1\nB. image 2\n")
+    assert sample.turns[0].answer == "B"
+
+
+def test_a_number_without_an_image_is_refused(pictures: Path) -> None:
+    with pytest.raises(DataError, match="the text names image 3 of 2"):
+        load(pictures, [{"image_1": "a.png", "image_2": "17.jpg", "answer": "red", "question": "Is <image 3> red ?"}])
 
 
 def test_a_request_that_is_no_row_stays_what_it_is(pictures: Path) -> None:

@@ -137,7 +137,7 @@ def test_choices_stand_in_the_question_and_the_answer_is_a_letter(row: dict[str,
         ({"choices": "ball or cube", "answer": "A"}, "unknown choices"),
         ({"choices": {"x": "ball", "y": "cube"}, "answer": "A"}, "unknown choices"),
         ({"choices": ["<image>", "cube"], "answer": "A"}, "<image> outside of a question"),
-        ({"choices": ["<image 2>", "<image 3>"], "answer": "A"}, "an unknown image marker"),
+        ({"choices": ["<image 2>", "<image 3>"], "answer": "A"}, "images and their numbers"),
         ({"A": "ball", "B": "cube", "D": "cone", "answer": "A"}, "unknown choices"),
     ],
 )

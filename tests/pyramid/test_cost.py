@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction, router_flops, tokens_per_layer
-from dpn_cli.pyramid.experts import KEEP, Expert, pool
+from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, pool
 from dpn_cli.pyramid.shape import DecoderShape
 from tests.pyramids import prompt
 
@@ -47,10 +47,11 @@ def test_router_flops_equal_the_counter(make_pair: Any) -> None:
 
 
 @pytest.mark.parametrize("text", [3, 150])
-@pytest.mark.parametrize("kind", ["attended", "predicted"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "keep"])
 def test_the_flops_of_a_choice_equal_the_counter(make_pair: Any, kind: str, text: int) -> None:
-    """At two sites, and with a longer instruction than a predictor reads."""
-    experts = (KEEP, Expert(kind, 0.5))
+    """At two sites, and with a longer instruction than a predictor reads; blocks are charged as if of the largest."""
+    name = kind + {"share": ":0.5", "cells": ":1x2"}.get(KINDS[kind].settings[0], "")
+    experts = (KEEP, Expert.parse(name))
     _, model = make_pair("qwen2", attn="eager", sites=(Site(-1, experts), Site(3, experts)), static_route=(1, 1))
     inputs, shape = prompt(1, 3, text, seed=0), model.text_model.shape
     counter = FlopCounterMode(display=False)
@@ -58,7 +59,9 @@ def test_the_flops_of_a_choice_equal_the_counter(make_pair: Any, kind: str, text
         model(**inputs, logits_to_keep=1)
     counted = sum(counter.get_flop_counts()["DpnLlavaForConditionalGeneration.model.language_model"].values())
     whole = shape.num_layers * shape.layer_flops(inputs["input_ids"].shape[1])
-    assert counted == round(flops_fraction(shape, model.pyramid, (1, 1), [(12, 12)], text + 4) * whole)
+    charged = round(flops_fraction(shape, model.pyramid, (1, 1), [(12, 12)], text + 4) * whole)
+    in_blocks = kind in ("diverse", "covering", "relevant")
+    assert 0.9 * charged <= counted <= charged if in_blocks else counted == charged
 
 
 def pyramid(*layers: int, **changes: Any) -> PyramidConfig:
