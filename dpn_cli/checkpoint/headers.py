@@ -361,8 +361,16 @@ def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str,
 def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return adapter_refusal(folder)
-    if list(folder.glob("*.bin")):
+    if (folder / "zero_to_fp32.py").is_file():
+        return f"{folder} holds a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py . .` in it first"
+    if any(folder.rglob("*.distcp")):
+        return f"{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`"
+    if any((folder / file).is_file() for file in (BIN_FILE, BIN_INDEX_FILE)):
         return f"{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
+    for suffix, index in ((".safetensors", INDEX_FILE), (".bin", BIN_INDEX_FILE)):
+        if parts := list(folder.glob(f"*{suffix}")):
+            there = f"{folder} has {len(parts)} {suffix} files, but no {index}, which says what is in which"
+            return f"{there}: copy it, or download the checkpoint again"
     return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
 
 

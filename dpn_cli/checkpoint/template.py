@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.checkpoint.bounded import OverLimitError, run_bounded
-from dpn_cli.checkpoint.headers import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, read_json_if_there
+from dpn_cli.checkpoint.headers import IMAGES_FILE, PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, read_json_if_there
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
 from dpn_cli.limits import MAX_PROMPT_CHARACTERS, TEMPLATE_BYTES, TEMPLATE_SECONDS
@@ -52,6 +52,11 @@ class ChatTemplate:
             return cls(_read_text(folder / TEMPLATE_FILE, CheckpointError), folder / TEMPLATE_FILE, is_found=True)
         if text := _default(read_json_if_there(folder / TOKENIZER_CONFIG_FILE).get("chat_template")):
             return cls(text, folder / TOKENIZER_CONFIG_FILE)
+        if not any((folder / file).is_file() for file in (PROCESSOR_FILE, IMAGES_FILE, TOKENIZER_CONFIG_FILE)):
+            raise CheckpointError(
+                f"{folder} holds a model without its tokenizer and image processor: save them there, too, with "
+                "`processor.save_pretrained`, or copy their files from the model that it was made from"
+            )
         raise CheckpointError(
             f"{folder} has no chat template, neither as {TEMPLATE_FILE} nor as chat_template in "
             f"{TOKENIZER_CONFIG_FILE}: pass a Jinja template that writes its prompts, with `dpn convert "

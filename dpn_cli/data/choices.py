@@ -1,6 +1,5 @@
 """Multiple choice: the choices as lettered lines of the question, the right one as its letter."""
 
-import ast
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase as LETTERS
@@ -8,7 +7,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, is_blank, lettered
-from dpn_cli.data.texts import name_images, read_text_alone
+from dpn_cli.data.texts import name_images, read_text_alone, spelt_out
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
@@ -28,7 +27,7 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
         RowError: if they cannot be told apart, or are no texts.
     """
     names = (field,) if field is not None else tuple(lettered(fields).values())
-    value = _unquoted(fields[field]) if field is not None else {k: fields[v] for k, v in lettered(fields).items()}
+    value = spelt_out(fields[field]) if field is not None else {k: fields[v] for k, v in lettered(fields).items()}
     if isinstance(value, dict):
         given = {str(letter).upper(): choice for letter, choice in value.items() if not is_blank(choice)}
         if sorted(given) != list(LETTERS[: len(given)]):
@@ -77,14 +76,6 @@ def answer_letter(answer: Any, choices: Sequence[Any]) -> str:
         shown = ", ".join(f"{letter}. {_text(each):.20}" for letter, each in zip(LETTERS, choices, strict=False))
         raise RowError(reason, f"{answer!r:.50} for {shown}; expected a letter, a choice or its number from 0")
     return LETTERS[named.pop()]
-
-
-def _unquoted(value: Any) -> Any:
-    """Return the list that a text spells out, as MMMU stores its options; other values as they are."""
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return value
 
 
 def _letter(text: str) -> str | None:

@@ -1,7 +1,7 @@
 """Tables that the `datasets` package holds: of the hub, saved to disk, or parquet and arrow files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dpn_cli.errors import DataError, MissingExtraError
 STREAMED = "streamed"  # begins the descriptions of such tables
 SPARE = 2  # rows of a stream that are kept for each that is wanted
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)[-_.]")  # how the names of files begin
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
@@ -135,12 +136,22 @@ def _load(datasets: Any, request: Request) -> tuple[str, Any]:
     if request.path.exists():
         files = [request.path] if request.path.is_file() else table_files(request.path)
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-        names = [str(file) for file in files]
-        loaded = datasets.load_dataset(kind, data_files=names, split="train", streaming=request.stream)
-        return f"{kind} of {len(files)} files", loaded
+        splits = _splits(files)
+        loaded = datasets.load_dataset(kind, data_files=splits, streaming=request.stream)
+        what, rows = _one_split(loaded, f"{kind} of {len(files)} files")
+        return (what if len(splits) > 1 else f"{kind} of {len(files)} files"), rows
     repository, config, split = [*request.data.split(":"), "", ""][:3]
     loaded = datasets.load_dataset(repository, config or None, split=split or None, streaming=request.stream)
     return _one_split(loaded, f"data set {request.data} of the hub")
+
+
+def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
+    """Return table files by their splits, where the names of all begin with one, as the hub's do; else as one."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        match = _SPLIT.match(file.name)
+        splits.setdefault(match[1] if match else "", []).append(str(file))
+    return {"train": [str(file) for file in files]} if "" in splits else splits
 
 
 def _drawn(datasets: Any, stream: Any, request: Request) -> Any:

@@ -1,6 +1,8 @@
 """One row of any table as a sample: conversations, questions with answers, or captions, and their images."""
 
+import json
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,15 +191,28 @@ def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
         return _read_question(fields, roles)
     if "caption" in roles:
         caption = fields[roles["caption"]]
+        _validate_plain(caption)
         answer = read_answer(caption[0] if isinstance(caption, list) else caption)
         return _Text((roles["caption"],), [Turn(prompt, answer)], has_question=False)
     return _Text((), [Turn(prompt)], has_question=False)
+
+
+def _validate_plain(caption: Any) -> None:
+    """Check that a caption is not a row of its own, packed into text."""
+    packed: Any = None
+    if isinstance(caption, str) and caption.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):
+            packed = json.loads(caption)
+    if isinstance(packed, dict):
+        raise RowError("JSON in a caption", f"expected text, found an object of {', '.join(packed)} as text: unpack it")
 
 
 def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
     """Read a question with what it refers to, its choices and its answer."""
     read = [roles["question"]]
     asked, answer = records(fields[roles["question"]]), None
+    if isinstance(asked, list) and not any(isinstance(each, dict) for each in asked):
+        raise RowError("a list of questions", f"expected one question, or messages, found a list of {len(asked)} items")
     if isinstance(asked, list):  # `prompt` and `completion` as trainers take them, each a list of messages
         return _read_prompt(asked, fields, roles)
     question = read_text(asked, "question")

@@ -1,5 +1,6 @@
 """Texts as rows hold them: checked, stripped, and with their image placeholders counted."""
 
+import ast
 import re
 from collections import Counter
 from typing import Any
@@ -10,6 +11,7 @@ PLACEHOLDER = "<image>"
 _NUMBERED = re.compile(r"<image (\d{1,2})>")  # as in MMMU
 _ALONE = re.compile(rf"^{_NUMBERED.pattern}\s*|\s*{_NUMBERED.pattern}$")
 _BESIDE = re.compile(rf"^(?:{_NUMBERED.pattern}\s*)+(?=[A-Z])|(?<=[.?!:])\s*(?:{_NUMBERED.pattern}\s*)+$")
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)  # of quoted texts, in Python's or JSON's way
 _OTHER_MEDIA = ("<video>", "<audio>")
 _OTHER_MARKERS = re.compile(  # of images, such as <image 1>, <|image_pad|>, <ImageHere>, <img> and [IMG]
     rf"(?!(?-i:{PLACEHOLDER}))<\|?/?(?:image|img|im_patch|vision_|start_of_image)[\w -]*\|?/?>|\[img[\w -]*\]",
@@ -86,16 +88,27 @@ def read_answer(value: Any) -> str:
     """Return an answer, or of several people's answers, as VQAv2 has them, the most frequent one.
 
     Raises:
-        RowError: if there is none.
+        RowError: if there is none, or several numbers are rather one answer, a box, than what several people counted.
     """
-    value = records(value)
+    value = records(spelt_out(value) if isinstance(value, str) and _LIST.fullmatch(value) else value)
     if isinstance(value, list) and value:
         answers = [_plain(each.get("answer") if isinstance(each, dict) else each) for each in value]
-        return read_answer(Counter(answers).most_common(1)[0][0])
+        answer, votes = Counter(answers).most_common(1)[0]
+        if all(isinstance(each, int | float) for each in value) and 2 * votes <= len(value):
+            raise RowError("an answer of several numbers", f"{value}: if they are one answer, write it as text")
+        return read_answer(answer)
     text = _plain(value)
     if not text:
         raise RowError("an empty answer")
     return read_text_alone(text, "answer")
+
+
+def spelt_out(value: Any) -> Any:
+    """Return the list that a text spells out, as MMMU stores options and answers; other values as they are."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
 
 
 def records(value: Any) -> Any:

@@ -51,7 +51,9 @@ class VqaFiles(RowSource):
                 raise RowError("a question without an annotation", f"no annotation has its question_id, {number}")
             row = self.annotations.row(self.annotation_of[number]) | row
         if not image_fields(present(row), self.reading.columns):
-            raise RowError("no image path", "expected a number as image_id")
+            raise RowError(
+                "no image path", "expected a number as image_id, or a field that --columns image=FIELD names"
+            )
         return row
 
 

@@ -27,6 +27,7 @@ _SUFFIX = ".tar"
 _IMAGE = ROLES["image"][0]  # goes before what the JSON may say of the image
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _TEXTS = {"txt", "text", "caption"}
+_FIELDS = {name for role, names in ROLES.items() if role != "image" for name in names} - _TEXTS
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ class TarSamples(RowSource):
 def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the files of a sample, by their extensions, as one row.
 
-    The fields of its JSON stand beside the image, a text is the caption, and what is not known goes by its extension.
+    The fields of its JSON stand beside the image, a text is the caption or goes by the name before its extension
+    (`0001.question.txt`), and what is not known goes by its extension.
 
     Raises:
-        RowError: if its JSON is no object.
+        RowError: if its JSON is no object, or two files hold the same field.
     """
     row: dict[str, Any] = {"id": parts[KEY]}
     images = []
@@ -110,7 +112,10 @@ def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
         elif kind == "json":
             row |= _object(value)
         elif kind == "text":
-            row["caption"] = value
+            field = extension.rpartition(".")[0] or "caption"
+            if field in row:
+                raise RowError("two texts of a kind", f"{parts[KEY]} has several files for its {field}")
+            row[field] = value
         elif not extension.startswith("__"):
             row[extension] = value
     return row | ({_IMAGE: images} if images else {})
@@ -126,7 +131,7 @@ def _value(extension: str, part: _Part) -> Any:
     kind = _kind(extension)
     if kind == "image":
         return StoredImage(f"{part.name} in {part.archive.name}", part.read)
-    if kind not in ("json", "text", "cls"):
+    if kind not in ("json", "text", "cls", *_FIELDS):
         return part.name.encode()
     try:
         return part.read().decode("utf-8-sig")

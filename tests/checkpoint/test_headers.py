@@ -32,6 +32,29 @@ def test_headers_say_what_safetensors_says(tiny_llava_factory: Callable[..., Pat
     assert len(checkpoint.files) == shards
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["pytorch_model-00001-of-00002.bin"], r"has 1 \.bin files, but no pytorch_model\.bin\.index\.json"),
+        (
+            ["model-1.safetensors", "model-2.safetensors"],
+            r"has 2 \.safetensors files, but no model\.safetensors\.index",
+        ),
+        (["pytorch_model.bin"], "holds its weights as .bin, not as safetensors"),
+        (["zero_to_fp32.py"], "a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py"),
+        (["pytorch_model_fsdp_0/__0_0.distcp"], "an FSDP checkpoint in parts: merge them first"),
+        ([], "neither model.safetensors nor model.safetensors.index.json: download the checkpoint again"),
+    ],
+)
+def test_where_weights_lack_it_says_what_is_there(tmp_path: Path, files: list[str], message: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+
+
 def test_empty_and_scalar_tensors_are_fine(tmp_path: Path) -> None:
     header = {
         "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},

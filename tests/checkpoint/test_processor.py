@@ -72,6 +72,13 @@ def template_in_tokenizer(folder: Path) -> None:
     template.unlink()
 
 
+def weights_alone(folder: Path) -> None:
+    """Leave what `model.save_pretrained` writes."""
+    for path in folder.iterdir():
+        if "safetensors" not in path.name and path.name not in ("config.json", "generation_config.json"):
+            path.unlink()
+
+
 def template_nowhere(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
@@ -220,6 +227,7 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ("llava", edit("generation_config.json", "eos_token_id", value=[2, 304]), "eos_token_id 304"),
     ("llava", edit("config.json", "text_config", "pad_token_id", value=304), "text_config.pad_token_id 304"),
     ("llava", template_nowhere, "no chat template"),
+    ("llava", weights_alone, "a model without its tokenizer and image processor: save them there, too"),
     ("llava", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     ("llava", images("image_mean", value=[0.5]), "image_processor.image_mean [0.5], expected one number or three"),
     ("llava", images("image_mean", value="x"), "image_mean 'x'"),

@@ -66,6 +66,18 @@ def test_saved_data_sets_take_train_or_the_first_split(datasets: Any, tmp_path: 
     )
 
 
+def test_files_that_are_named_after_splits_are_no_one_table(datasets: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split, text in (("train", "what ?"), ("test", "where ?"), ("validation", "who ?")):
+        table = datasets.Dataset.from_dict({"image": [{"bytes": png()}], "question": [text]})
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    data = load_data(DataOptions(str(tmp_path)))
+    assert [sample.turns[0].question for sample in data.samples] == ["what ?"]
+    assert data.scan.format.startswith("parquet of 3 files, split train")
+    (tmp_path / "data" / "more.parquet").write_bytes((tmp_path / "data" / "test-00000-of-00001.parquet").read_bytes())
+    assert len(load_data(DataOptions(str(tmp_path))).samples) == 4
+
+
 def test_conversations_with_lists_of_images(datasets: Any, tmp_path: Path) -> None:
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "what ?"}, {"type": "image", "text": None}]
     answer = [{"type": "text", "text": "red"}]

@@ -89,6 +89,8 @@ def test_a_question_in_several_messages_is_one() -> None:
         ({"question": "what ?", "hint": "It is round.", "answer": "red"}, Turn("It is round.\nwhat ?", "red", 1)),
         ({"question": "what ?", "hint": "nan", "answer": "red"}, Turn("what ?", "red", 1)),
         ({"question": "what ?", "answers": [], "answer": None}, Turn("what ?", None, 1)),
+        ({"question": "what ?", "answer": "['24/7', '3.429']"}, Turn("what ?", "24/7", 1)),
+        ({"question": "what ?", "answer": "[12, 30, 200, 180]"}, Turn("what ?", "[12, 30, 200, 180]", 1)),
     ],
 )
 def test_questions_and_captions(row: dict[str, Any], turn: Turn) -> None:
@@ -420,3 +422,17 @@ def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.Te
         return
     assert data.scan.rows == data.scan.available
     assert all(fault.row and fault.reason for fault in data.scan.faults)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "where ?", "answer": [12, 30, 200, 180]}, r"several numbers: \[12, 30, 200, 180\]: .* as text"),
+        ({"question": "where ?", "answer": [0.1, 0.1, 0.5, 0.5]}, "several numbers"),
+        ({"question": ["what ?", "where ?"], "answer": ["red", "left"]}, "expected one question, .* a list of 2 items"),
+        ({"text": '{"question": "what ?", "chosen": "red"}'}, "an object of question, chosen as text: unpack it"),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        read({"image": "a.png", **row})

@@ -66,6 +66,15 @@ def test_captions_and_several_images(tmp_path: Path) -> None:
     assert second.turns[0] == Turn("stock ?", "one", 1)
 
 
+def test_texts_go_by_the_names_before_their_ends(tmp_path: Path) -> None:
+    files = {"1.png": png(), "1.question.txt": b"what ?", "1.answer.txt": b"red"}
+    assert load(write(tmp_path / "0.tar", files)).samples[0].turns == (Turn("what ?", "red", 1),)
+    files = {"1.png": png(), "1.prompt": b"what ?", "1.response": b"red"}
+    assert load(write(tmp_path / "1.tar", files)).samples[0].turns == (Turn("what ?", "red", 1),)
+    with pytest.raises(DataError, match="1 has several files for its caption"):
+        load(write(tmp_path / "2.tar", {"1.png": png(), "1.txt": b"one", "1.caption": b"two"}))
+
+
 def test_the_archives_of_a_folder_have_names_of_their_own(tmp_path: Path) -> None:
     for name, colour in (("b", "blue"), ("a", "red")):
         write(tmp_path / f"{name}.tar", {"1.png": png(colour), "1.txt": colour.encode()})
