@@ -28,7 +28,7 @@ from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, Rounding, known_kind, p
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 
-SAMPLES_PER_ROUTE = 256  # to fit routers to: fewer tell too little of a route
+SAMPLES_PER_ROUTE = 1024  # to fit routers to: up to there, more tell more of a route
 
 ExpertName = Annotated[str, AfterValidator(lambda name: str(Expert.parse(name)))]
 ExpertKind = Annotated[str, AfterValidator(known_kind)]

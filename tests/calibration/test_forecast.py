@@ -57,10 +57,10 @@ def test_what_costs_more_is_expected_to_cost_more() -> None:
     wide = cost(RECIPE.model_copy(update={"survey": SurveyRecipe(width=40)}), surveys=True)
     assert wide.forward_flops > cost(surveys=True).forward_flops
     assert cost(RECIPE.model_copy(update={"batch_size": 16})).memory_bytes > plain.memory_bytes > MODEL.nbytes
-    many = cost(lengths=LENGTHS * 100)
-    some = cost(RECIPE.model_copy(update={"routes": 2}), lengths=LENGTHS * 100)
+    many = cost(lengths=LENGTHS * 1000)
+    some = cost(RECIPE.model_copy(update={"routes": 2}), lengths=LENGTHS * 1000)
     assert some.forward_flops < many.forward_flops
-    assert "the measurement of 500 samples on 4 routes and 1500 samples on 2 routes" in " ".join(some.basis)
+    assert "the measurement of 5000 samples on 4 routes and 15000 samples on 2 routes" in " ".join(some.basis)
 
 
 def test_another_teacher_reads_every_sample_once_more_and_answers() -> None:

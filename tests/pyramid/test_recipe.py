@@ -147,5 +147,5 @@ def test_the_resolved_recipe_reads_back() -> None:
 
 def test_every_route_is_measured_on_enough_samples() -> None:
     recipe = CalibrationRecipe(routes=8)
-    assert [recipe.routes_per_sample(24, count) for count in (4096, 896, 448, 256, 100, 0)] == [8, 8, 15, 24, 24, 24]
+    assert [recipe.routes_per_sample(24, count) for count in (8192, 4096, 2048, 1024, 100, 0)] == [8, 8, 13, 24, 24, 24]
     assert CalibrationRecipe().routes_per_sample(24, 4096) == 24
