@@ -215,7 +215,7 @@ def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.I
 def _validate_file(path: Path) -> Path:
     """Return a path that leads to a file which is not too large to be an image."""
     if not is_file(path):
-        raise RowError(MISSING, f"{printable(path)}{' is a folder' if path.is_dir() else ''}")
+        raise RowError(MISSING, printable(path))
     if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
         raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_IMAGE_BYTES} are read")
     return path
