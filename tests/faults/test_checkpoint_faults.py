@@ -89,7 +89,7 @@ HEADERS: dict[str, tuple[Harm, str]] = {
         both(set_tensor(NORM, np.ones(64, np.float32), SHARD), set_tensor(NORM, np.ones(64, np.float32), OTHER_SHARD)),
         f"holds '{NORM}' in {SHARD} and in {OTHER_SHARD}, expected every tensor once",
     ),
-    "no index": (without(INDEX), "has neither model.safetensors nor"),
+    "no index": (without(INDEX), ".safetensors files, but no model.safetensors.index.json"),
     "no config": (without(CONFIG), "has no config.json"),
     "config is no JSON": (overwrite(CONFIG, b"{"), "is not JSON"),
     "config is deep": (overwrite(CONFIG, b"[" * 100_000), "is not JSON"),
