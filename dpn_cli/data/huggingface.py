@@ -137,21 +137,21 @@ def _load(datasets: Any, request: Request) -> tuple[str, Any]:
         files = [request.path] if request.path.is_file() else table_files(request.path)
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
         splits = _splits(files)
-        loaded = datasets.load_dataset(kind, data_files=splits, streaming=request.stream)
-        what, rows = _one_split(loaded, f"{kind} of {len(files)} files")
-        return (what if len(splits) > 1 else f"{kind} of {len(files)} files"), rows
+        split = "train" if "train" in splits else next(iter(splits))
+        loaded = datasets.load_dataset(kind, data_files=splits[split], split="train", streaming=request.stream)
+        return f"{kind} of {len(splits[split])} files{f', split {split}' if split else ''}", loaded
     repository, config, split = [*request.data.split(":"), "", ""][:3]
     loaded = datasets.load_dataset(repository, config or None, split=split or None, streaming=request.stream)
     return _one_split(loaded, f"data set {request.data} of the hub")
 
 
 def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
-    """Return table files by their splits, where the names of all begin with one, as the hub's do; else as one."""
+    """Return table files by the split that their names begin with, as the hub's do; by "" where not all do."""
     splits: dict[str, list[str]] = {}
     for file in files:
         match = _SPLIT.match(file.name)
         splits.setdefault(match[1] if match else "", []).append(str(file))
-    return {"train": [str(file) for file in files]} if "" in splits else splits
+    return {"": [str(file) for file in files]} if "" in splits else splits
 
 
 def _drawn(datasets: Any, stream: Any, request: Request) -> Any:

@@ -101,7 +101,7 @@ def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     (`0001.question.txt`), and what is not known goes by its extension.
 
     Raises:
-        RowError: if its JSON is no object, or two files hold the same field.
+        RowError: if its JSON is no object, or two files say different things of the same field.
     """
     row: dict[str, Any] = {"id": parts[KEY]}
     images = []
@@ -113,7 +113,7 @@ def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
             row |= _object(value)
         elif kind == "text":
             field = extension.rpartition(".")[0] or "caption"
-            if field in row:
+            if row.get(field, value) != value:
                 raise RowError("two texts of a kind", f"{parts[KEY]} has several files for its {field}")
             row[field] = value
         elif not extension.startswith("__"):

@@ -71,8 +71,10 @@ def test_texts_go_by_the_names_before_their_ends(tmp_path: Path) -> None:
     assert load(write(tmp_path / "0.tar", files)).samples[0].turns == (Turn("what ?", "red", 1),)
     files = {"1.png": png(), "1.prompt": b"what ?", "1.response": b"red"}
     assert load(write(tmp_path / "1.tar", files)).samples[0].turns == (Turn("what ?", "red", 1),)
+    same = {"1.png": png(), "1.json": {"caption": "one", "width": 9}, "1.txt": b"one"}  # as img2dataset writes them
+    assert load(write(tmp_path / "2.tar", same)).samples[0].turns == (Turn("stock ?", "one", 1),)
     with pytest.raises(DataError, match="1 has several files for its caption"):
-        load(write(tmp_path / "2.tar", {"1.png": png(), "1.txt": b"one", "1.caption": b"two"}))
+        load(write(tmp_path / "3.tar", {"1.png": png(), "1.txt": b"one", "1.caption": b"two"}))
 
 
 def test_the_archives_of_a_folder_have_names_of_their_own(tmp_path: Path) -> None:
