@@ -1,7 +1,7 @@
 """Tables that the `datasets` package holds: of the hub, saved to disk, or parquet and arrow files."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def _load(datasets: Any, request: Request) -> tuple[str, Any]:
         files = [request.path] if request.path.is_file() else table_files(request.path)
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
         splits = _splits(files)
-        split = "train" if "train" in splits else next(iter(splits))
+        split = _main_split(splits)
         loaded = datasets.load_dataset(kind, data_files=splits[split], split="train", streaming=request.stream)
         return f"{kind} of {len(splits[split])} files{f', split {split}' if split else ''}", loaded
     repository, config, split = [*request.data.split(":"), "", ""][:3]
@@ -170,5 +170,10 @@ def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:
     """Return `train`, or else the first split, of a data set that has several."""
     if not isinstance(loaded, dict):
         return kind, loaded
-    split = "train" if "train" in loaded else next(iter(loaded))
+    split = _main_split(loaded)
     return f"{kind}, split {split}", loaded[split]
+
+
+def _main_split(splits: Mapping[str, Any]) -> str:
+    """Return the name of the split to read."""
+    return "train" if "train" in splits else next(iter(splits))

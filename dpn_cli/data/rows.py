@@ -211,8 +211,6 @@ def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
     """Read a question with what it refers to, its choices and its answer."""
     read = [roles["question"]]
     asked, answer = records(fields[roles["question"]]), None
-    if isinstance(asked, list) and not any(isinstance(each, dict) for each in asked):
-        raise RowError("a list of questions", f"expected one question, or messages, found a list of {len(asked)} items")
     if isinstance(asked, list):  # `prompt` and `completion` as trainers take them, each a list of messages
         return _read_prompt(asked, fields, roles)
     question = read_text(asked, "question")
@@ -234,6 +232,10 @@ def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
 
 def _read_prompt(messages: list[Any], fields: Fields, roles: dict[str, str]) -> _Text:
     """Read a question that is a list of messages, with its answer, a list of messages or a text."""
+    if not any(isinstance(message, dict) for message in messages):
+        raise RowError(
+            "a list of questions", f"expected one question, or messages, found a list of {len(messages)} items"
+        )
     read = tuple(roles[role] for role in ("question", "answer") if role in roles)
     answers = [records(fields[name]) for name in read[1:]]
     said = [a if isinstance(a, list) else [{"role": "assistant", "content": read_answer(a)}] for a in answers]
