@@ -50,12 +50,12 @@ def start_batch(model: PyramidGenerationMixin, batch: dict[str, torch.Tensor]) -
     """Return a collated batch, with images or without, before the first layer; routers read before the first label."""
     text_model: Any = model.text_model
     if visual := {name: batch[name] for name in VISUAL if name in batch}:
-        embeds, coords = model.model.embed(batch["input_ids"], **visual)
+        embeds, coords, salience = model.model.embed(batch["input_ids"], **visual)
     else:
-        embeds, coords = text_model.embed_tokens(batch["input_ids"]), None
+        embeds, coords, salience = text_model.embed_tokens(batch["input_ids"]), None, None
     mask = batch["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return text_model.start(embeds, mask, positions, coords, instruction_columns(batch["labels"]))
+    return text_model.start(embeds, mask, positions, coords, salience, instruction_columns(batch["labels"]))
 
 
 def run_trunk(

@@ -57,14 +57,14 @@ def compact(
     weights: torch.Tensor | None = None,
     sized: bool = False,
 ) -> PyramidState:
-    """Apply an assignment to a batch: its hidden states, positions, coordinates, columns and padding.
+    """Apply an assignment to a batch: its hidden states, positions, coordinates, salience, columns and padding.
 
     The column of a dropped token is that of the one that stays before it. `grids` and `routes` are left as they are.
 
     Args:
         state: State that has visual tokens.
         assignment: Where each of its tokens goes.
-        mode: whether tokens that go into one become their mean or their maximum; the position is always the mean.
+        mode: whether tokens that go into one become their mean or their maximum; their position is always the mean.
         weights: [B, S, 1 or D] what tokens are multiplied by before the mean.
         sized: Whether to count how many tokens each one stands for.
 
@@ -108,6 +108,7 @@ def compact(
         state,
         hidden_states=merged(hidden_states, mode).to(state.hidden_states.dtype),
         positions=merged(state.positions[..., None])[..., 0],
+        salience=None if state.salience is None else merged(state.salience[..., None])[..., 0],
         sizes=sizes,
         valid=torch.arange(longest, device=target.device) >= shift if len(set(lengths)) > 1 else None,
         coords=new_coords[:trash].view(batch, longest, 3),

@@ -155,7 +155,7 @@ class LlavaHrVisionModel(PreTrainedModel):
         pixel_values = pixel_values.to(self.dtype)
         slow = self.slow(pixel_values)  # [B, C, h, w]
         fast = self._embed(pixel_values)  # [B, V, D]
-        layers = self.fast.encoder.layers
+        layers = self.encoder.layers
         stage = len(layers) // NUM_STAGES
         side = size // self.config.patch_size
         for i, layer in enumerate(layers):
@@ -165,6 +165,11 @@ class LlavaHrVisionModel(PreTrainedModel):
             fast = layer(fast, None)
         features = self.alignment(fast, slow)
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+
+    @property
+    def encoder(self) -> Any:
+        """CLIP's encoder, whose `layers` see the patches of the whole picture."""
+        return self.fast.encoder
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return what CLIP's first layer gets, [B, V, D]: no class token, the positions resampled."""

@@ -9,6 +9,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
+from dpn_cli.modeling.salience import lay_out
 from dpn_cli.modeling.visual import PyramidModelMixin
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
 from dpn_cli.pyramid.experts import Grid
@@ -23,9 +24,14 @@ class Prepooling(LlavaMultiModalProjector):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """Project features [images, tokens, width]."""
-        height = math.isqrt(image_features.shape[1])
-        grids = image_features.transpose(1, 2).unflatten(2, (height, height))
-        return super().forward(F.avg_pool2d(grids, self.side).flatten(2).transpose(1, 2))
+        lay_out(self._pooled)
+        return super().forward(self._pooled(image_features))
+
+    def _pooled(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the averages of values [images, tokens, width]."""
+        height = math.isqrt(values.shape[1])
+        grids = values.transpose(1, 2).unflatten(2, (height, height))
+        return F.avg_pool2d(grids, self.side).flatten(2).transpose(1, 2)
 
 
 class DpnLlavaModel(PyramidModelMixin, LlavaModel):

@@ -138,6 +138,7 @@ class PyramidTextMixin:
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         visual_coords: torch.Tensor | None = None,
+        salience: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
         router_tokens: torch.Tensor | None = None,
         **kwargs: Any,
@@ -147,6 +148,7 @@ class PyramidTextMixin:
         Args:
             past_key_values: the name of `cache` before transformers 5.24.
             visual_coords: [B, L, 3] (grid, row, col) of the visual tokens, -1 elsewhere; None without images.
+            salience: [B, L] how much the vision tower attends to the visual tokens, where `reads_salience` asks for it.
             instruction: [B] or [1], the column of the last instruction token; by default the last valid one.
             router_tokens: [B, R] the columns of the tokens that the routers read, -1 where a sample has fewer; by
                 default `instruction`.
@@ -169,7 +171,9 @@ class PyramidTextMixin:
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
 
-        state = self.start(inputs_embeds, attention_mask, position_ids, visual_coords, instruction, router_tokens)
+        state = self.start(
+            inputs_embeds, attention_mask, position_ids, visual_coords, salience, instruction, router_tokens
+        )
         if packed is not None:
             state = replace(state, packed=packed, refusal=PACKED)
         if state.coords is not None:
@@ -188,6 +192,12 @@ class PyramidTextMixin:
         """Whether a prefill has to know where the instruction ends: for its routers, or for an expert."""
         sites = self.pyramid.sites if current_call(self).pools else ()
         return self.asks_routers or any(KINDS[e.kind].reads_instruction for site in sites for e in site.experts)
+
+    @property
+    def reads_salience(self) -> bool:
+        """Whether an expert looks at what the vision tower attends to."""
+        sites = self.pyramid.sites if current_call(self).pools else ()
+        return any(KINDS[e.kind].reads_salience for site in sites for e in site.experts)
 
     @property
     def asks_routers(self) -> bool:
@@ -214,6 +224,7 @@ class PyramidTextMixin:
         attention_mask: torch.Tensor | None,
         positions: torch.Tensor,
         visual_coords: torch.Tensor | None = None,
+        salience: torch.Tensor | None = None,
         instruction: torch.Tensor | None = None,
         router_tokens: torch.Tensor | None = None,
     ) -> PyramidState:
@@ -239,6 +250,7 @@ class PyramidTextMixin:
             positions=positions.expand(batch, -1).float(),
             valid=valid,
             coords=seen.coords,
+            salience=salience,
             instruction=instruction,
             router_tokens=instruction[:, None] if router_tokens is None else router_tokens,
             grids=seen.grids,

@@ -32,6 +32,7 @@ class PyramidState:
         sizes: [B, S] float, how many tokens each one stands for, 0 for padding; None while each stands for itself, or
             where attention takes no notice of it.
         coords: [B, S, 3] (grid, row, col) of visual tokens, -1 elsewhere; None in a chunk without images.
+        salience: [B, S] how much the vision tower attends to every visual token; None where no expert reads it.
         columns: [B, L] where every original token is now; None while nothing has moved.
         instruction: [B] the original column of the last instruction token.
         router_tokens: [B, R] the original columns of the tokens that the routers read, -1 where a sample has fewer.
@@ -51,6 +52,7 @@ class PyramidState:
     valid: torch.Tensor | None
     sizes: torch.Tensor | None = None
     coords: torch.Tensor | None = None
+    salience: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     instruction: torch.Tensor | None = None
     router_tokens: torch.Tensor | None = None

@@ -1,5 +1,6 @@
 """LLaVA-NeXT and LLaVA-OneVision with a pyramid: images of any size, cut into tiles."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from typing_extensions import override
 
 from dpn_cli.modeling.configuration import DpnLlavaNextConfig, DpnLlavaOnevisionConfig
+from dpn_cli.modeling.salience import lay_out
 from dpn_cli.modeling.visual import PyramidModelMixin
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
 from dpn_cli.pyramid.config import Block
@@ -39,6 +41,18 @@ class TiledModelMixin(PyramidModelMixin):
         self.vocab_size = config.text_config.vocab_size
         self.language_model = self.build_language_model()
         self.post_init()
+
+    @override
+    def pack_image_features(self, image_features: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the original's, and lay the salience out alike, with none for newlines."""
+        tiles = [len(each) for each in image_features]
+        newline = {**kwargs, "image_newline": torch.zeros(1)}
+        lay_out(
+            lambda salience: super(TiledModelMixin, self).pack_image_features(salience.split(tiles), *args, **newline)[
+                0
+            ]
+        )
+        return super().pack_image_features(image_features, *args, **kwargs)
 
     def image_grid(self) -> Grid:
         """Return the visual tokens of a whole image, (H, W)."""

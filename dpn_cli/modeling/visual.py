@@ -6,6 +6,7 @@ Shapes: B batch, L sequence, D hidden.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain, count
 from typing import Any
 
@@ -17,10 +18,17 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
+from dpn_cli.modeling.salience import Watch, watched
 from dpn_cli.pyramid.config import FITTED_PARTS, Block
 from dpn_cli.pyramid.experts import Grid, num_tokens
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
+ENCODER_INPUTS = (*GRID_INPUTS, "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+
+SALIENCE_MISSING = (
+    "an expert of this pyramid reads what the vision tower attends to, which encoded images do not tell: give "
+    "pixel_values instead"
+)
 
 
 def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
@@ -120,14 +128,32 @@ class PyramidModelMixin(PreTrainedModel):
             text_config, pyramid=self.config.pyramid_config()
         )
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> tuple[Any, Any]:
-        """Return embeddings [B, L, D] with the images in place, and visual coordinates [B, L, 3]."""
+    def watched(self) -> AbstractContextManager[Watch | None]:
+        """Watch what the vision tower attends to for the duration, if an expert reads it.
+
+        It is the layer whose output the projector takes that is watched; of several, the last.
+        """
+        if not self.language_model.reads_salience:
+            return nullcontext()
+        chosen = self.config.vision_feature_layer
+        chosen = chosen if isinstance(chosen, int) else chosen[-1]
+        layers = self.vision_tower.encoder.layers
+        attention = layers[chosen if chosen < 0 else chosen - 1].self_attn  # state 0 goes into the first layer
+        return watched(attention, self.config.vision_feature_select_strategy == "default")
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return embeddings [B, L, D] with the images in place, visual coordinates [B, L, 3] and salience [B, L]."""
         embeds = self.get_input_embeddings()(input_ids)
-        images = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True).pooler_output
+        with self.watched() as watch:
+            encoded = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True)
+        images = list(encoded.pooler_output)
         is_image = self.is_image(input_ids, None)
         coords = visual_coordinates(is_image, self.image_blocks(len(images), **sizes))
-        features = torch.cat(list(images)).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(is_image[..., None], features), coords
+        features = torch.cat(images).to(embeds.device, embeds.dtype)
+        salience = None if watch is None else watch.in_place(coords)
+        return embeds.masked_scatter(is_image[..., None], features), coords, salience
 
     def locate(
         self,
@@ -153,12 +179,14 @@ class PyramidModelMixin(PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         visual_coords: torch.Tensor | None = None,
+        salience: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the original's forward with the visual coordinates handed on to the language model.
 
         Args:
             visual_coords: Coordinates of the prompt's visual tokens; by default they are looked up.
+            salience: how much the vision tower attends to these, where an expert reads it; likewise.
 
         Raises:
             NotImplementedError: under torch.export.
@@ -172,7 +200,16 @@ class PyramidModelMixin(PreTrainedModel):
                 visual_coords = self.locate(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, **kwargs)
             is_image = self.is_image(input_ids, inputs_embeds)
             drafted = is_image.shape[1] - visual_coords.shape[1]  # or generated, where there is no cache
+            if salience is None and self.language_model.reads_salience:
+                if pixel_values is None:
+                    raise ValueError(SALIENCE_MISSING)
+                how = {name: kwargs[name] for name in ENCODER_INPUTS if kwargs.get(name) is not None}
+                with self.watched() as watch:
+                    encoded = self.get_image_features(pixel_values, **how, return_dict=True)
+                mm_encoder_outputs, pixel_values = {"image": encoded}, None
+                salience = None if watch is None else watch.in_place(visual_coords)
             kwargs["visual_coords"] = F.pad(visual_coords, (0, 0, 0, drafted), value=-1)
+            kwargs["salience"] = None if salience is None else F.pad(salience, (0, drafted))
             kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
         return super().forward(
             input_ids=input_ids,

@@ -36,6 +36,7 @@ from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.route import parse_route
 
+OURS = ("visual_coords", "salience", "prompt_length")  # what `generate` hands to a pyramid, and to no other model
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
 
@@ -72,6 +73,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         batch_num_images: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         visual_coords: torch.Tensor | None = None,
+        salience: torch.Tensor | None = None,
         prompt_length: int | None = None,
         instruction: torch.Tensor | None = None,
         **kwargs: Any,
@@ -84,6 +86,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         Args:
             past_key_values: the name of `cache` before transformers 5.24.
             visual_coords: Coordinates of the prompt's visual tokens; by default they are looked up.
+            salience: how much the vision tower attends to these, where an expert reads it; likewise.
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
@@ -109,6 +112,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             visual_coords=visual_coords,
+            salience=salience,
             instruction=instruction,
             **{CACHE: cache},
             **kwargs,
@@ -140,9 +144,13 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             skipped = past if inputs_tensor.shape[1] == _prompt_length(generation_config, model_kwargs) else 0
             inputs = {"input_ids": None, "inputs_embeds": None, str(model_input_name): inputs_tensor[:, skipped:]}
             model_kwargs["visual_coords"] = self.model.locate(**{**model_kwargs, **inputs})
-        return super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
-        )
+        with self.model.watched() as watch:
+            model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+                inputs_tensor, model_kwargs, model_input_name, generation_config
+            )
+        if watch is not None and watch.salience:
+            model_kwargs["salience"] = watch.in_place(model_kwargs["visual_coords"])
+        return model_kwargs
 
     @override
     def _prepare_cache_for_generation(
@@ -171,7 +179,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     @override
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Keep what only a pyramid knows from draft models."""
-        known = {name: value for name, value in model_kwargs.items() if name not in ("visual_coords", "prompt_length")}
+        known = {name: value for name, value in model_kwargs.items() if name not in OURS}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
     @override

@@ -22,6 +22,7 @@ Rounding = Literal["ceil", "floor"]
 PREDICTOR_HEADS, PREDICTOR_WIDTH, PREDICTOR_HIDDEN = 8, 32, 64
 PREDICTOR_TEXT = 128  # tokens of the instruction that a predictor reads, the last ones
 PIVOTS = 4  # tokens that others are compared with as duplicates
+CONTEXTUAL = 10 / 64  # of the tokens that VisionZip keeps, as in the authors' settings
 BLOCK = 8  # side of the largest block of the image in which tokens are compared with each other
 _SHARE, _CELLS = r"0?\.\d+", r"\d+[x×]\d+"
 _SETTINGS = re.compile(rf"(?P<share>{_SHARE})?\+?(?P<cells>{_CELLS})?")
@@ -36,6 +37,7 @@ class Kind:
         settings: the forms that its settings may take: `share`, `cells`, `share+cells`, or empty for none.
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the instruction.
+        reads_salience: whether it looks at what the vision tower attends to.
         has_predictor: whether it has a predictor, which calibration fits to the model.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
@@ -46,6 +48,7 @@ class Kind:
     source: str
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
+    reads_salience: bool = False
     has_predictor: bool = False
 
 
@@ -86,6 +89,16 @@ def _pivot_flops(shape: DecoderShape, visual: int, text: int) -> int:
     return PIVOTS * _mean_flops(shape, visual, text)
 
 
+def contextual(selected: int) -> int:
+    """Return how many of the tokens that VisionZip keeps are those that it merges the rest into."""
+    return round(selected * CONTEXTUAL)
+
+
+def _contextual_flops(shape: DecoderShape, visual: int, text: int) -> int:
+    """The similarity of every token to the contextual ones, as many as if all tokens were kept."""
+    return contextual(visual) * _mean_flops(shape, visual, text)
+
+
 def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
     """The similarity of every token to one other vector."""
     return 2 * (visual + text) * shape.hidden_size
@@ -93,6 +106,7 @@ def _mean_flops(shape: DecoderShape, visual: int, text: int) -> int:
 
 _DIVPRUNE, _CDPRUNER = "DivPrune, https://arxiv.org/abs/2503.02175", "CDPruner, https://arxiv.org/abs/2506.10967"
 _SCOPE, _DART = "SCOPE, https://arxiv.org/abs/2510.24214", "DART, https://arxiv.org/abs/2502.11494"
+_VISIONZIP = "VisionZip, https://arxiv.org/abs/2412.04467"
 _PYRAMIDDROP = "PyramidDrop, https://arxiv.org/abs/2410.17247"
 SELECTS = ("share", "share+cells")
 """The settings of a selection whose rest goes or, with cells, is merged into one token a cell."""
@@ -125,6 +139,14 @@ KINDS: dict[str, Kind] = {
         _CDPRUNER,
         lambda shape, visual, text: _block_flops(shape, visual, text) + _attention_flops(shape, visual, text),
         reads_instruction=True,
+    ),
+    "salient": Kind(SELECTS, "the tokens that the vision tower attends to stay", _VISIONZIP, reads_salience=True),
+    "visionzip": Kind(
+        ("share",),
+        "as salient, but some of the tokens that stay are means of the rest",
+        _VISIONZIP,
+        _contextual_flops,
+        reads_salience=True,
     ),
     "covering": Kind(SELECTS, "the tokens that the others are most similar to stay", _SCOPE, _block_flops),
     "distinct": Kind(("share",), "the tokens least similar to a few pivots stay", _DART, _pivot_flops),

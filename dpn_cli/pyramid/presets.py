@@ -76,6 +76,11 @@ PRESETS: dict[str, Preset] = {
         "https://arxiv.org/abs/2410.17247; kept tokens keep their positions, the authors number them anew",
         after_layers=_quarters,
     ),
+    "visionzip": Preset(
+        "visionzip",
+        "the tokens that the vision tower attends to and a few means of the rest, before the language model",
+        "https://arxiv.org/abs/2412.04467; merged after the projector, the authors merge before it",
+    ),
     "divprune": Preset(
         "divprune",
         "the tokens that differ most from each other, before the language model",

@@ -9,11 +9,10 @@ from torch.nn import functional as F
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines.baseline import Baseline, Fixed, Prompt
 from dpn_cli.evaluation.baselines.downsampling import FeaturePooling, ImageDownsampling
-from dpn_cli.evaluation.baselines.vision_zip import VisionZip
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import IMAGE, VISUAL, prompt
 
-BASELINES = [ImageDownsampling((7, 8)), FeaturePooling((7, 8)), VisionZip(0.4)]
+BASELINES = [ImageDownsampling((7, 8)), FeaturePooling((7, 8))]
 
 
 def tower(stock: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -60,41 +59,6 @@ def test_coarser_grids_equal_a_shorter_prompt(make_pair: Any, kind: str) -> None
     assert (logits - naive.logits()).abs().max() < 1e-4
 
 
-@torch.no_grad()
-def test_visionzip_equals_selection_by_the_towers_attention_map(make_pair: Any) -> None:
-    stock, model = make_pair(attn="eager")
-    sample = prompt(1, 3, 5, seed=0)
-    outputs = stock.model.vision_tower(sample["pixel_values"], output_hidden_states=True, output_attentions=True)
-    layer = stock.config.vision_feature_layer
-    attention = outputs.attentions[layer][0, :, 0, 1:].sum(0)
-    patches = outputs.hidden_states[layer][0, 1:].clone()
-    before = stock.model.vision_tower.encoder.layers[layer]
-    keys = (
-        before.self_attn.k_proj(before.layer_norm1(outputs.hidden_states[layer - 1]))[0, 1:].view(VISUAL, 4, 8).mean(1)
-    )
-    keys = keys / keys.norm(dim=1, keepdim=True)
-
-    dominant = attention.topk(54).indices.tolist()
-    rest = [i for i in range(VISUAL) if i not in dominant]
-    targets = rest[:: len(rest) // 10][:10]
-    members: dict[int, list[int]] = {target: [target] for target in targets}
-    for i in rest:
-        if i not in targets:
-            members[max(targets, key=lambda target: float(keys[i] @ keys[target]))].append(i)
-    merged = {target: patches[group].mean(0) for target, group in members.items()}
-    for target, mean in merged.items():
-        patches[target] = mean
-
-    naive = Naive(stock, sample, stock.model.multi_modal_projector(patches))
-    chosen = torch.zeros(naive.hidden.shape[1])
-    chosen[4 + torch.tensor([*dominant, *targets])] = 1
-    naive.keep(chosen, 64)
-    naive.run(range(8))
-    with VisionZip(64 / VISUAL).applied(model):
-        logits = model(**sample).logits[0, -1]
-    assert (logits - naive.logits()).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
 def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, baseline: Baseline) -> None:
     _, model = make_pair()
@@ -127,7 +91,7 @@ def test_the_model_is_afterwards_what_it_was(make_pair: Any, baseline: Baseline)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.36])
-@pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling(), VisionZip()], ids=lambda each: each.name)
+@pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
 def test_fit_spends_the_budget(baseline: Fixed, budget: float) -> None:
     prompts = [Prompt(((12, 12),) * images, text) for images, text in ((1, 9), (1, 40), (2, 9))]
     fitted = baseline.fit(SHAPE, prompts, budget)

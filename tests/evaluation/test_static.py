@@ -104,6 +104,36 @@ def least_like_pivots(features: torch.Tensor, count: int) -> set[int]:
     return {*pivots, *rest[: count - 4]}
 
 
+def test_visionzip_keeps_what_the_class_token_attends_to_and_means_of_the_rest(make_pair: Any) -> None:
+    stock, model = make_pair(attn="eager")
+    sample = prompt(1, 3, 5, seed=0)
+    with torch.no_grad():
+        maps = stock.model.vision_tower(sample["pixel_values"], output_attentions=True).attentions
+        salience = maps[stock.config.vision_feature_layer][0, :, 0, 1:].mean(0)
+        naive = Naive(stock, sample)
+        first = int(naive.is_visual.nonzero()[0])
+        tokens = naive.hidden[0, naive.is_visual]
+        unit = tokens / tokens.norm(dim=1, keepdim=True)
+
+        dominant = salience.topk(49).indices.tolist()  # of the 58 tokens that stay
+        rest = [i for i in range(VISUAL) if i not in dominant]
+        members: dict[int, list[int]] = {anchor: [anchor] for anchor in rest[:: len(rest) // 9][:9]}
+        for i in rest:
+            if i not in members:
+                nearest = max(members, key=lambda anchor: float((unit[i] @ unit[anchor] * 4096).round()))
+                members[nearest].append(i)
+        positions = naive.positions.float()
+        for anchor, group in members.items():
+            naive.hidden[0, first + anchor] = tokens[group].mean(0)
+            positions[0, first + anchor] = first + sum(group) / len(group)
+        naive.positions = positions
+        chosen = torch.zeros(naive.hidden.shape[1])
+        chosen[first + torch.tensor([*dominant, *members])] = 1
+        naive.keep(chosen, 58)
+        naive.run(range(8))
+    assert (logits(model, StaticPyramid("visionzip", 0.4), sample) - naive.logits()).abs().max() < 1e-4
+
+
 def evenly_spaced(features: torch.Tensor, count: int) -> set[int]:
     return {i for i in range(len(features)) if (i + 1) * count // len(features) > i * count // len(features)}
 

@@ -73,9 +73,9 @@ def test_pooled_rows_keep_their_newlines(make_tiled_pair: Any, family: str) -> N
     text_model = model.text_model
     sample = tiled_prompt(model, [(30, 70)], 2, 3, seed=0)
     visual = {name: sample[name] for name in sample if name != "input_ids"}
-    embeds, coords = model.model.embed(sample["input_ids"], **visual)
+    embeds, coords, salience = model.model.embed(sample["input_ids"], **visual)
     newline = model.model.image_newline
-    state = text_model.start(embeds, None, torch.arange(embeds.shape[1])[None], coords)
+    state = text_model.start(embeds, None, torch.arange(embeds.shape[1])[None], coords, salience)
     [(whole, mosaic, newlines)] = state.grids
     assert newlines == (mosaic[0], 1)
     pooled = text_model.apply(state, 0, text_model.take(state, 0, [2]))

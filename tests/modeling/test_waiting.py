@@ -24,8 +24,8 @@ def test_no_expert_reads_back_from_the_device(make_pair: Any, name: str) -> None
     _, model = make_pair(sites=sites, static_route=(1,), min_visual_tokens=1, router=RouterConfig())
     text_model = model.text_model
     batch = collate(ragged_batch())
-    embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
-    state = text_model.start(embeds, batch["attention_mask"], torch.arange(embeds.shape[1])[None], coords)
+    embeds, coords, salience = model.model.embed(batch["input_ids"], batch["pixel_values"])
+    state = text_model.start(embeds, batch["attention_mask"], torch.arange(embeds.shape[1])[None], coords, salience)
     choice = text_model.choose(state, 0)
     reduced = text_model.to("meta").apply(state.after(state.hidden_states.to("meta")), 0, choice)
     assert reduced.hidden_states.is_meta and reduced.lengths == lengths_left(state, reduced)
@@ -76,8 +76,8 @@ def test_routers_are_waited_for_once_a_site(make_pair: Any, names: tuple[str, ..
     _, model = make_pair(sites=tuple(Site(layer, experts) for layer in (-1, 3, 5)), min_visual_tokens=1)
     text_model = model.text_model
     batch = collate(ragged_batch())
-    embeds, coords = model.model.embed(batch["input_ids"], batch["pixel_values"])
-    state = text_model.start(embeds, batch["attention_mask"], torch.arange(embeds.shape[1])[None], coords)
+    embeds, coords, salience = model.model.embed(batch["input_ids"], batch["pixel_values"])
+    state = text_model.start(embeds, batch["attention_mask"], torch.arange(embeds.shape[1])[None], coords, salience)
     with torch.no_grad(), Reads() as reads:
         end = text_model.run(state, text_model.new_cache())
     assert len(set(end.routes)) > 1, "the routers should disagree"

@@ -46,10 +46,14 @@ def test_router_flops_equal_the_counter(make_pair: Any) -> None:
     assert counter.get_total_flops() == router_flops(text_model.shape, model.pyramid, 0)
 
 
+# Blocks are charged as if of the largest, contextual tokens as if nothing was dropped.
+AT_MOST = {"diverse": 0.9, "covering": 0.9, "relevant": 0.9, "visionzip": 0.8}
+
+
 @pytest.mark.parametrize("text", [3, 150])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "keep"])
 def test_the_flops_of_a_choice_equal_the_counter(make_pair: Any, kind: str, text: int) -> None:
-    """At two sites, and with a longer instruction than a predictor reads; blocks are charged as if of the largest."""
+    """At two sites, and with a longer instruction than a predictor reads."""
     name = kind + {"share": ":0.5", "cells": ":1x2"}.get(KINDS[kind].settings[0], "")
     experts = (KEEP, Expert.parse(name))
     _, model = make_pair("qwen2", attn="eager", sites=(Site(-1, experts), Site(3, experts)), static_route=(1, 1))
@@ -60,8 +64,7 @@ def test_the_flops_of_a_choice_equal_the_counter(make_pair: Any, kind: str, text
     counted = sum(counter.get_flop_counts()["DpnLlavaForConditionalGeneration.model.language_model"].values())
     whole = shape.num_layers * shape.layer_flops(inputs["input_ids"].shape[1])
     charged = round(flops_fraction(shape, model.pyramid, (1, 1), [(12, 12)], text + 4) * whole)
-    in_blocks = kind in ("diverse", "covering", "relevant")
-    assert 0.9 * charged <= counted <= charged if in_blocks else counted == charged
+    assert AT_MOST.get(kind, 1) * charged <= counted <= charged
 
 
 def pyramid(*layers: int, **changes: Any) -> PyramidConfig:

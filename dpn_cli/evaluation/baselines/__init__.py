@@ -14,7 +14,6 @@ _CLASSES = {
     "fixed": "routes.FixedRoute",
     "downsample": "downsampling.ImageDownsampling",
     "prepool": "downsampling.FeaturePooling",
-    "visionzip": "vision_zip.VisionZip",
 }
 BASELINES = (*_CLASSES, *PRESETS)
 """Their names: those that are classes of this package, and the static pyramids."""

@@ -2,7 +2,7 @@
 
 Every baseline spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
 pyramid's: what a static pyramid computes to choose tokens is charged, as it is to every expert (`Expert.flops`). What
-goes on before the language model is not charged to anyone: the vision tower, and what VisionZip and the coarser grids
+goes on before the language model is not charged to anyone: the vision tower, and what salience and the coarser grids
 add to it or save there.
 
 Shapes: B batch, S sequence.

@@ -67,6 +67,12 @@ class Reducible:
         return F.normalize((self.features * self.is_visual[..., None]).sum(1, keepdim=True), dim=-1)
 
     @property
+    def salience(self) -> torch.Tensor:
+        """How much the vision tower attends to every token, [B, S]."""
+        assert self.state.salience is not None
+        return self.state.salience
+
+    @property
     def num_selected(self) -> list[int]:
         """How many visual tokens every sample's selection lets stay."""
         return [expert.selected(grids) for expert, grids in zip(self.experts, self.state.grids, strict=True)]

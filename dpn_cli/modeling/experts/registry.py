@@ -19,6 +19,7 @@ from dpn_cli.modeling.experts.pool import pooled_cells
 from dpn_cli.modeling.experts.predicted import predicted_tokens
 from dpn_cli.modeling.experts.reducible import Reducible
 from dpn_cli.modeling.experts.relevant import relevant_tokens
+from dpn_cli.modeling.experts.salient import salient_and_contextual, salient_tokens
 from dpn_cli.modeling.state import PyramidState, put
 from dpn_cli.pyramid.experts import Expert
 
@@ -32,6 +33,8 @@ ASSIGNMENTS: dict[str, Callable[[Reducible], Assignment]] = {
     "exit": no_token,
     "divprune": diverse_everywhere,
     "relevant": relevant_tokens,
+    "salient": salient_tokens,
+    "visionzip": salient_and_contextual,
     "covering": covering_tokens,
     "distinct": distinct_tokens,
     "random": random_tokens,

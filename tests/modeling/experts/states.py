@@ -23,8 +23,8 @@ def state_of(
     last = torch.full((batch,), length - 1)
     positions = torch.arange(length).float().expand(batch, -1)
     return PyramidState(
-        hidden, positions, valid, coords=coords, instruction=last, grids=grids, coord_grids=grids,
-        text_tokens=(0,) * batch, image_grids=grids,
+        hidden, positions, valid, coords=coords, salience=hidden.norm(dim=-1), instruction=last,
+        grids=grids, coord_grids=grids, text_tokens=(0,) * batch, image_grids=grids,
         lengths=(length,) * batch if valid is None else tuple(valid.sum(1).tolist()),
     )  # fmt: skip
 
