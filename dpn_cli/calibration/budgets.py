@@ -11,9 +11,9 @@ from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import Budget
 
 STEP = 0.02  # between the rows of the table, in fractions of the full prefill
-HIGHEST = 1e6  # λ, in nats per whole prefill: beyond any distortion
+HIGHEST = 1e6  # λ, the loss that a whole prefill is worth: beyond any
 PRECISION = 1e-7  # of λ, relative: what it is multiplied by has no more
-LEAST_GAIN = 0.002  # nats: less is not worth another rule
+LEAST_GAIN = 0.002  # of the loss: less is not worth another rule
 CONFIDENCE = 1.64  # standard errors: 95%, one-sided
 TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those that are tried
 
@@ -30,7 +30,7 @@ def budget_table(
     Args:
         routers: Fitted routers.
         table: samples that the routers were not fitted to.
-        mean_distortions: Mean distortion of each route, to which predictions are shrunk; empty to trust them fully.
+        mean_distortions: Mean loss of each route, to which predictions are shrunk; empty to trust them fully.
 
     Returns:
         Rows of falling fraction and rising λ, the cheapest reachable one last.
@@ -40,7 +40,7 @@ def budget_table(
     trusts = TRUSTS if mean_distortions else (1.0,)
 
     choosers = {trust: policy.chooser(trust, mean_distortions) for trust in trusts}
-    samples = torch.arange(len(table.distortion))
+    samples, loss = torch.arange(len(table.distortion)), table.loss.distortion
 
     def solve(wanted: float, low: float, trust: float) -> tuple[float, float]:
         """Return the smallest λ from `low` on that spends no more than wanted, and the trust."""
@@ -60,7 +60,7 @@ def budget_table(
     while rows[-1].fraction > cheapest:
         wanted = max(rows[-1].fraction - STEP, cheapest)
         settings = [solve(wanted, rows[-1].trade_off, trust) for trust in trusts]
-        losses = [table.distortion[samples, choosers[trust](trade_off)] for trade_off, trust in settings]
+        losses = [loss[samples, choosers[trust](trade_off)] for trade_off, trust in settings]
         rows.append(row(*settings[_best(losses)]))
     return tuple(rows)
 
@@ -69,7 +69,7 @@ def _best(losses: Sequence[torch.Tensor]) -> int:
     """Return the index of the least mean; a later one only if it is lower by more than chance would make it.
 
     Args:
-        losses: [N] the distortions of the same samples under every setting.
+        losses: [N] those of the same samples under every setting.
     """
     best = 0
     for i, each in enumerate(losses):

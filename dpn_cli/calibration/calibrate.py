@@ -13,6 +13,7 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.job import Job, open_job, split_rows, start_afresh
+from dpn_cli.calibration.members import num_members
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.predictors import learn_predictors
 from dpn_cli.calibration.reporting.report import Report
@@ -111,16 +112,15 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
         return None
     held_table = table.part(range(len(held)))
     routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
-    if paper:
-        objective = held_out_objective(routers, held_table.excess)
-    else:
-        learned_table = table.part(range(len(held), len(held) + len(fitted))).excess
-        objective = _fit(job, routers, learned_table, held_table.excess)
+    if not paper:
+        learned_table = table.part(range(len(held), len(held) + len(fitted))).loss
+        _fit(job, routers, learned_table, held_table.loss)
         if job.model.pyramid.routes is not None:
             means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
             job.model.pyramid = replace(job.model.pyramid, mean_distortions=tuple(means.tolist()))
 
     pyramid = _solve(job, routers, held_table)
+    objective = held_out_objective(routers, held_table.loss)
     settings = {
         "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
         "teacher": job.teacher.name,
@@ -212,12 +212,11 @@ def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteT
     return table, grids
 
 
-def _fit(job: Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> float:
-    """Fit the routers; return what they reach on the held-out samples, see `Fit`."""
+def _fit(job: Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> None:
+    """Fit the routers; held-out samples say when to stop."""
     recipe = job.recipe
-    with job.reporter.progress("fitting routers", recipe.epochs) as advance:
-        fit = fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
-    return fit.objective
+    with job.reporter.progress("fitting routers", recipe.epochs * num_members(routers[0])) as advance:
+        fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
 
 
 def _solve(job: Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:

@@ -1,44 +1,28 @@
 """Fitting routers to a route table: rate–distortion, no forward pass through the language model.
 
-The routers learn what each route costs in fidelity, wherever on it they are asked. The loss is the Poisson deviance: it
-meets the measured distortions in the mean, where a fit to logarithms underestimates the tails. They stop where their
-decisions are best on other samples, for budgets of every size at once. Source: ours. Tuning them for their decisions
-afterwards, as a soft policy over the whole tree, only overfitted.
+The routers learn what each route loses, wherever on it they are asked. They are fitted by the Poisson deviance: it
+meets what was measured in the mean, where a fit to logarithms underestimates the tails. They stop where their decisions
+are best on other samples, for budgets of every size at once. Source: ours. Tuning them for their decisions afterwards,
+as a soft policy over the whole tree, only overfitted.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dpn_cli.calibration.members import join, new_members, num_members
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
 from dpn_cli.inference.threads import one_thread
 
 BATCH = 64  # samples per step
 EVALUATE_EVERY = 5  # epochs
-TRADE_OFFS = (0.01, 5.0)  # λ, nats per whole prefill: from hardly any loss for much compute to the reverse
+TRADE_OFFS = (0.01, 5.0)  # λ, the loss that a whole prefill is worth: from little loss for much compute to the reverse
 NUM_TRADE_OFFS = 12  # values of λ that early stopping looks at
 WEIGHT_DECAY = 0.1
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well the routers do on the held-out samples.
-
-    Attributes:
-        objective: D + λ·FLOPs of the routed model over that of the best fixed route, the mean over λ of every size;
-            1 is no better than the best fixed route.
-        epoch: Epoch with the lowest held-out loss, from which the routers are taken.
-        history: (epoch, objective) pairs.
-    """
-
-    objective: float
-    epoch: int
-    history: list[tuple[int, float]]
 
 
 def spread_of_trade_offs(count: int) -> torch.Tensor:
@@ -56,43 +40,63 @@ def fit_routers(
     learning_rate: float,
     seed: int,
     advance: Callable[[int], None] = lambda epochs: None,
-) -> Fit:
-    """Fit routers in place, and leave them as they were where they did best on the held-out samples.
+) -> None:
+    """Fit routers in place, member by member; what they were before does not count.
 
     Args:
-        routers: one per site, whose outputs are distortions.
-        table: the samples to fit.
-        holdout: other samples, for early stopping.
-        epochs: passes over the samples.
+        routers: one per site, which predict losses.
+        table: the samples to fit, with their losses.
+        holdout: other samples, for early stopping; likewise.
+        epochs: passes of every member over the samples.
         learning_rate: AdamW's, falling to zero as a cosine.
-        seed: random seed for the order of the samples.
-        advance: called after every epoch.
+        seed: random seed for the first weights and the order of the samples.
+        advance: called after every epoch of every member.
     """
-    generator = torch.Generator().manual_seed(seed)
-    _start_at_the_mean(routers, table)
-    optimizer = torch.optim.AdamW(routers.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    fitted = []
+    for member in range(num_members(routers[0])):
+        networks = new_members(routers, seed + member)
+        order = torch.Generator().manual_seed(seed + member)
+        _fit(networks, table, holdout, epochs, learning_rate, order, advance)
+        fitted.append(networks)
+    for site, router in enumerate(routers):
+        join(router, [networks[site] for networks in fitted])
+
+
+def _fit(
+    networks: nn.ModuleList,
+    table: RouteTable,
+    holdout: RouteTable,
+    epochs: int,
+    learning_rate: float,
+    order: torch.Generator,
+    advance: Callable[[int], None],
+) -> None:
+    """Fit one member of every router, and leave it as it was where it did best on the held-out samples."""
+    _start_at_the_mean(networks, table)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    best, history = (math.inf, 0, deepcopy(routers.state_dict())), []
+    best, weights = math.inf, deepcopy(networks.state_dict())
     for epoch in range(1, epochs + 1):
-        for rows in _minibatches(len(table.distortion), generator):
-            loss = _poisson_deviance(Policy.of(routers, table.select(rows)))
+        for rows in _minibatches(len(table.distortion), order):
+            loss = _poisson_deviance(Policy.of(networks, table.select(rows)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
         advance(1)
         if epoch % EVALUATE_EVERY == 0 or epoch == epochs:
-            objective = held_out_objective(routers, holdout)
-            history.append((epoch, objective))
-            if objective < best[0]:
-                best = (objective, epoch, deepcopy(routers.state_dict()))
-    routers.load_state_dict(best[2])
-    return Fit(best[0], best[1], history)
+            objective = held_out_objective(networks, holdout)
+            if objective < best:
+                best, weights = objective, deepcopy(networks.state_dict())
+    networks.load_state_dict(weights)
 
 
 @one_thread()
 def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
-    """Return D + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ; see `Fit`."""
+    """Return loss + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ of every size.
+
+    1 is no better than the best fixed route.
+    """
     with torch.no_grad():
         policy = Policy.of(routers, table)
         ratios = []
@@ -104,7 +108,7 @@ def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
 
 
 def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
-    """Let every untrained router predict the mean distortions, so that the fit starts near them."""
+    """Let every untrained router predict the mean losses, so that the fit starts near them."""
     means = table.distortion.nanmean(0).nan_to_num(1.0)  # [R]
     for router in routers:
         bias = router.get_parameter("head.bias")
@@ -119,13 +123,13 @@ def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tenso
 
 
 def _poisson_deviance(policy: Policy) -> torch.Tensor:
-    """Return the mean of pred - D·log pred over the measured routes that pool."""
+    """Return the mean of pred - loss·log pred over the measured routes that pool."""
     predicted, distortion = policy.predictions()
     predicted = predicted.clamp(min=1e-8)
     return (predicted - distortion * predicted.log()).mean()
 
 
 def _best_fixed(table: RouteTable, trade_off: float) -> float:
-    """Return D + λ·FLOPs of the best fixed route."""
+    """Return loss + λ·FLOPs of the best fixed route."""
     distortion, fraction = table.distortion.nanmean(0).nan_to_num(torch.inf), table.fraction.mean(0)
     return (distortion + trade_off * fraction).min().item()

@@ -84,9 +84,9 @@ class RouteTable:
         return ~self.distortion.isnan()
 
     @property
-    def excess(self) -> "RouteTable":
-        """The table with what routes add to the full one's distortion, as routers predict it."""
-        return replace(self, distortion=excess(self.distortion))
+    def loss(self) -> "RouteTable":
+        """The table with the loss of every route in place of its distortion, as routers predict it; see `loss`."""
+        return replace(self, distortion=loss(self.distortion))
 
     def select(self, rows: torch.Tensor) -> "RouteTable":
         """Return the table of some samples, in memory."""
@@ -104,9 +104,17 @@ class RouteTable:
         return RouteTable(self.tree, features, *(column[rows] for column in columns))
 
 
-def excess(distortion: torch.Tensor) -> torch.Tensor:
-    """Return what routes add to the full one's distortion, the first column of [N, R]; 0 where they are nearer."""
-    return (distortion - distortion[:, :1]).clamp(min=0)
+def loss(distortion: torch.Tensor) -> torch.Tensor:
+    """Return the loss 1 - exp(-d) of every route, where d is what it adds to the full one's distortion, in nats.
+
+    A small loss is that of the distortion. An answer that is lost counts as one, however far off the route is: a mean
+    of nats would be that of a few samples, and the routers would learn those.
+
+    Args:
+        distortion: [N, R], the full route first; infinite where a route is not offered, which then its loss is too.
+    """
+    added = (distortion - distortion[:, :1]).clamp(min=0)
+    return torch.where(added.isinf(), added, -torch.expm1(-added))
 
 
 @dataclass(frozen=True)

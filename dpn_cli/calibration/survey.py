@@ -2,7 +2,7 @@
 
 Candidate routes are built up, one expert more per round: those of one expert, then the best of these with another
 expert at a later site, and so on. A set of routes is chosen greedily by what an oracle would pay that takes the best of
-them for every sample, D + λ·FLOPs in the mean over λ of every size. That gain is submodular, so that the greedy choice
+them for every sample, loss + λ·FLOPs in the mean over λ of every size. That gain is submodular, so the greedy choice
 is near the best one. The best candidates are measured again on more samples before the choice. Source: ours.
 
 Shapes: N samples, R candidate routes, T values of λ.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
-from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, excess
+from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, loss
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
@@ -44,9 +44,9 @@ class Candidates:
     agreement: torch.Tensor
 
     @property
-    def excess(self) -> torch.Tensor:
-        """What routes add to the full one's distortion, [N, R]."""
-        return excess(self.distortion)
+    def loss(self) -> torch.Tensor:
+        """What routes lose against the full one, [N, R]."""
+        return loss(self.distortion)
 
     @classmethod
     def of(cls, table: RouteTable) -> "Candidates":
@@ -81,7 +81,7 @@ class Candidates:
         those that an oracle would want most.
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
-        cost = self.excess[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
+        cost = self.loss[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
         scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
         chosen = list(dict.fromkeys([0, *self._safest()]))[:size]
         least = cost[:, chosen].min(1).values
@@ -101,11 +101,11 @@ class Candidates:
         return int(self.distortion.mean(0).masked_fill(fraction > limit, torch.inf).argmin())
 
     def _safest(self) -> list[int]:
-        """Return of every step in FLOPs the route with the smallest distortions, the small ones counted too.
+        """Return of every step in FLOPs the route with the smallest losses, the small ones counted too.
 
         The mean of their square roots tells more of what would happen to other samples than their mean.
         """
-        fraction, risk = self.fraction.mean(0), self.excess.sqrt().mean(0)
+        fraction, risk = self.fraction.mean(0), self.loss.sqrt().mean(0)
         steps = (fraction / STEP).long()
         safest = []
         for step in steps.unique().tolist():

@@ -25,7 +25,7 @@ class Call:
         pools: whether visual tokens are reduced at all.
         adapts: whether layers with an adapter use it.
         routes: forced, one for all samples or one for each; empty where the routers choose.
-        trade_off: λ, the price of FLOPs in nats.
+        trade_off: λ, the loss that a whole prefill is worth.
         pyramid: Pyramid that the model runs as.
         reduce: Function that reduces the visual tokens of a batch at a site, given its number.
         last_routes: Routes that the last prefill took, per sample.

@@ -82,8 +82,7 @@ class Router(nn.Module):
             features: [B, num_inputs, D].
 
         Returns:
-            Logits [B, E] in float32. Unless `output` is `logits`, minus the predicted distortions in nats, 0 for the
-            first.
+            Logits [B, E] in float32. Unless `output` is `logits`, minus the predicted losses, 0 for the first.
         """
         x = features.float()
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.

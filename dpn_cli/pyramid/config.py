@@ -152,7 +152,7 @@ class PyramidConfig:
     Attributes:
         sites: Sites, in the order of their layers.
         routes: Routes that are offered, the full one first; None for all that the sites allow.
-        mean_distortions: Mean distortion of each route in nats, as calibration measured it; empty before that.
+        mean_distortions: Mean loss of each route, as calibration measured it; empty before that.
         pooling: `avg`, `max`, or `conv` (depthwise, initialised as avg).
         gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).
         positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or

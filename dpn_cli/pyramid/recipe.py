@@ -241,7 +241,7 @@ class CalibrationRecipe(_Section):
             `SAMPLES_PER_ROUTE` samples. Those that are held out are measured on all.
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
-        epochs: passes of router fitting over the measured table.
+        epochs: passes of every router network over the measured samples.
         learning_rate: Learning rate of router fitting.
         answer_tokens: answer tokens per sample, at most.
         seed: Random seed for sampling and fitting.
@@ -261,7 +261,7 @@ class CalibrationRecipe(_Section):
     routes: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
     batch_size: Annotated[int, Field(ge=1)] = 8
     holdout: Fraction = 0.2
-    epochs: Annotated[int, Field(ge=1)] = 200
+    epochs: Annotated[int, Field(ge=1)] = 100
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     answer_tokens: Annotated[int, Field(ge=1)] = 64
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0

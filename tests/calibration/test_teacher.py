@@ -119,9 +119,9 @@ def test_answers_and_distances_are_those_of_the_other_model(
         assert table.distortion[i, 0] == pytest.approx(distance.item(), abs=1e-3)
         assert table.agreement[i, 0] == pytest.approx(same.item())
     assert (table.distortion[:, 0] > 0.1).all()
-    assert (table.excess.distortion[:, 0] == 0).all(), "routers predict what routes add to the full one"
+    assert (table.loss.distortion[:, 0] == 0).all(), "routers predict what routes lose against the full one"
     added = table.distortion - table.distortion[:, :1]
-    assert torch.allclose(table.excess.distortion, added.clamp(min=0)) and (added > 0).any()
+    assert torch.allclose(table.loss.distortion, 1 - (-added.clamp(min=0)).exp()) and (added > 0).any()
 
 
 def measured(model: Any, examples: Encoded, teacher: Teacher | None) -> RouteTable:
@@ -137,7 +137,7 @@ def test_the_original_as_the_teacher_gives_the_same_table(
     model, examples = load_model(converted), Encoded(samples, load_processor(converted), RECIPE.answer_tokens)
     plain, taught = (measured(model, examples, teacher) for teacher in (None, opened(tiny_llava)))
     assert torch.equal(taught.agreement, plain.agreement)
-    for ours, expected in ((taught, plain), (taught.excess, plain.excess)):
+    for ours, expected in ((taught, plain), (taught.loss, plain.loss)):
         assert torch.allclose(ours.distortion, expected.distortion, atol=1e-4)
 
 
