@@ -144,7 +144,8 @@ class LlavaHrVisionModel(PreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the features [B, V, D] of pictures [B, 3, S, S].
 
-        They are the only hidden state too, so that LLaVA's `vision_feature_layer` -1 finds them.
+        They are the last hidden state too, so that LLaVA's `vision_feature_layer` -1 finds them; the one before is what
+        goes into CLIP's last layer.
 
         Raises:
             ValueError: if the pictures have another size than the config says.
@@ -158,13 +159,14 @@ class LlavaHrVisionModel(PreTrainedModel):
         layers = self.encoder.layers
         stage = len(layers) // NUM_STAGES
         side = size // self.config.patch_size
+        last = fast
         for i, layer in enumerate(layers):
             if self.adapters and i and i % stage == 0:
                 grid = fast.transpose(1, 2).unflatten(2, (side, side))
                 fast = self.adapters[i // stage - 1](grid, slow).flatten(2).transpose(1, 2)
-            fast = layer(fast, None)
+            last, fast = fast, layer(fast, None)
         features = self.alignment(fast, slow)
-        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(last, features))
 
     @property
     def encoder(self) -> Any:

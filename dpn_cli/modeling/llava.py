@@ -9,8 +9,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
-from dpn_cli.modeling.salience import lay_out
-from dpn_cli.modeling.visual import PyramidModelMixin
+from dpn_cli.modeling.salience import note_change
+from dpn_cli.modeling.visual import PyramidModelMixin, with_salience
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
 from dpn_cli.pyramid.experts import Grid
 
@@ -24,7 +24,7 @@ class Prepooling(LlavaMultiModalProjector):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """Project features [images, tokens, width]."""
-        lay_out(self._pooled)
+        note_change(self._pooled)
         return super().forward(self._pooled(image_features))
 
     def _pooled(self, values: torch.Tensor) -> torch.Tensor:
@@ -38,6 +38,7 @@ class DpnLlavaModel(PyramidModelMixin, LlavaModel):
     """`LlavaModel` whose language model is a pyramid and is told where each visual token stands in its image."""
 
     config_class = DpnLlavaConfig
+    get_image_features = with_salience(LlavaModel.get_image_features)
 
     def __init__(self, config: DpnLlavaConfig) -> None:
         PreTrainedModel.__init__(self, config)

@@ -18,8 +18,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from typing_extensions import override
 
 from dpn_cli.modeling.configuration import DpnLlavaNextConfig, DpnLlavaOnevisionConfig
-from dpn_cli.modeling.salience import lay_out
-from dpn_cli.modeling.visual import PyramidModelMixin
+from dpn_cli.modeling.salience import note_change
+from dpn_cli.modeling.visual import PyramidModelMixin, with_salience
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin, rename_keys_as
 from dpn_cli.pyramid.config import Block
 from dpn_cli.pyramid.experts import Grid
@@ -44,15 +44,11 @@ class TiledModelMixin(PyramidModelMixin):
 
     @override
     def pack_image_features(self, image_features: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Run the original's, and lay the salience out alike, with none for newlines."""
-        tiles = [len(each) for each in image_features]
-        newline = {**kwargs, "image_newline": torch.zeros(1)}
-        lay_out(
-            lambda salience: super(TiledModelMixin, self).pack_image_features(salience.split(tiles), *args, **newline)[
-                0
-            ]
-        )
-        return super().pack_image_features(image_features, *args, **kwargs)
+        """Run the original's; salience is packed alike, with none for newlines."""
+        pack, tiles = super().pack_image_features, [len(each) for each in image_features]
+        without = {**kwargs, "image_newline": torch.zeros(1)}
+        note_change(lambda salience: pack(salience.split(tiles), *args, **without)[0])
+        return pack(image_features, *args, **kwargs)
 
     def image_grid(self) -> Grid:
         """Return the visual tokens of a whole image, (H, W)."""
@@ -86,6 +82,7 @@ class DpnLlavaNextModel(TiledModelMixin, LlavaNextModel):
 
     config_class = DpnLlavaNextConfig
     projector_class = LlavaNextMultiModalProjector
+    get_image_features = with_salience(LlavaNextModel.get_image_features)
 
 
 class DpnLlavaNextForConditionalGeneration(PyramidGenerationMixin, LlavaNextForConditionalGeneration):
@@ -100,6 +97,7 @@ class DpnLlavaOnevisionModel(TiledModelMixin, LlavaOnevisionModel):
 
     config_class = DpnLlavaOnevisionConfig
     projector_class = LlavaOnevisionMultiModalProjector
+    get_image_features = with_salience(LlavaOnevisionModel.get_image_features)
 
     @override
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,8 +5,8 @@ A family's own inner model builds the vision tower and the projector, and says w
 Shapes: B batch, L sequence, D hidden.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import accumulate, chain, count
 from typing import Any
 
@@ -18,17 +18,12 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
-from dpn_cli.modeling.salience import Watch, watched
+from dpn_cli.modeling.salience import changes_noted, in_place, patch_salience
 from dpn_cli.pyramid.config import FITTED_PARTS, Block
 from dpn_cli.pyramid.experts import Grid, num_tokens
 
 GRID_INPUTS = ("image_sizes", "batch_num_images")  # what processors return beside the pixels
 ENCODER_INPUTS = (*GRID_INPUTS, "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
-
-SALIENCE_MISSING = (
-    "an expert of this pyramid reads what the vision tower attends to, which encoded images do not tell: give "
-    "pixel_values instead"
-)
 
 
 def visual_coordinates(is_image: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
@@ -128,32 +123,36 @@ class PyramidModelMixin(PreTrainedModel):
             text_config, pyramid=self.config.pyramid_config()
         )
 
-    def watched(self) -> AbstractContextManager[Watch | None]:
-        """Watch what the vision tower attends to for the duration, if an expert reads it.
-
-        It is the layer whose output the projector takes that is watched; of several, the last.
-        """
-        if not self.language_model.reads_salience:
-            return nullcontext()
-        chosen = self.config.vision_feature_layer
-        chosen = chosen if isinstance(chosen, int) else chosen[-1]
-        layers = self.vision_tower.encoder.layers
-        attention = layers[chosen if chosen < 0 else chosen - 1].self_attn  # state 0 goes into the first layer
-        return watched(attention, self.config.vision_feature_select_strategy == "default")
-
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **sizes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return embeddings [B, L, D] with the images in place, visual coordinates [B, L, 3] and salience [B, L]."""
         embeds = self.get_input_embeddings()(input_ids)
-        with self.watched() as watch:
-            encoded = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True)
+        encoded = self.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True)
         images = list(encoded.pooler_output)
         is_image = self.is_image(input_ids, None)
         coords = visual_coordinates(is_image, self.image_blocks(len(images), **sizes))
         features = torch.cat(images).to(embeds.device, embeds.dtype)
-        salience = None if watch is None else watch.in_place(coords)
-        return embeds.masked_scatter(is_image[..., None], features), coords, salience
+        return embeds.masked_scatter(is_image[..., None], features), coords, self.salience(encoded, coords)
+
+    def salience(self, encoded: BaseModelOutputWithPooling, coords: torch.Tensor) -> torch.Tensor | None:
+        """Return how much the vision tower attends to the visual tokens, [B, L]; None where no expert reads it.
+
+        Args:
+            encoded: the images, as `get_image_features` returns them.
+            coords: Coordinates of the visual tokens, [B, L, 3].
+
+        Raises:
+            ValueError: if the images were encoded without their salience.
+        """
+        if not self.language_model.reads_salience:
+            return None
+        if encoded.attentions is None:
+            raise ValueError(
+                "an expert of this pyramid reads what the vision tower attends to, which these encoded images do not "
+                "tell: encode them with the get_image_features of this model, or give pixel_values"
+            )
+        return in_place(encoded.attentions, coords)
 
     def locate(
         self,
@@ -201,13 +200,11 @@ class PyramidModelMixin(PreTrainedModel):
             is_image = self.is_image(input_ids, inputs_embeds)
             drafted = is_image.shape[1] - visual_coords.shape[1]  # or generated, where there is no cache
             if salience is None and self.language_model.reads_salience:
-                if pixel_values is None:
-                    raise ValueError(SALIENCE_MISSING)
-                how = {name: kwargs[name] for name in ENCODER_INPUTS if kwargs.get(name) is not None}
-                with self.watched() as watch:
+                if mm_encoder_outputs is None or pixel_values is not None:
+                    how = {name: kwargs[name] for name in ENCODER_INPUTS if kwargs.get(name) is not None}
                     encoded = self.get_image_features(pixel_values, **how, return_dict=True)
-                mm_encoder_outputs, pixel_values = {"image": encoded}, None
-                salience = None if watch is None else watch.in_place(visual_coords)
+                    mm_encoder_outputs, pixel_values = {"image": encoded}, None
+                salience = self.salience(mm_encoder_outputs["image"], visual_coords)
             kwargs["visual_coords"] = F.pad(visual_coords, (0, 0, 0, drafted), value=-1)
             kwargs["salience"] = None if salience is None else F.pad(salience, (0, drafted))
             kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
@@ -255,3 +252,29 @@ class PyramidModelMixin(PreTrainedModel):
         assert inputs_embeds is not None
         token = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+
+def with_salience(encode: Callable[..., BaseModelOutputWithPooling]) -> Callable[..., BaseModelOutputWithPooling]:
+    """Wrap a family's `get_image_features`: where an expert reads it, the output's `attentions` are the salience.
+
+    The salience of every image's tokens is [N, 1]; it is that of the tower's layer whose output the projector takes, of
+    several the last.
+    """
+
+    @wraps(encode)
+    def get_image_features(self: PyramidModelMixin, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if not self.language_model.reads_salience:
+            return encode(self, *args, **kwargs)
+        with changes_noted() as changes:
+            encoded = encode(self, *args, **{**kwargs, "output_hidden_states": True})
+        chosen = kwargs.get("vision_feature_layer") or self.config.vision_feature_layer
+        chosen = chosen if isinstance(chosen, int) else chosen[-1]
+        layer = self.vision_tower.encoder.layers[chosen if chosen < 0 else chosen - 1]  # state 0 goes into the first
+        strategy = kwargs.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        salience: Any = patch_salience(layer, encoded.hidden_states[chosen - 1], strategy == "default")
+        for change in changes:
+            salience = change(salience)
+        encoded.attentions = tuple(salience)
+        return encoded
+
+    return get_image_features

@@ -144,12 +144,12 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             skipped = past if inputs_tensor.shape[1] == _prompt_length(generation_config, model_kwargs) else 0
             inputs = {"input_ids": None, "inputs_embeds": None, str(model_input_name): inputs_tensor[:, skipped:]}
             model_kwargs["visual_coords"] = self.model.locate(**{**model_kwargs, **inputs})
-        with self.model.watched() as watch:
-            model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-                inputs_tensor, model_kwargs, model_input_name, generation_config
-            )
-        if watch is not None and watch.salience:
-            model_kwargs["salience"] = watch.in_place(model_kwargs["visual_coords"])
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and not known:
+            model_kwargs["salience"] = self.model.salience(encoded, model_kwargs["visual_coords"])
         return model_kwargs
 
     @override

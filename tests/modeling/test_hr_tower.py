@@ -10,7 +10,7 @@ import torch
 from dpn_cli.conversion.hr import HrTower
 from dpn_cli.families.vision import hr_tensors
 from dpn_cli.modeling.hr_tower import LlavaHrVisionConfig, LlavaHrVisionModel
-from dpn_cli.modeling.salience import watched
+from dpn_cli.modeling.salience import patch_salience
 from tests.hr import features, random_tower
 
 
@@ -45,11 +45,11 @@ def test_its_features_are_those_of_the_description(size: int, visual_tokens: int
 def test_its_salience_is_the_attention_that_every_patch_gets() -> None:
     tower = loaded(random_tower(), input_image_size=256, vision_tower_slow="convnext_large_mlp.clip_laion2b_ft_320")
     tower.fast.config._attn_implementation = "eager"
-    last, maps = tower.encoder.layers[-1].self_attn, []
-    last.register_forward_hook(lambda attention, args, output: maps.append(output[1]))
-    with watched(last, has_class_token=False) as watch:
-        tower(pictures(256))
-    torch.testing.assert_close(torch.stack(list(watch.salience)), maps[0].mean((1, 2)))
+    last, maps = tower.encoder.layers[-1], []
+    last.self_attn.register_forward_hook(lambda attention, args, output: maps.append(output[1]))
+    states = tower(pictures(256)).hidden_states
+    found = patch_salience(last, states[-2], has_class_token=False)
+    torch.testing.assert_close(found[..., 0], maps[0].mean((1, 2)))
 
 
 @pytest.mark.parametrize(

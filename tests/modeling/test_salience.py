@@ -1,6 +1,7 @@
 """Salience is what the attention maps of the vision tower say, and is laid out as the features are."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -56,9 +57,33 @@ def test_averaged_features_have_the_mean_salience(make_pair: Callable[..., Any])
 
 
 @torch.no_grad()
-def test_encoded_images_do_not_tell(make_pair: Callable[..., Any]) -> None:
+def test_images_that_are_encoded_before(make_pair: Callable[..., Any]) -> None:
+    stock, model = make_pair(**SALIENT)
+    sample = prompt(1, 3, 5, seed=0)
+    expected = model(**sample).logits
+    pixels = sample.pop("pixel_values")
+    encoded = model.model.get_image_features(pixels)
+    assert torch.equal(model(**sample, mm_encoder_outputs={"image": encoded}).logits, expected)
+    encoded = stock.model.get_image_features(pixels)
+    with pytest.raises(ValueError, match="which these encoded images do not tell: encode them with"):
+        model(**sample, mm_encoder_outputs={"image": encoded})
+
+
+@torch.no_grad()
+def test_salience_is_that_of_the_layer_that_is_asked_for(make_pair: Callable[..., Any]) -> None:
     _, model = make_pair(**SALIENT)
     sample = prompt(1, 3, 5, seed=0)
-    encoded = {"image": model.model.get_image_features(sample.pop("pixel_values"))}
-    with pytest.raises(ValueError, match="which encoded images do not tell: give pixel_values"):
-        model(**sample, mm_encoder_outputs=encoded)
+    asked = model(**sample, vision_feature_layer=-1).logits
+    model.config.vision_feature_layer = -1
+    assert torch.equal(model(**sample).logits, asked)
+
+
+@torch.no_grad()
+def test_threads_do_not_see_each_other_s_images(make_pair: Callable[..., Any]) -> None:
+    _, model = make_pair(**SALIENT)
+    samples = [prompt(count, 3, 5, seed=count) for count in (1, 24)] * 8
+    expected = [model(**sample).logits for sample in samples[:2]]
+    with ThreadPoolExecutor(4) as threads, torch.no_grad():
+        found = list(threads.map(lambda sample: model(**sample).logits, samples))
+    for i, logits in enumerate(found):
+        assert torch.allclose(logits, expected[i % 2], atol=1e-4)
