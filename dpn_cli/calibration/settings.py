@@ -38,7 +38,8 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
                 f"calibrate against: {IMPORTED_USE}"
             )
         raise CheckpointError(
-            f"{folder} has no {RECIPE_FILE}: expected a folder that `dpn convert` wrote from a model without a pyramid"
+            f"{folder} has no {RECIPE_FILE}, so it is no folder of `dpn convert`, as an export is none: calibrate the "
+            "folder that it was exported from (--budgets-only takes exports, too)"
         )
     recipe = _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
     predictors = (recipe.calibration.predictors or PredictorRecipe()) if recipe.predicts else None
@@ -116,7 +117,10 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
 
 def _resolved(data: dict[str, Any], overrides: Sequence[str], options: dict[str, Any], where: Path) -> Recipe:
     """Return the recipe of some plain data, with overrides, and with options in its calibration section."""
+    stored = Recipe.from_dict(data, where=str(where))
+    if not overrides and not options:
+        return stored
     for override in overrides:
         apply_override(data, override)
     data["calibration"] = {**data.get("calibration", {}), **options}
-    return Recipe.from_dict(data, where=str(where))
+    return Recipe.from_dict(data, where=f"{where} with the options given")

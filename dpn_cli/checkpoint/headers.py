@@ -25,6 +25,18 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+_TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # what training leaves beside the weights
+_DEEPSPEED = "{folder} holds a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py . .` in it first"
+_BIN = "{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
+_OTHER_WEIGHTS = {
+    "*.gguf": "{folder} holds a GGUF model, which is quantised for llama.cpp: start from the model in safetensors",
+    "zero_to_fp32.py": _DEEPSPEED,
+    "global_step*": _DEEPSPEED,
+    "*.distcp": "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`",
+    BIN_FILE: _BIN,
+    BIN_INDEX_FILE: _BIN,
+}
+"""What weights are that are not in safetensors, by the files that tell, and what to do."""
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
 PROCESSOR_FILE, IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
@@ -176,7 +188,11 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(adapter_refusal(folder))
-        raise CheckpointError(f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; there is one in {', '.join(inside[-3:])} inside of it" if inside else ""
+        raise CheckpointError(
+            f"{folder} has no config.json: expected a checkpoint folder in Hugging Face's layout{hint}"
+        )
 
 
 def adapter_refusal(folder: Path) -> str:
@@ -361,14 +377,14 @@ def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str,
 def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return adapter_refusal(folder)
-    if (folder / "zero_to_fp32.py").is_file():
-        return f"{folder} holds a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py . .` in it first"
-    if any(folder.rglob("*.distcp")):
-        return f"{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`"
-    if any((folder / file).is_file() for file in (BIN_FILE, BIN_INDEX_FILE)):
-        return f"{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
-    for suffix, index in ((".safetensors", INDEX_FILE), (".bin", BIN_INDEX_FILE)):
-        if parts := list(folder.glob(f"*{suffix}")):
+    for pattern, sentence in _OTHER_WEIGHTS.items():
+        if any(folder.rglob(pattern)):
+            return sentence.format(folder=folder)
+    for suffix, single, index in ((".safetensors", SINGLE_FILE, INDEX_FILE), (".bin", BIN_FILE, BIN_INDEX_FILE)):
+        parts = [path.name for path in folder.glob(f"*{suffix}") if path.name not in _TRAINERS]
+        if len(parts) == 1 and "-of-" not in parts[0]:
+            return f"{folder} has no {single}, but {parts[0]}: if it holds all of the weights, rename it"
+        if parts:
             there = f"{folder} has {len(parts)} {suffix} files, but no {index}, which says what is in which"
             return f"{there}: copy it, or download the checkpoint again"
     return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"

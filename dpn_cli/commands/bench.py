@@ -56,7 +56,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     "routes",
     multiple=True,
     metavar="ROUTE",
-    help="One route for all samples: one expert per site, such as keep,1x2,exit; repeatable.",
+    help="One route for all samples: one expert per site, such as keep,keep,2x2,keep,exit; repeatable.",
 )
 @click.option(
     "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),

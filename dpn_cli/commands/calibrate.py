@@ -14,6 +14,7 @@ from dpn_cli.commands.options import (
     SEED,
     Choice,
     Fraction,
+    Kinds,
     checkpoint_folder,
     dtype_option,
     model_option,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=SAMPLES, help="Number of calibration samples; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
-    "--experts", metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),
+    "--experts", type=Kinds(), metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),
     help=f"Kinds of experts to choose from; default: all in the recipe. Kinds: {', '.join(KINDS)}; pool alone "
     "gives the paper's pyramid.",
 )  # fmt: skip

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--route", "routes", metavar="ROUTE", multiple=True,
-    help="Also evaluate one fixed route for all samples: one expert per site, such as keep,1x2,exit; repeatable.",
+    help="Also evaluate one fixed route for all samples: one expert per site, such as keep,keep,2x2,keep,exit; "
+    "repeatable.",
 )  # fmt: skip
 @click.option(
     "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 @click.option(
     "--static", "--route", "static", metavar="ROUTE",
     help="One fixed route for every image, without routers (unless their gate scales tokens): either one expert per "
-    "site, such as keep,1x2,exit, or a published method and the share of tokens that it keeps, such as pyramiddrop:0.5 "
-    f"or, as its authors write it, fastv:K=3,R=0.5. Methods: {', '.join(PRESETS)}.",
+    "site, such as keep,keep,2x2,keep,exit, or a published method and the share of tokens that it keeps, such as "
+    f"pyramiddrop:0.5 or, as its authors write it, fastv:K=3,R=0.5. Methods: {', '.join(PRESETS)}.",
 )  # fmt: skip
 @click.option(
     "--uncalibrated", is_flag=True,

@@ -46,7 +46,7 @@ SAMPLE_FROM = {
 )  # fmt: skip
 @click.option(
     "--route", "routes", multiple=True, metavar="ROUTE",
-    help="Also show this route: one expert per site, such as keep,1x2,exit; repeatable.",
+    help="Also show this route: one expert per site, such as keep,keep,2x2,keep,exit; repeatable.",
 )  # fmt: skip
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -117,7 +117,7 @@ def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
     else:
         state = "not calibrated, so every sample keeps all its tokens (dpn calibrate --data DATA changes that)"
     if pyramid.sites:
-        show_sites(f"Pyramid: {state}", pyramid.sites, explained)
+        show_sites(f"Pyramid: {state}", pyramid.sites, explained, is_fixed=route is not None)
     if pyramid.budgets:
         budgets = some_budgets(pyramid.budgets, wide)
         console.table(

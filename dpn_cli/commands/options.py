@@ -18,6 +18,7 @@ from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.limits import MAX_SAMPLES, MAX_SEED
 from dpn_cli.parallel.launch import is_launched, launch, place, speaks
+from dpn_cli.pyramid.experts import KINDS
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,6 +111,20 @@ def baseline_names(against: str) -> tuple[str, ...]:
             known = ", ".join((*BASELINES, "all"))
             raise UsageError(f"--against {name!r} is not one of {known}.{did_you_mean(name, BASELINES)}")
     return tuple(BASELINES) if "all" in names else tuple(dict.fromkeys(names))
+
+
+class Kinds(click.ParamType[str]):
+    """Kinds of experts, separated by commas."""
+
+    name = "kinds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value, or fail with a suggestion."""
+        for kind in str(value).split(","):
+            if kind.strip() not in KINDS:
+                known = ", ".join(KINDS)
+                self.fail(f"{kind.strip()!r} is not one of {known}.{did_you_mean(kind, KINDS)}", param, ctx)
+        return str(value)
 
 
 class Choice(click.Choice[str]):

@@ -31,7 +31,7 @@ SHOWN = 40  # characters of an image that is no file
 @click.option("--budget", type=Fraction(), help="Mean fraction of prefill FLOPs to spend; default: the checkpoint's.")
 @click.option(
     "--route", metavar="ROUTE",
-    help="Take this route instead of the routers' choice: one expert per site, such as keep,1x2,exit.",
+    help="Take this route instead of the routers' choice: one expert per site, such as keep,keep,2x2,keep,exit.",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens",

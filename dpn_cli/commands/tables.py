@@ -112,15 +112,17 @@ def show(
     )
 
 
-def show_sites(title: str, sites: "Sequence[Site]", more: str = "") -> None:
+def show_sites(title: str, sites: "Sequence[Site]", more: str = "", is_fixed: bool = False) -> None:
     """Print the sites of a pyramid with their experts, and what these words and all of the experts mean.
 
     Args:
         title: Title of the table.
         sites: Sites in the order of the layers.
         more: Further sentences of the legend.
+        is_fixed: Whether all samples take one route.
     """
-    legend = "A site is where visual tokens are reduced: by one of its experts, which a router picks for every sample."
+    who = "the one on the route, the same for every sample" if is_fixed else "which a router picks for every sample"
+    legend = f"A site is where visual tokens are reduced: by one of its experts, {who}."
     about = about_experts(expert for site in sites for expert in site.experts)
     rows = [(str(site), ", ".join(map(str, site.experts))) for site in sites]
     console.table(title, ["site", "experts"], rows, ["experts"], " ".join(filter(None, [legend, about, more])))

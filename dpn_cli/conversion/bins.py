@@ -95,7 +95,9 @@ def _load(path: Path) -> "dict[str, torch.Tensor]":
     except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged: download it again") from error
     if not isinstance(shard, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in shard.values()):
-        raise CheckpointError(f"{path} does not hold only named tensors: expected the weights of a model")
+        inside = isinstance(shard, dict) and next((k for k in ("state_dict", "model", "module") if k in shard), None)
+        hint = f"; those under its key {inside!r} may be: store them alone" if inside else ""
+        raise CheckpointError(f"{path} does not hold only named tensors: expected the weights of a model{hint}")
     return shard
 
 

@@ -91,7 +91,8 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         hint = did_you_mean(name, _ROLES) if isinstance(name, str) else ""
-        raise RowError("unknown role", f"a message from {name!r:.50}, expected one of {', '.join(_ROLES)}.{hint}")
+        known = ", ".join(_ROLES) + (f".{hint}" if hint else "")
+        raise RowError("unknown role", f"a message from {name!r:.50}, expected one of {known}")
     key = max(_CONTENTS, key=lambda key: (not is_blank(message.get(key)), message.get(key) is not None))
     validate_object(message, (*_NAMES, key), "a message")
     content = records(message.get(key))

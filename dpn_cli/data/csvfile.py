@@ -37,7 +37,7 @@ class CsvFile(RowSource):
         header, *self.records = _records(path, lines) or [[]]
         if not self.records:
             raise DataError(f"{path} holds no rows")
-        self.header = header
+        self.header = header = [name.strip() for name in header]
         if twice := next((name for name, count in Counter(header).items() if count > 1), None):
             raise DataError(f"{path}: the column {twice!r} appears twice in the header {', '.join(header)}")
         super().__init__(str(path), path.suffix[1:].upper(), places, reading)

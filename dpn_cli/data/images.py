@@ -5,7 +5,7 @@ Every reader goes through `_opened`, so that one limit holds for all, and every 
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
@@ -215,7 +215,7 @@ def _source(image: Path | bytes | Image.Image) -> AbstractContextManager[Image.I
 def _validate_file(path: Path) -> Path:
     """Return a path that leads to a file which is not too large to be an image."""
     if not is_file(path):
-        raise RowError(MISSING, printable(path))
+        raise RowError("a folder in place of an image" if _is(path, Path.is_dir) else MISSING, printable(path))
     if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
         raise RowError("image too large", f"{printable(path)} has {size} bytes, at most {MAX_IMAGE_BYTES} are read")
     return path
@@ -223,8 +223,12 @@ def _validate_file(path: Path) -> Path:
 
 def is_file(path: Path) -> bool:
     """Tell whether a path leads to a file."""
+    return _is(path, Path.is_file)
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
     try:
-        return path.is_file()
+        return kind(path)
     except (OSError, ValueError):  # a name that no file can have
         return False
 

@@ -52,7 +52,8 @@ class VqaFiles(RowSource):
             row = self.annotations.row(self.annotation_of[number]) | row
         if not image_fields(present(row), self.reading.columns):
             raise RowError(
-                "no image path", "expected a number as image_id, or a field that --columns image=FIELD names"
+                "no image path",
+                f"expected a number as image_id, or a field that --columns image=FIELD names, found {', '.join(row)}",
             )
         return row
 

@@ -15,6 +15,7 @@ from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.reporter import Reporter
 
@@ -166,7 +167,7 @@ def evaluate(
     if not samples:
         raise DataError("the data have no sample with an image: there is nothing to evaluate")
     budgets = list(dict.fromkeys(options.budgets))
-    pyramids, refused = _pyramids(evaluator, budgets)
+    pyramids, refused = at_budgets(evaluator.model.pyramid, budgets)
     sizes, pyramid = evaluator.sizes(samples), evaluator.model.pyramid
     fixed = walked_by_all(pyramid, [parse_route(route, pyramid.sites) for route in options.routes], sizes)
     with reporter.progress("original answers", len(samples)) as advance:
@@ -222,15 +223,19 @@ class _Comparison:
         ]
 
 
-def _pyramids(evaluator: Evaluator, budgets: Sequence[float]) -> tuple[list[Entry], list[LeftOut]]:
-    """Return the pyramid at every budget that it can spend, and why not at the others."""
+def at_budgets(pyramid: PyramidConfig, budgets: Sequence[float]) -> tuple[list[Entry], list[LeftOut]]:
+    """Return the pyramid at every budget that it can spend, and why not at the others.
+
+    Raises:
+        UsageError: if it can spend none of them.
+    """
     if not budgets:
-        return [(evaluator.model.pyramid.budget, Routed())], []
+        return [(pyramid.budget, Routed())], []
     entries: list[Entry] = []
     refused: list[LeftOut] = []
     for budget in budgets:
         try:
-            evaluator.model.pyramid.trade_off_for(budget)
+            pyramid.trade_off_for(budget)
         except ValueError as error:
             refused.append(LeftOut(Routed.name, budget, budget, str(error)))
         else:

@@ -12,7 +12,7 @@ from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.scan import Dataset
-from dpn_cli.evaluation.evaluate import Evaluation, evaluate
+from dpn_cli.evaluation.evaluate import Evaluation, at_budgets, evaluate
 from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
@@ -64,6 +64,7 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
+            at_budgets(pyramid, options.budgets)  # refuses what is out of reach, before the data are read
             for route in options.routes:  # what is none is refused before the data are read
                 validate_predictors(checkpoint, layout, pyramid, pyramid.experts(parse_route(route, pyramid.sites)))
             with reporter.waiting("opening processor"):

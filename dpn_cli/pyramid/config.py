@@ -372,7 +372,7 @@ class PyramidConfig:
         found = f"{num_tokens(grids)} tokens"
         if expert.share is None:
             found = "an image of {}×{} tokens".format(*min(pictures, key=lambda grid: num_tokens([grid])))
-        return f"{expert} would leave {found} with fewer than min_visual_tokens ({self.min_visual_tokens})"
+        return f"{expert} would leave fewer than {self.min_visual_tokens} (min_visual_tokens) of {found}"
 
     def routes_for(self, grids: Sequence[Grid]) -> Iterator[Route]:
         """Return every route that is offered to a sample with these grids, the full route first."""
@@ -431,7 +431,8 @@ class PyramidConfig:
         if not 0 < budget <= 1:
             raise ValueError(f"a budget is a fraction of the full prefill FLOPs, between 0 and 1, not {budget}")
         if self.static_route is not None:
-            raise ValueError(f"this pyramid's route is fixed, whatever the budget: {list(self.static_route)}")
+            names = ",".join(map(str, self.experts(self.static_route)))
+            raise ValueError(f"this pyramid has the fixed route {names}, whatever the budget: leave the budget out")
         if self.is_imported:
             raise ValueError(f"this pyramid was trained together with the model and has no budgets: {IMPORTED_USE}")
         if not self.budgets:

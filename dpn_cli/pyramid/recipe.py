@@ -477,7 +477,11 @@ def _item(node: Any, key: str, override: str) -> Any:
 def _faults(error: ValidationError) -> str:
     """Return what pydantic found as one clause per key; the branches of a union are joined by `or`."""
     faults: dict[str, list[str]] = {}
-    for detail in error.errors():
+    found = error.errors()
+    for detail in found:
+        inside = [other for other in found if other["loc"][: len(detail["loc"])] == detail["loc"]]
+        if detail["type"] == "too_short" and len(inside) > 1:  # an item that has a fault is not counted
+            continue
         section, path = _locate(detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":

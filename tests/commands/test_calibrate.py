@@ -161,7 +161,7 @@ def test_bad_rows_are_left_out_by_choice(rows: list[Any], capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--experts", "diverse,best"], "'best' is not a kind of expert: expected one of keep, pool,"),
+        (["--experts", "diverse,salent"], "'salent' is not one of keep, pool, pick, diverse,"),
         (["--experts", "stride"], "has experts of the kinds stride"),
         (["--experts", "pool", "--budgets-only"], "leave out --experts"),
         (["--set", "calibration.survey.routes=1"], "calibration.survey.routes"),

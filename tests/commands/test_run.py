@@ -167,7 +167,7 @@ FAULTY: dict[str, Callable[[Path], object]] = {
     [
         ("--image gone.png", 4, "gone.png"),
         ("--image notes.txt", 4, "image cannot be decoded: notes.txt: not a known image format"),
-        ("--image .", 4, "missing image file: ."),
+        ("--image .", 4, "a folder in place of an image: ."),
         ("--image thin.png", 4, "thin.png has 1×12000 pixels, at most 1:200 is read"),
         ("--image large.png", 4, "large.png has 10000×9000 pixels"),
         ("--image half.png", 4, "half.png"),

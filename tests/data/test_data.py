@@ -231,7 +231,7 @@ def bad_rows(folder: Path) -> list[tuple[Any, str]]:
         (llava_row(image="images/drawing.jpg"), "image cannot be decoded"),
         (llava_row(image="images/half.jpg"), "image cannot be decoded"),
         (llava_row(image="images/none.png"), "missing image file"),
-        (llava_row(image="images"), "missing image file"),
+        (llava_row(image="images"), "a folder in place of an image"),
         (llava_row(image="a\0b"), "missing image file"),
         (llava_row(image="a" * 5000), "missing image file"),
         (llava_row(image="\ud800.png"), "missing image file"),

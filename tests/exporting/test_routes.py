@@ -38,7 +38,7 @@ def test_a_static_export_is_the_model_with_that_route_forced(
     with torch.no_grad():
         assert torch.equal(routed(**inputs).logits, static(**inputs).logits)
     assert [tuple(route) for route in static.last_routes] == [(0, 1, 1, 0, 1)]
-    with pytest.raises(ValueError, match="route is fixed"):
+    with pytest.raises(ValueError, match="has the fixed route"):
         static.set_budget(0.7)
 
 
