@@ -4,6 +4,7 @@ import inspect
 
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import output_capturing
 
 _MASK_OPTIONS = inspect.signature(create_causal_mask).parameters
 
@@ -16,3 +17,6 @@ CHECKPOINTING = _NEW if hasattr(PreTrainedModel, f"{_NEW}_enable") else _OLD
 
 WITH_MASK = {"allow_is_causal_skip": False} if "allow_is_causal_skip" in _MASK_OPTIONS else {}
 """Options of `create_causal_mask` where there is padding: it need not wait for the device to find out (since 5.23)."""
+
+SELECTS_STATES = hasattr(output_capturing, "select_hidden_states")
+"""Whether `output_hidden_states` may name the states that are wanted, so that no others are kept."""

@@ -18,6 +18,7 @@ from transformers.utils import is_torchdynamo_exporting
 from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
+from dpn_cli.modeling.renamed import SELECTS_STATES
 from dpn_cli.modeling.salience import changes_noted, in_place, patch_salience
 from dpn_cli.pyramid.config import FITTED_PARTS, Block
 from dpn_cli.pyramid.experts import Grid, num_tokens
@@ -265,10 +266,11 @@ def with_salience(encode: Callable[..., BaseModelOutputWithPooling]) -> Callable
     def get_image_features(self: PyramidModelMixin, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         if not self.language_model.reads_salience:
             return encode(self, *args, **kwargs)
+        wanted = kwargs.get("vision_feature_layer") or self.config.vision_feature_layer
+        *others, chosen = [wanted] if isinstance(wanted, int) else wanted
+        states = [*others, chosen - 1, chosen] if SELECTS_STATES else True
         with changes_noted() as changes:
-            encoded = encode(self, *args, **{**kwargs, "output_hidden_states": True})
-        chosen = kwargs.get("vision_feature_layer") or self.config.vision_feature_layer
-        chosen = chosen if isinstance(chosen, int) else chosen[-1]
+            encoded = encode(self, *args, **{**kwargs, "output_hidden_states": states})
         layer = self.vision_tower.encoder.layers[chosen if chosen < 0 else chosen - 1]  # state 0 goes into the first
         strategy = kwargs.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
         salience: Any = patch_salience(layer, encoded.hidden_states[chosen - 1], strategy == "default")
