@@ -201,11 +201,11 @@ class PyramidModelMixin(PreTrainedModel):
             is_image = self.is_image(input_ids, inputs_embeds)
             drafted = is_image.shape[1] - visual_coords.shape[1]  # or generated, where there is no cache
             if salience is None and self.language_model.reads_salience:
-                if mm_encoder_outputs is None or pixel_values is not None:
+                if pixel_values is not None:
                     how = {name: kwargs[name] for name in ENCODER_INPUTS if kwargs.get(name) is not None}
-                    encoded = self.get_image_features(pixel_values, **how, return_dict=True)
-                    mm_encoder_outputs, pixel_values = {"image": encoded}, None
-                salience = self.salience(mm_encoder_outputs["image"], visual_coords)
+                    mm_encoder_outputs = {"image": self.get_image_features(pixel_values, **how, return_dict=True)}
+                    pixel_values = None
+                salience = self.salience((mm_encoder_outputs or {})["image"], visual_coords)
             kwargs["visual_coords"] = F.pad(visual_coords, (0, 0, 0, drafted), value=-1)
             kwargs["salience"] = None if salience is None else F.pad(salience, (0, drafted))
             kwargs["router_tokens"] = self._router_tokens(is_image.any(1), input_ids, inputs_embeds)
