@@ -162,9 +162,7 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
             raise RowError("chat template", str(error)) from None
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
             shown = sum(piece.tokens.count(processor.image_token_id) for piece in pieces)
-            raise RowError(
-                "image tokens", f"its text has {shown} image tokens, but the row has {len(sample.images)} images"
-            )
+            raise RowError("image tokens", f"in its text: {shown}, images of the row: {len(sample.images)}")
         visual = num_tokens(expected_grids(sample, layout))
         total = sum(len(piece.tokens) - piece.images for piece in pieces) + visual
         total += answer_tokens if sample.turns[-1].answer is None else 0

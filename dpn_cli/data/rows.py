@@ -254,7 +254,7 @@ def _place(turns: list[Turn], num_images: int) -> list[Turn]:
         turns = [Turn(turns[0].question, turns[0].answer, num_images), *turns[1:]]
     elif places != num_images:
         more = f"more {PLACEHOLDER} than images" if places > num_images else f"more images than {PLACEHOLDER}"
-        raise RowError(more, f"{PLACEHOLDER} appears {places} times, but the row has {num_images} images")
+        raise RowError(more, f"{PLACEHOLDER} in the text: {places}, images of the row: {num_images}")
     if not all(turn.question or turn.images for turn in turns):
         raise RowError("an empty question")
     return turns

@@ -19,8 +19,8 @@ def parse_route(text: str, sites: tuple[Site, ...]) -> Route:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != len(sites):
         raise RouteError(
-            f"the route {text!r} has {len(parts)} entries, the pyramid has {len(sites)} sites: expected an expert for "
-            f"each, such as {','.join(str(site.experts[0]) for site in sites)}"
+            f"the route {text!r}: expected {len(sites)} experts, one for each site of this pyramid, such as "
+            f"{','.join(str(site.experts[0]) for site in sites)}, found {len(parts)}"
         )
     return tuple(_expert(part, i, site.experts) for i, (part, site) in enumerate(zip(parts, sites, strict=True)))
 

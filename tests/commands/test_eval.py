@@ -122,7 +122,7 @@ def test_fixed_routes_are_asked_too(data: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("route", "complaint"),
     [
-        ("keep,exit", "has 2 entries, the pyramid has 5 sites"),
+        ("keep,exit", "expected 5 experts, one for each site of this pyramid, such as"),
         ("keep,1x2,2x2,keep,exti", "Did you mean 'exit'?"),
         ("diverse:0.5+8x8,1x2,keep,keep,keep", "route diverse:0.5+8x8,pool:1x2,keep,keep,keep: pool:1x2 needs a grid"),
     ],

@@ -95,7 +95,7 @@ def test_a_broken_value_stops_an_export_unless_told_not_to_look(here: Path, caps
         ("--model tiny-dpn --budget 0.5", 2, "not calibrated"),
         ("--model tiny-dpn --budget 1.5", 2, "1.5"),
         ("--model tiny-dpn --quantize nf", 2, "Did you mean 'nf4'?"),
-        ("--model tiny-dpn --static 0,1", 2, "2 entries, the pyramid has 5 sites"),
+        ("--model tiny-dpn --static 0,1", 2, "expected 5 experts, one for each site"),
         ("--model tiny-dpn --static 0,1,5x5,0,0", 2, "expected one of keep, pool:2x2, or 0 to 1"),
         ("--model tiny-dpn --static 0,0,0,0,0 --budget 0.5", 2, "give --static or --budget, not both"),
         ("", 2, "no current checkpoint"),

@@ -168,7 +168,7 @@ def test_text_that_reads_as_an_image_token_is_refused(processor: Any, layout: Ll
         Sample("x", (RED,), (Turn("what is <image> ?", "red"),)),
         Sample("x", (RED,), (Turn("what ?", "an <image>"),)),
     ):
-        with pytest.raises(RowError, match="2 image tokens, but the row has 1 images"):
+        with pytest.raises(RowError, match="in its text: 2, images of the row: 1"):
             check(sample)
 
 

@@ -140,7 +140,7 @@ def test_the_command_names_what_it_wrote(
         ("CDPruner:0.25", "Did you mean 'cdpruner'?"),
         ("divprune 0.5", "Did you mean 'divprune'?"),
         ("exti", "an expert for each of its 5 sites). Did you mean 'exit'?"),
-        ("attended:0.5", "has 1 entries, the pyramid has 5 sites"),
+        ("attended:0.5", "expected 5 experts, one for each site"),
         ("kep,1x2,keep,keep,exti", "'kep' is not an expert of site 0: expected one of keep, "),
         ("keep,1x2,keep,keep,exti", "Did you mean 'exit'?"),
     ],

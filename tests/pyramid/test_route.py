@@ -22,11 +22,11 @@ def test_routes_are_read(text: str, route: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("0", "1 entries, the pyramid has 2"),
+    [("0", "expected 2 experts, one for each site"),
      ("0,2", "'2' is not an expert of site 1: expected one of keep, pool:2x2, or 0 to 1"),
      ("3x3,0", "'3x3' is not an expert of site 0"), ("-1,0", "'-1' is not an expert"), ("a,b", "'a' is not an expert"),
      ("1x2,keap", "Did you mean 'keep'?"),
-     ("", "entries")],
+     ("", "found 1")],
 )  # fmt: skip
 def test_what_is_no_route_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(RouteError, match=re.escape(complaint)) as error:
