@@ -78,5 +78,5 @@ def test_what_the_pyramid_does_not_have_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("dpn_cli.evaluation.bench.load_opened", None)
     with pytest.raises(UsageError, match="out of reach"):
         bench_folder(folder, SyntheticPrompts(), BenchOptions(budgets=(0.01,)))
-    with pytest.raises(UsageError, match="5 sites"):
+    with pytest.raises(UsageError, match="expected 5 experts"):
         bench_folder(folder, SyntheticPrompts(), BenchOptions(routes=("2,2",)))
