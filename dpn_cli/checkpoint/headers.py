@@ -32,7 +32,7 @@ _OTHER_WEIGHTS = {
     "*.gguf": "{folder} holds a GGUF model, which is quantised for llama.cpp: start from the model in safetensors",
     "zero_to_fp32.py": _DEEPSPEED,
     "global_step*": _DEEPSPEED,
-    "*.distcp": "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`",
+    "**/*.distcp": "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`",
     BIN_FILE: _BIN,
     BIN_INDEX_FILE: _BIN,
 }
@@ -378,7 +378,7 @@ def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return adapter_refusal(folder)
     for pattern, sentence in _OTHER_WEIGHTS.items():
-        if any(folder.rglob(pattern)):
+        if any(folder.glob(pattern)):
             return sentence.format(folder=folder)
     for suffix, single, index in ((".safetensors", SINGLE_FILE, INDEX_FILE), (".bin", BIN_FILE, BIN_INDEX_FILE)):
         parts = [path.name for path in folder.glob(f"*{suffix}") if path.name not in _TRAINERS]

@@ -120,10 +120,9 @@ class Kinds(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the value, or fail with a suggestion."""
+        known = Choice(list(KINDS))
         for kind in str(value).split(","):
-            if kind.strip() not in KINDS:
-                known = ", ".join(KINDS)
-                self.fail(f"{kind.strip()!r} is not one of {known}.{did_you_mean(kind, KINDS)}", param, ctx)
+            known.convert(kind.strip(), param, ctx)
         return str(value)
 
 

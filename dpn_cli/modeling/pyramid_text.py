@@ -7,7 +7,7 @@ steps as a tree, so that routes with a common prefix share its work; what a site
 Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,7 @@ from dpn_cli.modeling.state import (
 )
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import Offer, offer
-from dpn_cli.pyramid.experts import KEEP, KINDS
+from dpn_cli.pyramid.experts import KEEP, KINDS, Kind
 from dpn_cli.pyramid.shape import DecoderShape
 
 
@@ -190,14 +190,17 @@ class PyramidTextMixin:
     @property
     def reads_instruction(self) -> bool:
         """Whether a prefill has to know where the instruction ends: for its routers, or for an expert."""
-        sites = self.pyramid.sites if current_call(self).pools else ()
-        return self.asks_routers or any(KINDS[e.kind].reads_instruction for site in sites for e in site.experts)
+        return self.asks_routers or any(kind.reads_instruction for kind in self._kinds())
 
     @property
     def reads_salience(self) -> bool:
         """Whether an expert looks at what the vision tower attends to."""
+        return any(kind.reads_salience for kind in self._kinds())
+
+    def _kinds(self) -> Iterator[Kind]:
+        """Yield the kinds of the experts that a prefill may take."""
         sites = self.pyramid.sites if current_call(self).pools else ()
-        return any(KINDS[e.kind].reads_salience for site in sites for e in site.experts)
+        return (KINDS[expert.kind] for site in sites for expert in site.experts)
 
     @property
     def asks_routers(self) -> bool:

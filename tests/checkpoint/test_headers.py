@@ -46,6 +46,7 @@ def test_headers_say_what_safetensors_says(tiny_llava_factory: Callable[..., Pat
         (["pytorch_model.bin"], "holds its weights as .bin, not as safetensors"),
         (["zero_to_fp32.py"], "a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py"),
         (["pytorch_model_fsdp_0/__0_0.distcp"], "an FSDP checkpoint in parts: merge them first"),
+        (["original/pytorch_model.bin"], "neither model.safetensors nor model.safetensors.index.json"),
         ([], "neither model.safetensors nor model.safetensors.index.json: download the checkpoint again"),
     ],
 )

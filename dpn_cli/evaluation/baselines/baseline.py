@@ -1,27 +1,22 @@
-"""The interface of all baselines, and how one takes a model over for a while.
+"""The interface of all baselines.
 
 Every baseline spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
 pyramid's: what a static pyramid computes to choose tokens is charged, as it is to every expert (`Expert.flops`). What
 goes on before the language model is not charged to anyone: the vision tower, and what salience and the coarser grids
 add to it or save there.
-
-Shapes: B batch, S sequence.
 """
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dpn_cli.errors import UsageError
-from dpn_cli.modeling.configuration import DpnLlavaConfig
-from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import PyramidConfig, Route, Site
-from dpn_cli.pyramid.experts import KEEP, Grid, num_tokens
+from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.experts import Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
 
 TOLERANCE = 0.01  # of a FLOPs fraction: what differs by more is not equal
@@ -159,27 +154,3 @@ def unequal(label: str, spent: float, dpn: float) -> str | None:
     if abs(spent - dpn) <= TOLERANCE:
         return None
     return f"{label} spends {spent:.3f} of the prefill FLOPs, dpn {dpn:.3f}"
-
-
-@contextmanager
-def taken_over(
-    model: PyramidGenerationMixin,
-    after_layers: Sequence[int],
-    reduce: Callable[[PyramidState, int], PyramidState],
-) -> Iterator[None]:
-    """Give a model other sites, and another way to leave a batch with fewer tokens there; without its adapter."""
-    sites = tuple(Site(layer, (KEEP,)) for layer in after_layers)
-    elsewhere = PyramidConfig(sites, static_route=(0,) * len(sites))
-    with model.without_adapter(), model.as_pyramid(elsewhere), model.reduced_by(reduce):
-        yield
-
-
-def validate_clip(model: PyramidGenerationMixin, name: str) -> None:
-    """Check that an image is one grid of patches of a CLIP vision tower, with its class token.
-
-    Raises:
-        UsageError: naming the baseline that needs it.
-    """
-    is_clip = model.config.vision_config.model_type == "clip_vision_model"
-    if not is_clip or model.config.model_type != DpnLlavaConfig.model_type or model.pyramid.prepooling != 1:
-        raise UsageError(f"{name} needs a LLaVA-1.5: a CLIP vision tower whose patches go on one by one")

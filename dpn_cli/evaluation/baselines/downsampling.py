@@ -16,12 +16,17 @@ import torch
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt, taken_over, validate_clip
+from dpn_cli.errors import UsageError
+from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt
+from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.experts import Grid, num_tokens
+from dpn_cli.pyramid.config import PyramidConfig, Site
+from dpn_cli.pyramid.experts import KEEP, Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
+
+BEFORE_THE_FIRST_LAYER = PyramidConfig((Site(-1, (KEEP,)),), static_route=(0,))
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,14 @@ class Coarser(Fixed):
         """
         grid = model.model.image_grid()
         size = self.size or grid
-        validate_clip(model, self.name)
+        _validate_clip(model, self.name)
         hooks = [self.hook(model, size), _pad_features(model, grid)] if size != grid else []
         try:
-            with taken_over(model, (-1,), lambda state, site: _shrink(state, grid, size)):
+            with (
+                model.without_adapter(),
+                model.as_pyramid(BEFORE_THE_FIRST_LAYER),
+                model.reduced_by(lambda state, site: _shrink(state, grid, size)),
+            ):
                 yield
         finally:
             for hook in hooks:
@@ -123,6 +132,17 @@ class FeaturePooling(Coarser):
             return (pooled.flatten(2).transpose(1, 2),)
 
         return model.model.multi_modal_projector.register_forward_pre_hook(pool)
+
+
+def _validate_clip(model: PyramidGenerationMixin, name: str) -> None:
+    """Check that an image is one grid of patches of a CLIP vision tower, with its class token.
+
+    Raises:
+        UsageError: naming the baseline that needs it.
+    """
+    is_clip = model.config.vision_config.model_type == "clip_vision_model"
+    if not is_clip or model.config.model_type != DpnLlavaConfig.model_type or model.pyramid.prepooling != 1:
+        raise UsageError(f"{name} needs a LLaVA-1.5: a CLIP vision tower whose patches go on one by one")
 
 
 def _pad_features(model: PyramidGenerationMixin, grid: Grid) -> RemovableHandle:

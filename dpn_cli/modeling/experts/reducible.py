@@ -86,9 +86,15 @@ class Reducible:
         """Let some visual tokens, [B, S] bool, stay as they are and drop the others; text stays."""
         return keep_tokens(self.state, kept & self.is_visual, self.lengths())
 
-    def best(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return which visual tokens have the best scores [B, S], as many as are selected; ties go to the first."""
-        return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < put(self.num_selected, scores.device)[:, None]
+    def best(self, scores: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
+        """Return which visual tokens have the best scores [B, S]; ties go to the first.
+
+        Args:
+            scores: of all tokens.
+            counts: how many of every sample; by default as many as are selected.
+        """
+        counts = self.num_selected if counts is None else counts
+        return ranks(scores.masked_fill(~self.is_visual, -torch.inf)) < put(counts, scores.device)[:, None]
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ Shapes: B batch, S sequence, C contextual tokens.
 
 import torch
 
-from dpn_cli.modeling.engine import DROPPED, Assignment
-from dpn_cli.modeling.experts.reducible import Reducible, cosines, ranks
+from dpn_cli.modeling.engine import Assignment
+from dpn_cli.modeling.experts.reducible import Reducible, cosines
 from dpn_cli.modeling.experts.select import select
 from dpn_cli.modeling.state import put, take_columns
 from dpn_cli.pyramid.experts import contextual, num_tokens
@@ -26,26 +26,22 @@ def salient_and_contextual(batch: Reducible) -> Assignment:
 
     The authors merge before the projector, by the tower's keys; here it is what the decoder gets that is compared.
     """
-    device, index = batch.coords.device, torch.arange(batch.coords.shape[1], device=batch.coords.device)
+    device = batch.coords.device
     counts = [contextual(number) for number in batch.num_selected]
     dominant = [number - count for number, count in zip(batch.num_selected, counts, strict=True)]
     others = [num_tokens(grids) - number for grids, number in zip(batch.state.grids, dominant, strict=True)]
     steps = [max(1, number // max(count, 1)) for number, count in zip(others, counts, strict=True)]
 
-    is_dominant = batch.is_visual & (
-        ranks(batch.salience.masked_fill(~batch.is_visual, -torch.inf)) < put(dominant, device)[:, None]
-    )
+    is_dominant = batch.best(batch.salience, dominant)
     is_other = batch.is_visual & ~is_dominant
-    order, step = is_other.cumsum(1) - 1, put(steps, device)[:, None]
-    is_anchor = is_other & (order % step == 0) & (order // step < put(counts, device)[:, None])
+    order, step, count = is_other.cumsum(1) - 1, put(steps, device)[:, None], put(counts, device)[:, None]
+    is_anchor = is_other & (order % step == 0) & (order // step < count)
+    plain = batch.keep(is_dominant | is_anchor)
 
     most = max(1, *counts)
     anchors = is_anchor.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, C]
     similarity = cosines(batch.features, take_columns(batch.features, anchors))  # [B, S, C]
-    is_none = torch.arange(most, device=device) >= put(counts, device)[:, None]
+    is_none = torch.arange(most, device=device) >= count
     nearest = anchors.gather(1, similarity.masked_fill(is_none[:, None], -torch.inf).argmax(-1))
-    merged = torch.where(put(counts, device)[:, None] > 0, nearest, DROPPED)
-    target = torch.where(is_other & ~is_anchor, merged, index)
-    valid = batch.state.valid
-    target = target if valid is None else torch.where(valid, target, DROPPED)
-    return Assignment(target, lengths=batch.lengths(), merges=True)
+    target = torch.where(is_other & ~is_anchor & (count > 0), nearest, plain.target)
+    return Assignment(target, lengths=plain.lengths, merges=True)
