@@ -13,7 +13,6 @@ from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, ranked
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.job import Job, open_job, split_rows, start_afresh
-from dpn_cli.calibration.members import num_members
 from dpn_cli.calibration.policy import Policy
 from dpn_cli.calibration.predictors import learn_predictors
 from dpn_cli.calibration.reporting.report import Report
@@ -215,7 +214,7 @@ def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteT
 def _fit(job: Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> None:
     """Fit the routers; held-out samples say when to stop."""
     recipe = job.recipe
-    with job.reporter.progress("fitting routers", recipe.epochs * num_members(routers[0])) as advance:
+    with job.reporter.progress("fitting routers", recipe.epochs) as advance:
         fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
 
 

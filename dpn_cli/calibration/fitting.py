@@ -9,11 +9,12 @@ as a soft policy over the whole tree, only overfitted.
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
 
-from dpn_cli.calibration.members import join, new_members, num_members
+from dpn_cli.calibration.members import new_members
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
 from dpn_cli.inference.threads import one_thread
@@ -41,41 +42,23 @@ def fit_routers(
     seed: int,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> None:
-    """Fit routers in place, member by member; what they were before does not count.
+    """Fit routers in place; what they were before does not count.
 
     Args:
         routers: one per site, which predict losses.
         table: the samples to fit, with their losses.
         holdout: other samples, for early stopping; likewise.
-        epochs: passes of every member over the samples.
+        epochs: passes over the samples.
         learning_rate: AdamW's, falling to zero as a cosine.
         seed: random seed for the first weights and the order of the samples.
-        advance: called after every epoch of every member.
+        advance: called after every epoch.
     """
-    fitted = []
-    for member in range(num_members(routers[0])):
-        networks = new_members(routers, seed + member)
-        order = torch.Generator().manual_seed(seed + member)
-        _fit(networks, table, holdout, epochs, learning_rate, order, advance)
-        fitted.append(networks)
-    for site, router in enumerate(routers):
-        join(router, [networks[site] for networks in fitted])
-
-
-def _fit(
-    networks: nn.ModuleList,
-    table: RouteTable,
-    holdout: RouteTable,
-    epochs: int,
-    learning_rate: float,
-    order: torch.Generator,
-    advance: Callable[[int], None],
-) -> None:
-    """Fit one member of every router, and leave it as it was where it did best on the held-out samples."""
+    networks: Any = new_members(routers, seed)
+    order = torch.Generator().manual_seed(seed)
     _start_at_the_mean(networks, table)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    best, weights = math.inf, deepcopy(networks.state_dict())
+    best, weights = math.inf, routers.state_dict()
     for epoch in range(1, epochs + 1):
         for rows in _minibatches(len(table.distortion), order):
             loss = _poisson_deviance(Policy.of(networks, table.select(rows)))
@@ -85,10 +68,12 @@ def _fit(
         schedule.step()
         advance(1)
         if epoch % EVALUATE_EVERY == 0 or epoch == epochs:
-            objective = held_out_objective(networks, holdout)
+            for members, router in zip(networks, routers, strict=True):
+                members.join(router)
+            objective = held_out_objective(routers, holdout)
             if objective < best:
-                best, weights = objective, deepcopy(networks.state_dict())
-    networks.load_state_dict(weights)
+                best, weights = objective, deepcopy(routers.state_dict())
+    routers.load_state_dict(weights)
 
 
 @one_thread()
@@ -107,12 +92,12 @@ def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
     return sum(ratios) / len(ratios)
 
 
-def _start_at_the_mean(routers: nn.ModuleList, table: RouteTable) -> None:
-    """Let every untrained router predict the mean losses, so that the fit starts near them."""
+def _start_at_the_mean(networks: nn.ModuleList, table: RouteTable) -> None:
+    """Let every untrained member of every router predict the mean losses, so that the fit starts near them."""
     means = table.distortion.nanmean(0).nan_to_num(1.0)  # [R]
-    for router in routers:
-        bias = router.get_parameter("head.bias")
-        start = means if table.tree.is_listed else (means.mean() / len(routers)).expand(len(bias))
+    for members in networks:
+        bias = members.get_parameter("bias")
+        start = means if table.tree.is_listed else (means.mean() / len(networks)).expand(bias.shape[1])
         start = start.clamp(min=1e-4)
         with torch.no_grad():
             bias.copy_(start + (-(-start).expm1()).log())  # the inverse of softplus
@@ -123,10 +108,10 @@ def _minibatches(count: int, generator: torch.Generator) -> Iterator[torch.Tenso
 
 
 def _poisson_deviance(policy: Policy) -> torch.Tensor:
-    """Return the mean of pred - loss·log pred over the measured routes that pool."""
+    """Return the mean of pred - loss·log pred over the measured routes that pool, summed over the members."""
     predicted, distortion = policy.predictions()
     predicted = predicted.clamp(min=1e-8)
-    return (predicted - distortion * predicted.log()).mean()
+    return (predicted - distortion * predicted.log()).mean(-1).sum()
 
 
 def _best_fixed(table: RouteTable, trade_off: float) -> float:

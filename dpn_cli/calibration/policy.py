@@ -25,7 +25,7 @@ class Policy:
     Attributes:
         table: Measurements of every route on every sample.
         logits: [N, P, E] scores of every site's router at every prefix, one per route where the pyramid lists them,
-            else one per expert of the site; -inf where there is no such score.
+            else one per expert of the site; -inf where there is no such score. [M, N, P, E] where members are asked.
     """
 
     table: RouteTable
@@ -36,7 +36,7 @@ class Policy:
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
         """Ask the routers at every prefix of every sample, some samples at a time."""
         some = torch.arange(len(table.distortion)).split(SAMPLES)
-        return cls(table, torch.cat([_ask(routers, table.tree, table.features[rows]) for rows in some]))
+        return cls(table, torch.cat([_ask(routers, table.tree, table.features[rows]) for rows in some], dim=-3))
 
     @cached_property
     def _options(self) -> list[list[tuple[int, int, int]]]:
@@ -109,31 +109,34 @@ class Policy:
         return self.choose(trade_off, pyramid.trust(trade_off), pyramid.mean_distortions)
 
     def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are."""
+        """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are.
+
+        Where members were asked, what each predicts, [M, ...].
+        """
         reduced = self.table.measured.clone()
         reduced[:, 0] = False
         if not self.table.tree.is_listed:  # what its experts add
             prefixes = {prefix: i for i, prefix in enumerate(self.table.tree.prefixes)}
             paths = [[prefixes[route[:site]] for site in range(len(route))] for route in self.table.tree.routes]
-            added = -self.logits[:, torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
-            return added[reduced], self.table.distortion[reduced]
+            added = -self.logits[..., torch.tensor(paths), torch.tensor(self.table.tree.routes)].sum(-1)
+            return added[..., reduced], self.table.distortion[reduced]
         below = (self._score[..., None] == torch.arange(len(self.table.tree.routes))).any(1)  # [P, R]
         counted = below[None] & reduced[:, None]
         predicted = -self.logits[..., : below.shape[1]]
-        return predicted[counted], self.table.distortion[:, None].expand_as(counted)[counted]
+        return predicted[..., counted], self.table.distortion[:, None].expand_as(counted)[counted]
 
 
 def _ask(routers: nn.ModuleList, tree: RouteTree, features: torch.Tensor) -> torch.Tensor:
-    """Return the scores [N, P, E] of features [N, P, inputs, D], those of a site's prefixes by its router in one go."""
+    """Return the scores [..., N, P, E] of features [N, P, inputs, D], those of a site by its router in one go."""
     sites = [[i for i, prefix in enumerate(tree.prefixes) if len(prefix) == site] for site in range(len(routers))]
     found = [
-        router(features[:, nodes].flatten(0, 1)).unflatten(0, (len(features), len(nodes)))
+        router(features[:, nodes].flatten(0, 1)).unflatten(-2, (len(features), len(nodes)))
         for router, nodes in zip(routers, sites, strict=True)
     ]
-    widest = max(scores.shape[2] for scores in found)
-    padded = [nn.functional.pad(scores, (0, widest - scores.shape[2]), value=-torch.inf) for scores in found]
+    widest = max(scores.shape[-1] for scores in found)
+    padded = [nn.functional.pad(scores, (0, widest - scores.shape[-1]), value=-torch.inf) for scores in found]
     order = torch.tensor([node for nodes in sites for node in nodes]).argsort()
-    return torch.cat(padded, dim=1)[:, order]
+    return torch.cat(padded, dim=-2)[..., order, :]
 
 
 @dataclass(frozen=True)

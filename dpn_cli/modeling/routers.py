@@ -89,9 +89,14 @@ class Router(nn.Module):
         with full_precision(x.device):
             x = F.gelu(self.hidden(self.norm(x))) if self.config.kind == "mlp" else x.flatten(1)
             z: torch.Tensor = self.head(x)
-        if self.config.output == "logits":
-            return z
-        return torch.cat([torch.zeros_like(z[:, :1]), -F.softplus(z[:, 1:])], dim=1)
+        return as_scores(z, self.config.output)
+
+
+def as_scores(z: torch.Tensor, output: str) -> torch.Tensor:
+    """Return the scores [..., E] of what a router's last layer puts out, [..., E]; see `RouterConfig`."""
+    if output == "logits":
+        return z
+    return torch.cat([torch.zeros_like(z[..., :1]), -F.softplus(z[..., 1:])], dim=-1)
 
 
 @dataclass(frozen=True)

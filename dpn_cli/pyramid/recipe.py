@@ -241,7 +241,7 @@ class CalibrationRecipe(_Section):
             `SAMPLES_PER_ROUTE` samples. Those that are held out are measured on all.
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
-        epochs: passes of every router network over the measured samples.
+        epochs: passes of the router fitting over the measured samples.
         learning_rate: Learning rate of router fitting.
         answer_tokens: answer tokens per sample, at most.
         seed: Random seed for sampling and fitting.
