@@ -18,20 +18,15 @@ from dpn_cli.calibration.state import FEATURES_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.conversion.convert import convert
 from tests.faults.limited import largest_file
-from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
+from tests.runs import DEADLOCK_S, FEW, digests, measured, noise_pictures, options, start, wait_for
 
-SAMPLES = 16
-OPTIONS = {
-    "epochs": 4, "batch_size": 4, "answer_tokens": 2, "holdout": 0.4,
-    "survey.samples": 2, "survey.routes": 4, "survey.width": 1,
-}  # fmt: skip
 KILLS = 10
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures without answers, so that the teacher is asked too."""
-    return noise_pictures(tmp_path_factory.mktemp("pictures"), SAMPLES)
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), FEW["samples"])
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +49,8 @@ def folder(converted: Path, tmp_path: Path) -> Path:
 
 
 def arguments(folder: Path, data: Path, **changes: Any) -> list[str]:
-    line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", str(SAMPLES), "--budget", "0.6"]
-    settings = {**OPTIONS, **changes}
-    return [*line, *(word for key, value in settings.items() for word in ("--set", f"calibration.{key}={value}"))]
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6"]
+    return [*line, *options({**FEW, "batch_size": 4, "holdout": 0.4, **changes})]
 
 
 def batches(folder: Path) -> dict[str, bytes]:
