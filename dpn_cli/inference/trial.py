@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpn_cli.checkpoint.blame import Key, keys, without
@@ -86,7 +87,7 @@ class Trial:
     @cached_property
     def model(self) -> Any:
         """The model, without memory for its weights."""
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             return MODELS[type(self.config)]._from_config(self.config).eval()
 
     def run(self) -> None:
