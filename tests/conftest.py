@@ -21,6 +21,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
+def pytest_configure() -> None:
+    """Let configs be short in messages: transformers writes each out several times for what it never says."""
+    from transformers import PreTrainedConfig
+
+    PreTrainedConfig.__repr__ = object.__repr__
+
+
 TextType = Literal["llama", "mistral", "qwen2", "qwen3"]
 Layout = Literal["hub", "new"]
 

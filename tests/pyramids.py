@@ -36,9 +36,12 @@ def pair_factory(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple
     """Return `make(text, attn, layout, pyramid) -> (stock model, pyramid model)`, which nobody may change."""
 
     @cache
+    def make_stock(folder: Path, attn: str) -> Any:
+        return LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=attn).eval()
+
+    @cache
     def make(text: str, attn: str, layout: str, wanted: PyramidConfig) -> tuple[Any, Any]:
         folder = tiny_llava_factory(text=text, layout=layout)
-        stock = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=attn).eval()
         settings = AutoConfig.from_pretrained(folder).to_dict()
         settings.pop("model_type")
         config = DpnLlavaConfig(**settings)
@@ -48,17 +51,21 @@ def pair_factory(tiny_llava_factory: Callable[..., Path]) -> Callable[..., tuple
         )
         assert not info["unexpected_keys"]
         assert all(any(part in key for part in DPE_PARTS) for key in info["missing_keys"])
-        return stock, model.eval()
+        return make_stock(folder, attn), model.eval()
 
     return make
 
 
 @pytest.fixture
 def make_pair(pair_factory: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Return `make(text, attn, **pyramid changes) -> (stock model, pyramid model)` with the same weights."""
+    """Return `make(text, attn, **pyramid changes) -> (stock model, pyramid model)` with the same weights.
+
+    The pyramid is the test's own; the stock model is everybody's, and nobody may change it.
+    """
 
     def make(text: str = "llama", attn: str = "sdpa", layout: str = "hub", **changes: Any) -> tuple[Any, Any]:
-        stock, model = deepcopy(pair_factory(text, attn, layout, pyramid(**changes)))
+        stock, model = pair_factory(text, attn, layout, pyramid(**changes))
+        model = deepcopy(model)
         scramble_routers(model, seed=7)  # of the first dozen, the one whose routers disagree most
         return stock, model
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,19 @@ from PIL import Image
 
 DEADLOCK_S = 120  # beyond this something hangs
 POLL_S = 0.005
+FEW: Mapping[str, Any] = {  # settings of `calibration`: as little as every stage of it can do with
+    "samples": 16, "epochs": 4, "batch_size": 8, "answer_tokens": 2, "holdout": 0.25,
+    "survey": {"samples": 2, "routes": 4, "width": 1}, "predictors": {"samples": 1, "epochs": 2},
+}  # fmt: skip
+
+
+def options(settings: Mapping[str, Any], path: str = "calibration") -> list[str]:
+    """Return settings as options of a command line."""
+    words = []
+    for name, value in settings.items():
+        key = f"{path}.{name}"
+        words += options(value, key) if isinstance(value, Mapping) else ["--set", f"{key}={value}"]
+    return words
 
 
 def start(arguments: Sequence[str], **environment: str) -> "subprocess.Popen[str]":

@@ -53,6 +53,12 @@ def test_streams_that_cannot_be_written_cost_no_work(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_a_reader_that_is_gone_costs_no_work(make_converted: Callable[..., Path], tmp_path: Path) -> None:
+    done = export(make_converted(), tmp_path, "| true")
+    assert done.stderr == "" and done.stdout == ""
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_an_encoding_that_lacks_characters_costs_no_results(
     tiny_llava: Path, tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpn_cli.checkpoint.blame import Key, keys, without
@@ -86,7 +87,7 @@ class Trial:
     @cached_property
     def model(self) -> Any:
         """The model, without memory for its weights."""
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             return MODELS[type(self.config)]._from_config(self.config).eval()
 
     def run(self) -> None:
@@ -111,7 +112,8 @@ class Trial:
         """Generate one token with logits that are all zero: what the generation config asks for is done."""
 
         def forward(input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-            return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.config.text_config.vocab_size))
+            last = torch.zeros(len(input_ids), 1, self.config.text_config.vocab_size)  # of long prompts all take GB
+            return CausalLMOutputWithPast(logits=last)
 
         self.model.generation_config = config = self._generation_config()
         for key, (expected, fits) in SETTINGS.items():

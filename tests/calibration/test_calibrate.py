@@ -26,17 +26,15 @@ from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
-from tests.runs import noise_pictures
+from tests.runs import FEW, noise_pictures
 
-SURVEY = SurveyRecipe(samples=6, routes=8, width=2)
-RECIPE = CalibrationRecipe(
-    samples=24, epochs=10, batch_size=8, answer_tokens=3, budget=0.6, holdout=0.25, survey=SURVEY
-)
+SURVEY = SurveyRecipe(samples=4, routes=6, width=1)
+RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.6, "survey": SURVEY})
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("pictures"), 24)
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), RECIPE.samples)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +85,9 @@ def test_the_report_and_the_config_agree_with_the_model(calibrated: Path) -> Non
     model = load_model(calibrated)
     assert model.pyramid.trade_off == report["trade_off"]
     assert [list(vars(b).values()) for b in model.pyramid.budgets] == [list(b.values()) for b in report["budgets"]]
-    assert report["routed"]["fraction"] == pytest.approx(0.6, abs=0.1)  # six held-out samples are coarse
-    assert report["settings"]["held_out"] == 6
-    assert len(report["worst"]) == 6
+    assert report["routed"]["fraction"] == pytest.approx(0.6, abs=0.1)  # four held-out samples are coarse
+    assert report["settings"]["held_out"] == 4
+    assert len(report["worst"]) == 4
 
 
 def test_calibrated_with_budget_one_equals_stock(calibrated: Path, tiny_llava: Path, data: Path) -> None:

@@ -30,14 +30,11 @@ from dpn_cli.exporting import export as exporting
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
 from dpn_cli.parallel.processes import ALONE
-from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, SurveyRecipe
-from tests.runs import digests, noise_pictures
+from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
+from tests.runs import FEW, digests, noise_pictures
 
 HEAL = HealRecipe(method="lora", rank=2, steps=1, batch_size=2, gradient_accumulation=1)
-SURVEY = SurveyRecipe(samples=4, routes=4, width=2)
-RECIPE = CalibrationRecipe(
-    samples=16, epochs=2, batch_size=8, answer_tokens=2, budget=0.7, holdout=0.25, routes=4, survey=SURVEY
-)
+RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.7})
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
 
 Save = Callable[[Path], None]

@@ -16,6 +16,7 @@ from dpn_cli.pyramid.experts import pool
 RATES = ((1, 1), (1, 2), (2, 2))
 PYRAMID = PyramidConfig(sites=tuple(Site(layer, pool(*RATES)) for layer in (1, 3, 5)))
 SIZE = 32
+EPOCHS = 25
 
 
 def make_table(count: int, seed: int = 0) -> RouteTable:
@@ -58,7 +59,7 @@ def test_fitting_on_a_part_of_the_routes_is_finite_and_still_learns() -> None:
     skip[:, 0] = False
     table.distortion[skip] = torch.nan
     routers = make_routers()
-    fit_routers(routers, table, held, epochs=60, learning_rate=1e-2, seed=0)
+    fit_routers(routers, table, held, epochs=EPOCHS, learning_rate=1e-2, seed=0)
     assert held_out_objective(routers, held) < 0.97
 
 
@@ -79,7 +80,7 @@ def test_the_policy_follows_the_decision_rule_of_the_model() -> None:
 def test_fitting_beats_every_fixed_route_and_is_deterministic() -> None:
     table, held = make_table(160), make_table(80, seed=1)
     routers = make_routers()
-    fit_routers(routers, table, held, epochs=60, learning_rate=1e-2, seed=0)
+    fit_routers(routers, table, held, epochs=EPOCHS, learning_rate=1e-2, seed=0)
     assert held_out_objective(routers, held) < 0.95
     budgets = budget_table(routers, held)
     half = min(budgets, key=lambda row: abs(row.fraction - 0.75))
@@ -87,7 +88,7 @@ def test_fitting_beats_every_fixed_route_and_is_deterministic() -> None:
     assert half.distortion < 0.5 * min(fixed)
 
     again = make_routers()
-    fit_routers(again, table, held, epochs=60, learning_rate=1e-2, seed=0)
+    fit_routers(again, table, held, epochs=EPOCHS, learning_rate=1e-2, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(routers.parameters(), again.parameters(), strict=True))
 
 

@@ -30,10 +30,10 @@ from dpn_cli.reporter import Reporter
 from tests.calibration.test_rollout import examples
 from tests.elsewhere import run_elsewhere
 from tests.pyramids import IMAGE, prompt
-from tests.runs import noise_pictures
+from tests.runs import FEW, noise_pictures
 
 PREDICTED = ("pyramid.sites=[{after: 0, experts: [keep, 'predicted:0.25']}]", "pyramid.routes=['predicted:0.25']")
-RECIPE = {"samples": 24, "epochs": 5, "batch_size": 8, "answer_tokens": 3, "budget": 0.6, "holdout": 0.25}
+RECIPE = {**FEW, "budget": 0.6, "predictors": {"samples": 16, "epochs": 2}}
 
 
 def with_predictor(make_pair: Callable[..., tuple[Any, Any]], **settings: Any) -> tuple[Any, Any]:
@@ -109,7 +109,7 @@ def test_shapes_are_those_that_the_config_foretells() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_pictures(tmp_path_factory.mktemp("pictures"), 40)
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), 26)
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,10 @@ def test_samples_of_its_own_take_no_part_in_fitting_the_routers(
         totals[title] = totals.get(title, 0) + total
         return Reporter().progress(title, total)
 
-    recipe = calibration_recipe(folder, ("calibration.predictors.samples=34",), dict(RECIPE))
+    recipe = calibration_recipe(folder, (), {**RECIPE, "predictors": {"samples": 26}})
     calibrate(folder, DataOptions(str(data)), recipe, Reporter(progress=progress))
-    assert totals["watching attention"] == 28, "ten further ones, and those 18 of the 24 that are not held out"
-    assert totals["measuring routes"] == 24
+    assert totals["watching attention"] == 22, "ten further ones, and those 12 of the 16 that are not held out"
+    assert totals["measuring routes"] == 16
 
 
 def test_what_was_observed_is_not_observed_again(
@@ -194,7 +194,7 @@ def test_what_was_observed_is_not_observed_again(
     with pytest.raises(ZeroDivisionError):
         calibrate(folder, DataOptions(str(data)), recipe)
     kept = sorted((folder / "calibration" / "state").glob("attention-*"))
-    assert len(kept) == 5 and load_file(kept[0])["attention"].shape == (8, stage.TOKENS)
+    assert len(kept) == 2 and load_file(kept[0])["attention"].shape == (8, stage.TOKENS)
     copy = shutil.copytree(folder, tmp_path / "copy")
     monkeypatch.undo()
     monkeypatch.setattr("dpn_cli.calibration.predictors.watch_attention", lambda *args: 1 / 0)

@@ -1,6 +1,7 @@
 """A calibration that is killed, interrupted or out of room goes on where it stopped."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,20 +19,15 @@ from dpn_cli.calibration.state import FEATURES_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.conversion.convert import convert
 from tests.faults.limited import largest_file
-from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
+from tests.runs import DEADLOCK_S, FEW, digests, measured, noise_pictures, options, start, wait_for
 
-SAMPLES = 16
-OPTIONS = {
-    "epochs": 4, "batch_size": 4, "answer_tokens": 2, "holdout": 0.4,
-    "survey.samples": 2, "survey.routes": 4, "survey.width": 1,
-}  # fmt: skip
 KILLS = 10
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures without answers, so that the teacher is asked too."""
-    return noise_pictures(tmp_path_factory.mktemp("pictures"), SAMPLES)
+    return noise_pictures(tmp_path_factory.mktemp("pictures"), FEW["samples"])
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +50,8 @@ def folder(converted: Path, tmp_path: Path) -> Path:
 
 
 def arguments(folder: Path, data: Path, **changes: Any) -> list[str]:
-    line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", str(SAMPLES), "--budget", "0.6"]
-    settings = {**OPTIONS, **changes}
-    return [*line, *(word for key, value in settings.items() for word in ("--set", f"calibration.{key}={value}"))]
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6"]
+    return [*line, *options({**FEW, "batch_size": 4, "holdout": 0.4, **changes})]
 
 
 def batches(folder: Path) -> dict[str, bytes]:
@@ -127,17 +122,35 @@ def test_a_kill_after_one_of_the_results_is_mended(
     assert digests(folder) == undisturbed
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))],
-)
-def test_an_interrupt_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
+def test_an_interrupt_keeps_what_was_measured(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, handler = digests(folder), signal.getsignal(signal.SIGHUP)
+
+    def interrupt(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(calibration, "budget_table", interrupt)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what `nohup` leaves ignored stays so
+    assert cli.main(arguments(folder, data)) == 130
+    signal.signal(signal.SIGHUP, handler)
+    was_interrupted(folder, before, *capsys.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_keeps_what_was_measured(folder: Path, data: Path, number: int) -> None:
     before = digests(folder)
     process = start(arguments(folder, data, epochs=100_000))  # it cannot end before the signal
     wait_for(process, lambda: measured(folder, 2))
     process.send_signal(number)
     output, errors = process.communicate(timeout=DEADLOCK_S)
     assert process.returncode == 130
+    was_interrupted(folder, before, output, errors)
+
+
+def was_interrupted(folder: Path, before: dict[str, str], output: str, errors: str) -> None:
+    """Check what an interrupted calibration says and leaves."""
     assert output == ""
     assert [line for line in errors.splitlines() if line][-2:] == [
         "What was measured is kept: run the same command line again to go on from there.",

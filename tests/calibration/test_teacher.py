@@ -32,7 +32,7 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
 from tests.conftest import VOCAB_SIZE, tiny_tokenizer
 from tests.originals import Original
 from tests.pyramids import pyramid
-from tests.runs import DEADLOCK_S, digests, noise_pictures, start, wait_for
+from tests.runs import DEADLOCK_S, FEW, digests, noise_pictures, options, start, wait_for
 
 ANSWERS = ("red circle", "word7", "two small green square", "blue")
 RECIPE = CalibrationRecipe(answer_tokens=3, batch_size=2)
@@ -71,9 +71,7 @@ def folder(converted: Path, tmp_path: Path) -> Path:
 
 
 def arguments(folder: Path, data: Path, teacher: Path | str | None, *further: str) -> list[str]:
-    line = ["calibrate", "--model", str(folder), "--data", str(data), "--samples", "16", "--budget", "0.6"]
-    settings = ("epochs=4", "answer_tokens=2", "holdout=0.4", "survey.samples=4", "survey.routes=4", "survey.width=2")
-    line += [word for each in settings for word in ("--set", f"calibration.{each}")]
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6", *options(FEW)]
     return [*line, *(["--teacher", str(teacher)] if teacher else []), *further]
 
 

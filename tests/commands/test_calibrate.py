@@ -14,14 +14,10 @@ from dpn_cli.cli import main
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.workspace import current
 from tests.data.test_data import bomb
-from tests.runs import digests
+from tests.runs import FEW, digests, options
 
-SETTINGS = (
-    "epochs=3", "holdout=0.25", "answer_tokens=3", "survey.samples=4", "survey.routes=6", "survey.width=2",
-)  # fmt: skip
-LIGHT = [word for each in SETTINGS for word in ("--set", f"calibration.{each}")]
-FEW = ["--set", "calibration.predictors.samples=20"]
-LIGHT += ["--samples", "24", "--budget", "0.6"]
+LEARNT = ["--set", "calibration.predictors.samples=20"]
+LIGHT = [*options({**FEW, "samples": 24}), "--budget", "0.6"]
 
 
 @pytest.fixture
@@ -189,7 +185,10 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--samples", "1" + "0" * 30], "is not in the range"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
-        (["--set", "calibration.holdout=0.999", "--samples", "20", *FEW], "leaves 0 to fit routers to, which need 4"),
+        (
+            ["--set", "calibration.holdout=0.999", "--samples", "20", *LEARNT],
+            "leaves 0 to fit routers to, which need 4",
+        ),
     ],
 )
 def test_what_no_calibration_can_have_is_refused(

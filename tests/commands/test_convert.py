@@ -1,14 +1,14 @@
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dpn_cli.cli import main
+from dpn_cli.conversion import convert as conversion
 from tests.originals import Original
 
 
@@ -94,13 +94,13 @@ def test_a_link_that_cannot_be_is_a_copy_and_said(
 
 
 def test_a_killed_run_is_swept_by_the_next(tiny_llava: Path) -> None:
-    script = (
-        "import os, signal; from dpn_cli.conversion import convert; from dpn_cli import cli\n"
-        "convert.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"cli.main(['convert', {str(tiny_llava)!r}, '-o', 'out'])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    if (child := os.fork()) == 0:
+        try:
+            conversion.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            main(["convert", str(tiny_llava), "-o", "out"])
+        finally:
+            os._exit(1)  # it was not killed
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert {path.name for path in Path().iterdir()} == {".out.dpn"}
     assert main(["convert", str(tiny_llava), "-o", "out"]) == 0
     assert {path.name for path in Path().iterdir()} == {".dpn", "out"}

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from dpn_cli.calibration import forecast
 from dpn_cli.cli import main
 from tests.runs import noise_pictures
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the speed of a layer be measured for a moment: nothing here is about how exact it is."""
+    monkeypatch.setattr(forecast, "_MEASURED_S", 0.01)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.pyramid.config import DPE_PARTS
-from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
 from tests.conversion.test_dpn_authors import NEW_ROUTER, OLD_ROUTER, make_dpn, prompts
 from tests.conversion.test_tokenizer import reference_pixels
 from tests.converted import pretend_calibration
@@ -33,6 +33,7 @@ from tests.exporting.test_export import answer, in_fresh_process
 from tests.hr import SIZE, SLOW, TOWER, Hr, Tensors, write_full_size
 from tests.originals import Original
 from tests.pyramids import collate, scramble_routers
+from tests.runs import FEW
 
 VISUAL = 64  # tokens of an image
 ROWS = 340  # of the original's embedding
@@ -158,10 +159,7 @@ def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
     for i in range(16):
         pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
-    survey = SurveyRecipe(samples=4, routes=6, width=2)
-    recipe = CalibrationRecipe(
-        samples=16, epochs=5, batch_size=8, answer_tokens=2, budget=0.75, holdout=0.25, survey=survey
-    )
+    recipe = CalibrationRecipe.model_validate({**FEW, "budget": 0.75})
     calibrate(folder, DataOptions(str(tmp_path / "data")), recipe)
     expected, routes = answer(dpn_cli.load(folder), folder, picture)
     assert any(routes[0])

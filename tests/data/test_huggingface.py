@@ -24,6 +24,7 @@ def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     package = pytest.importorskip("datasets")
     monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(package.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(package.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # else 5 s for each stream
     package.disable_progress_bars()
     return package
 

@@ -69,6 +69,7 @@ def test_the_example_of_a_layout_is_read(
     if "datasets" in text:
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", in_folder / "cache")
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # else 5 s
         datasets.disable_progress_bars()
     for name, content in FILE.findall(text):
         Path(name).parent.mkdir(exist_ok=True)

@@ -51,6 +51,6 @@ def serving(folder: Path, redirects: dict[str, str]) -> Iterator[tuple[str, list
     handler = type("Of", (Handler,), {"asked": asked, "redirects": redirects})
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
         server.daemon_threads = True
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # how often it looks for its end
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()

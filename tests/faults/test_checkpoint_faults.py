@@ -188,19 +188,27 @@ def converts(undisturbed: Listing) -> None:
 
 
 @pytest.mark.parametrize("fault", [*HEADERS, *TENSORS])
-def test_a_bad_checkpoint_is_refused_and_a_mended_one_converted(
-    here: Path,
-    tiny_llava_factory: Callable[..., Path],
-    undisturbed: Listing,
-    capsys: pytest.CaptureFixture[str],
-    fault: str,
-) -> None:
+def test_a_bad_checkpoint_is_refused(here: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     harm, message = (HEADERS | TENSORS)[fault]
     harm(here / SOURCE)
     refused(["convert", SOURCE, "-o", OUTPUT], 3, message, capsys)
     refused(["convert", SOURCE, "-o", OUTPUT, "--dry-run"], 3, message, capsys)
     if fault in HEADERS:
         refused(["inspect", SOURCE], 3, message, capsys)
+
+
+@pytest.mark.parametrize("fault", ["shard truncated", "tensor missing", "vision size"])
+def test_a_mended_checkpoint_is_converted(
+    here: Path,
+    tiny_llava_factory: Callable[..., Path],
+    undisturbed: Listing,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+) -> None:
+    """The first fault is found in headers, the second among the tensors, the last when the model is built."""
+    harm, message = (HEADERS | TENSORS)[fault]
+    harm(here / SOURCE)
+    refused(["convert", SOURCE, "-o", OUTPUT], 3, message, capsys)
     shutil.rmtree(SOURCE)
     shutil.copytree(tiny_llava_factory(shards=2), SOURCE)
     converts(undisturbed)
@@ -209,10 +217,10 @@ def test_a_bad_checkpoint_is_refused_and_a_mended_one_converted(
 @pytest.mark.parametrize(
     "fault", [f for f in HEADERS | TENSORS if not f.startswith(("LoRA", "empty folder", "config of", ".bin"))]
 )
-def test_export_refuses_what_convert_refuses(here: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    from dpn_cli.conversion.convert import convert
-
-    convert(SOURCE, output=here / "pyramid")
+def test_export_refuses_what_convert_refuses(
+    here: Path, converted_factory: Callable[..., Path], capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    shutil.copytree(converted_factory("llama", "hub", 2, False, "llava"), here / "pyramid")
     harm, message = (HEADERS | TENSORS)[fault]
     harm(here / "pyramid")
     refused(["export", "--model", "pyramid", "-o", OUTPUT], 3, message, capsys)
@@ -372,9 +380,11 @@ def test_an_interrupted_run_leaves_nothing_behind(
     converts(undisturbed)
 
 
-@pytest.mark.parametrize("closed", ["reader gone", pytest.param("no stdout", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["reader gone", "no stdout"])
 @pytest.mark.usefixtures("here")
 def test_a_closed_stdout_loses_the_table_and_nothing_else(undisturbed: Listing, closed: str) -> None:
+    """An export, which begins faster, does the same in test_channels.py."""
     reader, writer = os.pipe()
     os.close(reader)
     options = {"stdout": writer} if closed == "reader gone" else {"preexec_fn": lambda: os.close(1)}

@@ -60,7 +60,7 @@ CASES = {
     "recipe": 1000,
 }  # fmt: skip
 QUICK = {
-    "hub": 40, "converted": 40, "original": 20, "tower": 10, "hr": 20, "tiled": 15, "rows": 100, "recipe": 150,
+    "hub": 20, "converted": 20, "original": 10, "tower": 10, "hr": 20, "tiled": 8, "rows": 50, "recipe": 50,
 }  # fmt: skip
 
 

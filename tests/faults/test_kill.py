@@ -1,6 +1,7 @@
 """kill -9 at any moment, and two runs at once: the target is absent or complete, and the next run goes as ever."""
 
 import filecmp
+import os
 import random
 import shutil
 import signal
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.random_checkpoint import make
+from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 
 DPN = (sys.executable, "-m", "dpn_cli", "--quiet")
@@ -41,6 +45,29 @@ def same(one: Path, other: Path) -> bool:
 
 def start(*args: str, cwd: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen([*DPN, *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+class Fork:
+    """A run in a fork of this process, which has imported what it needs; asked as a `Popen` is."""
+
+    def __init__(self, *args: str, cwd: Path) -> None:
+        self.said, said = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.chdir(cwd)
+                with os.fdopen(said, "w") as stream, redirect_stdout(None), redirect_stderr(stream):
+                    code = main(["--quiet", *args])
+            finally:
+                os._exit(code)
+        os.close(said)
+
+    def communicate(self) -> tuple[str, str]:
+        with os.fdopen(self.said) as stream:
+            text = stream.read()
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return "", text
 
 
 def finish(*args: str, cwd: Path) -> tuple[int, str]:
@@ -97,15 +124,15 @@ def test_of_two_runs_at_once_one_wins_whichever_is_ahead(large: Path) -> None:
 def test_of_two_runs_at_once_one_wins(tiny_llava_factory: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(tiny_llava_factory(shards=2), tmp_path / "source")
     convert(str(tmp_path / "source"), output=tmp_path / "source-dpn")
-    at_once(tmp_path, "source")
+    at_once(tmp_path, "source", begin=Fork)
     assert same(tmp_path / "out", tmp_path / "source-dpn")
 
 
-def at_once(folder: Path, source: str, head_start: float = 0) -> None:
+def at_once(folder: Path, source: str, head_start: float = 0, begin: Callable[..., Any] = start) -> None:
     """Convert twice at once to `out`, and check that one of the runs does it and the other says why it does not."""
-    first = start("convert", source, "--output", "out", cwd=folder)
+    first = begin("convert", source, "--output", "out", cwd=folder)
     time.sleep(head_start)
-    second = start("convert", source, "--output", "out", cwd=folder)
+    second = begin("convert", source, "--output", "out", cwd=folder)
     said = {process.returncode: text for process, (_, text) in ((p, p.communicate()) for p in (first, second))}
     assert said.keys() == {0, 2}
     assert said[0] == ""

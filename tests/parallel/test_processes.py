@@ -19,13 +19,12 @@ from dpn_cli.errors import UsageError
 from dpn_cli.parallel import child
 from dpn_cli.parallel.launch import end_with_launcher, place
 from dpn_cli.parallel.processes import ALONE, Processes
-from tests.runs import DEADLOCK_S, digests, measured, noise_pictures, start, wait_for
+from tests.runs import DEADLOCK_S, FEW, digests, measured, noise_pictures, options, start, wait_for
 
 LAUNCHED = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }  # fmt: skip
-SURVEY = ("survey.samples=4", "survey.routes=6", "survey.width=2")
 HEAL = ("heal.method=lora", "heal.steps=4", "heal.batch_size=2", "heal.gradient_accumulation=2", "heal.save_every=1")
 
 
@@ -53,9 +52,9 @@ def copy(converted: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def arguments(folder: Path, data: Path | str, *settings: str) -> list[str]:
-    settings = ("epochs=4", "batch_size=2", "answer_tokens=2", *SURVEY, *settings)
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6"]
     words = [word for each in settings for word in ("--set", f"calibration.{each}")]
-    return ["calibrate", "--model", str(folder), "--data", str(data), "--budget", "0.6", *words]
+    return [*line, *options({**FEW, "samples": 20, "batch_size": 2}), *words]
 
 
 def run(line: list[str], expected: int = 0, **environment: str) -> tuple[str, str]:

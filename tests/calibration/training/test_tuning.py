@@ -28,13 +28,11 @@ from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, SurveyRecipe, load_recipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
+from tests.runs import FEW
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
-RECIPE = CalibrationRecipe(
-    samples=16, epochs=4, batch_size=8, answer_tokens=3, budget=0.7, holdout=0.25, routes=6, heal=HEAL,
-    survey=SurveyRecipe(samples=4, routes=6, width=2),
-)  # fmt: skip
+RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.7, "heal": HEAL})
 
 
 @pytest.fixture(scope="module")
