@@ -26,6 +26,17 @@ ORIGIN = {
 }  # fmt: skip
 
 
+class FeaturesAreLogits(nn.Module):
+    """A router that says what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.flatten(1) + self.shift
+
+
 def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:
     """Return a report on samples whose distortion grows with pooling, and whose routers guess it roughly."""
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +58,7 @@ def made_up_report(samples: Sequence[Sample], budget: float = 0.5) -> Report:
             distortion
         ),
     )
-    routers = nn.ModuleList(nn.Flatten() for _ in SITES)  # the features are the logits
+    routers = nn.ModuleList(FeaturesAreLogits() for _ in SITES)
     policy = Policy.of(routers, table)
     budgets = []
     for trade_off in (0.0, *torch.logspace(-3, 3, 25).tolist()):

@@ -102,23 +102,21 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     held, fitted, further = split_rows(len(samples), recipe)
     learn_predictors(job, [samples[i] for i in further + fitted])
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
+    paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
+    measured = [samples[i] for i in (held if paper else held + fitted)]
+    if not paper:
+        table, grids = _learn(job, measured, len(held))
     learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter, job.other)
-    paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
-    table, grids = _measure(job, [samples[i] for i in (held if paper else held + fitted)], len(held))
+    if paper:
+        table, grids = _measure(job, measured, len(held))
+    elif job.model.is_adapted:
+        table, grids = _learn(job, measured, len(held), again=True)
     if claim is None:
         return None
-    held_table = table.part(range(len(held)))
-    routers = job.model.text_model.routers.to("cpu", torch.float32).requires_grad_(True)
-    if not paper:
-        learned_table = table.part(range(len(held), len(held) + len(fitted))).loss
-        _fit(job, routers, learned_table, held_table.loss)
-        if job.model.pyramid.routes is not None:
-            means = learned_table.distortion.nanmean(0).nan_to_num(0.0)
-            job.model.pyramid = replace(job.model.pyramid, mean_distortions=tuple(means.tolist()))
-
-    pyramid = _solve(job, routers, held_table)
+    routers, held_table = job.model.text_model.routers, table.part(range(len(held)))
+    pyramid = _solve(job, routers, held_table) if paper else job.model.pyramid
     objective = held_out_objective(routers, held_table.loss)
     settings = {
         "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
@@ -191,8 +189,37 @@ def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tupl
     return found.rows(pyramid)
 
 
-def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
+def _learn(
+    job: Job, samples: Sequence[Sample], num_held: int, again: bool = False
+) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
+    """Measure samples, the held-out ones first, and let the model have routers that are fitted to them; see `_measure`.
+
+    The main process fits, all get what it found.
+    """
+    table, grids = _measure(job, samples, num_held, again)
+    routers, pyramid = job.model.text_model.routers, job.model.pyramid
+    if job.processes.is_main:
+        held, learned = (table.part(rows) for rows in (range(num_held), range(num_held, len(samples))))
+        _fit(job, routers, learned.loss, held.loss)
+        if pyramid.routes is not None:
+            means = learned.loss.distortion.nanmean(0).nan_to_num(0.0)
+            job.model.pyramid = replace(pyramid, mean_distortions=tuple(means.tolist()))
+        pyramid = _solve(job, routers, held)
+    _take(job.model, routers, job.processes.agree(pyramid))
+    routers.load_state_dict(job.processes.agree({name: each.cpu() for name, each in routers.state_dict().items()}))
+    return table, grids
+
+
+def _measure(
+    job: Job, samples: Sequence[Sample], num_held: int, again: bool = False
+) -> tuple[RouteTable, list[tuple[Grid, ...]]]:
     """Measure samples: the held-out ones, which are first, down every route, the others as the recipe says.
+
+    Args:
+        job: what to measure with.
+        samples: all of them.
+        num_held: Number of held-out samples.
+        again: Whether these samples were measured before, with a model that was not healed yet.
 
     Returns:
         The table, and the visual grids of every sample.
@@ -205,6 +232,7 @@ def _measure(job: Job, samples: Sequence[Sample], num_held: int) -> tuple[RouteT
     num_routes = recipe.routes_per_sample(len(tree.routes), len(samples) - num_held)
     batches = plan_batches(tree, model.pyramid, grids, recipe.batch_size, num_routes, complete=range(num_held))
     kept, features = (job.state.measurements, job.state.features) if job.state else (None, None)
+    kept = kept.after(len(batches)) if kept and again else kept
     with job.reporter.progress("measuring routes", len(examples)) as advance:
         pad = job.processor.tokenizer.pad_token_id
         table = measure(model, examples, tree, batches, pad, kept, features, job.processes, advance, job.other)
@@ -233,7 +261,7 @@ def _solve_budgets(job: Job, read: CalibrationData, claim: Claim | None, data: s
     table, grids = _measure(job, _answer(job, asked), len(asked))
     if claim is None:
         return None
-    routers = job.model.text_model.routers.to("cpu", torch.float32)
+    routers = job.model.text_model.routers
     pyramid = _solve(job, routers, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,

@@ -17,13 +17,14 @@ from torch import nn
 from dpn_cli.calibration.members import new_members
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
-from dpn_cli.inference.threads import one_thread
+from dpn_cli.inference.threads import one_thread, threads_for
 
 BATCH = 64  # samples per step
 EVALUATE_EVERY = 5  # epochs
 TRADE_OFFS = (0.01, 5.0)  # λ, the loss that a whole prefill is worth: from little loss for much compute to the reverse
 NUM_TRADE_OFFS = 12  # values of λ that early stopping looks at
 WEIGHT_DECAY = 0.1
+LEARNING_RATE, WIDTH = 3e-3, 128  # the rate for a hidden size; it falls with one over the size
 
 
 def spread_of_trade_offs(count: int) -> torch.Tensor:
@@ -32,13 +33,12 @@ def spread_of_trade_offs(count: int) -> torch.Tensor:
     return low * (high / low) ** torch.linspace(0, 1, count)
 
 
-@one_thread()
 def fit_routers(
     routers: nn.ModuleList,
     table: RouteTable,
     holdout: RouteTable,
     epochs: int,
-    learning_rate: float,
+    learning_rate: float | None,
     seed: int,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> None:
@@ -49,22 +49,24 @@ def fit_routers(
         table: the samples to fit, with their losses.
         holdout: other samples, for early stopping; likewise.
         epochs: passes over the samples.
-        learning_rate: AdamW's, falling to zero as a cosine.
+        learning_rate: AdamW's, falling to zero as a cosine; None for one that suits the model's width.
         seed: random seed for the first weights and the order of the samples.
         advance: called after every epoch.
     """
+    rate = learning_rate or LEARNING_RATE * WIDTH / table.hidden_size
     networks: Any = new_members(routers, seed)
     order = torch.Generator().manual_seed(seed)
     _start_at_the_mean(networks, table)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(networks.parameters(), rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     best, weights = math.inf, routers.state_dict()
     for epoch in range(1, epochs + 1):
-        for rows in _minibatches(len(table.distortion), order):
-            loss = _poisson_deviance(Policy.of(networks, table.select(rows)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        with threads_for(table.hidden_size):
+            for rows in _minibatches(len(table.distortion), order):
+                loss = _poisson_deviance(Policy.of(networks, table.select(rows)))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         schedule.step()
         advance(1)
         if epoch % EVALUATE_EVERY == 0 or epoch == epochs:
@@ -76,7 +78,6 @@ def fit_routers(
     routers.load_state_dict(weights)
 
 
-@one_thread()
 def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
     """Return loss + λ·FLOPs of the routers' choices over the best fixed route's, the mean over λ of every size.
 
@@ -84,7 +85,8 @@ def held_out_objective(routers: nn.ModuleList, table: RouteTable) -> float:
     """
     with torch.no_grad():
         policy = Policy.of(routers, table)
-        ratios = []
+    ratios = []
+    with one_thread():
         for trade_off in spread_of_trade_offs(NUM_TRADE_OFFS).tolist():
             taken = outcome(table, policy.choose(trade_off))
             fixed = _best_fixed(table, trade_off)

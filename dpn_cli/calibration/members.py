@@ -50,7 +50,7 @@ class Members(nn.Module):
 
 
 def new_members(routers: nn.ModuleList, seed: int) -> nn.ModuleList:
-    """Return fresh members of every router."""
+    """Return fresh members of every router, where the routers are."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return nn.ModuleList(map(Members, routers))
+        return nn.ModuleList(map(Members, routers)).to(next(routers.parameters()).device)

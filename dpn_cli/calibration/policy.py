@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.inference.threads import one_thread
+from dpn_cli.inference.threads import threads_for
 from dpn_cli.modeling.routers import trusted
 from dpn_cli.pyramid.config import PyramidConfig, Route
 
@@ -32,11 +32,12 @@ class Policy:
     logits: torch.Tensor
 
     @classmethod
-    @one_thread()
     def of(cls, routers: nn.ModuleList, table: RouteTable) -> "Policy":
-        """Ask the routers at every prefix of every sample, some samples at a time."""
-        some = torch.arange(len(table.distortion)).split(SAMPLES)
-        return cls(table, torch.cat([_ask(routers, table.tree, table.features[rows]) for rows in some], dim=-3))
+        """Ask the routers at every prefix of every sample, some samples at a time, on the device that they are on."""
+        device, some = next(routers.parameters()).device, torch.arange(len(table.distortion)).split(SAMPLES)
+        with threads_for(table.hidden_size):
+            asked = [_ask(routers, table.tree, table.features[rows].to(device)).cpu() for rows in some]
+        return cls(table, torch.cat(asked, dim=-3))
 
     @cached_property
     def _options(self) -> list[list[tuple[int, int, int]]]:

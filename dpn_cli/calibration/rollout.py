@@ -79,6 +79,11 @@ class RouteTable:
     fraction: torch.Tensor
 
     @property
+    def hidden_size(self) -> int:
+        """D."""
+        return (self.features.size if isinstance(self.features, StoredFeatures) else self.features.shape)[-1]
+
+    @property
     def measured(self) -> torch.Tensor:
         """Which samples were sent down which routes, [N, R] bool."""
         return ~self.distortion.isnan()

@@ -1,9 +1,16 @@
 """How many threads torch computes with, where that matters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+WIDE = 1024  # width of a model from which its routers' matrices keep several threads busy
+
+
+def threads_for(width: int) -> AbstractContextManager[None]:
+    """Compute on one thread where the model is narrow, else on as many as are set."""
+    return one_thread() if width < WIDE else nullcontext()
 
 
 @contextmanager

@@ -137,7 +137,7 @@ class TrainingRecipe(_Section):
 
     Attributes:
         steps: Number of optimiser steps.
-        batch_size: samples per forward pass; they share one route.
+        batch_size: samples per forward pass; they share one budget.
         gradient_accumulation: forward passes per step.
         learning_rate: the highest; it warms up, then falls to zero as a cosine.
         optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.
@@ -157,7 +157,7 @@ class TrainingRecipe(_Section):
 
 
 class HealRecipe(TrainingRecipe):
-    """How the layers after the first site are healed, before the routers are fitted.
+    """How the layers after the first site are healed, for the routes that fitted routers choose.
 
     Attributes:
         method: `none`, or `lora`: a low-rank adapter, merged into the weights at export.
@@ -168,7 +168,7 @@ class HealRecipe(TrainingRecipe):
         target_modules: the linear layers that get an adapter.
         temperature: Softmax temperature at which teacher and student are compared.
         ce_weight: Weight of the cross-entropy to the labels, where the data has them and the route reduces tokens.
-        budget_spread: Largest distance of a drawn route's fraction of the FLOPs from the budget; 1 for all routes.
+        budget_spread: Largest distance of a drawn budget from the calibration's, as a share of it.
         full_share: Share of forward passes that keep every token, so that the full model stays the teacher.
         judge_every: Number of steps between two looks at samples that are held out: the adapter that does best on them
             is kept, and none without a clear gain.
@@ -181,8 +181,8 @@ class HealRecipe(TrainingRecipe):
     target_modules: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = get_args(LoraTarget)
     temperature: Annotated[float, Field(gt=0)] = 1.0
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
-    budget_spread: Annotated[float, Field(ge=0, le=1)] = 1.0
-    full_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.5
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     judge_every: Annotated[int, Field(ge=1)] = 25
 
 
@@ -242,7 +242,7 @@ class CalibrationRecipe(_Section):
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
         epochs: passes of the router fitting over the measured samples.
-        learning_rate: Learning rate of router fitting.
+        learning_rate: Learning rate of router fitting; null for one that suits the model's width.
         answer_tokens: answer tokens per sample, at most.
         seed: Random seed for sampling and fitting.
         budget: the mean fraction of prefill FLOPs to reach when the command names none.
@@ -262,7 +262,7 @@ class CalibrationRecipe(_Section):
     batch_size: Annotated[int, Field(ge=1)] = 8
     holdout: Fraction = 0.2
     epochs: Annotated[int, Field(ge=1)] = 100
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
     answer_tokens: Annotated[int, Field(ge=1)] = 64
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     budget: Annotated[float, Field(gt=0, le=1)] = 0.5

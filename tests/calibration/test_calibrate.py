@@ -146,8 +146,8 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(converted: Path, data:
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures with long questions: pooling saves less of them."""
-    folder = noise_pictures(tmp_path_factory.mktemp("others"), 8)
-    rows = [{"image": f"{i:02}.png", "question": "what " * (20 + 5 * i), "answer": "red circle"} for i in range(8)]
+    folder = noise_pictures(tmp_path_factory.mktemp("others"), 16)
+    rows = [{"image": f"{i:02}.png", "question": "what " * (20 + 3 * i), "answer": "red circle"} for i in range(16)]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 
@@ -175,14 +175,14 @@ def test_budgets_are_solved_again_on_data_that_overspend(
     pyramid = load_model(folder).pyramid
     assert pyramid.budget == pytest.approx(before["asked"], abs=1e-5), "what it was set to"
     after, said = evaluated(folder, others, capsys)
-    assert after["spent"] == pytest.approx(after["asked"], abs=0.03)  # eight samples are coarse
+    assert after["spent"] == pytest.approx(after["asked"], abs=0.02)
     assert "was not met" not in said
     assert "calibrated on these very samples" not in said, "the routers were not"
     weights = [{k: v for k, v in digests(each).items() if k.endswith(".safetensors")} for each in (folder, calibrated)]
     assert weights[0] == weights[1]
     kept = {key: old[key] for key in ("data", "data_digest", "epochs", "training")}
     assert kept.items() <= pyramid.calibration.items()
-    assert (pyramid.calibration["held_out"], pyramid.calibration["budgets_solved_on"]["data"]) == (8, str(others))
+    assert (pyramid.calibration["held_out"], pyramid.calibration["budgets_solved_on"]["data"]) == (16, str(others))
     cheapest = inspect_checkpoint(folder).routes[-1]
     assert cheapest.fraction == pytest.approx(pyramid.budgets[-1].fraction, abs=0.01)
 

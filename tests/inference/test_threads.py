@@ -9,7 +9,7 @@ import torch
 from dpn_cli.calibration import fitting
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.policy import Policy
-from dpn_cli.inference.threads import one_thread
+from dpn_cli.inference.threads import one_thread, threads_for
 from tests.calibration.test_policy import make_routers, make_table
 
 
@@ -36,6 +36,14 @@ def test_fitting_and_budgets_take_one_thread(monkeypatch: pytest.MonkeyPatch) ->
     seen.clear()
     budget_table(routers, table)
     assert seen and set(seen) == {1} and torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("width", "count"), [(128, 1), (4096, 2)])
+def test_wide_routers_take_all_threads(width: int, count: int) -> None:
+    with threads_for(width):
+        assert torch.get_num_threads() == count
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -51,7 +51,7 @@ def test_a_folder_of_version_1_gives_the_same_logits(tiny_llava: Path, tmp_path:
     """The routers' tensors have the names and shapes that they had; config.json is as the first version wrote it."""
     folder = convert(
         str(tiny_llava),
-        load_recipe("demo", [*POOLING, "pyramid.min_visual_tokens=16", "pyramid.router.input=with_summaries"]),
+        load_recipe("llava-1.5-7b", [*POOLING, "pyramid.min_visual_tokens=16", "pyramid.router.input=with_summaries"]),
         tmp_path / "out",
     )
     model = load_model(folder.output)

@@ -1,13 +1,15 @@
-"""Healing: an adapter on the layers after the first site learns to answer from pooled tokens as from all of them.
+"""Healing: an adapter on the layers after the first site learns to answer from few tokens as from all of them.
 
 Teacher and student are one model, unless another one is given as the teacher: its pyramid and its adapter are switched
-off for the one, on for the other. Every forward pass takes one route, drawn around the budget; some take the full
-route, so that the unpooled model stays what it was, or becomes what another teacher is.
+off for the one, on for the other. Every sample takes the route that its routers choose, for a budget that is drawn for
+every forward pass: routes that nobody takes, which have lost what an answer needs, would only do harm. Some passes take
+the full route, so that the unreduced model stays what it was, or becomes what another teacher is. Source: ours.
 """
 
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from dpn_cli.inference.scoring import divergence
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
-from dpn_cli.pyramid.config import Route
-from dpn_cli.pyramid.cost import flops_fraction
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import HealRecipe
 
-HELD_OUT = (8, 64)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
-ROUTES_PER_HELD_OUT = 2
+HELD_OUT = (8, 128)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
+LOOKS_PER_HELD_OUT = 2
+BUDGETS = 9  # that are drawn from
 
 
 def heal(
@@ -37,7 +39,7 @@ def heal(
     has_labels: Sequence[bool],
     recipe: HealRecipe,
     *,
-    budget: float,
+    trade_offs: Sequence[float],
     pad_token_id: int,
     seed: int,
     state: Path | None = None,
@@ -50,11 +52,11 @@ def heal(
     A part of the samples only judges. What did best on it is kept: an adapter, or none without a clear gain.
 
     Args:
-        model: converted, without an adapter, in eval mode.
+        model: with fitted routers and without an adapter, in eval mode.
         examples: none of those that the result is judged by.
         has_labels: Whether the answers come from the data rather than from the teacher, per example.
         recipe: Training recipe with method `lora`.
-        budget: mean fraction of the prefill FLOPs around which routes are drawn.
+        trade_offs: the λ to draw from, which the routers choose with.
         pad_token_id: fills up the shorter samples of a batch.
         seed: Random seed for sampling.
         state: a folder; a run that was killed goes on from there.
@@ -73,12 +75,13 @@ def heal(
         def loss_of(draw: Draw) -> torch.Tensor:
             rows = [some[i] for i in draw.rows]
             trunk = run_trunk(model, [examples[i] for i in rows], [has_labels[i] for i in rows], pad_token_id, other)
-            return heal_loss(model, trunk, draw_route(model, trunk.state, budget, recipe, draw.random), recipe)
+            is_full = draw.random.random() < recipe.full_share
+            return heal_loss(model, trunk, 0.0 if is_full else draw.random.choice(trade_offs), recipe)
 
         return loss_of
 
     divergence_alone = loss_on(held, recipe.model_copy(update={"ce_weight": 0.0}))
-    passes = math.ceil(ROUTES_PER_HELD_OUT * len(held) / recipe.batch_size)
+    passes = math.ceil(LOOKS_PER_HELD_OUT * len(held) / recipe.batch_size)
     judge = Judge(divergence_alone, Draws(len(held), recipe, seed), passes, recipe.judge_every) if held else None
     draws = Draws(len(learned), recipe, seed)
     report = train(model, parameters, loss_on(learned, recipe), draws, state, processes, advance, judge)
@@ -95,54 +98,43 @@ def _split(count: int, seed: int) -> tuple[list[int], list[int]]:
     return order[:held], order[held:]
 
 
-def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, route: Route, recipe: HealRecipe) -> torch.Tensor:
-    """Return the bounded KL to the teacher plus, where the route pools, the weighted cross-entropy to the labels.
+def trade_offs_around(pyramid: PyramidConfig, budget: float, spread: float) -> list[float]:
+    """Return the λ of budgets around one that a calibrated pyramid can spend.
+
+    Args:
+        pyramid: Pyramid with a budget table.
+        budget: the middle of the budgets.
+        spread: Largest distance from it, as a share of it.
+    """
+    cheapest = pyramid.budgets[-1].fraction
+    steps = torch.linspace(1 - spread, 1 + spread, BUDGETS).tolist()
+    return [pyramid.trade_off_for(min(max(budget * step, cheapest), 1.0)) for step in steps]
+
+
+def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, trade_off: float, recipe: HealRecipe) -> torch.Tensor:
+    """Return the bounded KL to the teacher plus, where tokens are reduced, the weighted cross-entropy to the labels.
 
     The bound, 1 - exp(-KL), is about KL where that is small. Where a route has lost what an answer needs, KL is large,
     and no adapter can mend it: unbounded, these answers would outweigh those that can be mended, and do them harm.
+
+    Args:
+        model: Model with fitted routers.
+        trunk: the batch.
+        trade_off: λ that the routers choose with; 0 for the full route.
+        recipe: how to weigh.
     """
     text_model: Any = model.text_model
 
     def follow(state: PyramidState, site: int) -> Choice:
-        return text_model.take(state, site, [route[site] if grids else 0 for grids in state.grids])
+        if trade_off == 0:
+            return text_model.take(state, site, [0] * len(state.grids))
+        with torch.no_grad(), model.as_pyramid(replace(model.pyramid, trade_off=trade_off)):
+            return text_model.choose(state, site)
 
     teacher = teacher_logits(model, trunk)
     student = student_logits(model, trunk, follow)
     loss = 1 - (-divergence(student, teacher, recipe.temperature)).exp()
-    if any(route):
+    if trade_off:
         labelled = trunk.has_labels[trunk.answers[0]]
         loss = loss + recipe.ce_weight * labelled * F.cross_entropy(student, trunk.targets, reduction="none")
     return trunk.mean(loss)
-
-
-def draw_route(
-    model: PyramidGenerationMixin,
-    state: PyramidState,
-    budget: float,
-    recipe: HealRecipe,
-    rng: random.Random,
-) -> Route:
-    """Draw the route of a batch: the full one now and then, else any whose FLOPs are around the budget.
-
-    Args:
-        model: offers the routes.
-        state: the batch before the first site.
-        budget: the middle of the fractions of FLOPs to draw from.
-        recipe: Spread of the budgets, and share of the full route.
-        rng: Random generator.
-    """
-    pyramid, shape = model.pyramid, model.text_model.shape
-    samples = [(grids, text) for grids, text in zip(state.image_grids, state.text_tokens, strict=True) if grids]
-    if rng.random() < recipe.full_share or not samples:
-        return pyramid.full_route
-    offered = set.intersection(*(set(pyramid.routes_for(grids)) for grids in {grids for grids, _ in samples}))
-
-    def distance(route: Route) -> float:
-        fractions = [flops_fraction(shape, pyramid, route, grids, text) for grids, text in samples]
-        return abs(sum(fractions) / len(fractions) - budget)
-
-    distances = {route: distance(route) for route in sorted(offered - {pyramid.full_route})}
-    if not distances:
-        return pyramid.full_route
-    reach = max(recipe.budget_spread, min(distances.values()))
-    return rng.choice([route for route, away in distances.items() if away <= reach])

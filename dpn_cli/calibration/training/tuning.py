@@ -1,11 +1,11 @@
-"""What a calibration trains before it measures routes, if its recipe says so, and how that is kept."""
+"""What a calibration trains beside its routers, if its recipe says so, and how that is kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpn_cli.calibration.teacher import Teacher
-from dpn_cli.calibration.training.heal import heal
+from dpn_cli.calibration.training.heal import heal, trade_offs_around
 from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.calibration.training.paper import train_as_paper
 from dpn_cli.data.encoding import Encoded
@@ -69,7 +69,7 @@ def tune(
     """Heal the model, or train it as the paper does; None if the recipe asks for neither.
 
     Args:
-        model: the converted one.
+        model: the converted one; with fitted routers where it is to be healed.
         processor: the checkpoint's.
         samples: none of those that the result is judged by, all answered; each with whether its answers are from the
             data rather than the teacher's own.
@@ -94,7 +94,8 @@ def tune(
         if recipe.objective == "paper":
             return train_as_paper(model, examples, recipe, advance=advance, **options)
         has_labels = [labelled for _, labelled in samples]
-        report = heal(model, examples, has_labels, recipe.heal, budget=recipe.budget, advance=advance, **options)
+        around = trade_offs_around(model.pyramid, recipe.budget, recipe.heal.budget_spread)
+        report = heal(model, examples, has_labels, recipe.heal, trade_offs=around, advance=advance, **options)
     if report.held_out:
         reporter.note(_outcome(report))
     return report

@@ -1,6 +1,6 @@
 """Healing a tiny LLaVA: what is trained, what stays, and that a killed run ends as the uninterrupted one."""
 
-import random
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.calibration.training import heal as healing
-from dpn_cli.calibration.training.heal import draw_route, heal, heal_loss
+from dpn_cli.calibration.training.heal import heal, heal_loss, trade_offs_around
 from dpn_cli.calibration.training.loop import STATE_FILE, Draws, TrainingReport, best_look
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DpnError
 from dpn_cli.inference.adapter import adapter_parameters, add_adapter
 from dpn_cli.inference.scoring import divergence
+from dpn_cli.pyramid.config import Budget
 from dpn_cli.pyramid.recipe import HealRecipe
-from tests.pyramids import prompt
+from tests.pyramids import prompt, pyramid
 
 PAD = 3
+TRADE_OFFS = (0.3, 3.0)
 RECIPE = HealRecipe(
     method="lora", rank=4, steps=6, batch_size=2, gradient_accumulation=2, learning_rate=2e-3, save_every=2
 )
@@ -41,7 +43,9 @@ def examples() -> list[Example]:
 
 def run(model: Any, examples: list[Example], recipe: HealRecipe = RECIPE, **options: Any) -> TrainingReport:
     labelled = [True] * len(examples)
-    return heal(model, examples, labelled, recipe, **{"budget": 0.6, "pad_token_id": PAD, "seed": 0, **options})
+    return heal(
+        model, examples, labelled, recipe, **{"trade_offs": TRADE_OFFS, "pad_token_id": PAD, "seed": 0, **options}
+    )
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -88,10 +92,8 @@ def test_only_layers_behind_the_first_site_get_an_adapter(make_pair: Any) -> Non
 def test_healing_lowers_the_loss_and_leaves_the_base_alone(make_pair: Any, examples: list[Example]) -> None:
     stock, model = make_pair()
     before = weights(model)
-    recipe = RECIPE.model_copy(
-        update={"steps": 30, "gradient_accumulation": 1, "budget_spread": 0.0, "full_share": 0.0}
-    )
-    report = run(model, examples[:2], recipe, budget=0.3)
+    recipe = RECIPE.model_copy(update={"steps": 30, "gradient_accumulation": 1, "full_share": 0.0})
+    report = run(model, examples[:2], recipe, trade_offs=[1e3])
     figures = report.summary()
     assert figures["loss_at_last"] < 0.7 * figures["loss_at_first"]
     after = {name.replace(".base_layer", ""): value for name, value in weights(model).items() if ".lora_" not in name}
@@ -236,24 +238,31 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_count_only_where_they_are_the_datas_and_the_route_pools(
+def test_samples_go_where_their_routers_send_them_and_labels_count_where_they_are_the_datas(
     make_pair: Any, examples: list[Example]
 ) -> None:
     _, model = make_pair()
     text_model = model.text_model
     recipe = RECIPE.model_copy(update={"ce_weight": 0.5, "temperature": 2.0})
     trunk = run_trunk(model, examples[:2], [True, False], PAD)
-    route = (2, 0, 0)
+    model.pyramid = replace(model.pyramid, trade_off=3.0)
+    chosen = []
+    for example in examples[:2]:
+        with torch.no_grad():
+            model(input_ids=example.input_ids[None], **example.visual, labels=example.labels[None])
+        chosen += model.last_routes
+    model.pyramid = replace(model.pyramid, trade_off=0.0)
+    assert any(map(any, chosen))
     teacher = teacher_logits(model, trunk)
-    student = student_logits(model, trunk, lambda state, site: text_model.take(state, site, [route[site]] * 2))
+    student = student_logits(model, trunk, lambda state, site: text_model.take(state, site, [r[site] for r in chosen]))
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     kl = 4 * (p * (p.log() - q.log())).sum(-1)
     ce = F.cross_entropy(student, trunk.targets, reduction="none")
     first = trunk.answers[0] == 0
     kl = 1 - (-kl).exp()
     expected = ((kl[first] + 0.5 * ce[first]).mean() + kl[~first].mean()) / 2
-    assert heal_loss(model, trunk, route, recipe).item() == pytest.approx(expected.item(), rel=1e-4)
-    assert heal_loss(model, trunk, (0, 0, 0), recipe).item() == pytest.approx(0, abs=1e-5)
+    assert heal_loss(model, trunk, 3.0, recipe).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert heal_loss(model, trunk, 0.0, recipe).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_divergence_of_two_coins() -> None:
@@ -263,32 +272,18 @@ def test_divergence_of_two_coins() -> None:
     assert divergence(student * 2, teacher * 2, 2.0).item() == pytest.approx(4 * expected.item())
 
 
-def test_routes_are_drawn_around_the_budget_on_both_sides(make_pair: Any, examples: list[Example]) -> None:
-    from dpn_cli.pyramid.cost import flops_fraction
-
-    _, model = make_pair()
-    state = run_trunk(model, examples[:2], [True, True], PAD).state
-    rng = random.Random(0)
-    recipe = HealRecipe(full_share=0.2, budget_spread=0.15)
-    routes = [draw_route(model, state, 0.6, recipe, rng) for _ in range(300)]
-    shape = model.text_model.shape
-    fractions = [flops_fraction(shape, model.pyramid, r, state.image_grids[0], state.text_tokens[0]) for r in routes]
-    full = sum(route == (0, 0, 0) for route in routes)
-    assert 35 < full < 85
-    drawn = [f for f, route in zip(fractions, routes, strict=True) if route != (0, 0, 0)]
-    assert min(drawn) < 0.52 and max(drawn) > 0.68
-    assert all(0.4 < fraction < 0.8 for fraction in drawn)
-    assert sum(drawn) / len(drawn) == pytest.approx(0.6, abs=0.03)
+def test_budgets_are_drawn_around_the_budget_on_both_sides() -> None:
+    rows = tuple(Budget(1 - 0.2 * i, 10.0 * i, 0.0) for i in range(5))  # the cheapest spends a fifth
+    trade_offs = trade_offs_around(pyramid(budgets=rows), 0.6, 0.5)
+    assert trade_offs == pytest.approx([10 * (1 - fraction) / 0.2 for fraction in torch.linspace(0.3, 0.9, 9).tolist()])
+    within_reach = trade_offs_around(pyramid(budgets=rows), 0.6, 1.0)
+    assert (within_reach[0], within_reach[-1]) == (pytest.approx(40), 0)
 
 
-def test_a_batch_without_images_takes_the_full_route_and_only_holds_the_teacher(
-    make_pair: Any, examples: list[Example]
-) -> None:
+def test_a_batch_without_images_only_holds_the_teacher(make_pair: Any, examples: list[Example]) -> None:
     _, model = make_pair()
     trunk = run_trunk(model, [examples[3]] * 2, [True, True], PAD)
-    route = draw_route(model, trunk.state, 0.5, RECIPE, random.Random(0))
-    assert route == (0, 0, 0)
-    assert heal_loss(model, trunk, route, RECIPE).item() == pytest.approx(0, abs=1e-6)
+    assert heal_loss(model, trunk, 3.0, RECIPE).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_every_sample_is_drawn_once_per_epoch() -> None:
