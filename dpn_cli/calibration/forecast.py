@@ -257,5 +257,5 @@ def _basis(
         f"measured just now.{answers}",
         f"Memory: {weights} and a batch of {recipe.batch_size} of the longest samples; libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
-        *(["Training an adapter comes in addition and is not part of the time."] if trained else []),
+        *(["Training an adapter, and measuring again with it, comes in addition."] if trained else []),
     )

@@ -1,5 +1,7 @@
 """Routers on a made-up table: exact sums, and a fit that finds what there is to find."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -61,6 +63,19 @@ def test_fitting_on_a_part_of_the_routes_is_finite_and_still_learns() -> None:
     routers = make_routers()
     fit_routers(routers, table, held, epochs=EPOCHS, learning_rate=1e-2, seed=0)
     assert held_out_objective(routers, held) < 0.97
+
+
+@pytest.mark.parametrize("width", [SIZE, 16 * SIZE])
+def test_the_rate_of_learning_suits_the_models_width(width: int) -> None:
+    turned = torch.linalg.qr(torch.randn(width, SIZE, generator=torch.Generator().manual_seed(0)))[0].T
+    table, held = (
+        replace(each, features=(each.features.float() @ turned * math.sqrt(width / SIZE)).half())
+        for each in (make_table(160), make_table(80, seed=1))
+    )
+    config = RouterConfig(input="last_instruction_token")
+    routers = torch.nn.ModuleList(Router(width, len(RATES), config) for _ in PYRAMID.sites)
+    fit_routers(routers, table, held, epochs=EPOCHS, learning_rate=None, seed=0)
+    assert held_out_objective(routers, held) < 0.95
 
 
 def test_the_policy_follows_the_decision_rule_of_the_model() -> None:
