@@ -60,7 +60,7 @@ CASES = {
     "recipe": 1000,
 }  # fmt: skip
 QUICK = {
-    "hub": 20, "converted": 20, "original": 10, "tower": 10, "hr": 20, "tiled": 8, "rows": 50, "recipe": 50,
+    "hub": 20, "converted": 20, "original": 10, "tower": 10, "hr": 20, "tiled": 8, "rows": 50, "recipe": 150,
 }  # fmt: skip
 
 

@@ -51,8 +51,8 @@ def test_gradients_are_right_after_a_forward_without_them(converted: Path, examp
         trunk = run_trunk(model, examples[:2], [True, True], PAD)
         if warmed_up:
             with torch.no_grad():
-                heal_loss(model, trunk, (1, 1, 1, 0, 0), HealRecipe())
-        heal_loss(model, trunk, (1, 1, 1, 0, 0), HealRecipe()).backward()
+                heal_loss(model, trunk, 3.0, HealRecipe())
+        heal_loss(model, trunk, 3.0, HealRecipe()).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
     assert all(value.abs().sum() > 0 for value in gradients[0].values())
     assert all(torch.allclose(gradients[1][name], value, rtol=1e-3, atol=1e-6) for name, value in gradients[0].items())
