@@ -94,7 +94,7 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
 
 
 def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
-    """Answer, train, measure, fit and save."""
+    """Answer, measure and fit, heal and measure again if asked, and save."""
     recipe, processes = job.recipe, job.processes
     asked = [sample for sample in read.samples if sample.images]
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
@@ -200,9 +200,10 @@ def _learn(
     routers, pyramid = job.model.text_model.routers, job.model.pyramid
     if job.processes.is_main:
         held, learned = (table.part(rows) for rows in (range(num_held), range(num_held, len(samples))))
-        _fit(job, routers, learned.loss, held.loss)
+        losses = learned.loss
+        _fit(job, routers, losses, held.loss)
         if pyramid.routes is not None:
-            means = learned.loss.distortion.nanmean(0).nan_to_num(0.0)
+            means = losses.distortion.nanmean(0).nan_to_num(0.0)
             job.model.pyramid = replace(pyramid, mean_distortions=tuple(means.tolist()))
         pyramid = _solve(job, routers, held)
     _take(job.model, routers, job.processes.agree(pyramid))

@@ -137,7 +137,7 @@ class TrainingRecipe(_Section):
 
     Attributes:
         steps: Number of optimiser steps.
-        batch_size: samples per forward pass; they share one budget.
+        batch_size: samples per forward pass.
         gradient_accumulation: forward passes per step.
         learning_rate: the highest; it warms up, then falls to zero as a cosine.
         optimizer: `adamw`, or `adamw8bit` of bitsandbytes, with a quarter of the state.

@@ -9,7 +9,6 @@ the full route, so that the unreduced model stays what it was, or becomes what a
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dpn_cli.calibration.training.loop import Draw, Draws, Judge, TrainingReport
 from dpn_cli.data.encoding import Example
 from dpn_cli.inference.adapter import add_adapter, remove_adapter
 from dpn_cli.inference.scoring import divergence
+from dpn_cli.modeling.call import changed_call
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
@@ -128,7 +128,7 @@ def heal_loss(model: PyramidGenerationMixin, trunk: Trunk, trade_off: float, rec
     def follow(state: PyramidState, site: int) -> Choice:
         if trade_off == 0:
             return text_model.take(state, site, [0] * len(state.grids))
-        with torch.no_grad(), model.as_pyramid(replace(model.pyramid, trade_off=trade_off)):
+        with torch.no_grad(), changed_call(text_model, trade_off=trade_off):
             return text_model.choose(state, site)
 
     teacher = teacher_logits(model, trunk)
