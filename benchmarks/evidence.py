@@ -63,7 +63,7 @@ LONG = "--budget 0.25 --set calibration.survey.routes=24 --set calibration.holdo
 LONG_DEMO = f"--data demo --samples 6144 --set calibration.predictors.samples=6144 {LONG}"  # the generators are endless
 LONG_SECOND = f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG}"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal lora --set calibration.heal.steps=400 --set calibration.heal.samples=12800"
+HEAL = "--heal lora --set calibration.heal.steps=1000 --set calibration.heal.samples=32000"
 SHORT_HEAL = f"{SHORT} --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (

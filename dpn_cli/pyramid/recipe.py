@@ -182,7 +182,7 @@ class HealRecipe(TrainingRecipe):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
     budget_spread: Annotated[float, Field(ge=0, le=1)] = 0.5
-    full_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     judge_every: Annotated[int, Field(ge=1)] = 25
 
 
