@@ -31,7 +31,8 @@ from dpn_cli.pyramid.experts import KEEP
 from dpn_cli.pyramid.recipe import PredictorRecipe
 
 TOKENS = 128  # visual tokens of a sample to learn from, at most
-LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05  # for a hidden size of 128; the rate falls with its square root
+LEARNING_RATE, WIDTH = 4e-3, 128  # the rate for a hidden size; it falls with one over the size
+WEIGHT_DECAY = 0.05
 HELD_OUT = 8  # every so many batches, one judges
 
 Watched = dict[str, torch.Tensor]
@@ -155,7 +156,7 @@ def fit_predictors(
     held = range(0, count, HELD_OUT)
     learned = [i for i in range(count) if i not in held] or list(held)
     for layer, predictor in predictors.items():
-        rate = LEARNING_RATE * math.sqrt(128 / load(0)[f"{layer}.tokens"].shape[-1])
+        rate = LEARNING_RATE * WIDTH / load(0)[f"{layer}.tokens"].shape[-1]
         optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(learned))
         generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))

@@ -276,16 +276,20 @@ def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left.
+    """Encode for `generate` what every sample asks, the unanswered question or else the first: padded on the left."""
+    return collate_prompts([encode_prompt(sample, processor) for sample in samples], processor, device)
 
-    One sample after another, so that only one has the pixels of its files in memory.
-    """
-    examples = []
-    for sample in samples:
-        text, images = chat_prompt(processor, sample, sample.asked), sample.open_images(sample.asked)
-        inputs = processor(text=text, images=[images] if images else None, return_tensors="pt")
-        [ids] = inputs["input_ids"]
-        examples.append(Example(ids, ids, {name: inputs[name] for name in VISUAL if name in inputs}))
+
+def encode_prompt(sample: Sample, processor: Any) -> Example:
+    """Encode what a sample asks; only it has the pixels of its files in memory."""
+    text, images = chat_prompt(processor, sample, sample.asked), sample.open_images(sample.asked)
+    inputs = processor(text=text, images=[images] if images else None, return_tensors="pt")
+    [ids] = inputs["input_ids"]
+    return Example(ids, ids, {name: inputs[name] for name in VISUAL if name in inputs})
+
+
+def collate_prompts(examples: Sequence[Example], processor: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Pad encoded prompts on the left into one batch."""
     batch = collate(examples, processor.tokenizer.pad_token_id, device)
     del batch["labels"]
     return batch

@@ -5,15 +5,16 @@ Shapes: B batch, A answer tokens, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
-from dpn_cli.data.encoding import chat_prompt, collate, encode, prompts
+from dpn_cli.data.encoding import Example, chat_prompt, collate, collate_prompts, encode, encode_prompt, prompts
 from dpn_cli.data.samples import Sample
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.inference.generation import generate_texts
+from dpn_cli.inference.generation import forced_texts, generate_texts
 from dpn_cli.inference.scoring import (
     answer_log_probs,
     answer_positions,
@@ -139,39 +140,63 @@ class Evaluator:
         complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
         examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
-        inputs = prompts(samples, self.processor, self.model.device)
-        sizes = self.sizes(samples)
         with torch.inference_mode(), self.model.teacher():
             theirs = answer_log_probs(self.model, batch)
         rows, _ = answer_positions(batch["labels"])
         for i in is_broken(theirs, rows, len(examples)).nonzero():
             raise broken(examples[i].name, self.model)
+        prompt_of = cache(lambda i: encode_prompt(samples[i], self.processor))
         for method in methods:
             with torch.inference_mode(), method.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
-                answers = generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-            yield self._results(method, answers, ours, theirs, batch["labels"], sizes)
+                likely = ours.argmax(-1)
+                answers, spent = self._answer(method, samples, prompt_of, batch["labels"], likely)
+            columns = (
+                answers,
+                mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), rows, len(samples)).tolist(),
+                mean_by_row((likely == theirs.argmax(-1)).float(), rows, len(samples)).tolist(),
+                *spent,
+            )
+            yield [SampleResult(*values) for values in zip(*columns, strict=True)]
 
-    def _results(
+    def _answer(
         self,
         method: Baseline,
-        answers: Sequence[str],
-        ours: torch.Tensor,
-        theirs: torch.Tensor,
+        samples: Sequence[Sample],
+        prompt_of: Callable[[int], Example],
         labels: torch.Tensor,
-        sizes: Sequence[Prompt],
-    ) -> list[SampleResult]:
-        """Compare the log-probabilities [A, V] of a method with the teacher's, row by row."""
-        row, num_layers = answer_positions(labels)[0], self.model.text_model.shape.num_layers
-        columns: tuple[Sequence[Any], ...] = (
-            answers,
-            mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), row, len(labels)).tolist(),
-            mean_by_row((ours.argmax(-1) == theirs.argmax(-1)).float(), row, len(labels)).tolist(),
+        likely: torch.Tensor,
+    ) -> tuple[list[str], tuple[Sequence[Any], ...]]:
+        """Return the greedy answers of a method that is applied, and what it spends on the prompts.
+
+        Answers that a forward pass along the labels [B, L] has shown are not generated, which halves the work. Where
+        samples have several turns, the labels may be of others than what is asked.
+
+        Args:
+            method: the method.
+            samples: the samples.
+            prompt_of: encodes what one of them asks.
+            labels: [B, L], those that the last forward pass went along.
+            likely: [A], the most likely tokens that it found.
+        """
+        is_single = all(len(sample.turns) == 1 for sample in samples)
+        tokenizer, most = self.processor.tokenizer, self.answer_tokens
+        texts = forced_texts(self.model, tokenizer, labels, likely, most) if is_single else {}
+        spent = self._spent(method, samples) if texts else None
+        if rest := [i for i in range(len(samples)) if i not in texts]:
+            inputs = collate_prompts(list(map(prompt_of, rest)), self.processor, self.model.device)
+            texts |= dict(zip(rest, generate_texts(self.model, self.processor, inputs, most), strict=True))
+        return [texts[i] for i in range(len(samples))], spent or self._spent(method, samples)
+
+    def _spent(self, method: Baseline, samples: Sequence[Sample]) -> tuple[Sequence[Any], ...]:
+        """Return the FLOPs fractions, visual tokens and routes of a method's last prefill, sample by sample."""
+        sizes = self.sizes(samples)
+        num_layers = self.model.text_model.shape.num_layers
+        return (
             method.fractions(self.model, sizes),
             [sum(layers) / num_layers for layers in method.visual_tokens(self.model, sizes)],
-            method.routes(self.model) or [None for _ in labels],
+            method.routes(self.model) or [None for _ in sizes],
         )
-        return [SampleResult(*values) for values in zip(*columns, strict=True)]
 
     def _each_batch(
         self, what: str, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]], advance: Advance

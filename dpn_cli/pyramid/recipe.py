@@ -229,7 +229,7 @@ class PredictorRecipe(_Section):
     """
 
     samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1536
-    epochs: Annotated[int, Field(ge=1)] = 24
+    epochs: Annotated[int, Field(ge=1)] = 12
 
 
 class CalibrationRecipe(_Section):

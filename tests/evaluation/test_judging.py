@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
+from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import load_model
 
 
@@ -94,6 +96,31 @@ def test_batches_do_not_matter(folder: Path) -> None:
         for a, b in zip(one, five, strict=True):
             assert (a.answer, a.agreement, a.fraction, a.route) == (b.answer, b.agreement, b.fraction, b.route)
             assert a.distortion == pytest.approx(b.distortion, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0}, {"eos_token_id": 5}])
+def test_answers_are_what_would_be_generated(
+    folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = evaluator(folder, batch_size=3)
+    for name, value in settings.items():
+        setattr(asked.model.generation_config, name, value)
+    samples = [replace(sample, turns=(replace(sample.turns[0], answer=None),)) for sample in questions()]
+    method = Routed(0.7)
+    with method.applied(asked.model):
+        expected = greedy_answers(asked.model, asked.processor, samples, 2, answer_tokens=4)
+    generated: list[int] = []
+    generate = asked.model.generate
+    monkeypatch.setattr(
+        asked.model, "generate", lambda **inputs: generated.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    known = [*expected[:3], "circle", None]  # answers of the data: three that the pyramid gives, one that it does not
+    labelled = [
+        sample if answer is None else sample.answered(answer) for sample, answer in zip(samples, known, strict=True)
+    ]
+    [results] = asked.judge([method], labelled, expected[::-1], lambda done: None)
+    assert [result.answer for result in results] == expected
+    assert sum(generated) == (5 if settings else 2)
 
 
 def test_sizes_are_what_the_model_sees(folder: Path) -> None:
