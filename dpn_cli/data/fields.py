@@ -45,7 +45,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "candidates"),
     "context": ("hint", "context"),
     "system": ("system", "system_prompt", "system_message"),
-    "caption": ("caption", "captions", "description", "text", "caption_str", "blip_caption"),
+    "caption": ("caption", "captions", "description", "text", "caption_str", "blip_caption", "comment"),
     "id": ("id", "question_id", "custom_id"),
 }  # fmt: skip
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
@@ -58,7 +58,7 @@ _SPARE = {
     "answer": (
         *ROLES["answer"], "rejected", "lecture", "explanation", "explanations", "rationale", "rationales", "reasoning",
     ),
-    "caption": ("caption", "captions", "caption_str", "blip_caption", "reference_strs", "reference_tokens"),
+    "caption": ("caption", "captions", "caption_str", "blip_caption", "comment", "reference_strs", "reference_tokens"),
 }  # fmt: skip
 _ASKED = {"conversation", "question", "caption"}  # roles of which a row has one
 _MAKES_TEXT_A_QUESTION = ("question_id", "answer", "answers")  # LLaVA's question files; else `text` is a caption

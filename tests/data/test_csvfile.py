@@ -12,6 +12,8 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Turn
 from dpn_cli.errors import DataError
 
+CAPTION = Turn("stock ?", "a red thing .", 1)
+
 
 def png() -> bytes:
     buffer = io.BytesIO()
@@ -30,6 +32,7 @@ def png() -> bytes:
         ("questions.csv", "\ufeffimage,question,answer\n\na.png,which ?,007\n", Turn("which ?", "007", 1)),
         ("labels.TSV", "image\tquestion\tanswer\na.png\twhat, now ?\tNone\n", Turn("what, now ?", "None", 1)),
         ("q.csv", "image,question,answer\na.png,which\u2028 ?,\n", Turn("which\u2028 ?", None, 1)),
+        ("results.csv", "image_name| comment_number| comment\na.png| 0| a red thing .\n", CAPTION),  # Flickr30k
     ],
 )
 def test_csv_files_alone_and_beside_their_images(tmp_path: Path, name: str, text: str, turn: Turn) -> None:
