@@ -17,9 +17,10 @@ from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import parts
 from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, stored_dtype
-from dpn_cli.data.encoding import chat_prompt, expected_grids, prompt_tokens
+from dpn_cli.data.encoding import expected_grids, prompt_tokens
 from dpn_cli.data.findings import Scan
 from dpn_cli.data.options import DataOptions
+from dpn_cli.data.rendering import chat_prompt
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
 from dpn_cli.inference.loading import default_device

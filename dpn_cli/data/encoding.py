@@ -3,8 +3,7 @@
 Shapes: B batch, L sequence.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, overload
@@ -13,8 +12,8 @@ import torch
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout
-from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.data.faults import RowError
+from dpn_cli.data.rendering import adds_special, chat_prompt, pieces_of
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError
 from dpn_cli.modeling.visual import GRID_INPUTS
@@ -55,33 +54,6 @@ class Example:
         return self.sample
 
 
-def chat_prompt(processor: Any, sample: Sample, turn: int) -> str:
-    """Render a conversation up to one turn's question and the cue for its answer.
-
-    A system message that the chat template refuses or leaves out goes before the first question.
-
-    Raises:
-        DataError: if the template cannot render the conversation.
-    """
-    messages: list[dict[str, Any]] = []
-    for i, each in enumerate(sample.turns[: turn + 1]):
-        content = [{"type": "image"}] * each.images
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": each.question}]})
-        if i < turn:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": each.answer}]})
-    if sample.system:
-        system = {"role": "system", "content": [{"type": "text", "text": sample.system}]}
-        with suppress(Exception):  # a template may raise whatever it likes
-            text = processor.apply_chat_template([system, *messages], add_generation_prompt=True)
-            if sample.system in text:
-                return text
-        messages[0]["content"][-1]["text"] = f"{sample.system}\n{sample.turns[0].question}"
-    try:
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
-    except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
-        raise DataError(f"sample {sample.id}: the chat template rejects it: {error}") from None
-
-
 def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
     """Encode an answered conversation; answers and their end-of-sequence tokens are labels.
 
@@ -98,7 +70,7 @@ def encode(sample: Sample, processor: Any, answer_tokens: int) -> Example:
     """
     if any(turn.answer is None for turn in sample.turns):
         raise ValueError(f"sample {sample.id} has an unanswered turn")
-    pieces = list(_pieces(sample, processor, answer_tokens))
+    pieces = list(pieces_of(sample, processor, answer_tokens))
     images = sample.open_images()[: sum(piece.images for piece in pieces)]
     visual = _visual(images, processor) if images else {}
     counts = (processor.replace_image_token(visual, i).count(processor.image_token) for i in range(len(images)))
@@ -157,7 +129,7 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
 
     def check(sample: Sample) -> None:
         try:
-            pieces = list(_pieces(sample, processor, answer_tokens))
+            pieces = list(pieces_of(sample, processor, answer_tokens))
         except DataError as error:
             raise RowError("chat template", str(error)) from None
         if any(piece.tokens.count(processor.image_token_id) != piece.images for piece in pieces):
@@ -174,79 +146,19 @@ def token_limit(processor: Any, layout: LlavaLayout, max_tokens: int, answer_tok
 
 def prompt_tokens(sample: Sample, processor: Any, answer_tokens: int) -> int:
     """Return the text tokens before the first answer that `encode` labels: those that a router decides after."""
-    pieces = takewhile(lambda piece: not piece.labelled, _pieces(sample, processor, answer_tokens))
+    pieces = takewhile(lambda piece: not piece.labelled, pieces_of(sample, processor, answer_tokens))
     return sum(len(piece.tokens) - piece.images for piece in pieces)
 
 
 def answer_ids(sample: Sample, processor: Any, answer_tokens: int) -> list[int]:
     """Return the tokens that `encode` labels."""
-    return [token for piece in _pieces(sample, processor, answer_tokens) if piece.labelled for token in piece.tokens]
+    return [token for piece in pieces_of(sample, processor, answer_tokens) if piece.labelled for token in piece.tokens]
 
 
 def expected_grids(sample: Sample, layout: LlavaLayout) -> tuple[Grid, ...]:
     """Return the visual grids of a sample without decoding its images."""
     sizes = sample.image_sizes() if layout.tiling else [(1, 1)] * len(sample.images)  # else they do not matter
     return layout.image_grids(sizes)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of a conversation that is tokenised on its own.
-
-    Attributes:
-        text: the question, or the empty string.
-        tokens: token ids, with one placeholder per image.
-        images: number of images shown in the question.
-        labelled: whether the model is to predict it.
-    """
-
-    text: str
-    tokens: list[int]
-    images: int = 0
-    labelled: bool = False
-
-
-def _pieces(sample: Sample, processor: Any, answer_tokens: int) -> Iterator[_Piece]:
-    """Yield the questions and answers of a conversation, up to one without an answer or a shortened one."""
-    tokenizer = processor.tokenizer
-    last_shown = max((i for i, turn in enumerate(sample.turns) if turn.images), default=0)
-    text = ""
-    for i, turn in enumerate(sample.turns):
-        before, text = text, chat_prompt(processor, sample, i)
-        question = text if i == 0 else _after(text, before, str(sample.turns[i - 1].answer))
-        if question is None:
-            raise DataError(f"sample {sample.id}: the chat template does not keep earlier turns as they were")
-        question = question.removeprefix(tokenizer.eos_token if i else "")  # the answer has it
-        with _encoded(sample):
-            tokens = tokenizer.encode(question, add_special_tokens=i == 0)
-        yield _Piece(question, tokens, turn.images)
-        if turn.answer is None:
-            return
-        gap = "" if text[-1:].isspace() else " "
-        with _encoded(sample):
-            answer = tokenizer.encode(f"{gap}{turn.answer}", add_special_tokens=False)
-        labelled = i >= last_shown
-        if labelled and len(answer) > answer_tokens:
-            yield _Piece("", answer[:answer_tokens], labelled=True)
-            return
-        yield _Piece("", [*answer, tokenizer.eos_token_id], labelled=labelled)
-
-
-@contextmanager
-def _encoded(sample: Sample) -> Iterator[None]:
-    """Raise a DataError where the tokenizer gives up on a text."""
-    try:
-        with no_panic():
-            yield
-    except (RuntimeError, TypeError) as error:  # the latter of half characters
-        raise DataError(f"sample {sample.id} cannot be encoded by the tokenizer: {error}") from None
-
-
-def _after(text: str, before: str, answer: str) -> str | None:
-    """Return what follows an answer in a longer prompt; None if the prompt before it is not there, blanks aside."""
-    kept = before.rstrip()
-    rest = text[len(kept) :].lstrip()
-    return rest.removeprefix(answer) if text.startswith(kept) and rest.startswith(answer) else None
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -283,7 +195,8 @@ def prompts(samples: Sequence[Sample], processor: Any, device: torch.device | st
 def encode_prompt(sample: Sample, processor: Any) -> Example:
     """Encode what a sample asks; only it has the pixels of its files in memory."""
     text, images = chat_prompt(processor, sample, sample.asked), sample.open_images(sample.asked)
-    inputs = processor(text=text, images=[images] if images else None, return_tensors="pt")
+    special = adds_special(processor, text)
+    inputs = processor(text=text, images=[images] if images else None, add_special_tokens=special, return_tensors="pt")
     [ids] = inputs["input_ids"]
     return Example(ids, ids, {name: inputs[name] for name in VISUAL if name in inputs})
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from dpn_cli.data.encoding import Example, chat_prompt, collate, collate_prompts, encode, encode_prompt, prompts
+from dpn_cli.data.encoding import (
+    Example,
+    collate,
+    collate_prompts,
+    encode,
+    encode_prompt,
+    prompts,
+)
+from dpn_cli.data.rendering import chat_prompt, prompt_ids
 from dpn_cli.data.samples import Sample
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.kept import KeptResults
@@ -83,7 +91,7 @@ class Evaluator:
         """Return what the prefill of every sample's prompt depends on, without decoding its images."""
         found = []
         for sample in samples:
-            tokens = len(self.processor.tokenizer(chat_prompt(self.processor, sample, sample.asked))["input_ids"])
+            tokens = len(prompt_ids(self.processor, chat_prompt(self.processor, sample, sample.asked)))
             shown = sample.image_sizes(sample.asked)
             sizes = {"image_sizes": torch.tensor(shown), "batch_num_images": torch.tensor([len(shown)])}
             found.append(Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown)))

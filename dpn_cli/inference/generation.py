@@ -63,10 +63,14 @@ def forced_texts(
     """
     config = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer.eos_token_id not in ends or config.to_diff_dict().keys() - PLAIN:
+    if config.to_diff_dict().keys() - PLAIN:
         return {}
     answers = [row[row != IGNORED] for row in labels]
     found = most_likely.split([len(answer) for answer in answers])
     cut = [(answer[:max_new_tokens], likely[:max_new_tokens]) for answer, likely in zip(answers, found, strict=True)]
-    agreed = {row: answer for row, (answer, likely) in enumerate(cut) if answer.equal(likely)}
+    agreed = {
+        row: answer
+        for row, (answer, likely) in enumerate(cut)
+        if answer.equal(likely) and (len(answer) == max_new_tokens or int(answer[-1]) in ends)
+    }
     return {row: tokenizer.decode(answer, skip_special_tokens=True).strip() for row, answer in agreed.items()}

@@ -35,7 +35,7 @@ from dpn_cli.checkpoint.layout import LlavaLayout
 from dpn_cli.checkpoint.panics import no_panic
 from dpn_cli.checkpoint.template import QUESTION
 from dpn_cli.checkpoint.writer import copy_file, write_json
-from dpn_cli.data.encoding import VISUAL, chat_prompt, encode
+from dpn_cli.data.encoding import VISUAL, encode, prompts
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.loading import build_processor, model_classes, quietly
@@ -82,7 +82,7 @@ class Trial:
         image = Image.new("RGB", (side, side))
         sample = Sample("trial", (image,), (Turn(QUESTION, "It is red."),))
         encode(sample, processor, answer_tokens=8)
-        return processor(text=chat_prompt(processor, sample, 0), images=[[image]], return_tensors="pt")
+        return prompts([sample], processor)
 
     @cached_property
     def model(self) -> Any:

@@ -1,5 +1,6 @@
 """From conversations to token ids: labels are the answers, prompts are the processor's."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import LlavaLayout, open_llava
-from dpn_cli.data.encoding import IGNORED, Example, chat_prompt, collate, encode, prompts, token_limit
+from dpn_cli.data.encoding import IGNORED, Example, collate, encode, prompts, token_limit
 from dpn_cli.data.faults import RowError
+from dpn_cli.data.rendering import chat_prompt
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 
@@ -137,6 +139,35 @@ def test_blanks_before_an_answer_are_the_templates_own(processor: Any, monkeypat
     monkeypatch.setattr(processor, "chat_template", ONEVISION.replace("[{{ m['role'] }}", "[{{ loop.revindex }}"))
     with pytest.raises(DataError, match="does not keep earlier turns"):
         encode(Sample("x", (RED,), (Turn("what ?", "red"), Turn("which ?", "blue"))), processor, answer_tokens=8)
+
+
+LLAMA_3 = (  # begins with the first special token, and ends turns with one of its own
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }} {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ ' ' + part['text'] }}{% endif %}"
+    "{% endfor %}<eot>{% endfor %}{% if add_generation_prompt %}[assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", ["", "say red"])
+def test_special_tokens_that_the_template_writes_stand_once(tiny_llava: Path, system: str) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_llava, chat_template=LLAMA_3)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<eot>"]})
+    sample = Sample("x", (RED,), (Turn("what ?", "red"), Turn("which ?", "blue")), system=system)
+    messages = [
+        *([{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []),
+        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what ?"}]},
+    ]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
+    assert torch.equal(prompts([replace(sample, turns=sample.turns[:1])], processor)["input_ids"], prompt)
+    for role, text in (("assistant", "red"), ("user", "which ?"), ("assistant", "blue")):
+        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    whole = processor.apply_chat_template(messages, **options)["input_ids"][0]
+    example = encode(sample, processor, answer_tokens=8)
+    assert torch.equal(example.input_ids, whole)
+    assert labels_of(processor, example) == "red <eot> blue <eot>"
 
 
 def test_a_template_that_refuses_a_conversation_is_named(

@@ -18,7 +18,7 @@ from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.baselines.static import StaticPyramid
 from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.inference.generation import greedy_answers
+from dpn_cli.inference.generation import forced_texts, greedy_answers
 from dpn_cli.inference.loading import load_model
 
 
@@ -98,7 +98,7 @@ def test_batches_do_not_matter(folder: Path) -> None:
             assert a.distortion == pytest.approx(b.distortion, abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0}, {"eos_token_id": 5}])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0}])
 def test_answers_are_what_would_be_generated(
     folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +121,16 @@ def test_answers_are_what_would_be_generated(
     [results] = asked.judge([method], labelled, expected[::-1], lambda done: None)
     assert [result.answer for result in results] == expected
     assert sum(generated) == (5 if settings else 2)
+
+
+def test_an_answer_is_known_only_where_generating_ends_with_it(folder: Path) -> None:
+    asked = evaluator(folder)
+    labels, likely = torch.tensor([[-100, 7, 8, 2], [-100, -100, 9, 2]]), torch.tensor([7, 8, 2, 9, 7])
+    tokenizer = asked.processor.tokenizer
+    for ends, most, expected in ((2, 4, {0: [7, 8]}), ([5, 2], 4, {0: [7, 8]}), (5, 4, {}), (5, 1, {0: [7], 1: [9]})):
+        asked.model.generation_config.eos_token_id = ends
+        known = forced_texts(asked.model, tokenizer, labels, likely, max_new_tokens=most)
+        assert known == {row: tokenizer.decode(tokens) for row, tokens in expected.items()}
 
 
 def test_sizes_are_what_the_model_sees(folder: Path) -> None:
