@@ -10,17 +10,31 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
+_OWN = ("config", "ignore_mismatched_sizes", "output_loading_info", "state_dict", "subfolder", "variant")
+
+
 def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
     """Load a converted or exported checkpoint, in eval mode.
 
     Args:
         model: a folder that `dpn convert` or `dpn export` wrote, or a hub id of one.
-        **kwargs: `dtype`, and what `from_pretrained` takes (`device_map`, `attn_implementation`).
+        **kwargs: `dtype`, and what `from_pretrained` takes: where to find a model of the hub (`revision`,
+            `cache_dir`, `token`, `local_files_only`), and how to run it (`device_map`, `attn_implementation`).
 
     Raises:
         CheckpointError: if it is missing or not converted, or its tensors are not exactly the model's.
+        TypeError: for arguments that would load another model than the checkpoint is.
     """
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.inference.loading import load_model
 
-    return load_model(resolve_source(str(model)).path, **kwargs)
+    if refused := [name for name in _OWN if name in kwargs]:
+        raise TypeError(
+            f"dpn_cli.load takes no {', '.join(refused)}: it loads a checkpoint as it is; "
+            "AutoModelForImageTextToText.from_pretrained takes them, with trust_remote_code=True for an export"
+        )
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    hub = {name: value for name in _OF_THE_HUB if (value := kwargs.pop(name, None)) is not None}
+    return load_model(resolve_source(str(model), **hub).path, **kwargs)

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpn_cli.checkpoint.headers import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, read_json
 from dpn_cli.errors import CheckpointError, did_you_mean
@@ -13,7 +14,7 @@ from dpn_cli.families.family import ALIASES
 DEMO = "demo"
 
 _REPO_PREFIX = "models--"  # of a model's folder in the hub's cache
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 _NEEDED = ["*.safetensors", INDEX_FILE, "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
 _PICKLED = [*_NEEDED, "pytorch_model*.bin"]  # only where there are no safetensors
@@ -46,8 +47,12 @@ class Source:
         return self.origin if self.revision is None else f"{self.origin}@{self.revision}"
 
 
-def resolve_source(model: str) -> Source:
+def resolve_source(model: str, **hub: Any) -> Source:
     """Find a model: a local folder first, then an alias, then a hub id (its cache before the network).
+
+    Args:
+        model: a folder, an alias, `OWNER/NAME` or `OWNER/NAME@REVISION` (a branch, a tag or a commit).
+        **hub: options of `huggingface_hub.snapshot_download` for models of the hub, such as `cache_dir`.
 
     Raises:
         CheckpointError: if there is none, or the hub cannot be reached; says what to do.
@@ -60,14 +65,15 @@ def resolve_source(model: str) -> Source:
 
         return Source(teacher_path(), DEMO, origin=DEMO)
     if model in ALIASES:
-        return _from_hub(ALIASES[model], name=model)
+        return _from_hub(ALIASES[model], name=model, **hub)
     if not _HUB_ID.fullmatch(model):
         hint = did_you_mean(model, [*ALIASES, DEMO])
         raise CheckpointError(
-            f"{model} does not exist: expected a checkpoint folder, a hub id (owner/name), or one of "
-            f"{', '.join([*ALIASES, DEMO])}.{hint}"
+            f"{model} does not exist: expected a checkpoint folder, a hub id (owner/name or owner/name@revision), or "
+            f"one of {', '.join([*ALIASES, DEMO])}.{hint}"
         )
-    return _from_hub(model, name=model.split("/")[1])
+    repo_id, _, revision = model.partition("@")
+    return _from_hub(repo_id, name=repo_id.split("/")[1], **({"revision": revision} if revision else {}), **hub)
 
 
 def _from_folder(path: Path) -> Source:
@@ -82,29 +88,33 @@ def _from_folder(path: Path) -> Source:
     return Source(path, repo_id.split("/")[-1] if name == commit else name, repo_id, revision=commit)
 
 
-def _from_hub(repo_id: str, name: str) -> Source:
+def _from_hub(repo_id: str, name: str, **hub: Any) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=_NEEDED))
+        folder = Path(snapshot_download(repo_id, **hub | {"local_files_only": True}, allow_patterns=_NEEDED))
         if not _is_complete(folder):
             raise LocalEntryNotFoundError(f"the copy of {repo_id} in the cache is incomplete")
     except LocalEntryNotFoundError:
-        folder = _download(repo_id, _NEEDED)
+        folder = _download(repo_id, _NEEDED, hub)
         if not list(folder.glob("*.safetensors")):
-            folder = _download(repo_id, _PICKLED)
+            folder = _download(repo_id, _PICKLED, hub)
     return Source(folder, name, origin=repo_id, revision=folder.name)
 
 
-def _download(repo_id: str, patterns: list[str]) -> Path:
+def _download(repo_id: str, patterns: list[str], hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, **hub, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} has no revision {hub['revision']!r} on the hub: name a branch, a tag or a commit"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id} is neither a local folder nor a public model on the hub (a private one needs `hf auth login`)"
@@ -113,9 +123,11 @@ def _download(repo_id: str, patterns: list[str]) -> Path:
         if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             raise
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        at = f" --revision {hub['revision']}" if "revision" in hub else ""
         raise CheckpointError(
-            f"{repo_id} is not a local folder, is not in the hub's local cache, and {reason}: download it where "
-            f"you are online (`hf download {repo_id} --local-dir DIR`) and pass that folder"
+            f"{repo_id} is not a local folder, is not in the hub's local cache{at and ' at that revision'}, and "
+            f"{reason}: download it where you are online (`hf download {repo_id}{at} --local-dir DIR`) and pass that "
+            "folder"
         ) from error
 
 

@@ -29,7 +29,8 @@ PLACEMENTS = {
     "convert",
     help=f"""Turn MODEL's language model into a pyramid; lossless until calibrated.
 
-    MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id, or one of
+    MODEL is a checkpoint folder (in Hugging Face's layout or the original LLaVA one), a hub id (owner/name, or
+    owner/name@revision), or one of
     {", ".join([*ALIASES, DEMO])}.
     """,
 )

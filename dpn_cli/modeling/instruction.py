@@ -1,7 +1,7 @@
-"""Where the instruction of a labelled sample ends, which is what its routers read.
+"""Where the instruction of a sample ends, which is what its routers read.
 
-`generate` gives prompts, whose last token it is. Training gives whole conversations with labels, and it must be found
-in them: routers that read anything else would be trained on routes that inference does not take.
+`generate` gives prompts, whose last token it is. Training and scoring give whole conversations, with labels or without,
+and it must be found in them: routers that read anything else would take other routes than `generate` does.
 
 Shapes: B batch, L sequence.
 """
@@ -37,12 +37,38 @@ def instruction_ends(
         ValueError: if the labels of a row do not show where its instruction ends, and there is no cue.
     """
     valid = torch.ones_like(labels) if attention_mask is None else attention_mask
-    is_cue_end = torch.zeros_like(is_image)
-    if cue and input_ids is not None and input_ids.shape[1] >= len(cue):
-        windows = input_ids.unfold(1, len(cue), 1)
-        is_cue_end[:, len(cue) - 1 :] = (windows == torch.tensor(cue, device=windows.device)).all(-1)
+    is_cue_end = torch.zeros_like(is_image) if input_ids is None else _ends_cue(input_ids, cue)
     rows = zip(labels, is_image, is_cue_end, valid, strict=True)
     return torch.tensor([_end(*map(_columns, (row != IGNORED, *rest))) for row, *rest in rows], device=labels.device)
+
+
+def unlabelled_ends(
+    input_ids: torch.Tensor, is_image: torch.Tensor, attention_mask: torch.Tensor | None, cue: Sequence[int]
+) -> torch.Tensor:
+    """Return the column of every row's last instruction token, [B], where there are no labels; see `instruction_ends`.
+
+    It is the last token of a row that ends with the cue, as prompts do. A row that goes on after cues holds answers,
+    too: then it ends the first cue after the last image, as it does with labels.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    valid = torch.ones_like(is_image)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        valid = attention_mask[:, -input_ids.shape[1] :].bool()
+    last = columns.masked_fill(~valid, 0).amax(1)
+    last_image = columns.masked_fill(~is_image, -1).amax(1, keepdim=True)
+    is_end = _ends_cue(input_ids, cue) & valid & (columns > last_image)
+    first = columns.masked_fill(~is_end, input_ids.shape[1]).amin(1)
+    ends_with_cue = is_end.gather(1, last[:, None])[:, 0]
+    return torch.where(ends_with_cue, last, torch.minimum(first, last))
+
+
+def _ends_cue(input_ids: torch.Tensor, cue: Sequence[int]) -> torch.Tensor:
+    """Return which tokens end the cue, [B, L] bool."""
+    is_end = torch.zeros_like(input_ids, dtype=torch.bool)
+    if cue and input_ids.shape[1] >= len(cue):
+        windows = input_ids.unfold(1, len(cue), 1)
+        is_end[:, len(cue) - 1 :] = (windows == torch.tensor(cue, device=windows.device)).all(-1)
+    return is_end
 
 
 def _columns(is_chosen: torch.Tensor) -> list[int]:

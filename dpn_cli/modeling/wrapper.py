@@ -27,7 +27,7 @@ from typing_extensions import override
 from dpn_cli.modeling.adapters import adapted_layers, make_switchable
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import changed_call, current_call
-from dpn_cli.modeling.instruction import instruction_ends
+from dpn_cli.modeling.instruction import instruction_ends, unlabelled_ends
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.state import PyramidState
@@ -80,8 +80,9 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Run the original's forward, routed.
 
-        The routers read each sample's last instruction token: with labels it is found by `instruction_ends`, without
-        them it is the last of the prompt. The arguments are written out because `generate` looks them up.
+        The routers read each sample's last instruction token: that of a prompt in `generate`, and elsewhere what
+        `instruction_ends` finds with labels, and `unlabelled_ends` without them. The arguments are written out because
+        `generate` looks them up.
 
         Args:
             past_key_values: the name of `cache` before transformers 5.24.
@@ -97,6 +98,9 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         elif instruction is None and prompt_length is not None:
             past = 0 if cache is None else cache.get_seq_length()
             instruction = torch.tensor([prompt_length - 1 - past])
+        elif instruction is None and input_ids is not None and self.text_model.reads_instruction:
+            is_image = self.model.is_image(input_ids, inputs_embeds)
+            instruction = unlabelled_ends(input_ids, is_image, attention_mask, self.pyramid.answer_cue)
         if batch_num_images is not None:  # one family's alone
             kwargs["batch_num_images"] = batch_num_images
         return super().forward(

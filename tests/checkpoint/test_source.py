@@ -32,15 +32,17 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def put_in_cache(cache: Path, repo_id: str, folder: Path, leave_out: str = "") -> Path:
+def put_in_cache(
+    cache: Path, repo_id: str, folder: Path, leave_out: str = "", revision: str = "main", commit: str = COMMIT
+) -> Path:
     """Store a checkpoint as the hub's client does: blobs, and a snapshot of links to them."""
     repo = cache / f"models--{repo_id.replace('/', '--')}"
-    snapshot = repo / "snapshots" / COMMIT
+    snapshot = repo / "snapshots" / commit
     for part in (repo / "blobs", repo / "refs", snapshot):
-        part.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(COMMIT)
+        part.mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / revision).write_text(commit)
     for i, file in enumerate(path for path in sorted(folder.iterdir()) if path.name != leave_out):
-        blob = repo / "blobs" / f"{i:064x}"
+        blob = repo / "blobs" / f"{commit[:8]}{i:056x}"
         blob.write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(blob)
     return snapshot
@@ -85,6 +87,33 @@ def test_a_model_of_the_hub_is_converted_under_its_short_name(
     assert (done.output, done.recipe) == (Path("llava-1.5-13b-dpn"), "llava-1.5-13b")
     assert Checkpoint.open(done.output).config["base_model"] == f"{repo_id}@{COMMIT}"
     assert not any(path.is_symlink() for path in done.output.iterdir())
+
+
+def test_a_revision_of_a_model_of_the_hub_is_that_one(
+    make_converted: Callable[..., Path], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from huggingface_hub import constants
+
+    import dpn_cli
+
+    folder = make_converted()
+    put_in_cache(hub_cache, "me/tiny", folder, leave_out="calibration")
+    config = json.loads((folder / "config.json").read_text())
+    config["pyramid"]["calibration"]["data"] = "second"
+    (folder / "config.json").write_text(json.dumps(config))
+    put_in_cache(hub_cache, "me/tiny", folder, leave_out="calibration", revision="v2", commit=COMMIT[::-1])
+    assert [resolve_source(f"me/tiny{at}").reference for at in ("", "@main", "@v2", f"@{COMMIT[::-1]}")] == [
+        f"me/tiny@{COMMIT}", f"me/tiny@{COMMIT}", *[f"me/tiny@{COMMIT[::-1]}"] * 2
+    ]  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    models = [dpn_cli.load("me/tiny", revision=revision, cache_dir=hub_cache) for revision in (None, "v2")]
+    assert [model.pyramid.calibration["data"] for model in models] == ["mydata|2.json", "second"]
+    with pytest.raises(CheckpointError, match=r"at that revision.*hf download me/tiny --revision v3"):
+        dpn_cli.load("me/tiny@v3", cache_dir=hub_cache)
+    assert dpn_cli.load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"takes no config, variant: it loads a checkpoint as it is"):
+        dpn_cli.load(folder, variant="x", config=None)
 
 
 # What the text_config of each model on the hub says beside the sizes; None stands for what it leaves out.

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dpn_cli.modeling.instruction import IGNORED, instruction_ends
+from dpn_cli.modeling.instruction import IGNORED, instruction_ends, unlabelled_ends
 
 BOS, IMAGE, WORD, CUE, ANSWER, EOS, PAD = 1, 4, 5, (6, 7), 8, 2, 0
 PROMPT = [BOS, WORD, *[IMAGE] * 3, WORD, WORD, *CUE]
@@ -43,6 +43,17 @@ def test_rows_without_images_or_labels_end_with_their_last_token() -> None:
     text = [PAD, PAD, BOS, WORD, *CUE, ANSWER, EOS]
     assert ends(text, [token != PAD for token in text]) == len(text) - 1
     assert ends([*PROMPT, PAD, PAD], [False] * (len(PROMPT) + 2)) == len(PROMPT) - 1
+
+
+def test_without_labels_a_row_is_a_prompt_or_split_where_its_labels_would_split_it() -> None:
+    is_answer = [i >= len(PROMPT) and token in (ANSWER, EOS) for i, token in enumerate(ROW)]
+    two_turns = ROW[:-2]
+    for before, after in ((0, 0), (3, 0), (0, 2)):
+        for ids, expected in ((PROMPT, len(PROMPT) - 1), (two_turns, len(two_turns) - 1), (ROW, ends(ROW, is_answer))):
+            row = torch.tensor([[PAD] * before + ids + [PAD] * after])
+            assert unlabelled_ends(row, row == IMAGE, (row != PAD).long(), CUE).tolist() == [expected + before]
+            if not after:
+                assert unlabelled_ends(row, row == IMAGE, None, ()).tolist() == [len(ids) + before - 1], "no cue"
 
 
 def test_it_is_never_before_the_last_image_nor_in_the_padding() -> None:
