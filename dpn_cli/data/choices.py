@@ -45,8 +45,10 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
 
 
 def ask_for_letter(question: str, choices: Sequence[Any]) -> str:
-    """Return a question with its choices as lettered lines."""
-    lines = [f"{letter}. {_text(choice)}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    """Return a question with its choices as lettered lines, if it does not list them itself."""
+    texts = {letter: _text(choice) for letter, choice in zip(LETTERS, choices, strict=False)}
+    is_listed = all(re.search(rf"(?<!\w){letter}[).:]\s*{re.escape(text)}", question) for letter, text in texts.items())
+    lines = [] if is_listed else [f"{letter}. {text}" for letter, text in texts.items()]
     return "\n".join([question, *lines, INSTRUCTION])
 
 

@@ -32,10 +32,18 @@ class CocoFile(RowSource):
         """Understand the annotations.
 
         Raises:
-            DataError: if they hold no text.
+            DataError: if they hold no text, or it is not clear which image one is of.
         """
         self.annotations = annotations
-        self.file_names = {str(each.get("id")): each.get("file_name") for each in images if isinstance(each, dict)}
+        self.file_names: dict[str, Any] = {}
+        for each in images:
+            if isinstance(each, dict):
+                number, name = str(each.get("id"))[:_SHOWN], each.get("file_name")
+                if self.file_names.setdefault(number, name) != name:
+                    raise DataError(
+                        f"{path} gives the id {number} to two images, {self.file_names[number]} and {name}: give each "
+                        "an id of its own"
+                    )
         self.split = split_of(path)
         super().__init__(str(path), "COCO annotations", places, reading)
         if self.images_alone:

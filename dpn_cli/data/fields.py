@@ -255,7 +255,8 @@ def _unread(
         if name in ROLES["answer"] and has_question != has_answer:  # whether a caption is right, what a chat has not
             return not is_blank(value)
         last_word = name.rpartition("_")[2]
-        if other_images and last_word in _PLACES and name not in spare and not any("://" in i for i in other_images):
+        is_place = bool(paths) if name in ROLES["image"] else last_word in _PLACES and name not in spare
+        if other_images and is_place and not any("://" in image for image in other_images):
             return all(isinstance(leaf, str) for leaf in seen)  # else it is where the bytes that were read come from
         if name in spare or name in _DESCRIPTIVE or last_word in _DESCRIPTIVE:
             return False

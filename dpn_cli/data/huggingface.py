@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpn_cli.data.fields import Fields
 from dpn_cli.data.formats import Request
 from dpn_cli.data.rowsource import RowSource, validate_readable
@@ -55,9 +57,6 @@ class Table(RowSource):
         if len(dataset) == 0:
             raise DataError(f"{name} holds no rows")
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
-        from datasets import ClassLabel
-
-        self.classes = {name: kind.names for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
         self.is_webdataset = KEY in dataset.column_names
         super().__init__(name, kind, request.places, request.reading)
         validate_readable([name for row in self.outlines() for name in row], request.reading, name)
@@ -73,8 +72,7 @@ class Table(RowSource):
 
     def row(self, index: int) -> Any:
         """Return a row, the numbers of classes as their names."""
-        row = self.rows[index].to_pylist()[0]
-        row |= {name: _class_name(row[name], names) for name, names in self.classes.items()}
+        row = _in_words(self.rows[index].to_pylist()[0], dict(self.rows.features))
         return row_of(row) if self.is_webdataset else row
 
 
@@ -87,9 +85,20 @@ def _outline(kind: Any) -> Any:
     return "" if isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype) else b""
 
 
-def _class_name(number: int | None, names: list[str]) -> str | None:
-    """Return the name of a class; None for a missing one, which `datasets` writes as -1."""
-    return names[number] if number is not None and number >= 0 else None
+def _in_words(value: Any, kind: Any) -> Any:
+    """Return a value with the names of classes, at any depth, and short floats as they were written."""
+    from datasets import ClassLabel, Value
+
+    if isinstance(kind, ClassLabel):  # a missing one is None or, as `datasets` writes it, -1
+        return None if value is None or value < 0 else kind.names[value]
+    if isinstance(kind, Value) and kind.dtype in ("float16", "float32") and value is not None:
+        return float(str(np.dtype(kind.dtype).type(value)))
+    if isinstance(kind, dict) and isinstance(value, dict):
+        return {name: _in_words(inner, kind.get(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+        return [_in_words(each, inner) for each in value]
+    return value
 
 
 def open_saved(request: Request) -> Table | None:

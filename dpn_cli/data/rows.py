@@ -10,6 +10,7 @@ from dpn_cli.data.chat import read_chat
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import (
+    ROLES,
     Columns,
     Fields,
     assign,
@@ -29,6 +30,7 @@ from dpn_cli.data.texts import (
     image_numbers,
     name_images_asked,
     read_answer,
+    read_list,
     read_text,
     read_text_alone,
     records,
@@ -118,6 +120,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
             reading.kind_field,
             KIND_FIELD,
             *image_names,
+            *(ROLES["image"] if "image" in dict(reading.columns) else ()),  # the user has chosen among them
             *(roles[role] for role in ("system", "id") if role in roles),
         },
         has_image=bool(images),
@@ -150,7 +153,7 @@ def _validate_length(what: str, found: int, most: int) -> None:
 
 
 def _images(value: Any) -> list[Any]:
-    value = records(value)
+    value = read_list(value)
     return value if isinstance(value, list) else [value] if value != "" else []
 
 
@@ -185,7 +188,7 @@ def _identity(value: Any, number: int) -> str:
 def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
     """Read a conversation, else a question, else a caption, else ask a stock prompt."""
     if "conversation" in roles:
-        system, turns, inline = read_chat(fields[roles["conversation"]])
+        system, turns, inline = read_chat(_unpacked(fields[roles["conversation"]]))
         return _Text((roles["conversation"],), turns, system, inline)
     if "question" in roles:
         return _read_question(fields, roles)
@@ -197,13 +200,18 @@ def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
     return _Text((), [Turn(prompt)], has_question=False)
 
 
+def _unpacked(value: Any) -> Any:
+    """Return what a text holds as JSON, a list or an object; other values as they are."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def _validate_plain(caption: Any) -> None:
     """Check that a caption is not a row of its own, packed into text."""
-    packed: Any = None
-    if isinstance(caption, str) and caption.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            packed = json.loads(caption)
-    if isinstance(packed, dict):
+    packed = _unpacked(caption)
+    if isinstance(packed, dict) and isinstance(caption, str):
         raise RowError("JSON in a caption", f"expected text, found an object of {', '.join(packed)} as text: unpack it")
 
 

@@ -87,13 +87,16 @@ def without_images(question: str) -> str:
 def read_answer(value: Any) -> str:
     """Return an answer, or of several people's answers, as VQAv2 has them, the most frequent one.
 
+    Letter case does not make answers different.
+
     Raises:
         RowError: if there is none, or several numbers are rather one answer, a box, than what several people counted.
     """
-    value = records(spelt_out(value) if isinstance(value, str) and _LIST.fullmatch(value) else value)
+    value = read_list(value)
     if isinstance(value, list) and value:
         answers = [_plain(each.get("answer") if isinstance(each, dict) else each) for each in value]
-        answer, votes = Counter(answers).most_common(1)[0]
+        [(agreed, votes)] = Counter(map(str.casefold, answers)).most_common(1)
+        [(answer, _)] = Counter(each for each in answers if each.casefold() == agreed).most_common(1)
         if all(isinstance(each, int | float) for each in value) and 2 * votes <= len(value):
             raise RowError("an answer of several numbers", f"{value}: if they are one answer, write it as text")
         return read_answer(answer)
@@ -101,6 +104,15 @@ def read_answer(value: Any) -> str:
     if not text:
         raise RowError("an empty answer")
     return read_text_alone(text, "answer")
+
+
+def read_list(value: Any) -> Any:
+    """Return the list that a value is, or spells out as pandas writes lists into cells; other values as they are.
+
+    Raises:
+        RowError: as `records`.
+    """
+    return records(spelt_out(value) if isinstance(value, str) and _LIST.fullmatch(value) else value)
 
 
 def spelt_out(value: Any) -> Any:

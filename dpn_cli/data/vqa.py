@@ -27,12 +27,15 @@ class VqaFiles(RowSource):
         """Read both files; without annotations, no question has an answer.
 
         Raises:
-            DataError: if one of them holds no rows, or no field that the user names.
+            DataError: if one of them holds no rows, or no field that the user names, or two annotations of a question.
         """
         self.questions = JsonRows(questions)
         self.annotations = JsonRows(annotations) if annotations else None
         annotated = self.annotations.objects() if self.annotations else ()
-        self.annotation_of = {_number(row): index for index, row in enumerate(annotated)}
+        self.annotation_of: dict[str, int] = {}
+        for index, row in enumerate(annotated):
+            if self.annotation_of.setdefault(_number(row), index) != index:
+                raise DataError(f"{annotations} has several annotations of the question_id {_number(row)}: leave one")
         self.split = str(self.questions.about.get("data_subtype") or split_of(questions))
         answered = f"answers of {annotations.name}" if annotations else "no answers"
         super().__init__(str(questions), f"VQAv2 questions, {answered}", places, reading)

@@ -63,12 +63,13 @@ class TarSamples(RowSource):
         """Find where the files of all samples are.
 
         Raises:
-            DataError: if an archive is damaged or compressed, or there are no samples.
+            DataError: if an archive is damaged or compressed, or has two files of a name, or there are no samples.
         """
         found: dict[tuple[Path, str], dict[str, _Part]] = {}
         for archive in archives:
             for key, extension, part in _parts(archive):
-                found.setdefault((archive, key), {})[extension] = part
+                if found.setdefault((archive, key), {}).setdefault(extension, part) is not part:
+                    raise DataError(f"{archive} holds two files of the name {part.name}: pack each sample once")
         if not found:
             raise DataError(f"{name} holds no samples, which are files such as 0001.jpg and 0001.json")
         self.samples = [(key, parts) for (_, key), parts in found.items()]
@@ -104,21 +105,24 @@ def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
         RowError: if its JSON is no object, or two files say different things of the same field.
     """
     row: dict[str, Any] = {"id": parts[KEY]}
+    said: dict[str, Any] = {}  # by texts and JSON
     images = []
     for extension, value in parts.items():
         kind = _kind(extension)
         if kind == "image":
             images.append(value)
-        elif kind == "json":
-            row |= _object(value)
-        elif kind == "text":
-            field = extension.rpartition(".")[0] or "caption"
-            if row.get(field, value) != value:
-                raise RowError("two texts of a kind", f"{parts[KEY]} has several files for its {field}")
-            row[field] = value
+        elif kind in ("json", "text"):
+            stated = _object(value) if kind == "json" else {extension.rpartition(".")[0] or "caption": value}
+            for field, text in stated.items():
+                if said.get(field, text) != text:
+                    raise RowError(
+                        "two texts of a kind",
+                        f"{parts[KEY]} has several files for its {field}: names of samples end at their first dot",
+                    )
+            said |= stated
         elif not extension.startswith("__"):
             row[extension] = value
-    return row | ({_IMAGE: images} if images else {})
+    return row | said | ({_IMAGE: images} if images else {})
 
 
 def _kind(extension: str) -> str:

@@ -208,3 +208,22 @@ def test_classes_are_read_by_their_names(datasets: Any, tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "saved")
     data = load_data(DataOptions(str(tmp_path / "saved"), kind_field="level"))
     assert [(s.turns[0].answer, s.kind) for s in data.samples] == [("red", "blue"), (None, "red")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "answers"),
+    [
+        (lambda d: d.List(d.ClassLabel(names=["blue", "red"])), [[1, 1, 0], [0]], ["red", "blue"]),
+        (lambda d: d.Value("float32"), [0.1, None], ["0.1", None]),
+        (lambda d: d.Value("float16"), [0.1, 2.0], ["0.1", "2.0"]),
+    ],
+)
+def test_values_are_read_as_they_were_written(
+    datasets: Any, tmp_path: Path, kind: Any, values: list[Any], answers: list[str | None]
+) -> None:
+    table = questions(datasets).remove_columns("answers")
+    features = datasets.Features({**table.features, "answer": kind(datasets)})
+    rows = [{**row, "answer": value} for row, value in zip(table.to_list(), values, strict=True)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "t.parquet"))
+    data = load_data(DataOptions(str(tmp_path / "t.parquet")))
+    assert [sample.turns[0].answer for sample in data.samples] == answers

@@ -194,6 +194,12 @@ def test_annotations_that_cannot_be_used_are_named(pictures: Path, annotations: 
         load(pictures, {**COCO, "annotations": annotations})
 
 
+def test_an_id_of_two_images_is_refused(pictures: Path) -> None:
+    twice = {**COCO, "images": [*COCO["images"], {"id": 17, "file_name": "a.png"}]}
+    with pytest.raises(DataError, match=r"gives the id 17 to two images, 17\.jpg and a\.png"):
+        load(pictures, {**twice, "annotations": [{"image_id": 17, "caption": "red"}]})
+
+
 def test_pictures_lie_beside_the_folder_of_annotations(pictures: Path) -> None:
     (pictures / "annotations").mkdir()
     images = [{"id": 42, "file_name": "000000000042.jpg"}]
@@ -253,3 +259,9 @@ def test_the_key_of_a_row_names_its_picture(pictures: Path) -> None:
 def test_a_text_beside_a_question_is_no_conversation(pictures: Path) -> None:
     with pytest.raises(DataError, match=r"not read .`qa`"):
         load(pictures, [{"image": "a.png", **ROW, "qa": "open"}])
+
+
+def test_a_cell_may_spell_out_a_list_of_images(pictures: Path) -> None:
+    (pictures / "data.csv").write_text(f"images,question,answer\n\"['a.png', '17.jpg']\",{ASKED},red\n")
+    [sample] = load_data(DataOptions(str(pictures / "data.csv"))).samples
+    assert sample.images == (pictures / "a.png", pictures / "17.jpg")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dpn_cli.data.choices import INSTRUCTION
 from dpn_cli.data.faults import UNREAD, RowError
 from dpn_cli.data.fields import mapping
 from dpn_cli.data.llava import LlavaFile
@@ -74,6 +75,7 @@ def test_a_question_in_several_messages_is_one() -> None:
         ({"question": "what ?", "answer": "red"}, Turn("what ?", "red", 1)),
         ({"question": "<image>\nwhat ?", "answer": 3}, Turn("what ?", "3", 1)),
         ({"question": "what ?", "answers": ["a", "b", "b"]}, Turn("what ?", "b", 1)),
+        ({"question": "what ?", "answers": ["Red", "red", "RED", "red", "b", "b", "b"]}, Turn("what ?", "red", 1)),
         ({"question": "what ?", "answers": [{"answer": "yes", "id": 1}]}, Turn("what ?", "yes", 1)),
         ({"question": "what ?"}, Turn("what ?", None, 1)),
         ({"caption": "a cat"}, Turn("stock ?", "a cat", 1)),
@@ -126,6 +128,12 @@ def test_choices_stand_in_the_question_and_the_answer_is_a_letter(row: dict[str,
     assert read({"image": "a.png", "question": "what ?", **row}).turns == (Turn(SHAPES, letter, 1),)
 
 
+@pytest.mark.parametrize("question", ["what ?\nA. ball\nB. cube", "what ? Options: (A) ball (B) cube"])
+def test_choices_that_the_question_lists_are_not_listed_again(question: str) -> None:
+    [turn] = read({"image": "a.png", "question": question, "choices": ["ball", "cube"], "answer": "cube"}).turns
+    assert turn == Turn(f"{question}\n{INSTRUCTION}", "B", 1)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -165,6 +173,11 @@ TWO_TURNS = (Turn("what ?", "red", 1), Turn("where ?", "left"))
         {"messages": {"role": ["user", "assistant"] * 2, "content": ["what ?", "red", "where ?", "left"], "x": None}},
         {"texts": [{"user": "what ?", "assistant": "red", "source": "x"}, {"user": "where ?", "assistant": "left"}]},
         {"texts": {"user": ["what ?", "where ?"], "assistant": ["red", "left"]}},
+        {
+            "conversations": json.dumps(
+                [{"user": "what ?", "assistant": "red"}, {"user": "where ?", "assistant": "left"}]
+            )
+        },
         {
             "prompt": [say("user", "what ?"), say("assistant", "red"), say("user", "where ?")],
             "completion": [say("assistant", "left")],
@@ -211,6 +224,8 @@ def test_a_system_prompt_beside_the_messages_is_kept() -> None:
                 {"image2": "b"},
                 {"second_image": "dir/b.PNG"},
                 {"mask": "b.png"},
+                {"photo": "b.png"},
+                {"image_path": "dir/b.png"},
                 {"mask_path": "b.png"},
                 {"right": "b/a.png", "image": "a/a.png"},
                 {"views": ["a.png", {"path": "b.png"}]},

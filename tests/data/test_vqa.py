@@ -90,3 +90,13 @@ def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], message
     with pytest.raises(DataError, match=message):
         load(questions)
     assert load(questions, on_bad_row="skip", max_bad=0.5).scan.with_image == 1
+
+
+def test_two_annotations_of_a_question_are_refused(tmp_path: Path) -> None:
+    questions = write(tmp_path)
+    path = tmp_path / ANNOTATIONS.format("val2014")
+    data = json.loads(path.read_text())
+    data["annotations"].append(data["annotations"][0])
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"v2_mscoco_val2014_annotations\.json has several annotations of .* 71: leave"):
+        load(questions)

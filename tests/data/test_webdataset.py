@@ -97,6 +97,10 @@ def test_the_archives_of_a_folder_have_names_of_their_own(tmp_path: Path) -> Non
         ({"2.png": png(), "2.json": [1]}, "row 2: not an object .expected an object in the JSON of a sample"),
         ({"2.png": png(), "2.json": b"\xff"}, r"row 2: broken text .2\.json in 0\.tar is not UTF-8"),
         ({"2.png": b"noise", "2.json": ASKED}, r"row 2: image cannot be decoded .2\.png in 0\.tar: not a known"),
+        (
+            {"2.0.png": png(), "2.0.json": ASKED, "2.1.png": png(), "2.1.json": {**ASKED, "question": "how ?"}},
+            "row 2: two texts of a kind .2 has several files for its question: names of samples end at their first dot",
+        ),
         ({"2.png": png(), "2.json": ASKED, "2.mp3": b"sound"}, "row 2: text or images that are not read .`mp3`, of"),
     ],
 )
@@ -114,6 +118,11 @@ def test_archives_that_are_none_are_named(tmp_path: Path) -> None:
         load(tmp_path / "0.tar")
     with pytest.raises(DataError, match="holds no samples"):
         load(write(tmp_path / "0.tar", {"x": b""}))
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("1.json"))
+    with pytest.raises(DataError, match=r"holds two files of the name 1\.json"):
+        load(tmp_path / "0.tar")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         link = tarfile.TarInfo("1.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
