@@ -12,7 +12,7 @@ from dpn_cli.calibration.forecast import Forecast, Model, Reader, forecast
 from dpn_cli.calibration.job import read_samples
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.samples import CalibrationData, load_samples
-from dpn_cli.calibration.settings import candidates
+from dpn_cli.calibration.settings import candidates, has_recipe
 from dpn_cli.calibration.training.tuning import frozen_dtype
 from dpn_cli.checkpoint.headers import Checkpoint
 from dpn_cli.checkpoint.inspection import parts
@@ -56,7 +56,7 @@ class Preview:
         scan: Counts of what was read.
         columns: Roles of the columns, empty for those that are not read.
         asked: First samples, as they are asked.
-        forecast: Cost of the calibration; None without a checkpoint, or without an image.
+        forecast: Cost of the calibration; None without a checkpoint to calibrate, or without an image.
     """
 
     scan: Scan
@@ -80,7 +80,7 @@ def preview(
 
     Args:
         data: Data to read.
-        folder: Checkpoint to calibrate; None for the data alone.
+        folder: Checkpoint that will be asked; None for the data alone.
         recipe: Settings of the calibration.
         reporter: Told about the progress.
         teacher: Folder, alias or hub id of another model as the teacher; None for the model itself.
@@ -106,9 +106,9 @@ def _forecast(
     read: CalibrationData, processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
     recipe: CalibrationRecipe, reporter: Reporter, other: OtherTeacher | None,
 ) -> Forecast | None:  # fmt: skip
-    """Estimate what the calibration of a checkpoint costs on some samples; None where none has an image."""
+    """Estimate what a calibration costs on some samples; None of an export, or where no sample has an image."""
     samples, further = ([each for each in some if each.images] for some in (read.measured.samples, read.further))
-    if not samples:
+    if not samples or not has_recipe(checkpoint.path):
         return None
     surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
 

@@ -18,6 +18,11 @@ STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
 
 
+def has_recipe(folder: Path) -> bool:
+    """Tell whether a folder is one of `dpn convert`, which keeps the recipe, rather than an export."""
+    return (folder / RECIPE_FILE).is_file()
+
+
 def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:
     """Return the calibration section of the recipe that a checkpoint was converted with.
 
@@ -31,7 +36,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
         RecipeError: if an override is wrong.
     """
     check_folder(folder)
-    if not (folder / RECIPE_FILE).is_file():
+    if not has_recipe(folder):
         if open_converted(folder)[2].is_imported:
             raise CheckpointError(
                 f"{folder}: the pyramid was trained together with the model, so there is no original model to "
@@ -74,8 +79,7 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
         RecipeError: if an override is wrong.
     """
     pyramid = open_converted(folder)[2]
-    has_recipe = (folder / RECIPE_FILE).is_file()
-    data = read_json(folder / RECIPE_FILE) if has_recipe else load_recipe(DEFAULT_RECIPE).to_dict()
+    data = read_json(folder / RECIPE_FILE) if has_recipe(folder) else load_recipe(DEFAULT_RECIPE).to_dict()
     recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
     data["calibration"] = {**data.get("calibration", {}), **recorded, "budget": pyramid.budget or 1.0}
     options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}, "predictors": None}

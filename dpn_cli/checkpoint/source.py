@@ -77,8 +77,13 @@ def resolve_source(model: str, **hub: Any) -> Source:
 
 
 def _from_folder(path: Path) -> Source:
-    """Return what a path leads to; a snapshot in a cache of the hub's client is a model of the hub."""
+    """Return what a path leads to; a snapshot in a cache of the hub's client is a model of the hub.
+
+    A model's folder in that cache leads to the snapshot of its main branch.
+    """
     resolved = path.resolve()
+    if resolved.name.startswith(_REPO_PREFIX) and (main := resolved / "refs" / "main").is_file():
+        return _from_folder(resolved / "snapshots" / main.read_text().strip())
     name = resolved.name if path.name in {"", ".."} else path.name
     repo_folder = resolved.parent.parent.name
     if resolved.parent.name != "snapshots" or not repo_folder.startswith(_REPO_PREFIX):

@@ -78,6 +78,7 @@ class ChatTemplate:
         Raises:
             CheckpointError, UsageError: if it does not.
         """
+        fault = "does not show images"
         try:
             text = self.prompt(special_tokens)
         except OverLimitError:
@@ -88,8 +89,9 @@ class ChatTemplate:
             if text.count(image_token) == 1 and QUESTION in text:
                 return
             found = f"writes {text[:200]!r}"
+            fault = fault if text.count(image_token) != 1 else "does not write questions as they are"
         raise self.fault(
-            f"the chat template in {self.path} does not show images: for an image and a question it {found}, expected "
+            f"the chat template in {self.path} {fault}: for an image and a question it {found}, expected "
             f"{image_token} once and the question; pass one that does, with `dpn convert --chat-template FILE`"
         )
 

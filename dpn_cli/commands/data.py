@@ -46,14 +46,16 @@ def command(
     as_json: bool,
 ) -> None:
     """Show what is read of some data."""
-    from dpn_cli.calibration.settings import calibration_recipe
+    from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, has_recipe
     from dpn_cli.pyramid.recipe import CalibrationRecipe
 
     folder = _checkpoint(model)
     if folder is None and teacher is not None:
         raise UsageError("--teacher needs a checkpoint that is to be calibrated: `dpn convert MODEL` first")
     given: dict[str, Any] = {name: value for name, value in (("samples", samples), ("seed", seed)) if value is not None}
-    recipe = CalibrationRecipe(**given) if folder is None else calibration_recipe(folder, (), given)
+    recipe = CalibrationRecipe(**given)
+    if folder is not None:
+        recipe = (calibration_recipe if has_recipe(folder) else budgets_recipe)(folder, (), given)
     with console.waiting("starting"):
         from dpn_cli.calibration.preview import preview
     found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting), teacher)
@@ -64,6 +66,10 @@ def command(
     _show(found)
     if folder is None:
         console.note("There is no checkpoint here. To see what a calibration will cost, run `dpn convert MODEL` first.")
+    elif not has_recipe(folder):
+        console.note(
+            f"{folder} is an export. To see what a calibration will cost, name a folder of `dpn convert`: --model."
+        )
 
 
 def _checkpoint(model: Path | None) -> Path | None:

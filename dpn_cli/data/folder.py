@@ -66,7 +66,8 @@ def _may_be_data(path: Path, folder: Path) -> bool:
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    """Tell whether a path is hidden, or a preview that a network drive keeps beside pictures."""
+    return any(part.startswith((".", "@")) for part in path.relative_to(folder).parts)
 
 
 def open_images(request: Request) -> ImageFolder | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,27 @@ def _open(request: Request) -> tuple[str, Any]:
         what = "a table" if path.exists() else "there is no such file or folder here, and a data set of the hub"
         raise MissingExtraError(f"--data {name}: {what}", "datasets", "data") from None
     try:
-        if is_saved_dataset(path):
-            return _one_split(datasets.load_from_disk(str(path)), "saved data set")
-        kind, loaded = _load(datasets, request)
-        return (f"{STREAMED} {kind}", _drawn(datasets, loaded, request)) if request.stream else (kind, loaded)
+        with _quietly(datasets):
+            if is_saved_dataset(path):
+                return _one_split(datasets.load_from_disk(str(path)), "saved data set")
+            kind, loaded = _load(datasets, request)
+            return (f"{STREAMED} {kind}", _drawn(datasets, loaded, request)) if request.stream else (kind, loaded)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = "cannot be opened" if path.exists() else "is not a file or folder here, and cannot be read from the hub"
-        raise DataError(f"--data {name} {what}: {type(error).__name__}: {error}") from None
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split())
+        raise DataError(f"--data {name} {what}: {type(cause or error).__name__}: {reason}") from None
+
+
+@contextmanager
+def _quietly(datasets: Any) -> Iterator[None]:
+    """Keep what `datasets` logs of an error that is raised as well."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _load(datasets: Any, request: Request) -> tuple[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
+from dpn_cli.checkpoint.headers import LFS_SIGNATURE
 from dpn_cli.data.faults import MISSING, RowError
 from dpn_cli.limits import (
     MAX_ASPECT_RATIO,
@@ -153,12 +154,13 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
             yield opened
     except RowError:
         raise
-    except Image.DecompressionBombError as error:
-        raise RowError("image too large", f"{name}: {error}") from None
+    except Image.DecompressionBombError:
+        raise RowError("image too large", f"{name} has more than the {MAX_PIXELS} pixels that are decoded") from None
     except MemoryError:
         raise RowError("image too large", f"{name} does not fit into memory") from None
     except _UNREADABLE as error:
-        raise RowError("image cannot be decoded", f"{name}: {_reason(error)}") from None
+        reason = "a Git LFS pointer, run `git lfs pull`" if _is_pointer(image) else _reason(error)
+        raise RowError("image cannot be decoded", f"{name}: {reason}") from None
 
 
 def _upright(image: Image.Image, factor: int = 1) -> Image.Image:
@@ -238,6 +240,14 @@ def _formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _is_pointer(image: Path | bytes | Image.Image) -> bool:
+    """Tell whether an image is what Git leaves in the place of a large file that was not fetched."""
+    if isinstance(image, Path):
+        with image.open("rb") as file:
+            image = file.read(len(LFS_SIGNATURE))
+    return isinstance(image, bytes) and image.startswith(LFS_SIGNATURE)
 
 
 def _reason(error: BaseException) -> str:

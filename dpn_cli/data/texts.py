@@ -94,7 +94,7 @@ def read_answer(value: Any) -> str:
     """
     value = read_list(value)
     if isinstance(value, list) and value:
-        answers = [_plain(each.get("answer") if isinstance(each, dict) else each) for each in value]
+        answers = [_plain(each.get("answer", each.get("text")) if isinstance(each, dict) else each) for each in value]
         [(agreed, votes)] = Counter(map(str.casefold, answers)).most_common(1)
         [(answer, _)] = Counter(each for each in answers if each.casefold() == agreed).most_common(1)
         if all(isinstance(each, int | float) for each in value) and 2 * votes <= len(value):

@@ -281,7 +281,7 @@ def test_a_teacher_that_cannot_run_is_refused(
     config = read_json(broken / "config.json")
     config["text_config"]["hidden_act"] = "none such"
     (broken / "config.json").write_text(json.dumps(config))
-    assert "hidden_act 'none such', with which no model runs" in refused(folder, data, broken, capsys)
+    assert "hidden_act 'none such', which does not work" in refused(folder, data, broken, capsys)
 
 
 def refused(folder: Path, data: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -307,18 +307,25 @@ def test_what_is_switched_off_need_not_make_sense(make_source: Callable[[str], P
     assert not convert(str(source), output=tmp_path / "out").notes
 
 
-@pytest.mark.parametrize("template", [TEXT_ONLY, "{{ raise_exception('no') }}", "{% if %}", "USER: <image>"])
-def test_a_template_that_does_not_show_images_is_refused_and_can_be_given(
-    make_source: Callable[[str], Path], tmp_path: Path, template: str
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        *((each, "show images") for each in (TEXT_ONLY, "{{ raise_exception('no') }}", "{% if %}")),
+        ("USER: <image>", "write questions as they are"),
+        (CHAT_TEMPLATE.replace("part['text']", "part['text'] | upper"), "write questions as they are"),
+    ],
+)
+def test_a_template_that_does_not_show_what_is_asked_is_refused_and_can_be_given(
+    make_source: Callable[[str], Path], tmp_path: Path, template: str, fault: str
 ) -> None:
     source, file = make_source("llava"), tmp_path / "file.jinja"
     (source / "chat_template.jinja").unlink()
     (source / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(CheckpointError, match=r"chat_template\.json does not show images.*--chat-template FILE"):
+    with pytest.raises(CheckpointError, match=rf"chat_template\.json does not {fault}.*--chat-template FILE"):
         convert(str(source), output=tmp_path / "out")
     file.write_text(CHAT_TEMPLATE.replace("USER", "HUMAN"))
     output = convert(str(source), output=tmp_path / "out", chat_template=file).output
     assert transformers.AutoProcessor.from_pretrained(output).chat_template == file.read_text()
     file.write_text(template)
-    with pytest.raises(UsageError, match=r"file\.jinja does not show images"):
+    with pytest.raises(UsageError, match=rf"file\.jinja does not {fault}"):
         convert(str(source), output=tmp_path / "again", chat_template=file)

@@ -106,6 +106,7 @@ def test_a_revision_of_a_model_of_the_hub_is_that_one(
     assert [resolve_source(f"me/tiny{at}").reference for at in ("", "@main", "@v2", f"@{COMMIT[::-1]}")] == [
         f"me/tiny@{COMMIT}", f"me/tiny@{COMMIT}", *[f"me/tiny@{COMMIT[::-1]}"] * 2
     ]  # fmt: skip
+    assert resolve_source(str(hub_cache / "models--me--tiny")).reference == f"me/tiny@{COMMIT}"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     models = [dpn_cli.load("me/tiny", revision=revision, cache_dir=hub_cache) for revision in (None, "v2")]
     assert [model.pyramid.calibration["data"] for model in models] == ["mydata|2.json", "second"]

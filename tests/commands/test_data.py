@@ -8,6 +8,7 @@ import pytest
 
 from dpn_cli.calibration import forecast
 from dpn_cli.cli import main
+from dpn_cli.exporting.export import export
 from tests.runs import noise_pictures
 
 
@@ -65,6 +66,18 @@ def test_samples_are_shown_as_the_checkpoint_asks_them(
         and "estimated" in shown
         and "measured just now" in " ".join(shown.split())
     )
+
+
+def test_an_export_shows_the_data_without_an_estimate(
+    rows: Path, make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(make_converted(), tmp_path / "export")
+    assert main(["data", str(rows), "--model", str(tmp_path / "export"), "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert "<image>" in found["asked"][0]["prompt"] and found["forecast"] is None
+    assert main(["data", str(rows), "--model", str(tmp_path / "export")]) == 0
+    assert "export is an export" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_teacher_is_part_of_the_estimate(

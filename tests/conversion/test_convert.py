@@ -21,7 +21,7 @@ from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.converted import pretend_calibration
 from tests.originals import Original
-from tests.pyramids import POOLING, RATES
+from tests.pyramids import POOLING, RATES, prompt
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -47,6 +47,37 @@ def test_the_original_is_there_byte_for_byte(
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         assert (done.output / name).read_bytes() == (source / name).read_bytes()
     assert not (done.output / "model.safetensors").exists()  # it would shadow the index
+
+
+ROPE = (
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0,
+     "original_max_position_embeddings": 1024},
+    {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 1024},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPE, ids=lambda rope: rope["rope_type"])
+def test_every_kind_of_rope_gives_the_originals_logits(
+    tiny_llava: Path, tmp_path: Path, rope: dict[str, object]
+) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    import dpn_cli
+
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    (source / "config.json").write_text(json.dumps(config))
+    model = dpn_cli.load(convert(str(source), output=tmp_path / "out").output)
+    inputs = prompt(1, 3, 4, seed=0)
+    with torch.inference_mode():
+        expected = LlavaForConditionalGeneration.from_pretrained(source)(**inputs).logits
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4)
 
 
 def test_the_index_and_config_are_complete(tiny_llava: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dpn_cli.data.faults import RowError
 from dpn_cli.data.images import FORMATS, check_image, halved, image_size, most_pixels, open_image
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
+from dpn_cli.limits import MAX_PIXELS
 from dpn_cli.pages.rendering import thumbnails
 
 
@@ -119,6 +120,17 @@ def test_one_limit_holds_for_every_way_to_read_an_image(tmp_path: Path, size: tu
     for read in readers:
         with pytest.raises(DataError, match=rf"a\.png has {size[0]}×{size[1]} pixels, at most"):
             read()
+
+
+def test_other_limits_and_what_git_leaves_behind_are_put_in_words(tmp_path: Path) -> None:
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=rf"a\.png has more than the {MAX_PIXELS} pixels that are decoded"):
+        image_size(tmp_path / "a.png", "a.png")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "b.png").write_bytes(pointer)
+    for image in (tmp_path / "b.png", pointer):
+        with pytest.raises(DataError, match=r"b\.png: a Git LFS pointer, run `git lfs pull`"):
+            image_size(image, "b.png")
 
 
 @pytest.mark.parametrize(("kind", "options"), [("WEBP", {}), ("JPEG", {"progressive": True}), ("TIFF", {})])

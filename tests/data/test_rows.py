@@ -87,6 +87,7 @@ def test_a_question_in_several_messages_is_one() -> None:
         ({"query": "what ?", "label": "red"}, Turn("what ?", "red", 1)),
         ({"query": "how many ?", "label": [3, 3, 4]}, Turn("how many ?", "3", 1)),
         ({"question": "what ?", "answers": {"answer": ["a", "b", "b"], "id": [1, 2, 3]}}, Turn("what ?", "b", 1)),
+        ({"question": "what ?", "answers": {"text": ["a"], "answer_start": [3]}}, Turn("what ?", "a", 1)),
         ({"Question": "what ?", "fullAnswer": "It is red."}, Turn("what ?", "It is red.", 1)),
         ({"question": "what ?", "hint": "It is round.", "answer": "red"}, Turn("It is round.\nwhat ?", "red", 1)),
         ({"question": "what ?", "hint": "nan", "answer": "red"}, Turn("what ?", "red", 1)),
