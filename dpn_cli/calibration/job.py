@@ -96,7 +96,7 @@ def open_job(
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
         surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
-        measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid)
+        measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid, surveys=surveyed is not None)
         measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
         if budgets_only:
             measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}

@@ -18,32 +18,36 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvision")
 
-_EDGE_BYTES = 1 << 20  # of a shard, hashed at either end
+_WHOLE_BYTES = 1 << 26  # of a file that is hashed whole
+_HEADER_BYTES = 1 << 20
+_PARTS, _PART_BYTES = 2048, 1 << 12  # of a larger one, at equal distances: training and merging change whole matrices
 _FITTED = {"budgets", "lambda", "calibration", "mean_distortions"}  # what calibration itself writes
-_AFTER_MEASURING = {"budget", "epochs", "learning_rate"}
+_OF_THE_FIT = {"epochs", "learning_rate"}
 _CALIBRATED = tuple(f".{part}." for part in FITTED_PARTS)  # in the names of tensors
 
 
 def fingerprint(
-    checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe, pyramid: PyramidConfig
+    checkpoint: Checkpoint, data_digest: str, recipe: CalibrationRecipe, pyramid: PyramidConfig, surveys: bool
 ) -> dict[str, Any]:
     """Return plain data that changes with whatever the measurements of a calibration depend on.
 
     Args:
-        checkpoint: the converted checkpoint; size, header and both ends of its shards are looked at.
+        checkpoint: the converted checkpoint; of its shards, `weights_digest` looks at a part.
         data_digest: digest of the samples to measure, see `Dataset`.
         recipe: the recipe; only settings that matter before the routers are fitted count.
         pyramid: the pyramid to calibrate, or the candidates of a survey.
+        surveys: whether it is the latter; a survey chooses routes for a budget.
     """
-    trains = recipe.heal.method != "none" or recipe.objective == "paper"
     fitted = {tensor.file for tensor in checkpoint.tensors.values() if _is_calibrated(tensor.name)}
     beside = [t for t in checkpoint.tensors.values() if t.file in fitted and not _is_calibrated(t.name)]
     settings = {key: value for key, value in pyramid.to_dict().items() if key not in _FITTED}
+    heals = recipe.heal.method != "none"
+    after = set() if heals else _OF_THE_FIT if surveys else {*_OF_THE_FIT, "budget"}  # healing measures once more
+    trains = heals or recipe.objective == "paper"
     packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
     return {
         **_surroundings(checkpoint.path, packages),
-        **recipe.model_dump(mode="json", exclude=_AFTER_MEASURING),
-        "healed for": recipe.budget if recipe.heal.method != "none" else None,
+        **recipe.model_dump(mode="json", exclude=after),
         "data": data_digest,
         "weights": weights_digest(checkpoint.path / file for file in checkpoint.files if file not in fitted),
         "pooling weights": _digest(piece for tensor in beside for piece in read_pieces(checkpoint.path, tensor)),
@@ -135,8 +139,8 @@ def validate_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
 
 
 def weights_digest(shards: Iterable[Path]) -> str:
-    """Return a digest of the names, sizes and both ends of some files."""
-    return _digest(part for shard in sorted(shards) for part in _edges(shard))
+    """Return a digest of the names and sizes of some files, and of their bytes; of large ones, of many small parts."""
+    return _digest(part for shard in sorted(shards) for part in _parts(shard))
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -146,10 +150,14 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _edges(shard: Path) -> Iterator[bytes]:
+def _parts(shard: Path) -> Iterator[bytes]:
     size = shard.stat().st_size
     yield f"{shard.name} {size}".encode()
     with shard.open("rb") as file:
-        yield file.read(_EDGE_BYTES)
-        file.seek(max(0, size - _EDGE_BYTES))
-        yield file.read()
+        if size <= _WHOLE_BYTES:
+            yield file.read()
+            return
+        yield file.read(_HEADER_BYTES)
+        for part in range(_PARTS + 1):
+            file.seek(part * (size - _PART_BYTES) // _PARTS)
+            yield file.read(_PART_BYTES)

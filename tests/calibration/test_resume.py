@@ -18,6 +18,7 @@ from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration.state import FEATURES_FILE
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.conversion.convert import convert
+from dpn_cli.parallel import fingerprint
 from tests.faults.limited import largest_file
 from tests.runs import DEADLOCK_S, FEW, digests, measured, noise_pictures, options, start, wait_for
 
@@ -218,13 +219,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
         (f / "additional_chat_templates").mkdir(),
         (f / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}"),
     ),
-    "weights": lambda f: flip_last_byte(next(f.glob("model*.safetensors"))),
+    "weights": lambda f: flip_middle_byte(next(f.glob("model*.safetensors"))),
 }
 
 
-def flip_last_byte(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def flip_middle_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("changed", CHANGES)
@@ -267,7 +269,23 @@ def test_other_settings_or_data_do_not_go_on(
 
     assert "other values of answer_tokens:" in refused(arguments(folder, data, answer_tokens=3))
     assert "other values of batch_size, seed:" in refused([*arguments(folder, data, batch_size=2), "--seed", "1"])
+    another = [*arguments(folder, data), "--budget", "0.7"]  # a survey chooses routes for a budget
+    assert "other values of budget:" in refused(another)
     Image.new("RGB", (48, 48)).save(data / "07.png")
     assert "other values of data:" in refused(arguments(folder, data))
     assert batches(folder) == kept
     assert cli.main([*arguments(folder, data), "--restart"]) == 0
+
+
+def test_a_changed_matrix_of_a_large_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "_HEADER_BYTES", 100)
+    monkeypatch.setattr(fingerprint, "_PARTS", 64)
+    monkeypatch.setattr(fingerprint, "_PART_BYTES", 8)
+    path, content = tmp_path / "a.safetensors", random.Random(0).randbytes(100_001)
+    seen = set()
+    for place in (None, *range(0, 98_000, 7000), 98_001):
+        matrix = b"" if place is None else bytes(2000)
+        path.write_bytes(content if place is None else content[:place] + matrix + content[place + 2000 :])
+        seen.add(fingerprint.weights_digest([path]))
+    assert len(seen) == 16
