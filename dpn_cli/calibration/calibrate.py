@@ -22,7 +22,7 @@ from dpn_cli.calibration.settings import recipe_name
 from dpn_cli.calibration.state import drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
-from dpn_cli.calibration.training.tuning import tune, unused_sections
+from dpn_cli.calibration.training.tuning import tune
 from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
@@ -106,7 +106,8 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     measured = [samples[i] for i in (held if paper else held + fitted)]
     if not paper:
         table, grids = _learn(job, measured, len(held))
-    learned = [*((samples[i], asked[i].is_answered) for i in fitted + further), *texts]
+    healing = (fitted + further)[: max(len(fitted), recipe.heal.samples or 0)]  # the others are the predictors' alone
+    learned = [*((samples[i], asked[i].is_answered) for i in healing), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter, job.other)
     if paper:
@@ -121,7 +122,7 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     settings = {
         "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
         "teacher": job.teacher.name,
-        **recipe.model_dump(mode="json", exclude={"prompts", *unused_sections(recipe)}),
+        **recipe.model_dump(mode="json", exclude={"prompts", *recipe.unused_sections}),
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip

@@ -16,6 +16,7 @@ from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, Recipe, S
 
 STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
+_SET_FOR_BUDGETS = {f"calibration.{key}" for key in (*_MEASURING, "budget", "dtype", "load_in", "prompts")}
 
 
 def has_recipe(folder: Path) -> bool:
@@ -46,7 +47,19 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
             f"{folder} has no {RECIPE_FILE}, so it is no folder of `dpn convert`, as an export is none: calibrate the "
             "folder that it was exported from (--budgets-only takes exports, too)"
         )
+    for key in map(_key, overrides):
+        if not key.startswith("calibration."):
+            raise RecipeError(
+                f"--set {key}: a calibration takes calibration.KEY alone; what belongs to the pyramid is set when it "
+                "is made, with `dpn convert --set`"
+            )
     recipe = _resolved(read_json(folder / RECIPE_FILE), overrides, options, where=folder / RECIPE_FILE)
+    for key in map(_key, overrides):
+        if key.split(".")[1] in recipe.calibration.unused_sections and key != "calibration.heal.method":
+            raise RecipeError(
+                f"--set {key} has no effect without calibration.heal.method=lora (--heal lora) or "
+                "calibration.objective=paper: leave it out, or pass that, too"
+            )
     predictors = (recipe.calibration.predictors or PredictorRecipe()) if recipe.predicts else None
     return recipe.calibration.model_copy(update={"predictors": predictors})
 
@@ -78,6 +91,12 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
         CheckpointError: if the folder is neither.
         RecipeError: if an override is wrong.
     """
+    for key in map(_key, overrides):
+        if key not in _SET_FOR_BUDGETS:
+            raise RecipeError(
+                f"--budgets-only trains nothing and keeps the routes: leave out --set {key}; it takes "
+                f"{', '.join(sorted(_SET_FOR_BUDGETS))}"
+            )
     pyramid = open_converted(folder)[2]
     data = read_json(folder / RECIPE_FILE) if has_recipe(folder) else load_recipe(DEFAULT_RECIPE).to_dict()
     recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
@@ -117,6 +136,10 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
     if not sites:
         raise RecipeError(f"no site of {folder} has experts of the kinds {', '.join(survey.experts or ())}")
     return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _resolved(data: dict[str, Any], overrides: Sequence[str], options: dict[str, Any], where: Path) -> Recipe:

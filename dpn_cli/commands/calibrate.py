@@ -100,7 +100,7 @@ def command(
     from dpn_cli.checkpoint.layout import open_converted
 
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
-    overrides = (*overrides, f"calibration.heal.method={heal}") if heal else overrides
+    overrides = (*overrides, f"calibration.heal.method={heal}") if heal and not budgets_only else overrides
     overrides = (*overrides, f"calibration.survey.experts=[{experts}]") if experts else overrides
     with together():
         if budgets_only and heal not in (None, "none"):

@@ -24,7 +24,7 @@ from dpn_cli.modeling.code import MODEL_CLASSES
 from dpn_cli.modeling.configuration import DpnLlavaOnevisionConfig
 from dpn_cli.modeling.families import MODELS
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig
 
 
 def register() -> None:
@@ -83,9 +83,20 @@ def load_opened(
                 f"{folder} has {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}: its tensors are not those of "
                 "the model in config.json; convert it again"
             )
+    if "quantization_config" in config and dtype != "auto":
+        _cast_unquantised(model, dtype)
     if healed and (lora := Lora.of(folder, pyramid)):
         load_adapter(model, lora)
     return model.eval()
+
+
+def _cast_unquantised(model: PyramidGenerationMixin, dtype: str | torch.dtype) -> None:
+    """Give what is not quantised a dtype, which transformers leaves as it is stored beside quantised weights."""
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for name, parameter in model.named_parameters():
+        is_fitted = any(part in name.split(".") for part in FITTED_PARTS)  # those stay in float32
+        if parameter.is_floating_point() and not is_fitted:
+            parameter.data = parameter.data.to(wanted)
 
 
 def load_processor(folder: Path) -> Any:

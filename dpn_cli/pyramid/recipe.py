@@ -288,6 +288,13 @@ class CalibrationRecipe(_Section):
         return min(num_routes, max(self.routes, enough))
 
     @property
+    def unused_sections(self) -> set[str]:
+        """The sections that say nothing about this calibration."""
+        paper = self.objective == "paper"
+        heals = self.heal.method == "lora" or (paper and self.paper.train == "lora")  # the adapter is described there
+        return {*(() if heals else ("heal",)), *(() if paper else ("paper",))}
+
+    @property
     def samples_read(self) -> int:
         """How many samples to take from the data, those that only healing and predictors read included."""
         healed = self.heal.samples if self.heal.method == "lora" else None
@@ -305,6 +312,11 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         paper = self.calibration.objective == "paper"
+        if paper and self.calibration.heal.method != "none":
+            raise ValueError(
+                "calibration.objective: paper trains in its own way, so nothing is healed: leave out --heal, or set "
+                "calibration.paper.train: lora"
+            )
         if paper and (self.pyramid.gate != "probability" or self.pyramid.router.output != "logits"):
             raise ValueError(
                 "calibration.objective: paper trains routers through their gate: it needs pyramid.gate: probability "

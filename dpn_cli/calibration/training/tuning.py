@@ -44,18 +44,6 @@ def validate_processes(recipe: CalibrationRecipe, count: int) -> None:
         )
 
 
-def unused_sections(recipe: CalibrationRecipe) -> set[str]:
-    """Return the sections of a recipe that say nothing about this calibration."""
-    return {
-        name
-        for name, used in (
-            ("heal", recipe.heal.method == "lora" or (recipe.objective == "paper" and recipe.paper.train == "lora")),
-            ("paper", recipe.objective == "paper"),
-        )
-        if not used
-    }
-
-
 def tune(
     model: PyramidGenerationMixin,
     processor: Any,
