@@ -21,14 +21,14 @@ from dpn_cli.checkpoint.earlier import keep_earlier
 from dpn_cli.checkpoint.headers import INDEX_FILE, WEIGHTS_KEY, Checkpoint, check_folder, read_config, read_header
 from dpn_cli.checkpoint.layout import DPE_FILE
 from dpn_cli.checkpoint.locks import Use, in_use
-from dpn_cli.checkpoint.lora import ADAPTER_KEY, CONFIG_FILE, WEIGHTS_FILE
+from dpn_cli.checkpoint.lora import CONFIG_FILE, WEIGHTS_FILE
 from dpn_cli.checkpoint.staging import sync_entry, sync_folder
 from dpn_cli.checkpoint.workplace import workplace
 from dpn_cli.checkpoint.writer import replace_file, write_index, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.inference.adapter import save_adapter
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig
+from dpn_cli.pyramid.config import ADAPTER_KEY, FITTED_PARTS, PyramidConfig
 
 CALIBRATION = Path("calibration")
 GENERATIONS = CALIBRATION / "generations"

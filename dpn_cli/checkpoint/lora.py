@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import is_inside, read_header, read_json
 from dpn_cli.errors import CheckpointError
-from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.pyramid.config import ADAPTER_KEY, PyramidConfig
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_KEY = "adapter"  # of `PyramidConfig.calibration`: its folder inside the checkpoint's, where that is healed
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model

@@ -10,10 +10,10 @@ import click
 
 from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import names
-from dpn_cli.commands.options import Choice, Percent
+from dpn_cli.commands.options import Choice, Percent, given_options
 from dpn_cli.data.fields import ROLES
 from dpn_cli.data.formats import describe_formats
-from dpn_cli.errors import did_you_mean
+from dpn_cli.errors import UsageError, did_you_mean
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -94,6 +94,8 @@ def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
         from dpn_cli.data.options import DataOptions
 
         about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
+        if data is None and (idle := given_options(about)):
+            raise UsageError(f"{', '.join(idle)} would do nothing without --data: pass that, too, or leave it out")
         return command(*args, data=None if data is None else DataOptions(data, **about), **values)
 
     return with_data

@@ -20,6 +20,7 @@ from dpn_cli.commands.options import (
     baseline_names,
     checkpoint_folder,
     dtype_option,
+    given_options,
     model_option,
     processes_option,
     together,
@@ -35,6 +36,9 @@ from dpn_cli.parallel.launch import is_launched
 if TYPE_CHECKING:
     from dpn_cli.data.options import DataOptions
     from dpn_cli.evaluation.evaluate import Evaluation
+
+
+_OF_QUESTIONS = ("metric", "seed", "max_new_tokens", "plot")  # options that say nothing about benchmarks
 
 
 @click.command("eval")
@@ -171,6 +175,10 @@ def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequen
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against and --route")
     if tasks is not None and by is not None:
         raise UsageError("--tasks has groups of its own: leave out --by")
+    if tasks is not None and (idle := given_options(_OF_QUESTIONS)):
+        raise UsageError(f"--tasks asks and scores in its own way: leave out {', '.join(idle)}")
+    if data is not None and (idle := given_options(["include_path"])):
+        raise UsageError(f"{idle[0]} is a folder of --tasks: leave it out")
     if tasks is not None and is_launched():
         raise UsageError(
             "--tasks runs in one process; for several:  "

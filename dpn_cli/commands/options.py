@@ -3,13 +3,14 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import DTYPES, check_folder
@@ -184,3 +185,13 @@ class Size(click.ParamType[tuple[int, int]]):
         if fault := size_fault(width, height):
             self.fail(f"images of {value} are not read: {fault.detail}", param, ctx)
         return height, width
+
+
+def given_options(names: Collection[str]) -> list[str]:
+    """Return which of the current command's parameters the user has given, as they are spelt on a command line."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]

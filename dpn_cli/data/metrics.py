@@ -1,6 +1,7 @@
 """Is an answer right? Pure functions of an answer and the label, each from 0 to 1."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,13 +23,17 @@ def normalise(text: str) -> str:
     """Return what VQA compares: lower case, without punctuation and articles, numbers up to ten as digits.
 
     Source: the evaluation of VQA v2, https://visualqa.org/evaluation.html. Ours: a contraction equals itself without
-    its apostrophe, where VQA has a list of them; and a text of articles alone stays what it is (`A` is an answer).
+    its apostrophe, where VQA has a list of them; signs of numbers and the marks of all scripts stay; and a text of
+    articles or punctuation alone stays what it is (`A` and `?` are answers).
     """
-    text = re.sub(r"['’`]", "", text.lower())
+    text = whole = unicodedata.normalize("NFC", text.lower())
+    text = re.sub(r"['’`]", "", text)
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
-    words = [NUMBERS.get(word, word) for word in re.sub(r"[^\w.]|_", " ", text).split()]
-    return " ".join([word for word in words if word not in ARTICLES] or words)
+    text = "".join(c if c in ".-" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    text = re.sub(r"-(?!\d)|(?<=[^ ])-", " ", text)  # but the sign of a number
+    words = [NUMBERS.get(word, word) for word in text.split()]
+    return " ".join([word for word in words if word not in ARTICLES] or words) or whole.strip()
 
 
 def exact_match(answer: str, label: str) -> float:

@@ -76,7 +76,8 @@ def _pyramid(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
 
 def _route(pyramid: PyramidConfig, layout: LlavaLayout) -> str:
     if pyramid.static_route is None:
-        return f"the routers', λ = {pyramid.trade_off:.4g}"
+        budget = "" if pyramid.budget is None else f", which is a budget of {pyramid.budget:.3g}"
+        return f"the routers', λ = {pyramid.trade_off:.4g}{budget}"
     experts = format_route(pyramid.static_route, pyramid.sites)
     size = "" if layout.tiling is None else " of {}×{} pixels".format(*IMAGE_SIZE)
     share = flops_fraction(layout.shape, pyramid, pyramid.static_route, layout.image_grids([IMAGE_SIZE]), TEXT_TOKENS)

@@ -108,8 +108,15 @@ def _for_others(calibration: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_AT_ONE_BUDGET = {"distortion", "agreement", "agreement_interval"}  # of `calibration`
+
+
 def _with_budget(pyramid: PyramidConfig, budget: float) -> PyramidConfig:
     try:
-        return replace(pyramid, trade_off=pyramid.trade_off_for(budget))
+        trade_off = pyramid.trade_off_for(budget)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    # What calibration measured at its own budget says nothing of another.
+    kept = {key: value for key, value in pyramid.calibration.items() if key not in _AT_ONE_BUDGET}
+    is_same = trade_off == pyramid.trade_off
+    return replace(pyramid, trade_off=trade_off, calibration=pyramid.calibration if is_same else kept)

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import override
 
@@ -32,11 +33,16 @@ from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.visual import PyramidModelMixin, brings_images
-from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig, Route
+from dpn_cli.pyramid.config import ADAPTER_KEY, FITTED_PARTS, PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.route import parse_route
 
 OURS = ("visual_coords", "salience", "prompt_length")  # what `generate` hands to a pyramid, and to no other model
+HEALED = (
+    "This checkpoint was healed, and its adapter is not loaded, so that routers choose for another model: load it with "
+    "dpn_cli.load, or load what `dpn export` makes of it."
+)
+LOGGER = logging.get_logger("transformers.dpn")  # heeds the verbosity of transformers
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
 
 
@@ -129,6 +135,8 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
 
         For weights that stay on disk, transformers takes the folder of the first file for that of all.
         """
+        if PyramidConfig.from_dict(model.config.pyramid).calibration.get(ADAPTER_KEY):
+            LOGGER.warning(HEALED)  # what loads the adapter, too, keeps transformers quiet meanwhile
         files = checkpoint_files and sorted(checkpoint_files, key=lambda file: len(Path(file).parts))
         return PreTrainedModel._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
@@ -190,6 +198,17 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching: its paged cache holds one length for all layers."""
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
+    @override
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save what the original would save.
+
+        Raises:
+            ValueError: of a healed model, whose weights stand in an adapter's layers, under other names.
+        """
+        if self.is_adapted and not self._hf_peft_config_loaded and kwargs.get("state_dict") is None:
+            raise ValueError("this model carries the adapter of its healing: `dpn export` merges it into the weights")
+        return super().save_pretrained(*args, **kwargs)
 
     @override
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -52,6 +52,7 @@ Positions = Literal["persistent", "contiguous"]
 Attention = Literal["plain", "sized"]
 
 IMPORTED_KEY = "imported"  # in `calibration`
+ADAPTER_KEY = "adapter"  # likewise: the adapter's folder inside the checkpoint's, where that is healed
 IMPORTED_USE = (
     "use it without a budget, as it was trained, or fix a route (`dpn run --route`, `dpn export --static`, "
     "model.set_route)"

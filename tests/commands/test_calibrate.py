@@ -185,6 +185,12 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--samples", "1" + "0" * 30], "is not in the range"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
+        (["--set", "pyramid.attention=plain"], "--set pyramid.attention: a calibration takes calibration.KEY alone"),
+        (["--set", "name=mine"], "what belongs to the pyramid is set when it is made, with `dpn convert --set`"),
+        (["--set", "calibration.heal.steps=7"], "--set calibration.heal.steps has no effect without"),
+        (["--set", "calibration.paper.steps=7", "--heal", "lora"], "calibration.paper.steps has no effect without"),
+        (["--set", "calibration.objective=paper", "--heal", "lora"], "so nothing is healed: leave out --heal"),
+        (["--budgets-only", "--set", "calibration.epochs=3"], "leave out --set calibration.epochs; it takes calib"),
         (
             ["--set", "calibration.holdout=0.999", "--samples", "20", *LEARNT],
             "leaves 0 to fit routers to, which need 4",

@@ -219,6 +219,13 @@ def test_without_labels_the_teacher_is_the_measure(data: Path, capsys: pytest.Ca
 def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--model", "tiny-dpn", "--tasks", "pope", "--by", "kind"]) == 2
     assert "--tasks has groups of its own" in capsys.readouterr().err
+    pictured = ["--tasks", "pope", "--plot", "a.png", "--seed", "1"]
+    assert main(["eval", "--model", "tiny-dpn", *pictured]) == 2
+    assert "--tasks asks and scores in its own way: leave out --seed, --plot" in capsys.readouterr().err
+    assert main(["eval", "--model", "tiny-dpn", "--tasks", "pope", "--columns", "image=a", "--stream"]) == 2
+    assert "--columns, --stream would do nothing without --data" in capsys.readouterr().err
+    assert evaluate("--include-path", ".") == 2
+    assert "--include-path is a folder of --tasks" in capsys.readouterr().err
     assert evaluate("--against", "fastw") == 2
     assert "'fastw' is not one of original, fixed" in capsys.readouterr().err
     assert evaluate("--budget", "0.2") == 2

@@ -84,7 +84,7 @@ def test_options_about_data_reach_a_command_as_one() -> None:
         "--allow-urls",
     ]
     options += ["--on-bad-row", "skip", "--max-bad", "20%"]
-    for line in (["--data", "rows.json", *options], ["--data", "demo"], options):
+    for line in (["--data", "rows.json", *options], ["--data", "demo"], []):
         assert CliRunner().invoke(reads, line).exit_code == 0
     columns = (("image", "img 1"), ("answer", "a=b"))
     rows = DataOptions("rows.json", Path(), ("a", "b"), columns, True, True, "skip", 0.2)

@@ -29,8 +29,11 @@ def test_normalise_as_vqa_does(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "label", "score"),
-    [("a cat", "Cat.", 1), ("three", "3", 1), ("B", "A", 0), ("A", "the", 0), ("", "cat", 0), ("dont", "don’t", 1)],
-)
+    [("a cat", "Cat.", 1), ("three", "3", 1), ("B", "A", 0), ("A", "the", 0), ("", "cat", 0), ("dont", "don’t", 1),
+     ("+", "-", 0), ("❤", "☀", 0), ("?", "!!", 0), ("-5", "5", 0), ("-5.", "-5", 1), ("-0.5", "0.5", 0),
+     ("का", "कि", 0), ("e\u0301te\u0301", "été", 1), ("t-shirt", "T shirt", 1),
+     ("5-3", "5 3", 1), ("(red)", "red", 1), ("", "?", 0)],
+)  # fmt: skip
 def test_exact_match(answer: str, label: str, score: float) -> None:
     assert exact_match(answer, label) == score
 

@@ -53,6 +53,20 @@ def test_it_equals_quantising_on_loading(
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize(("scheme", "dtype"), [("nf4", "bfloat16"), ("int8", "bfloat16"), ("int8", "float16")])
+def test_it_runs_in_another_dtype_than_it_is_stored_in(
+    make_converted: Callable[..., Path], picture: Path, tmp_path: Path, scheme: Any, dtype: str
+) -> None:
+    folder = make_converted()
+    export(folder, tmp_path / "out", ExportOptions(quantize=scheme))
+    inputs = question(folder, picture)
+    model = load_model(tmp_path / "out", dtype=dtype)
+    assert {str(p.dtype) for p in model.parameters() if p.is_floating_point()} == {f"torch.{dtype}", "torch.float32"}
+    with torch.no_grad():
+        expected, found = (each(**inputs).logits.float() for each in (load_model(tmp_path / "out"), model))
+    assert (found.softmax(-1) - expected.softmax(-1)).abs().max() < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_it_loads_where_dpn_is_not_installed(

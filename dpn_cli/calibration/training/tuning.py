@@ -84,13 +84,17 @@ def tune(
         has_labels = [labelled for _, labelled in samples]
         around = trade_offs_around(model.pyramid, recipe.budget, recipe.heal.budget_spread)
         report = heal(model, examples, has_labels, recipe.heal, trade_offs=around, advance=advance, **options)
-    if report.held_out:
-        reporter.note(_outcome(report))
+    reporter.note(_outcome(report))
     return report
 
 
 def _outcome(report: TrainingReport) -> str:
     """Say what held-out samples say of healing."""
+    if not report.held_out:
+        return (
+            "The adapter is kept unjudged, since too few samples are there to hold some out: calibrate on more, or "
+            "compare with the checkpoint as it was (dpn eval)."
+        )
     if report.kept == 0:
         return "Healing did not help on held-out samples, so no adapter is kept."
     before, after = report.held_out[0], report.held_out[report.kept]

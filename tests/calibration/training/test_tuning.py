@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from dpn_cli.calibration import job
 from dpn_cli.calibration.calibrate import calibrate
@@ -114,6 +116,21 @@ def test_a_load_is_healed_and_its_teacher_is_the_original(healed: Path, tiny_lla
         assert torch.equal(logits(model, healed, data), expected)
     assert not torch.allclose(logits(model, healed, data), expected, atol=1e-3)
     assert not any(parameter.requires_grad for name, parameter in plain.named_parameters() if ".lora_" in name)
+
+
+def test_what_would_lose_the_adapter_is_refused_or_says_so(
+    healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    handler = SimpleNamespace(level=0, handle=lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("transformers.dpn"), "handlers", [handler])
+    model = load_model(healed)
+    assert not said
+    with pytest.raises(ValueError, match="carries the adapter of its healing: `dpn export` merges it"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    AutoModelForImageTextToText.from_pretrained(healed)
+    assert [line[:57] for line in said] == ["This checkpoint was healed, and its adapter is not loaded"]
 
 
 def test_the_adapter_is_off_in_one_thread_alone(healed: Path, data: Path) -> None:
