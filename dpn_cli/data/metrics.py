@@ -15,7 +15,7 @@ NUMBERS = {
 ANLS_THRESHOLD = 0.5
 
 _CHOICE_FIRST = re.compile(r"^\s*\(?([A-Za-z])(?:\s*$|[).:,])")
-_CHOICE_SAID = re.compile(r"(?i:answer|option|choice)(?: is)?:?\s*\(?([A-Z])\b")
+_CHOICE_SAID = re.compile(r"(?i:answer|option|choice)(?: is)?:?\s*\(?(?!I['’ ]\w)([A-Z])\b")
 _CHOICE_IN_BRACKETS = re.compile(r"\(([A-Za-z])\)")
 
 
@@ -49,6 +49,7 @@ def multiple_choice(answer: str, label: str) -> float:
 
 def chosen_letter(text: str) -> str | None:
     """Return the letter of the option that a text names, in upper case."""
+    text = text.replace("*", "")  # of Markdown
     for pattern in (_CHOICE_FIRST, _CHOICE_SAID, _CHOICE_IN_BRACKETS):
         if found := pattern.search(text):
             return found[1].upper()
@@ -82,14 +83,16 @@ class Metric:
     Attributes:
         description: Description for help texts.
         score: returns an answer's score by its label, from 0 to 1.
+        fits: tells whether a label is one that it can score by.
     """
 
     description: str
     score: Callable[[str, str], float]
+    fits: Callable[[str], bool] = lambda label: True
 
 
 METRICS = {
     "exact": Metric("exact match, normalised as in VQA", exact_match),
-    "choice": Metric("letter of the option", multiple_choice),
+    "choice": Metric("letter of the option", multiple_choice, lambda label: chosen_letter(label) is not None),
     "anls": Metric("edit distance", anls),
 }

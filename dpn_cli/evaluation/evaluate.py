@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dpn_cli.data.metrics import METRICS
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
 from dpn_cli.evaluation.baselines import make_baseline
@@ -181,6 +182,20 @@ def evaluate(
     baselines, on_routes = _best(others[: len(entries)]), others[len(entries) :]
     order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
     return Evaluation(comparison.questions, (comparison.original(), *order, *on_routes), (*refused, *out_of_reach))
+
+
+def validate_metric(name: str, samples: Sequence[Sample]) -> None:
+    """Check that a metric can score by all labels of the questions that samples ask.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    labels = [label for sample in samples if (label := sample.turns[sample.asked].answer) is not None]
+    if unfit := [label for label in labels if not METRICS[name].fits(label)]:
+        raise UsageError(
+            f"--metric {name} scores by the {METRICS[name].description}, but {len(unfit)} of {len(labels)} labels have "
+            f"none, such as {unfit[0]!r:.60}: choose another metric"
+        )
 
 
 @dataclass(frozen=True)

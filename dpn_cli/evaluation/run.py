@@ -12,7 +12,7 @@ from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.scan import Dataset
-from dpn_cli.evaluation.evaluate import Evaluation, at_budgets, evaluate
+from dpn_cli.evaluation.evaluate import Evaluation, at_budgets, evaluate, validate_metric
 from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
@@ -74,6 +74,7 @@ def evaluate_folder(
                 check=token_limit(processor, layout, max_positions(checkpoint), options.answer_tokens),
             )  # fmt: skip
             shown = [sample for sample in dataset.samples if sample.images]
+            validate_metric(options.metric, shown)
             device = default_device()
             dtype = compute_dtype(checkpoint, layout, options.dtype, device, reporter.note, copies=on_this_machine())
         dtype = processes.agree(dtype)

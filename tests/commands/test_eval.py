@@ -226,6 +226,8 @@ def test_wrong_requests_are_one_sentence(data: Path, capsys: pytest.CaptureFixtu
     assert "--columns, --stream would do nothing without --data" in capsys.readouterr().err
     assert evaluate("--include-path", ".") == 2
     assert "--include-path is a folder of --tasks" in capsys.readouterr().err
+    assert evaluate("--metric", "choice") == 2
+    assert "--metric choice scores by the letter of the option, but" in capsys.readouterr().err
     assert evaluate("--against", "fastw") == 2
     assert "'fastw' is not one of original, fixed" in capsys.readouterr().err
     assert evaluate("--budget", "0.2") == 2
