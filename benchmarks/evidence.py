@@ -80,6 +80,11 @@ STEPS = (
     Step("calibrate-healed", f"dpn calibrate --model work/healed {LONG_DEMO} {HEAL}", SHORT_HEAL),
     Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
     Step(
+        "frontier-healed",
+        f"frontier.py --model {DEMO} --healed work/healed --samples 700 --max-new-tokens 12 --budget 0.2 --budget 0.15",
+        "--samples 16 --against fastv",
+    ),
+    Step(
         "second-samples",
         "python -m tools.second_teacher.data --output work/second-samples --samples 4096",
         "--samples 32",
