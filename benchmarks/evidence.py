@@ -82,7 +82,7 @@ STEPS = (
     Step(
         "frontier-healed",
         f"frontier.py --model {DEMO} --healed work/healed --samples 700 --max-new-tokens 12 --budget 0.2 --budget 0.15",
-        "--samples 16 --against fastv",
+        "--samples 16",
     ),
     Step(
         "second-samples",
