@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 
 
 _OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
-_OWN = ("config", "ignore_mismatched_sizes", "output_loading_info", "state_dict", "subfolder", "variant")
+_REFUSED = ("config", "ignore_mismatched_sizes", "output_loading_info", "state_dict", "subfolder", "variant")
 
 
 def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
@@ -29,7 +29,7 @@ def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.inference.loading import load_model
 
-    if refused := [name for name in _OWN if name in kwargs]:
+    if refused := [name for name in _REFUSED if name in kwargs]:
         raise TypeError(
             f"dpn_cli.load takes no {', '.join(refused)}: it loads a checkpoint as it is; "
             "AutoModelForImageTextToText.from_pretrained takes them, with trust_remote_code=True for an export"

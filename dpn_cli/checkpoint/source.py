@@ -73,7 +73,7 @@ def resolve_source(model: str, **hub: Any) -> Source:
             f"one of {', '.join([*ALIASES, DEMO])}.{hint}"
         )
     repo_id, _, revision = model.partition("@")
-    return _from_hub(repo_id, name=repo_id.split("/")[1], **({"revision": revision} if revision else {}), **hub)
+    return _from_hub(repo_id, name=repo_id.split("/")[1], **({"revision": revision} if revision else {}) | hub)
 
 
 def _from_folder(path: Path) -> Source:
@@ -118,7 +118,7 @@ def _download(repo_id: str, patterns: list[str], hub: dict[str, Any]) -> Path:
         raise CheckpointError(f"{repo_id} is gated: accept its terms on the hub and run `hf auth login`") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{repo_id} has no revision {hub['revision']!r} on the hub: name a branch, a tag or a commit"
+            f"{repo_id} has no revision {hub.get('revision', 'main')!r} on the hub: name a branch, a tag or a commit"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(

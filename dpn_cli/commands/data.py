@@ -68,7 +68,8 @@ def command(
         console.note("There is no checkpoint here. To see what a calibration will cost, run `dpn convert MODEL` first.")
     elif not has_recipe(folder):
         console.note(
-            f"{folder} is an export. To see what a calibration will cost, name a folder of `dpn convert`: --model."
+            f"{folder} is an export, or its pyramid was trained with the model, so no calibration is estimated. "
+            "--model names another folder of `dpn convert`."
         )
 
 

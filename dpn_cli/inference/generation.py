@@ -61,7 +61,7 @@ def forced_texts(
         most_likely: [A], the most likely token at every position that predicts a label.
         max_new_tokens: the most tokens that it generates.
     """
-    config = model.generation_config
+    labels, most_likely, config = labels.cpu(), most_likely.cpu(), model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if config.to_diff_dict().keys() - PLAIN:
         return {}

@@ -59,9 +59,8 @@ _STATED = re.compile(r"^ *(\w+) \(`(bool|int|float)`[,)]", re.MULTILINE)
 SETTINGS = {key: _KINDS[kind] for key, kind in _STATED.findall(GenerationConfig.__doc__ or "")} | dict.fromkeys(
     ("num_beams", "num_return_sequences", "max_new_tokens"), _COUNT
 )
-_NEEDS_VALUES = (
-    "on meta tensors"  # ends what torch says of a step that is not the same for all weights, as dynamic RoPE
-)
+# Ends what torch says of a step that looks at values, which a model without weights has not, as dynamic RoPE does.
+_NEEDS_VALUES = "on meta tensors"
 MAX_SHOWN = 200  # characters of a value or a reason
 
 

@@ -66,8 +66,9 @@ def _ends_cue(input_ids: torch.Tensor, cue: Sequence[int]) -> torch.Tensor:
     """Return which tokens end the cue, [B, L] bool."""
     is_end = torch.zeros_like(input_ids, dtype=torch.bool)
     if cue and input_ids.shape[1] >= len(cue):
-        windows = input_ids.unfold(1, len(cue), 1)
-        is_end[:, len(cue) - 1 :] = (windows == torch.tensor(cue, device=windows.device)).all(-1)
+        starts = input_ids.shape[1] - len(cue) + 1
+        found = [input_ids[:, i : i + starts] == token for i, token in enumerate(cue)]  # nothing waits for the device
+        is_end[:, len(cue) - 1 :] = torch.stack(found).all(0)
     return is_end
 
 

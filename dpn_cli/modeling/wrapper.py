@@ -97,16 +97,16 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
-        cache = past_key_values if cache is None else cache
+        cache, cue = past_key_values if cache is None else cache, self.pyramid.answer_cue
         if instruction is None and labels is not None and self.text_model.reads_instruction:
             is_image = self.model.is_image(input_ids, inputs_embeds)
-            instruction = instruction_ends(labels, is_image, input_ids, attention_mask, self.pyramid.answer_cue)
+            instruction = instruction_ends(labels, is_image, input_ids, attention_mask, cue)
         elif instruction is None and prompt_length is not None:
             past = 0 if cache is None else cache.get_seq_length()
             instruction = torch.tensor([prompt_length - 1 - past])
-        elif instruction is None and input_ids is not None and self.text_model.reads_instruction:
+        elif instruction is None and input_ids is not None and self.text_model.reads_instruction and cue:
             is_image = self.model.is_image(input_ids, inputs_embeds)
-            instruction = unlabelled_ends(input_ids, is_image, attention_mask, self.pyramid.answer_cue)
+            instruction = unlabelled_ends(input_ids, is_image, attention_mask, cue)
         if batch_num_images is not None:  # one family's alone
             kwargs["batch_num_images"] = batch_num_images
         return super().forward(
@@ -135,7 +135,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
 
         For weights that stay on disk, transformers takes the folder of the first file for that of all.
         """
-        if PyramidConfig.from_dict(model.config.pyramid).calibration.get(ADAPTER_KEY):
+        if model.pyramid.calibration.get(ADAPTER_KEY):
             LOGGER.warning(HEALED)  # what loads the adapter, too, keeps transformers quiet meanwhile
         files = checkpoint_files and sorted(checkpoint_files, key=lambda file: len(Path(file).parts))
         return PreTrainedModel._load_pretrained_model(model, state_dict, files, *args, **kwargs)

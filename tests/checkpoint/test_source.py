@@ -110,6 +110,8 @@ def test_a_revision_of_a_model_of_the_hub_is_that_one(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     models = [dpn_cli.load("me/tiny", revision=revision, cache_dir=hub_cache) for revision in (None, "v2")]
     assert [model.pyramid.calibration["data"] for model in models] == ["mydata|2.json", "second"]
+    both = dpn_cli.load("me/tiny@main", revision="v2", cache_dir=hub_cache)
+    assert both.pyramid.calibration["data"] == "second"
     with pytest.raises(CheckpointError, match=r"at that revision.*hf download me/tiny --revision v3"):
         dpn_cli.load("me/tiny@v3", cache_dir=hub_cache)
     assert dpn_cli.load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
