@@ -86,7 +86,7 @@ STEPS = (
     ),
     Step(
         "second-samples",
-        "python -m tools.second_teacher.data --output work/second-samples --samples 4096",
+        "python -m tools.second_teacher.data --output work/second-samples --samples 36864",
         "--samples 32",
     ),
     Step(

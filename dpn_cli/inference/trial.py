@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -64,6 +65,14 @@ _NEEDS_VALUES = "on meta tensors"
 MAX_SHOWN = 200  # characters of a value or a reason
 
 
+class _Skipped(nn.Module):
+    """A decoder layer that does nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the hidden states."""
+        return hidden_states
+
+
 class Trial:
     """One run of what a folder describes; every part is built when it is asked for."""
 
@@ -96,7 +105,7 @@ class Trial:
             return MODELS[type(self.config)]._from_config(self.config).eval()
 
     def run(self) -> None:
-        """Run the vision tower on the image, and the decoder on as many tokens as the prompt has."""
+        """Run the vision tower on the image, and a layer of the decoder on as many tokens as the prompt has."""
         ids = self.inputs["input_ids"]
         length, positions = ids.shape[1], self.config.get_text_config().max_position_embeddings
         if length > positions:
@@ -109,6 +118,9 @@ class Trial:
         made, asked = sum(map(len, images)), int((ids == self.config.image_token_id).sum())
         if made != asked:
             raise ValueError(f"the vision tower makes {made} tokens of an image, the processor expects {asked}")
+        decoder = self.model.model.language_model
+        first, *others = decoder.layers  # they are alike
+        decoder.layers = nn.ModuleList([first, *(_Skipped() for _ in others)])
         embeddings = self.model.get_input_embeddings()(ids.to("meta"))
         if self.model(inputs_embeds=embeddings, use_cache=True).logits.shape[1] != length:
             raise ValueError("the decoder does not return logits for every token")
