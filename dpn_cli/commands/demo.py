@@ -43,7 +43,7 @@ TIMED_BATCH, TIMED_ROUNDS = 8, 7
 @click.option(
     "--questions",
     type=SAMPLES,
-    default=320,
+    default=192,
     show_default=True,
     help="Number of held-out questions to ask.",
 )

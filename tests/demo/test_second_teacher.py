@@ -66,6 +66,7 @@ def packer() -> Packer:
     return Packer(SECOND, SECOND.build_processor().tokenizer)
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_checkpoint_converts(packer: Packer, tmp_path: Path) -> None:
     torch.manual_seed(0)
     processor = SECOND.build_processor()

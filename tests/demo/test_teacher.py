@@ -206,6 +206,7 @@ def test_attention_is_no_oracle(model: LlavaForConditionalGeneration, packer: Pa
     assert np.mean([missed[kind] for kind in KINDS if GRAINS[kind] == "fine"]) >= 0.2, missed
 
 
+@pytest.mark.slow
 def test_training_learns(packer: Packer) -> None:
     from tools.teacher.assembly import build_model
 

@@ -58,7 +58,7 @@ def test_gradients_are_right_after_a_forward_without_them(converted: Path, examp
     assert all(torch.allclose(gradients[1][name], value, rtol=1e-3, atol=1e-6) for name, value in gradients[0].items())
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_routers_and_adapter_of_a_quantised_model_go_into_the_unquantised_folder(
     converted: Path, data: Path, tmp_path: Path, bits: str
 ) -> None:

@@ -106,7 +106,7 @@ def test_healing_lowers_the_loss_and_leaves_the_base_alone(make_pair: Any, examp
     assert not torch.equal(forward(model, examples[0]), forward(stock, examples[0]))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_the_uninterrupted_one(
     make_pair: Any, examples: list[Example], tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
