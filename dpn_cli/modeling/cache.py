@@ -1,13 +1,14 @@
 """A KV cache whose layers hold different numbers of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from typing_extensions import override
 
-from dpn_cli.modeling.grouping import Group
+from dpn_cli.modeling.packing import Packing
 
 
 class PyramidCache(DynamicCache):
@@ -15,12 +16,14 @@ class PyramidCache(DynamicCache):
 
     The layers of one segment (between two sites) hold the same tokens, so one mask serves them all. A mask is [B, K]:
     bool, whether a key is no padding, or float, how many tokens it stands for; None while every key stands for one.
+    `packing` says how the rows that layers are about to give it are packed, None where they are not.
     """
 
     def __init__(self, config: PreTrainedConfig, num_segments: int, offloading: bool = False) -> None:
         super().__init__(config=config, offloading=offloading)
         self.masks: list[torch.Tensor | None] = [None] * num_segments
         self.lengths = [0] * num_segments
+        self.packing: Packing | None = None
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -51,25 +54,20 @@ class PyramidCache(DynamicCache):
         self.masks[segment] = torch.cat([old, new], dim=1)
         return self.masks[segment]
 
-    def join(self, layers: range, batch: int, length: int, parts: Sequence[tuple[Group, "PyramidCache"]]) -> None:
-        """Append a chunk whose rows were run apart, each group with a cache of its own, to the layers of a segment.
+    @override
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a chunk's keys and values [B, heads, S, head size] to a layer, and return all.
 
-        Args:
-            layers: Layers of the segment.
-            batch: Batch size B.
-            length: S, of the chunk.
-            parts: the groups, which together have all rows.
+        Those of packed rows, [1, heads, T, head size], are laid out first and returned as they are.
         """
-        for layer in layers:
-            states = []
-            for name in ("keys", "values"):
-                own = [getattr(cache.layers[layer], name) for _, cache in parts]  # [b, heads, k, head size]
-                whole = own[0].new_zeros(batch, own[0].shape[1], length, own[0].shape[3])
-                for (group, _), part in zip(parts, own, strict=True):
-                    rows, columns = group.rows.to(whole.device), group.columns.to(whole.device)
-                    whole[rows, :, columns] = part.transpose(1, 2)
-                states.append(whole)
-            self.update(*states, layer)
+        if self.packing is None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        packed = (key_states, value_states)
+        rows = (self.packing.lay_out(each.transpose(1, 2)).transpose(1, 2) for each in packed)
+        super().update(*rows, layer_idx, *args, **kwargs)
+        return packed
 
     def num_valid(self, segment: int) -> int | torch.Tensor:
         """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""

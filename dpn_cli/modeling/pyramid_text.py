@@ -9,6 +9,7 @@ Shapes: B batch, L original sequence, S current sequence, D hidden.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.engine import compact
 from dpn_cli.modeling.experts.pool import Kernels
 from dpn_cli.modeling.experts.registry import assign
-from dpn_cli.modeling.grouping import PASS_COST, Group, split_by_length
+from dpn_cli.modeling.packing import KERNEL, MIN_PADDING, Group, Packing
 from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.renamed import CACHE, WITH_MASK
 from dpn_cli.modeling.routers import (
@@ -292,28 +293,29 @@ class PyramidTextMixin:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PyramidState:
-        """Run the decoder layers between two sites, if there are any; rows of unlike lengths apart.
+        """Run the decoder layers between two sites, if there are any; rows of unlike lengths packed.
 
         `attention_mask` is only looked at where the chunk has no pyramid of its own: with a cache that is not a
         `PyramidCache`, or when it is a ready 4-D mask.
         """
-        groups = self._groups(state, segment, cache, kwargs)
-        if len(groups) > 1:
-            return self._run_apart(state, segment, cache, groups, **kwargs)
-        hidden_states = state.hidden_states
-        batch, length = hidden_states.shape[:2]
         layers = self.segments[segment]
+        packing = self._packing(state, segment, cache, kwargs)
         positions = self._positions(state, segment, cache)
         if isinstance(cache, PyramidCache):
-            mask = cache.extend(segment, state.mask, batch, length)
+            mask = cache.extend(segment, state.mask, *state.hidden_states.shape[:2])
+            cache.packing = packing
         else:
             mask = state.mask if cache is None else attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
         if not layers:
             return state
-        causal_mask = self._causal_mask(state, mask, cache, layers.start)
-        angles = state.angles
+        hidden_states, angles, causal_mask = state.hidden_states, state.angles, None
+        if packing is not None:
+            hidden_states, positions, angles = packing.pack(hidden_states), packing.pack(positions), None
+            causal_mask = packing.mask(partial(self._group_mask, state, layers.start))
+        else:
+            causal_mask = self._causal_mask(state, mask, cache, layers.start)
         if angles is None or positions is not state.positions or angles[0].device != hidden_states.device:
             angles = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[layers.start : layers.stop]:
@@ -325,6 +327,8 @@ class PyramidTextMixin:
                 **{CACHE: cache},
                 **kwargs,
             )
+        if packing is not None:
+            return state.after(packing.lay_out(hidden_states))
         return replace(state.after(hidden_states), angles=angles if positions is state.positions else None)
 
     def _causal_mask(
@@ -353,15 +357,26 @@ class PyramidTextMixin:
         )
         return causal if sizes is None else with_sizes(causal, sizes, length, dtype)
 
-    def _groups(
+    def _group_mask(self, state: PyramidState, layer_idx: int, group: Group) -> torch.Tensor | None:
+        """Return the mask of the attention of some rows, laid out for themselves."""
+        kept = (put(list(group.rows), state.positions.device), slice(-group.longest, None))
+        mask = None if group.places is None and state.sizes is None else state.mask
+        part = replace(state, hidden_states=state.hidden_states[kept])
+        return self._causal_mask(part, None if mask is None else mask[kept], None, layer_idx)
+
+    def _packing(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
-    ) -> list[list[int]]:
-        """Return which rows run together: all, unless pooling has left them with unlike lengths in a first chunk."""
+    ) -> Packing | None:
+        """Return how to pack the rows of a first chunk where pooling has left them with unlike lengths."""
         is_first = cache is None or (isinstance(cache, PyramidCache) and cache.lengths[segment] == 0)
         if state.valid is None or state.columns is None or not is_first or self._records(kwargs):
-            return [list(range(len(state.hidden_states)))]
-        pass_cost = PASS_COST.get(state.valid.device.type, PASS_COST["cuda"])
-        return split_by_length(state.lengths, pass_cost)
+            return None
+        if self.config._attn_implementation != KERNEL or torch.compiler.is_compiling():
+            return None
+        slots = state.valid.numel()
+        if slots - sum(state.lengths) < MIN_PADDING * slots:
+            return None
+        return Packing.of(state.lengths, state.valid.shape[1], state.valid.device)
 
     def _records(self, kwargs: dict[str, Any]) -> bool:
         """Say whether the outputs of every layer are wanted, which come from one call per layer."""
@@ -369,30 +384,6 @@ class PyramidTextMixin:
             kwargs.get(name, getattr(self.config, name, False))
             for name in ("output_hidden_states", "output_attentions")
         )
-
-    def _run_apart(
-        self, state: PyramidState, segment: int, cache: Cache | None, groups: list[list[int]], **kwargs: Any
-    ) -> PyramidState:
-        """Run a segment for one group of rows after another, and lay the results out as the batch was."""
-        assert state.valid is not None
-        outputs, parts = [], []
-        for rows in groups:
-            group = Group.of(rows, state.valid, state.lengths)
-            own = None if cache is None else PyramidCache(self.config, len(self.segments))
-            at = (group.rows, group.columns)
-            sizes = None if state.sizes is None else state.sizes[at]
-            part = PyramidState(state.hidden_states[at], state.positions[at], group.valid, sizes)
-            outputs.append((at, self.run_segment(part, segment, own, **kwargs).hidden_states))
-            if own is not None:
-                parts.append((group, own))
-        hidden_states = outputs[0][1].new_zeros(state.hidden_states.shape)
-        for at, output in outputs:
-            hidden_states[at] = output
-        if isinstance(cache, PyramidCache):
-            batch, length = state.valid.shape
-            cache.extend(segment, state.mask, batch, length)
-            cache.join(self.segments[segment], batch, length, parts)
-        return state.after(hidden_states)
 
     def _positions(self, state: PyramidState, segment: int, cache: Cache | None) -> torch.Tensor:
         """Return the rotary positions [B, S] of a segment."""

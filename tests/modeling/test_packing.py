@@ -1,0 +1,117 @@
+"""Rows of unlike lengths run as one row: the groups of their attention, and that nothing but padding is saved."""
+
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpn_cli.modeling import packing, pyramid_text
+from dpn_cli.modeling.packing import Packing, split_by_length
+from dpn_cli.modeling.renamed import CACHE
+from tests.pyramids import collate, ragged_batch
+
+ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
+
+
+def work(groups: list[list[int]], lengths: list[int], call_cost: int) -> int:
+    return sum(len(rows) * max(lengths[row] for row in rows) ** 2 + call_cost**2 for rows in groups)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(0, 80))
+def test_no_split_of_the_sorted_rows_takes_less(lengths: list[int], call_cost: int) -> None:
+    groups = split_by_length(lengths, call_cost)
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    inner = range(1, len(order))
+    splits = [[0, *cuts, len(order)] for count in range(len(order)) for cuts in combinations(inner, count)]
+    best = min(work([order[a:b] for a, b in pairwise(cuts)], lengths, call_cost) for cuts in splits)
+    assert work(groups, lengths, call_cost) == best
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 9))
+def test_rows_are_laid_out_as_they_were(lengths: list[int], surplus: int, call_cost: int) -> None:
+    length = max(lengths) + surplus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(packing.CALL_COST, "cpu", call_cost)
+        packed = Packing.of(lengths, length, torch.device("cpu"))
+    batch = torch.arange(len(lengths) * length).view(len(lengths), length)
+    valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
+    row = packed.pack(batch)
+    assert sorted(row[0].tolist()) == batch[valid].tolist()
+    assert torch.equal(packed.lay_out(row)[valid], batch[valid])
+    for group in packed.groups:
+        tokens = row[:, None, :, None]  # of one head
+        apart = group.lay_out(tokens)
+        shown = valid[list(group.rows), -group.longest :]
+        assert torch.equal(apart[:, 0, :, 0][shown], batch[list(group.rows), -group.longest :][shown])
+        assert torch.equal(group.pack(apart)[:, 0, 0], row[0, group.span])
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return `packs(call_cost)`, with which attention takes more or fewer groups, or with None nothing is packed."""
+
+    def set_cost(cost: int | None) -> None:
+        monkeypatch.setitem(packing.CALL_COST, "cpu", cost or 0)
+        monkeypatch.setattr(pyramid_text, "MIN_PADDING", 2 if cost is None else 0)
+
+    return set_cost
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("settings", [{}, {"positions": "contiguous"}, {"attention": "sized"}], ids=str)
+def test_packed_or_padded_gives_the_same(
+    make_pair: Any, packs: Any, side: str, settings: dict[str, str]
+) -> None:
+    _, model = make_pair(**settings)
+    model.set_route(ROUTES)
+    inputs = collate(ragged_batch(), side)
+    rows: list[int] = []
+    counter = model.text_model.layers[-1].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    found = {}
+    for cost in (None, 0, 10**6):
+        packs(cost)
+        rows.clear()
+        with torch.no_grad():
+            alone = model(**inputs, use_cache=False).logits
+            cached = model(**inputs, use_cache=True)
+        shown = inputs["attention_mask"].bool()
+        assert torch.allclose(alone[shown], cached.logits[shown], atol=1e-5)
+        follow = torch.full((len(ROUTES), 1), 7)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(follow)], 1)
+        with torch.no_grad():
+            after = model(input_ids=follow, attention_mask=mask, past_key_values=cached[CACHE]).logits
+        assert rows == ([len(ROUTES)] * 3 if cost is None else [1, 1, len(ROUTES)])
+        found[cost] = (cached.logits[shown], after)
+    counter.remove()
+    for cost in (0, 10**6):
+        for packed, padded in zip(found[cost], found[None], strict=True):
+            assert torch.allclose(packed, padded, atol=2e-5)
+
+
+def test_gradients_are_the_same_packed(make_pair: Any, packs: Any) -> None:
+    _, model = make_pair(gate="probability")
+    inputs = collate(ragged_batch())
+    gradients = []
+    for cost in (None, 0, 10**6):
+        packs(cost)
+        model.zero_grad()
+        logits = model(**inputs).logits
+        (logits * inputs["attention_mask"][..., None]).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.text_model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == len(gradients[2]) > 0
+    for padded, *packed in zip(*gradients, strict=True):
+        for each in packed:
+            assert torch.allclose(each, padded, atol=1e-5, rtol=1e-3)
+
+
+def test_the_hidden_states_of_a_layer_stay_one_tensor(make_pair: Any) -> None:
+    _, model = make_pair()
+    model.set_route(ROUTES)
+    with torch.no_grad():
+        states = model(**collate(ragged_batch()), output_hidden_states=True).hidden_states
+    assert len(states) == 1 + model.config.text_config.num_hidden_layers
+    assert {len(state) for state in states} == {len(ROUTES)}
