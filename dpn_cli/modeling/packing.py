@@ -1,0 +1,190 @@
+"""Running the rows of a batch as one row without padding, so that no linear layer works on padding; ours.
+
+The routes of a batch leave its rows with very different numbers of tokens: padded to the longest, the rows that were
+pooled most would gain nothing. Packed one after another they need no padding where a layer looks at every token by
+itself. Only attention lays them out again, in groups of rows of similar lengths.
+
+Shapes: B batch, S sequence, T tokens of all rows together; b rows of a group, n their tokens, k those of its longest
+row; H heads, D hidden or head size.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Self
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+KERNEL = "sdpa"
+"""The attention implementation that can be given packed rows."""
+
+MIN_PADDING = 1 / 16
+"""Share of a batch that has to be padding for packing to pay."""
+
+CALL_COST = {"cpu": 64, "cuda": 1024}
+"""Length of a row whose attention takes about as long as another call for one more group, by type of device; ours."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows whose attention is computed in one call.
+
+    Attributes:
+        rows: their places in the batch.
+        span: where their tokens lie in the packed row.
+        longest: k.
+        places: [n] where their tokens lie when they are laid out, padded on the left; None when no row is padded.
+        tokens: [b·k] which of their tokens lies where then, any for padding; None when no row is padded.
+        mask: what attention has to know of them, [b, 1, k, k]; None where each token sees all before it.
+    """
+
+    rows: Sequence[int]
+    span: slice
+    longest: int
+    places: torch.Tensor | None
+    tokens: torch.Tensor | None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[int], lengths: Sequence[int], start: int, device: torch.device) -> Self:
+        """Group rows of a batch of such lengths, the first of whose tokens is at a place in the packed row."""
+        own = [lengths[row] for row in rows]
+        span, longest = slice(start, start + sum(own)), max(own)
+        if len(set(own)) == 1:
+            return cls(rows, span, longest, None, None)
+        places = _places(range(len(rows)), own, longest)
+        tokens = _inverse(places, len(rows) * longest)
+        return cls(rows, span, longest, *(each.to(device, non_blocking=True) for each in (places, tokens)))
+
+    def lay_out(self, values: torch.Tensor) -> torch.Tensor:
+        """Return of packed values [1, H, T, D] those of the group, [b, H, k, D]."""
+        own = values[0].transpose(0, 1)[self.span]
+        own = own if self.tokens is None else own.index_select(0, self.tokens)
+        return own.unflatten(0, (len(self.rows), self.longest)).transpose(1, 2)
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [n, H, D] of what is laid out as [b, H, k, D]."""
+        tokens = values.transpose(1, 2).flatten(0, 1)
+        return tokens if self.places is None else tokens.index_select(0, self.places)
+
+    def to(self, device: torch.device) -> "Group":
+        """Return the group on a device."""
+        moved = [None if each is None else each.to(device) for each in (self.places, self.tokens, self.mask)]
+        return replace(self, places=moved[0], tokens=moved[1], mask=moved[2])
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of a batch, padded on the left, lie one after another.
+
+    Attributes:
+        groups: the rows in the order in which they are packed.
+        shape: B and S.
+        places: [T] where in the batch every packed token lies, of B·S.
+        tokens: [B·S] which packed token lies where in the batch, any for padding.
+    """
+
+    groups: Sequence[Group]
+    shape: tuple[int, int]
+    places: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], length: int, device: torch.device) -> Self:
+        """Pack rows with so many tokens each, padded to a length."""
+        groups, start = [], 0
+        for rows in split_by_length(lengths, CALL_COST.get(device.type, CALL_COST["cuda"])):
+            groups.append(Group.of(rows, lengths, start, device))
+            start = groups[-1].span.stop
+        order = [row for group in groups for row in group.rows]
+        places = _places(order, [lengths[row] for row in order], length)
+        tokens = _inverse(places, len(lengths) * length)
+        return cls(groups, (len(lengths), length), *(each.to(device, non_blocking=True) for each in (places, tokens)))
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of values [B, S, …] in one row, [1, T, …]."""
+        return values.flatten(0, 1).index_select(0, self.places.to(values.device))[None]
+
+    def lay_out(self, values: torch.Tensor) -> torch.Tensor:
+        """Return packed values [1, T, …] as they lie in the batch, [B, S, …]; anything where there is padding."""
+        return values[0].index_select(0, self.tokens.to(values.device)).unflatten(0, self.shape)
+
+    def mask(self, mask_of: Callable[[Group], torch.Tensor | None]) -> "PackedMask":
+        """Return the attention mask of the packed row, from those of its groups."""
+        return PackedMask([replace(group, mask=mask_of(group)) for group in self.groups])
+
+
+class PackedMask(torch.Tensor):
+    """A mask with which PyTorch's fused attention computes that of packed rows, group by group.
+
+    It holds no numbers. Like `torch.nn.attention.bias.CausalBias`, it is asked by the function it is given to.
+    """
+
+    groups: Sequence[Group]
+
+    def __new__(cls, groups: Sequence[Group]) -> Self:
+        """Make a mask of groups, each with its own."""
+        mask = torch.empty(0).as_subclass(cls)
+        mask.groups = groups
+        return mask
+
+    def to(self, device: torch.device, **_: Any) -> "PackedMask":  # type: ignore[override]
+        """Return the mask on a device, as hooks ask for where layers are on several."""
+        return PackedMask([group.to(device) for group in self.groups])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute fused attention; do anything else as with an empty tensor."""
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: PackedMask, **options: Any
+) -> torch.Tensor:
+    """Return the attention output [1, H, T, D] of packed queries, keys and values [1, H, T, D]."""
+    outputs = []
+    for group in attn_mask.groups:
+        states = [group.lay_out(each) for each in (query, key, value)]
+        own: dict[str, Any] = {**options, "attn_mask": group.mask, "is_causal": group.mask is None}
+        outputs.append(group.pack(scaled_dot_product_attention(*states, **own)))
+    return torch.cat(outputs).transpose(0, 1)[None]
+
+
+def split_by_length(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
+    """Split rows into the groups whose attention takes the least work; ours.
+
+    A group works on its rows times the square of its longest length. Rows of neighbouring lengths go together, so that
+    a dynamic programme over the sorted rows finds the best split.
+
+    Args:
+        lengths: tokens of every row.
+        call_cost: Length of a row whose attention costs as much as one more group.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    work, starts = [0], []  # of the first n rows: the least work, and where the last group starts then
+    for stop in range(1, len(order) + 1):
+        totals = [work[start] + (stop - start) * lengths[order[start]] ** 2 + call_cost**2 for start in range(stop)]
+        work.append(min(totals))
+        starts.append(totals.index(work[-1]))
+    groups, stop = [], len(order)
+    while stop:
+        groups.append(order[starts[stop - 1] : stop])
+        stop = starts[stop - 1]
+    return groups[::-1]
+
+
+def _places(rows: Sequence[int], lengths: Sequence[int], width: int) -> torch.Tensor:
+    """Return where the tokens of rows, of such lengths, lie in a batch that is padded on the left to a width."""
+    shifts = [(row + 1) * width - total for row, total in zip(rows, accumulate(lengths), strict=True)]
+    total = sum(lengths)
+    return torch.arange(total) + torch.tensor(shifts).repeat_interleave(torch.tensor(lengths), output_size=total)
+
+
+def _inverse(places: torch.Tensor, size: int) -> torch.Tensor:
+    """Return what lies at every one of so many places, 0 where nothing does."""
+    return torch.zeros(size, dtype=torch.long).index_copy(0, places, torch.arange(len(places)))
