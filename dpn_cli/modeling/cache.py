@@ -60,14 +60,11 @@ class PyramidCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a chunk's keys and values [B, heads, S, head size] to a layer, and return all.
 
-        Those of packed rows, [1, heads, T, head size], are laid out first and returned as they are.
+        Those of packed rows, [1, heads, T, head size], are laid out first.
         """
-        if self.packing is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        packed = (key_states, value_states)
-        rows = (self.packing.lay_out(each.transpose(1, 2)).transpose(1, 2) for each in packed)
-        super().update(*rows, layer_idx, *args, **kwargs)
-        return packed
+        if self.packing is not None:
+            key_states, value_states = map(self.packing.lay_out_heads, (key_states, value_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def num_valid(self, segment: int) -> int | torch.Tensor:
         """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""

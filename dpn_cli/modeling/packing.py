@@ -9,21 +9,23 @@ row; H heads, D hidden or head size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from dpn_cli.modeling.state import put
+
 KERNEL = "sdpa"
 """The attention implementation that can be given packed rows."""
 
-MIN_PADDING = 1 / 16
-"""Share of a batch that has to be padding for packing to pay."""
+MOVE_COST = {"cpu": 64, "cuda": 256}
+"""Tokens that a layer takes about as long for as it takes to pack rows and lay them out, by type of device."""
 
 CALL_COST = {"cpu": 64, "cuda": 1024}
-"""Length of a row whose attention takes about as long as another call for one more group, by type of device; ours."""
+"""Length of a row whose attention takes about as long as another call, for one more group, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -31,47 +33,50 @@ class Group:
     """Rows whose attention is computed in one call.
 
     Attributes:
-        rows: their places in the batch.
+        rows: their places in the batch; None for all rows, in their order.
+        count: number of rows, b.
+        longest: number of tokens of the longest row, k.
         span: where their tokens lie in the packed row.
-        longest: k.
         places: [n] where their tokens lie when they are laid out, padded on the left; None when no row is padded.
-        tokens: [b·k] which of their tokens lies where then, any for padding; None when no row is padded.
+        tokens: [b·k] which packed token lies where then, any for padding; None when no row is padded.
         mask: what attention has to know of them, [b, 1, k, k]; None where each token sees all before it.
     """
 
-    rows: Sequence[int]
-    span: slice
+    rows: torch.Tensor | None
+    count: int
     longest: int
+    span: slice
     places: torch.Tensor | None
     tokens: torch.Tensor | None
     mask: torch.Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[int], lengths: Sequence[int], start: int, device: torch.device) -> Self:
-        """Group rows of a batch of such lengths, the first of whose tokens is at a place in the packed row."""
+        """Group rows of a batch with such lengths, which begin at a place in the packed row."""
         own = [lengths[row] for row in rows]
-        span, longest = slice(start, start + sum(own)), max(own)
+        longest, span = max(own), slice(start, start + sum(own))
+        index = None if len(rows) == len(lengths) else put(list(rows), device)
         if len(set(own)) == 1:
-            return cls(rows, span, longest, None, None)
+            return cls(index, len(rows), longest, span, None, None)
         places = _places(range(len(rows)), own, longest)
-        tokens = _inverse(places, len(rows) * longest)
-        return cls(rows, span, longest, *(each.to(device, non_blocking=True) for each in (places, tokens)))
+        tokens = _inverse(places, len(rows) * longest, start)
+        return cls(index, len(rows), longest, span, _send(places, device), _send(tokens, device))
+
+    def of_batch(self, values: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Return the group's part of what lies in the batch as [B, …, S, …], S in a dimension."""
+        own = values if self.rows is None else values.index_select(0, self.rows)
+        return own.narrow(dim, own.shape[dim] - self.longest, self.longest)
 
     def lay_out(self, values: torch.Tensor) -> torch.Tensor:
         """Return of packed values [1, H, T, D] those of the group, [b, H, k, D]."""
-        own = values[0].transpose(0, 1)[self.span]
-        own = own if self.tokens is None else own.index_select(0, self.tokens)
-        return own.unflatten(0, (len(self.rows), self.longest)).transpose(1, 2)
+        tokens = values[0].transpose(0, 1)
+        own = tokens[self.span] if self.tokens is None else tokens.index_select(0, self.tokens)
+        return own.unflatten(0, (self.count, self.longest)).transpose(1, 2)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """Return the tokens [n, H, D] of what is laid out as [b, H, k, D]."""
         tokens = values.transpose(1, 2).flatten(0, 1)
         return tokens if self.places is None else tokens.index_select(0, self.places)
-
-    def to(self, device: torch.device) -> "Group":
-        """Return the group on a device."""
-        moved = [None if each is None else each.to(device) for each in (self.places, self.tokens, self.mask)]
-        return replace(self, places=moved[0], tokens=moved[1], mask=moved[2])
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,18 @@ class Packing:
     @classmethod
     def of(cls, lengths: Sequence[int], length: int, device: torch.device) -> Self:
         """Pack rows with so many tokens each, padded to a length."""
-        groups, start = [], 0
-        for rows in split_by_length(lengths, CALL_COST.get(device.type, CALL_COST["cuda"])):
-            groups.append(Group.of(rows, lengths, start, device))
-            start = groups[-1].span.stop
-        order = [row for group in groups for row in group.rows]
+        split = split_by_length(lengths, _of_type(CALL_COST, device))
+        order = [row for rows in split for row in rows]
+        starts = accumulate((sum(lengths[row] for row in rows) for rows in split), initial=0)
+        groups = [Group.of(rows, lengths, start, device) for rows, start in zip(split, starts, strict=False)]
         places = _places(order, [lengths[row] for row in order], length)
         tokens = _inverse(places, len(lengths) * length)
-        return cls(groups, (len(lengths), length), *(each.to(device, non_blocking=True) for each in (places, tokens)))
+        return cls(groups, (len(lengths), length), _send(places, device), _send(tokens, device))
+
+    @staticmethod
+    def pays(lengths: Sequence[int], length: int, device: torch.device) -> bool:
+        """Say whether rows with so many tokens each, padded to a length, should be packed."""
+        return len(lengths) * length - sum(lengths) > _of_type(MOVE_COST, device)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """Return the tokens of values [B, S, …] in one row, [1, T, …]."""
@@ -110,28 +119,36 @@ class Packing:
         """Return packed values [1, T, …] as they lie in the batch, [B, S, …]; anything where there is padding."""
         return values[0].index_select(0, self.tokens.to(values.device)).unflatten(0, self.shape)
 
+    def lay_out_heads(self, values: torch.Tensor) -> torch.Tensor:
+        """Return packed values [1, H, T, D] as they lie in the batch, [B, H, S, D]."""
+        return self.lay_out(values.transpose(1, 2)).transpose(1, 2)
+
     def mask(self, mask_of: Callable[[Group], torch.Tensor | None]) -> "PackedMask":
         """Return the attention mask of the packed row, from those of its groups."""
-        return PackedMask([replace(group, mask=mask_of(group)) for group in self.groups])
+        return PackedMask(replace(self, groups=[replace(group, mask=mask_of(group)) for group in self.groups]))
+
+    def to(self, device: torch.device) -> "Packing":
+        """Return the packing, and all that is in it, on a device."""
+        return _to(self, device, groups=[_to(group, device) for group in self.groups])
 
 
 class PackedMask(torch.Tensor):
     """A mask with which PyTorch's fused attention computes that of packed rows, group by group.
 
-    It holds no numbers. Like `torch.nn.attention.bias.CausalBias`, it is asked by the function it is given to.
+    It holds no numbers. Like `torch.nn.attention.bias.CausalBias`, it is asked by the function that it is given to.
     """
 
-    groups: Sequence[Group]
+    packing: Packing
 
-    def __new__(cls, groups: Sequence[Group]) -> Self:
-        """Make a mask of groups, each with its own."""
+    def __new__(cls, packing: Packing) -> Self:
+        """Make the mask of a packing whose groups have theirs."""
         mask = torch.empty(0).as_subclass(cls)
-        mask.groups = groups
+        mask.packing = packing
         return mask
 
     def to(self, device: torch.device, **_: Any) -> "PackedMask":  # type: ignore[override]
         """Return the mask on a device, as hooks ask for where layers are on several."""
-        return PackedMask([group.to(device) for group in self.groups])
+        return PackedMask(self.packing.to(device))
 
     @classmethod
     def __torch_function__(
@@ -146,10 +163,12 @@ class PackedMask(torch.Tensor):
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: PackedMask, **options: Any
 ) -> torch.Tensor:
-    """Return the attention output [1, H, T, D] of packed queries, keys and values [1, H, T, D]."""
-    outputs = []
-    for group in attn_mask.groups:
-        states = [group.lay_out(each) for each in (query, key, value)]
+    """Return the attention output [1, H, T, D] of packed queries; a cache lays keys and values out already."""
+    packing, outputs = attn_mask.packing, []
+    num_tokens = query.shape[2]
+    key, value = (packing.lay_out_heads(each) if each.shape[2] == num_tokens else each for each in (key, value))
+    for group in packing.groups:
+        states = (group.lay_out(query), group.of_batch(key, dim=2), group.of_batch(value, dim=2))
         own: dict[str, Any] = {**options, "attn_mask": group.mask, "is_causal": group.mask is None}
         outputs.append(group.pack(scaled_dot_product_attention(*states, **own)))
     return torch.cat(outputs).transpose(0, 1)[None]
@@ -173,7 +192,7 @@ def split_by_length(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
         starts.append(totals.index(work[-1]))
     groups, stop = [], len(order)
     while stop:
-        groups.append(order[starts[stop - 1] : stop])
+        groups.append(sorted(order[starts[stop - 1] : stop]))
         stop = starts[stop - 1]
     return groups[::-1]
 
@@ -185,6 +204,23 @@ def _places(rows: Sequence[int], lengths: Sequence[int], width: int) -> torch.Te
     return torch.arange(total) + torch.tensor(shifts).repeat_interleave(torch.tensor(lengths), output_size=total)
 
 
-def _inverse(places: torch.Tensor, size: int) -> torch.Tensor:
-    """Return what lies at every one of so many places, 0 where nothing does."""
-    return torch.zeros(size, dtype=torch.long).index_copy(0, places, torch.arange(len(places)))
+def _inverse(places: torch.Tensor, size: int, first: int = 0) -> torch.Tensor:
+    """Return which token lies at every one of so many places, counted from the first; any where none does."""
+    return torch.full((size,), first).index_copy(0, places, torch.arange(first, first + len(places)))
+
+
+def _of_type(costs: dict[str, int], device: torch.device) -> int:
+    """Return the cost on a device; all that are no CPU are taken for a GPU."""
+    return costs.get(device.type, costs["cuda"])
+
+
+def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return values on a device, without waiting for what it has still to do."""
+    return values.to(device, non_blocking=True)
+
+
+def _to(record: Any, device: torch.device, **changes: Any) -> Any:
+    """Return a record with its tensors on a device."""
+    held = {each.name: getattr(record, each.name) for each in fields(record)}
+    moved = {name: value.to(device) for name, value in held.items() if isinstance(value, torch.Tensor)}
+    return replace(record, **moved, **changes)

@@ -30,7 +30,7 @@ from dpn_cli.modeling.call import change_call, current_call
 from dpn_cli.modeling.engine import compact
 from dpn_cli.modeling.experts.pool import Kernels
 from dpn_cli.modeling.experts.registry import assign
-from dpn_cli.modeling.packing import KERNEL, MIN_PADDING, Group, Packing
+from dpn_cli.modeling.packing import KERNEL, Group, Packing
 from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.renamed import CACHE, WITH_MASK
 from dpn_cli.modeling.routers import (
@@ -310,7 +310,8 @@ class PyramidTextMixin:
             mask = attention_mask
         if not layers:
             return state
-        hidden_states, angles, causal_mask = state.hidden_states, state.angles, None
+        hidden_states, angles = state.hidden_states, state.angles
+        causal_mask: torch.Tensor | None
         if packing is not None:
             hidden_states, positions, angles = packing.pack(hidden_states), packing.pack(positions), None
             causal_mask = packing.mask(partial(self._group_mask, state, layers.start))
@@ -359,10 +360,9 @@ class PyramidTextMixin:
 
     def _group_mask(self, state: PyramidState, layer_idx: int, group: Group) -> torch.Tensor | None:
         """Return the mask of the attention of some rows, laid out for themselves."""
-        kept = (put(list(group.rows), state.positions.device), slice(-group.longest, None))
         mask = None if group.places is None and state.sizes is None else state.mask
-        part = replace(state, hidden_states=state.hidden_states[kept])
-        return self._causal_mask(part, None if mask is None else mask[kept], None, layer_idx)
+        part = replace(state, hidden_states=group.of_batch(state.hidden_states))
+        return self._causal_mask(part, None if mask is None else group.of_batch(mask), None, layer_idx)
 
     def _packing(
         self, state: PyramidState, segment: int, cache: Cache | None, kwargs: dict[str, Any]
@@ -373,10 +373,8 @@ class PyramidTextMixin:
             return None
         if self.config._attn_implementation != KERNEL or torch.compiler.is_compiling():
             return None
-        slots = state.valid.numel()
-        if slots - sum(state.lengths) < MIN_PADDING * slots:
-            return None
-        return Packing.of(state.lengths, state.valid.shape[1], state.valid.device)
+        rows = (state.lengths, state.valid.shape[1], state.valid.device)
+        return Packing.of(*rows) if Packing.pays(*rows) else None
 
     def _records(self, kwargs: dict[str, Any]) -> bool:
         """Say whether the outputs of every layer are wanted, which come from one call per layer."""
@@ -409,7 +407,10 @@ class PyramidTextMixin:
         """Let the forced route or the router pick every sample's expert at a site."""
         if self.forced_routes:
             return self.take(state, site, self._forced(self.forced_routes, state, site))
-        return self.choose_among(self.offers(state), state, site)
+        offers = self.offers(state)
+        if all(len(options) == 1 for options, _ in offers):
+            return self.take(state, site, [options[0].expert for options, _ in offers])
+        return self.choose_among(offers, state, site)
 
     def choose_among(self, offers: Sequence[Offer], state: PyramidState, site: int) -> Choice:
         """Let the router pick every sample's expert among some options; see `offers`."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.modeling import packing, pyramid_text
+from dpn_cli.modeling import packing
 from dpn_cli.modeling.packing import Packing, split_by_length
 from dpn_cli.modeling.renamed import CACHE
 from tests.pyramids import collate, ragged_batch
@@ -43,10 +43,9 @@ def test_rows_are_laid_out_as_they_were(lengths: list[int], surplus: int, call_c
     assert sorted(row[0].tolist()) == batch[valid].tolist()
     assert torch.equal(packed.lay_out(row)[valid], batch[valid])
     for group in packed.groups:
-        tokens = row[:, None, :, None]  # of one head
-        apart = group.lay_out(tokens)
-        shown = valid[list(group.rows), -group.longest :]
-        assert torch.equal(apart[:, 0, :, 0][shown], batch[list(group.rows), -group.longest :][shown])
+        own, shown = group.of_batch(batch), group.of_batch(valid)
+        apart = group.lay_out(row[:, None, :, None])  # of one head, of size 1
+        assert torch.equal(apart[:, 0, :, 0][shown], own[shown])
         assert torch.equal(group.pack(apart)[:, 0, 0], row[0, group.span])
 
 
@@ -56,16 +55,14 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def set_cost(cost: int | None) -> None:
         monkeypatch.setitem(packing.CALL_COST, "cpu", cost or 0)
-        monkeypatch.setattr(pyramid_text, "MIN_PADDING", 2 if cost is None else 0)
+        monkeypatch.setitem(packing.MOVE_COST, "cpu", 10**6 if cost is None else 0)
 
     return set_cost
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("settings", [{}, {"positions": "contiguous"}, {"attention": "sized"}], ids=str)
-def test_packed_or_padded_gives_the_same(
-    make_pair: Any, packs: Any, side: str, settings: dict[str, str]
-) -> None:
+def test_packed_or_padded_gives_the_same(make_pair: Any, packs: Any, side: str, settings: dict[str, str]) -> None:
     _, model = make_pair(**settings)
     model.set_route(ROUTES)
     inputs = collate(ragged_batch(), side)
