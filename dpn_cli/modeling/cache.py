@@ -1,6 +1,7 @@
 """A KV cache whose layers hold different numbers of tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,14 +17,13 @@ class PyramidCache(DynamicCache):
 
     The layers of one segment (between two sites) hold the same tokens, so one mask serves them all. A mask is [B, K]:
     bool, whether a key is no padding, or float, how many tokens it stands for; None while every key stands for one.
-    `packing` says how the rows that layers are about to give it are packed, None where they are not.
     """
 
     def __init__(self, config: PreTrainedConfig, num_segments: int, offloading: bool = False) -> None:
         super().__init__(config=config, offloading=offloading)
         self.masks: list[torch.Tensor | None] = [None] * num_segments
         self.lengths = [0] * num_segments
-        self.packing: Packing | None = None
+        self._packing: Packing | None = None
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -54,16 +54,22 @@ class PyramidCache(DynamicCache):
         self.masks[segment] = torch.cat([old, new], dim=1)
         return self.masks[segment]
 
+    @contextmanager
+    def laying_out(self, packing: Packing) -> Iterator[None]:
+        """Take the keys and values of packed rows for the duration, and lay them out."""
+        self._packing = packing
+        try:
+            yield
+        finally:
+            self._packing = None
+
     @override
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a chunk's keys and values [B, heads, S, head size] to a layer, and return all.
-
-        Those of packed rows, [1, heads, T, head size], are laid out first.
-        """
-        if self.packing is not None:
-            key_states, value_states = map(self.packing.lay_out_heads, (key_states, value_states))
+        """Append a chunk's keys and values [B, heads, S, head size] to a layer, and return all that it holds."""
+        if self._packing is not None:
+            key_states, value_states = map(self._packing.lay_out_heads, (key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def num_valid(self, segment: int) -> int | torch.Tensor:

@@ -8,6 +8,7 @@ Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -303,34 +304,61 @@ class PyramidTextMixin:
         positions = self._positions(state, segment, cache)
         if isinstance(cache, PyramidCache):
             mask = cache.extend(segment, state.mask, *state.hidden_states.shape[:2])
-            cache.packing = packing
         else:
             mask = state.mask if cache is None else attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
         if not layers:
             return state
-        hidden_states, angles = state.hidden_states, state.angles
-        causal_mask: torch.Tensor | None
         if packing is not None:
-            hidden_states, positions, angles = packing.pack(hidden_states), packing.pack(positions), None
-            causal_mask = packing.mask(partial(self._group_mask, state, layers.start))
-        else:
-            causal_mask = self._causal_mask(state, mask, cache, layers.start)
-        if angles is None or positions is not state.positions or angles[0].device != hidden_states.device:
-            angles = self.rotary_emb(hidden_states, position_ids=positions)
+            return self._run_packed(state, layers, packing, positions, cache, **kwargs)
+        angles, device = state.angles, state.hidden_states.device
+        if angles is None or positions is not state.positions or angles[0].device != device:
+            angles = self.rotary_emb(state.hidden_states, position_ids=positions)
+        causal_mask = self._causal_mask(state, mask, cache, layers.start)
+        hidden_states = self._run_layers(
+            layers, state.hidden_states, causal_mask, angles, cache, state.packed, **kwargs
+        )
+        return replace(state.after(hidden_states), angles=angles if positions is state.positions else None)
+
+    def _run_packed(
+        self,
+        state: PyramidState,
+        layers: range,
+        packing: Packing,
+        positions: torch.Tensor,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> PyramidState:
+        """Run some layers on the rows of a batch one after another, and lay the results out as the batch was."""
+        row = packing.pack(state.hidden_states)
+        angles = self.rotary_emb(row, position_ids=packing.pack(positions))
+        mask = packing.mask(partial(self._group_mask, state, layers.start))
+        with cache.laying_out(packing) if isinstance(cache, PyramidCache) else nullcontext():
+            row = self._run_layers(layers, row, mask, angles, cache, **kwargs)
+        return state.after(packing.lay_out(row))
+
+    def _run_layers(
+        self,
+        layers: range,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run some decoder layers."""
         for decoder_layer in self.layers[layers.start : layers.stop]:
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=mask,
                 position_embeddings=angles,
-                position_ids=state.packed,
+                position_ids=position_ids,
                 **{CACHE: cache},
                 **kwargs,
             )
-        if packing is not None:
-            return state.after(packing.lay_out(hidden_states))
-        return replace(state.after(hidden_states), angles=angles if positions is state.positions else None)
+        return hidden_states
 
     def _causal_mask(
         self, state: PyramidState, mask: torch.Tensor | None, cache: Cache | None, layer_idx: int
