@@ -45,10 +45,9 @@ COMMANDS = {
 
 
 class HelpFormatter(click.HelpFormatter):
-    """Breaks the lines of a help text at blanks only, so that `llava-1.5-7b` stays whole, and calls numbers N and X."""
+    """Breaks the lines of a help text at blanks only, so that `llava-1.5-7b` stays whole."""
 
     _UNBROKEN = "\u2011"  # a hyphen that no line ends with
-    _NUMBERS = (("INTEGER RANGE", "N"), ("FLOAT RANGE", "X"))
 
     def write_text(self, text: str) -> None:
         """Write a paragraph."""
@@ -56,13 +55,7 @@ class HelpFormatter(click.HelpFormatter):
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write a list of names and their meanings."""
-        shown = [(self._renamed(name), text.replace("-", self._UNBROKEN)) for name, text in rows]
-        super().write_dl(shown, col_max, col_spacing)
-
-    def _renamed(self, name: str) -> str:
-        for kind, short in self._NUMBERS:
-            name = name.replace(kind, short)
-        return name
+        super().write_dl([(name, text.replace("-", self._UNBROKEN)) for name, text in rows], col_max, col_spacing)
 
     def getvalue(self) -> str:
         """Return the help."""

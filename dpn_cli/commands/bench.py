@@ -11,15 +11,8 @@ from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import listed, names
 from dpn_cli.commands.data_options import reading_options, takes_data
-from dpn_cli.commands.options import (
-    Fraction,
-    Size,
-    baseline_names,
-    checkpoint_folder,
-    dtype_option,
-    model_option,
-    wide_option,
-)
+from dpn_cli.commands.numbers import Fraction, WholeNumber
+from dpn_cli.commands.options import Size, baseline_names, checkpoint_folder, dtype_option, model_option, wide_option
 from dpn_cli.errors import UsageError
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.extras import extra
@@ -64,10 +57,10 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
     f"{', '.join(list(BASELINES)[1:])}, or all.",
 )  # fmt: skip
 @click.option(
-    "--batch-size", "batch_sizes", type=click.IntRange(1, MAX_BATCH), multiple=True, default=(1,), show_default=True,
+    "--batch-size", "batch_sizes", type=WholeNumber(1, MAX_BATCH), multiple=True, default=(1,), show_default=True,
     help="Samples per batch; repeatable.",
 )  # fmt: skip
-@click.option("--images", type=click.IntRange(1, MAX_ROW_IMAGES), help="Images per synthetic sample; default: 1.")
+@click.option("--images", type=WholeNumber(1, MAX_ROW_IMAGES), help="Images per synthetic sample; default: 1.")
 @click.option(
     "--image-size", type=Size(),
     help="Height and width of synthetic images, for models that cut images into tiles; default: 672x672.",
@@ -84,14 +77,14 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @reading_options
 @click.option(
     "--new-tokens",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=16,
     show_default=True,
     help="Number of tokens to generate per sample.",
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(1, MAX_ROUNDS),
+    type=WholeNumber(1, MAX_ROUNDS),
     default=8,
     show_default=True,
     help="Number of timed rounds, after one warm-up round.",

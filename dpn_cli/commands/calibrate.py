@@ -9,11 +9,11 @@ import click
 from dpn_cli import console, workspace
 from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
+from dpn_cli.commands.numbers import Fraction
 from dpn_cli.commands.options import (
     SAMPLES,
     SEED,
     Choice,
-    Fraction,
     Kinds,
     checkpoint_folder,
     dtype_option,

@@ -10,7 +10,8 @@ import click
 
 from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import names
-from dpn_cli.commands.options import Choice, Percent, given_options
+from dpn_cli.commands.numbers import Percent
+from dpn_cli.commands.options import Choice, given_options
 from dpn_cli.data.fields import ROLES
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError, did_you_mean

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dpn_cli import console, workspace
-from dpn_cli.commands.options import SAMPLES, Fraction
+from dpn_cli.commands.numbers import Fraction, WholeNumber
+from dpn_cli.commands.options import SAMPLES
 from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
 from dpn_cli.extras import extra
@@ -38,7 +39,7 @@ TIMED_BATCH, TIMED_ROUNDS = 8, 7
     help="Mean fraction of the original's prefill FLOPs to spend.",
 )
 @click.option(
-    "--samples", type=click.IntRange(16, MAX_SAMPLES), help="Number of calibration samples; default: the recipe's."
+    "--samples", type=WholeNumber(16, MAX_SAMPLES), help="Number of calibration samples; default: the recipe's."
 )
 @click.option(
     "--questions",

@@ -12,11 +12,11 @@ import click
 from dpn_cli import console
 from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
+from dpn_cli.commands.numbers import Fraction, WholeNumber
 from dpn_cli.commands.options import (
     SAMPLES,
     SEED,
     Choice,
-    Fraction,
     baseline_names,
     checkpoint_folder,
     dtype_option,
@@ -80,12 +80,12 @@ _OF_QUESTIONS = ("metric", "seed", "max_new_tokens", "plot")  # options that say
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed for sampling.")
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=32,
     show_default=True,
     help="Maximum number of tokens per answer.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
+@click.option("--batch-size", type=WholeNumber(1), default=8, show_default=True, help="Samples per forward pass.")
 @dtype_option("auto")
 @processes_option
 @click.option(

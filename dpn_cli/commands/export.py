@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from dpn_cli import console
-from dpn_cli.commands.options import Choice, Fraction, checkpoint_folder, model_option
+from dpn_cli.commands.numbers import Fraction
+from dpn_cli.commands.options import Choice, checkpoint_folder, model_option
 from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.errors import UsageError
 from dpn_cli.exporting.options import DEFAULT_SHARD_SIZE, ExportOptions

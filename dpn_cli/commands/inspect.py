@@ -8,6 +8,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
+from dpn_cli.commands.numbers import WholeNumber
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
 from dpn_cli.commands.tables import MEANINGS, meaning, show_sites, some_budgets
 from dpn_cli.errors import UsageError
@@ -31,12 +32,12 @@ SAMPLE_FROM = {
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option
 @click.option(
-    "--text-tokens", type=click.IntRange(1),
+    "--text-tokens", type=WholeNumber(1),
     help=f"Text tokens of a sample; default: typical of the calibration data, else {TEXT_TOKENS}.",
 )  # fmt: skip
 @click.option(
     "--images",
-    type=click.IntRange(0, MAX_ROW_IMAGES),
+    type=WholeNumber(0, MAX_ROW_IMAGES),
     help="Images of a sample; default: typical of the calibration data, else 1.",
 )
 @click.option(

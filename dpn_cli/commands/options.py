@@ -1,6 +1,5 @@
 """What several commands share: the option that names a checkpoint, and stricter parameter types."""
 
-import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -15,6 +14,7 @@ from click.core import ParameterSource
 from dpn_cli import console, workspace
 from dpn_cli.checkpoint.headers import DTYPES, check_folder
 from dpn_cli.commands.completion import names, recipe_keys
+from dpn_cli.commands.numbers import WholeNumber
 from dpn_cli.errors import UsageError, did_you_mean
 from dpn_cli.evaluation.baselines import BASELINES
 from dpn_cli.limits import MAX_SAMPLES, MAX_SEED
@@ -42,7 +42,7 @@ teacher_option = click.option(
     help="Another LLaVA with the same tokenizer, such as a larger one, to answer and to be measured against; default: "
     "the model itself with its pyramid off.",
 )  # fmt: skip
-SAMPLES, SEED = click.IntRange(1, MAX_SAMPLES), click.IntRange(0, MAX_SEED)
+SAMPLES, SEED = WholeNumber(1, MAX_SAMPLES), WholeNumber(0, MAX_SEED)
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit the terminal.")
 
 
@@ -60,7 +60,7 @@ def processes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--num-processes`: the command line runs in so many processes, which the command itself does not see."""
 
     @click.option(
-        "--num-processes", type=click.IntRange(min=1), default=1, show_default=True,
+        "--num-processes", type=WholeNumber(min=1), default=1, show_default=True,
         help="Number of processes on this machine that share the work; each takes one GPU if there are GPUs.",
     )  # fmt: skip
     @wraps(command)
@@ -136,37 +136,6 @@ class Choice(click.Choice[str]):
             known = ", ".join(self.choices)
             self.fail(f"{value!r} is not one of {known}.{did_you_mean(value, self.choices)}", param, ctx)
         return super().convert(value, param, ctx)
-
-
-class Fraction(click.FloatRange):
-    """A number above 0 and at most 1; not `nan`, which click's FloatRange accepts."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, max=1, min_open=True)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number, or fail."""
-        number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
-        return number
-
-
-class Percent(click.ParamType[float]):
-    """A share from 0 to 1, as 0.05 or 5%."""
-
-    name = "percent"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the share, or fail."""
-        text = str(value)
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            share = math.nan
-        if not 0 <= share <= 1:
-            self.fail(f"{value!r} is not a share: expected something like 5% or 0.05", param, ctx)
-        return share
 
 
 class Size(click.ParamType[tuple[int, int]]):

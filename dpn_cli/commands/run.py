@@ -9,7 +9,8 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import allow_urls_option
-from dpn_cli.commands.options import Fraction, checkpoint_folder, dtype_option, model_option
+from dpn_cli.commands.numbers import Fraction, WholeNumber
+from dpn_cli.commands.options import checkpoint_folder, dtype_option, model_option
 from dpn_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ SHOWN = 40  # characters of an image that is no file
 )  # fmt: skip
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=256,
     show_default=True,
     help="Maximum number of tokens in the answer.",

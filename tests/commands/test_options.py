@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from dpn_cli.cli import COMMANDS, main
 from dpn_cli.commands.data_options import Columns, Names, data_options
-from dpn_cli.commands.options import Choice, Fraction, Percent, Size
+from dpn_cli.commands.numbers import Fraction, Percent
+from dpn_cli.commands.options import Choice, Size
 from dpn_cli.data.options import DataOptions
 
 
@@ -22,6 +23,13 @@ def command(budget: float | None, dtype: str | None) -> None:
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-0.5", "1.01", "half"])
 def test_a_fraction_is_above_zero_and_at_most_one(value: str) -> None:
     assert CliRunner().invoke(command, ["--budget", value]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_numbers_are_called_so_in_messages(name: str) -> None:
+    """Click calls them ranges."""
+    types = [each.type for each in import_module(f"dpn_cli.commands.{name}").command.params]
+    assert not [kind for kind in types if "range" in kind.name or kind.name in ("integer", "float")]
 
 
 def test_good_values_pass() -> None:
