@@ -56,7 +56,7 @@ class PyramidCache(DynamicCache):
 
     @contextmanager
     def laying_out(self, packing: Packing) -> Iterator[None]:
-        """Take the keys and values of packed rows for the duration, and lay them out."""
+        """For the duration, lay out the keys and values of packed rows that `update` is given."""
         self._packing = packing
         try:
             yield
@@ -67,7 +67,10 @@ class PyramidCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a chunk's keys and values [B, heads, S, head size] to a layer, and return all that it holds."""
+        """Append a chunk's keys and values to a layer, and return all that it holds.
+
+        They are [B, heads, S, head size], or of packed rows [1, heads, T, head size]; see `laying_out`.
+        """
         if self._packing is not None:
             key_states, value_states = map(self._packing.lay_out_heads, (key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -22,10 +22,10 @@ KERNEL = "sdpa"
 """The attention implementation that can be given packed rows."""
 
 MOVE_COST = {"cpu": 64, "cuda": 256}
-"""Tokens that a layer takes about as long for as it takes to pack rows and lay them out, by type of device."""
+"""How many tokens of padding cost a layer as much as packing rows and laying them out, by type of device."""
 
 CALL_COST = {"cpu": 64, "cuda": 1024}
-"""Length of a row whose attention takes about as long as another call, for one more group, by type of device."""
+"""Length of a row whose attention costs as much as one more call, for one more group, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Group:
         longest: number of tokens of the longest row, k.
         span: where their tokens lie in the packed row.
         places: [n] where their tokens lie when they are laid out, padded on the left; None when no row is padded.
-        tokens: [b·k] which packed token lies where then, any for padding; None when no row is padded.
+        tokens: [b·k] which packed token lies where then, an arbitrary one for padding; None when no row is
+            padded.
         mask: what attention has to know of them, [b, 1, k, k]; None where each token sees all before it.
     """
 
@@ -87,7 +88,7 @@ class Packing:
         groups: the rows in the order in which they are packed.
         shape: B and S.
         places: [T] where in the batch every packed token lies, of B·S.
-        tokens: [B·S] which packed token lies where in the batch, any for padding.
+        tokens: [B·S] which packed token lies where in the batch, an arbitrary one for padding.
     """
 
     groups: Sequence[Group]
@@ -99,9 +100,10 @@ class Packing:
     def of(cls, lengths: Sequence[int], length: int, device: torch.device) -> Self:
         """Pack rows with so many tokens each, padded to a length."""
         split = split_by_length(lengths, _of_type(CALL_COST, device))
+        groups: list[Group] = []
+        for rows in split:
+            groups.append(Group.of(rows, lengths, groups[-1].span.stop if groups else 0, device))
         order = [row for rows in split for row in rows]
-        starts = accumulate((sum(lengths[row] for row in rows) for rows in split), initial=0)
-        groups = [Group.of(rows, lengths, start, device) for rows, start in zip(split, starts, strict=False)]
         places = _places(order, [lengths[row] for row in order], length)
         tokens = _inverse(places, len(lengths) * length)
         return cls(groups, (len(lengths), length), _send(places, device), _send(tokens, device))
@@ -109,7 +111,8 @@ class Packing:
     @staticmethod
     def pays(lengths: Sequence[int], length: int, device: torch.device) -> bool:
         """Say whether rows with so many tokens each, padded to a length, should be packed."""
-        return len(lengths) * length - sum(lengths) > _of_type(MOVE_COST, device)
+        padding = len(lengths) * length - sum(lengths)
+        return padding > _of_type(MOVE_COST, device) and any(lengths)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """Return the tokens of values [B, S, …] in one row, [1, T, …]."""
@@ -142,13 +145,13 @@ class PackedMask(torch.Tensor):
 
     def __new__(cls, packing: Packing) -> Self:
         """Make the mask of a packing whose groups have theirs."""
-        mask = torch.empty(0).as_subclass(cls)
+        mask = torch.empty(0, dtype=torch.bool).as_subclass(cls)
         mask.packing = packing
         return mask
 
-    def to(self, device: torch.device, **_: Any) -> "PackedMask":  # type: ignore[override]
-        """Return the mask on a device, as hooks ask for where layers are on several."""
-        return PackedMask(self.packing.to(device))
+    def to(self, *args: Any, **kwargs: Any) -> "PackedMask":
+        """Return the mask on a device, as hooks ask for where layers are on several; a dtype is ignored."""
+        return PackedMask(self.packing.to(self.packing.places.to(*args, **kwargs).device))
 
     @classmethod
     def __torch_function__(
@@ -163,10 +166,10 @@ class PackedMask(torch.Tensor):
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: PackedMask, **options: Any
 ) -> torch.Tensor:
-    """Return the attention output [1, H, T, D] of packed queries; a cache lays keys and values out already."""
+    """Return the attention output [1, H, T, D] of packed queries; a cache has laid keys and values out already."""
     packing, outputs = attn_mask.packing, []
-    num_tokens = query.shape[2]
-    key, value = (packing.lay_out_heads(each) if each.shape[2] == num_tokens else each for each in (key, value))
+    if (key.shape[0], key.shape[2]) != packing.shape:
+        key, value = packing.lay_out_heads(key), packing.lay_out_heads(value)
     for group in packing.groups:
         states = (group.lay_out(query), group.of_batch(key, dim=2), group.of_batch(value, dim=2))
         own: dict[str, Any] = {**options, "attn_mask": group.mask, "is_causal": group.mask is None}
@@ -205,7 +208,7 @@ def _places(rows: Sequence[int], lengths: Sequence[int], width: int) -> torch.Te
 
 
 def _inverse(places: torch.Tensor, size: int, first: int = 0) -> torch.Tensor:
-    """Return which token lies at every one of so many places, counted from the first; any where none does."""
+    """Return which token lies at every one of so many places, counted from the first; the first where none does."""
     return torch.full((size,), first).index_copy(0, places, torch.arange(first, first + len(places)))
 
 

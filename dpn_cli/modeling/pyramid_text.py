@@ -389,7 +389,7 @@ class PyramidTextMixin:
     def _group_mask(self, state: PyramidState, layer_idx: int, group: Group) -> torch.Tensor | None:
         """Return the mask of the attention of some rows, laid out for themselves."""
         mask = None if group.places is None and state.sizes is None else state.mask
-        part = replace(state, hidden_states=group.of_batch(state.hidden_states))
+        part = replace(state, hidden_states=state.hidden_states.new_empty(group.count, group.longest, 0))
         return self._causal_mask(part, None if mask is None else group.of_batch(mask), None, layer_idx)
 
     def _packing(
@@ -399,7 +399,8 @@ class PyramidTextMixin:
         is_first = cache is None or (isinstance(cache, PyramidCache) and cache.lengths[segment] == 0)
         if state.valid is None or state.columns is None or not is_first or self._records(kwargs):
             return None
-        if self.config._attn_implementation != KERNEL or torch.compiler.is_compiling():
+        layers = self.segments[segment]
+        if not layers or self.config._attn_implementation != KERNEL or _is_compiled(self.layers[layers.start]):
             return None
         rows = (state.lengths, state.valid.shape[1], state.valid.device)
         return Packing.of(*rows) if Packing.pays(*rows) else None
@@ -548,6 +549,11 @@ def _with_pyramid(text: TextModel) -> type[PyramidTextMixin]:
 
 
 PYRAMID_TEXT_MODELS = {model_type: _with_pyramid(record) for model_type, record in TEXT_MODELS.items()}
+
+
+def _is_compiled(layer: nn.Module) -> bool:
+    """Say whether a layer is compiled by itself: it would be again for every packing, which is part of the graph."""
+    return layer._compiled_call_impl is not None or hasattr(layer, "_orig_mod")
 
 
 def _starts_anew(position_ids: torch.Tensor | None) -> bool:

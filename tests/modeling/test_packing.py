@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpn_cli.modeling import packing
 from dpn_cli.modeling.packing import Packing, split_by_length
 from dpn_cli.modeling.renamed import CACHE
-from tests.pyramids import collate, ragged_batch
+from tests.pyramids import collate, prompt, ragged_batch
 
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
 
@@ -87,6 +87,41 @@ def test_packed_or_padded_gives_the_same(make_pair: Any, packs: Any, side: str, 
     for cost in (0, 10**6):
         for packed, padded in zip(found[cost], found[None], strict=True):
             assert torch.allclose(packed, padded, atol=2e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_row_that_is_hidden_altogether_takes_no_other_s_keys(make_pair: Any, packs: Any, use_cache: bool) -> None:
+    """All tokens are then in one row, so that packed keys are as long as laid-out ones."""
+    _, model = make_pair()
+    model.set_route((1, 1, 0))
+    packs(0)
+    batch = collate([prompt(1, 3, 5, seed=0), prompt(1, 9, 2, seed=1)])
+    batch["attention_mask"][0] = 0
+    with torch.no_grad():
+        logits = model(**batch, use_cache=use_cache).logits[1, -1]
+        alone = model(**prompt(1, 9, 2, seed=1)).logits[0, -1]
+    assert torch.allclose(logits, alone, atol=2e-5)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=5).filter(any), st.integers(0, 30))
+def test_laid_out_keys_give_what_packed_ones_give(lengths: list[int], call_cost: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(packing.CALL_COST, "cpu", call_cost)
+        packed = Packing.of(lengths, sum(lengths), torch.device("cpu"))
+    length = sum(lengths)
+    valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
+    mask = packed.mask(lambda group: group.of_batch(valid)[:, None, None])
+    states = torch.randn(3, 1, 2, length, 4)
+    query, key, value = states
+    laid_out = (packed.lay_out_heads(each) for each in (key, value))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attention(query, key, value, attn_mask=mask), attention(query, *laid_out, attn_mask=mask))
+
+
+def test_a_mask_goes_to_a_device_and_takes_no_dtype() -> None:
+    mask = Packing.of([1, 2], 2, torch.device("cpu")).mask(lambda group: None)
+    assert mask.to(torch.bfloat16).packing.places.dtype == torch.long
+    assert mask.to("meta", non_blocking=True).packing.groups[0].tokens.is_meta  # type: ignore[union-attr]
 
 
 def test_gradients_are_the_same_packed(make_pair: Any, packs: Any) -> None:
