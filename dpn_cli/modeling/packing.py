@@ -4,8 +4,8 @@ The routes of a batch leave its rows with very different numbers of tokens: padd
 pooled most would gain nothing. Packed one after another they need no padding where a layer looks at every token by
 itself. Only attention lays them out again, in groups of rows of similar lengths.
 
-Shapes: B batch, S sequence, T tokens of all rows together; b rows of a group, n their tokens, k those of its longest
-row; H heads, D hidden or head size.
+Shapes: B batch, S sequence, T tokens of all rows together and a few arbitrary ones, see `rounded`; b rows of a group,
+n their tokens, k those of its longest row; H heads, D hidden or head size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, Self
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dpn_cli.modeling.state import put
 
@@ -87,7 +87,7 @@ class Packing:
     Attributes:
         groups: the rows in the order in which they are packed.
         shape: B and S.
-        places: [T] where in the batch every packed token lies, of B·S.
+        places: [T] where in the batch every packed token lies, of B·S; the first place for arbitrary ones.
         tokens: [B·S] which packed token lies where in the batch, an arbitrary one for padding.
     """
 
@@ -106,6 +106,7 @@ class Packing:
         order = [row for rows in split for row in rows]
         places = _places(order, [lengths[row] for row in order], length)
         tokens = _inverse(places, len(lengths) * length)
+        places = pad(places, (0, rounded(len(places)) - len(places)))
         return cls(groups, (len(lengths), length), _send(places, device), _send(tokens, device))
 
     @staticmethod
@@ -174,7 +175,17 @@ def _attention(
         states = (group.lay_out(query), group.of_batch(key, dim=2), group.of_batch(value, dim=2))
         own: dict[str, Any] = {**options, "attn_mask": group.mask, "is_causal": group.mask is None}
         outputs.append(group.pack(scaled_dot_product_attention(*states, **own)))
-    return torch.cat(outputs).transpose(0, 1)[None]
+    packed = torch.cat(outputs)
+    return pad(packed, (0, 0, 0, 0, 0, query.shape[2] - len(packed))).transpose(0, 1)[None]
+
+
+def rounded(count: int) -> int:
+    """Return the next number of tokens of which there are 32 between a power of two and the next.
+
+    For every new one PyTorch's linear layers prepare a kernel on a CPU, and keep it: hundreds of MB if all are new.
+    """
+    step = max(1, (1 << count.bit_length()) >> 6)
+    return -(-count // step) * step
 
 
 def split_by_length(lengths: Sequence[int], call_cost: int) -> list[list[int]]:

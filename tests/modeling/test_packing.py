@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpn_cli.modeling import packing
-from dpn_cli.modeling.packing import Packing, split_by_length
+from dpn_cli.modeling.packing import Packing, rounded, split_by_length
 from dpn_cli.modeling.renamed import CACHE
 from tests.pyramids import collate, prompt, ragged_batch
 
@@ -40,13 +40,19 @@ def test_rows_are_laid_out_as_they_were(lengths: list[int], surplus: int, call_c
     batch = torch.arange(len(lengths) * length).view(len(lengths), length)
     valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
     row = packed.pack(batch)
-    assert sorted(row[0].tolist()) == batch[valid].tolist()
+    assert sorted(row[0, : sum(lengths)].tolist()) == batch[valid].tolist()
     assert torch.equal(packed.lay_out(row)[valid], batch[valid])
     for group in packed.groups:
         own, shown = group.of_batch(batch), group.of_batch(valid)
         apart = group.lay_out(row[:, None, :, None])  # of one head, of size 1
         assert torch.equal(apart[:, 0, :, 0][shown], own[shown])
         assert torch.equal(group.pack(apart)[:, 0, 0], row[0, group.span])
+
+
+def test_packed_rows_have_few_lengths() -> None:
+    counts = range(1, 1 << 14)
+    assert all(count <= rounded(count) <= count * 33 / 32 for count in counts)
+    assert len({rounded(count) for count in counts}) <= 32 * 10
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def test_laid_out_keys_give_what_packed_ones_give(lengths: list[int], call_cost:
     length = sum(lengths)
     valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
     mask = packed.mask(lambda group: group.of_batch(valid)[:, None, None])
-    states = torch.randn(3, 1, 2, length, 4)
+    states = torch.randn(3, 1, 2, len(packed.places), 4)
     query, key, value = states
     laid_out = (packed.lay_out_heads(each) for each in (key, value))
     attention = torch.nn.functional.scaled_dot_product_attention
