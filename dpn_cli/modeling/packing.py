@@ -9,14 +9,14 @@ n their tokens, k those of its longest row; H heads, D hidden or head size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dpn_cli.modeling.state import put
+from dpn_cli.modeling.state import on_device, put
 
 KERNEL = "sdpa"
 """The attention implementation that can be given packed rows."""
@@ -133,7 +133,7 @@ class Packing:
 
     def to(self, device: torch.device) -> "Packing":
         """Return the packing, and all that is in it, on a device."""
-        return _to(self, device, groups=[_to(group, device) for group in self.groups])
+        return on_device(self, device, groups=[on_device(group, device) for group in self.groups])
 
 
 class PackedMask(torch.Tensor):
@@ -231,10 +231,3 @@ def _of_type(costs: dict[str, int], device: torch.device) -> int:
 def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return values on a device, without waiting for what it has still to do."""
     return values.to(device, non_blocking=True)
-
-
-def _to(record: Any, device: torch.device, **changes: Any) -> Any:
-    """Return a record with its tensors on a device."""
-    held = {each.name: getattr(record, each.name) for each in fields(record)}
-    moved = {name: value.to(device) for name, value in held.items() if isinstance(value, torch.Tensor)}
-    return replace(record, **moved, **changes)

@@ -81,12 +81,7 @@ class PyramidState:
 
     def after(self, hidden_states: torch.Tensor) -> "PyramidState":
         """Return the state after some layers, on the device of their output: layers may be on several devices."""
-        moved: dict[str, Any] = {
-            each.name: value.to(hidden_states.device)
-            for each in fields(self)
-            if isinstance(value := getattr(self, each.name), torch.Tensor)
-        }
-        return replace(self, **{**moved, "hidden_states": hidden_states})
+        return on_device(self, hidden_states.device, hidden_states=hidden_states)
 
     def rows(self, rows: Sequence[int]) -> "PyramidState":
         """Return some samples of the batch, by their indices."""
@@ -108,6 +103,16 @@ class PyramidState:
 def put(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return host values, a number or nested lists, on a device, without waiting for what it has still to do."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def on_device(record: Any, device: torch.device, **changes: Any) -> Any:
+    """Return a record with its tensors on a device, and some of its fields changed."""
+    moved = {
+        each.name: value.to(device)
+        for each in fields(record)
+        if each.name not in changes and isinstance(value := getattr(record, each.name), torch.Tensor)
+    }
+    return replace(record, **moved, **changes)
 
 
 def precise(values: torch.Tensor) -> torch.Tensor:
