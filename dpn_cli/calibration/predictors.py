@@ -2,7 +2,8 @@
 
 One forward pass of the model without its pyramid shows, for every visual token, the largest attention of any head and
 any text token after it, the mean over the layers. A predictor is fitted to foresee these shares from what there is
-before its site. Only some tokens of a sample are kept for that, so that memory does not grow with the images.
+before its site. No more than `TOKENS` tokens of a sample are kept for that, so that what is kept does not grow with
+the images beyond measure.
 Source: ours.
 
 Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hidden.
@@ -26,17 +27,19 @@ from dpn_cli.modeling.experts.attention import attention_from
 from dpn_cli.modeling.predictors import last_columns, last_text, new_predictors
 from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Site
+from dpn_cli.pyramid.config import Site, network_layer
 from dpn_cli.pyramid.experts import KEEP
+from dpn_cli.pyramid.networks import READ_TEXT
 from dpn_cli.pyramid.recipe import PredictorRecipe
 
-TOKENS = 128  # visual tokens of a sample to learn from, at most
-LEARNING_RATE, WIDTH = 4e-3, 128  # the rate for a hidden size; it falls with one over the size
+TOKENS = 576  # visual tokens of a sample to learn from, at most: those of a picture of LLaVA-1.5
+LEARNING_RATE, WIDTH = 6e-3, 128  # the rate for a hidden size; that of products with it falls with one over the size
 WEIGHT_DECAY = 0.05
+LARGEST_STEP = 1.0  # norm of the gradient
 HELD_OUT = 8  # every so many batches, one judges
 
 Watched = dict[str, torch.Tensor]
-"""What `watch_attention` returns of a batch: up to 2 MB a sample at seven billion parameters, which stay on disk."""
+"""What `watch_attention` returns of a batch: up to 6 MB a sample at seven billion parameters, which stay on disk."""
 
 
 def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
@@ -81,8 +84,8 @@ def watch_attention(
         pad: the token that fills up the shorter samples.
 
     Returns:
-        For every layer l `l.tokens` [B, V, D], `l.text` [B, T, D] in float16 and `l.is_text` [B, T]; and
-        `attention` [B, V], the share of every token, 0 where a sample has fewer of them.
+        For every layer l `l.tokens` [B, V, D], `l.text` [B, T, D] in float16 and `l.is_text` [B, T]; `coords`
+        [B, V, 3], -1 where a sample has fewer tokens; and `attention` [B, V], the share of each, 0 where there is none.
     """
     text_model: Any = model.text_model
     sites = tuple(Site(layer - 1, (KEEP,)) for layer in range(len(text_model.layers)))
@@ -90,8 +93,10 @@ def watch_attention(
     with model.as_pyramid(replace(model.pyramid.with_all_routes(), sites=sites, budgets=(), gate="none")):
         state = start_batch(model, collate(examples, pad, model.device))
         follows = _follows_image(state)
-        readers, is_reader = last_columns(follows, int(follows.sum(1).max()))
+        readers, is_reader = last_columns(follows, min(READ_TEXT, int(follows.sum(1).max())))
         kept, is_kept = _some_visual(state)
+        assert state.coords is not None
+        coords = take_columns(state.coords, kept).masked_fill(~is_kept[..., None], -1)
         total = torch.zeros(kept.shape)
         for layer in range(len(text_model.layers)):
             state = text_model.run_segment(state, layer)  # up to the layer's input
@@ -106,7 +111,8 @@ def watch_attention(
             paid = attention_from(text_model, state, layer, readers)
             paid = paid.masked_fill(~is_reader[:, None, None, :, None], 0).amax((1, 2, 3))  # [B, S]
             total += paid.gather(1, kept).masked_fill(~is_kept, 0).float().cpu()
-    return watched | {"attention": total / total.sum(1, keepdim=True).clamp(min=1e-9)}
+    attention = total / total.sum(1, keepdim=True).clamp(min=1e-9)
+    return watched | {"coords": coords.short().cpu(), "attention": attention}
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:
@@ -146,7 +152,7 @@ def fit_predictors(
     The loss is the cross-entropy between the foreseen shares of attention and those that were paid.
 
     Args:
-        predictors: by the index of the layer that they stand before.
+        predictors: by their names.
         count: Number of batches.
         load: returns what was watched of one.
         epochs: passes over them.
@@ -155,15 +161,18 @@ def fit_predictors(
     """
     held = range(0, count, HELD_OUT)
     learned = [i for i in range(count) if i not in held] or list(held)
-    for layer, predictor in predictors.items():
-        rate = LEARNING_RATE * WIDTH / load(0)[f"{layer}.tokens"].shape[-1]
-        optimizer = torch.optim.AdamW(predictor.requires_grad_(True).parameters(), rate, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(learned))
+    for name, predictor in predictors.items():
+        layer = network_layer(name)
+        groups = _parameters(predictor.requires_grad_(True), load(0)[f"{layer}.tokens"].shape[-1])
+        optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+        rates = [group["lr"] for group in groups]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, epochs * len(learned))
         generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))
         for _ in range(epochs):
             for i in torch.randperm(len(learned), generator=generator).tolist():
                 optimizer.zero_grad()
                 _loss(predictor, layer, load(learned[i])).backward()
+                nn.utils.clip_grad_norm_(predictor.parameters(), LARGEST_STEP)
                 optimizer.step()
                 schedule.step()
             with torch.no_grad():
@@ -174,10 +183,20 @@ def fit_predictors(
         predictor.requires_grad_(False)
 
 
-def _loss(predictor: nn.Module, layer: str, watched: Watched) -> torch.Tensor:
+def _parameters(predictor: nn.Module, hidden_size: int) -> list[dict[str, Any]]:
+    """Return the parameters in two groups with a learning rate each: the products with the hidden size, and the rest.
+
+    The larger a sum is, the smaller are the steps of its weights.
+    """
+    wide = [each for each in predictor.parameters() if each.shape[-1] == hidden_size]
+    rest = [each for each in predictor.parameters() if each.shape[-1] != hidden_size]
+    return [{"params": wide, "lr": LEARNING_RATE * WIDTH / hidden_size}, {"params": rest, "lr": LEARNING_RATE}]
+
+
+def _loss(predictor: nn.Module, layer: int, watched: Watched) -> torch.Tensor:
     device = next(predictor.parameters()).device
     tokens, text, is_text = (watched[f"{layer}.{name}"].to(device) for name in ("tokens", "text", "is_text"))
-    attention = watched["attention"].to(device)
-    scores = predictor(tokens, text, is_text).masked_fill(attention == 0, -torch.inf)
+    coords, attention = watched["coords"].to(device), watched["attention"].to(device)
+    scores = predictor(tokens, coords, text, is_text).masked_fill(attention == 0, -torch.inf)
     foreseen = scores.log_softmax(-1).masked_fill(attention == 0, 0)
     return -(attention * foreseen).sum(-1).mean()

@@ -11,7 +11,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import Family
 from dpn_cli.families.tensors import COMPUTED, is_tied, llava_tensors, memory_name
 from dpn_cli.families.vision import VISION_TOWERS
-from dpn_cli.pyramid.config import Shapes
+from dpn_cli.pyramid.shape import Shapes
 
 
 def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:

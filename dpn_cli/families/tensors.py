@@ -5,7 +5,7 @@ from typing import Any
 from dpn_cli.families.family import Family
 from dpn_cli.families.text import TEXT_MODELS
 from dpn_cli.families.vision import VISION_TOWERS
-from dpn_cli.pyramid.config import Shapes
+from dpn_cli.pyramid.shape import Shapes
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpn_cli.pyramid.config import Shapes
-from dpn_cli.pyramid.shape import DecoderShape
+from dpn_cli.pyramid.shape import DecoderShape, Shapes
 
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")

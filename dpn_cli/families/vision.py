@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpn_cli.pyramid.config import Shapes
+from dpn_cli.pyramid.shape import Shapes
 
 HR_TOWER = "llava_hr_vision"  # the model type of LLaVA-HR's
 

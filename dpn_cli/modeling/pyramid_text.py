@@ -217,7 +217,7 @@ class PyramidTextMixin:
         if pyramid.has_routers:
             self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
             self.routers.apply(self._init_weights)
-        self.predictors = nn.ModuleDict({layer: self.predictors[layer] for layer in map(str, pyramid.predicted_layers)})
+        self.predictors = nn.ModuleDict({name: self.predictors[name] for name in pyramid.networks})
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""

@@ -23,12 +23,11 @@ from dpn_cli.pyramid.experts import (
     Rounding,
     num_tokens,
     pictures_of,
-    predictor_tensors,
 )
+from dpn_cli.pyramid.shape import Shapes
 
 Block = tuple[Grid, ...]  # grids of equally many rows, whose tokens come row by row: of each the first, the second, …
 Route = tuple[int, ...]  # one expert index per site
-Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PYRAMID_VERSION = 2
 FITTED_PARTS = ("routers", "predictors")  # of a text model: what calibration fits, always in float32
@@ -450,10 +449,20 @@ class PyramidConfig:
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
     @property
+    def networks(self) -> dict[str, tuple[str, int]]:
+        """The networks that score tokens: the kind of expert that has each, and the layer after its site, by name."""
+        fitted = {
+            (expert.kind, site.after_layer + 1)
+            for site in self.sites
+            for expert in site.experts
+            if KINDS[expert.kind].network
+        }
+        return {network_name(kind, layer): (kind, layer) for kind, layer in sorted(fitted, key=lambda each: each[::-1])}
+
+    @property
     def predicted_layers(self) -> list[int]:
-        """The layers before which a predictor chooses tokens."""
-        fitted = (site for site in self.sites if any(KINDS[expert.kind].has_predictor for expert in site.experts))
-        return sorted({site.after_layer + 1 for site in fitted})
+        """The layers before which networks choose tokens."""
+        return sorted({layer for _, layer in self.networks.values()})
 
     def dpe_tensors(self, hidden_size: int) -> Shapes:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
@@ -465,8 +474,11 @@ class PyramidConfig:
             if self.pooling == "conv":
                 for k, expert in enumerate(site.experts):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, *(expert.cells or (1, 1)))
-        for layer in self.predicted_layers:
-            shapes |= {f"predictors.{layer}.{name}": size for name, size in predictor_tensors(hidden_size).items()}
+        for network, (kind, _) in self.networks.items():
+            of_kind = KINDS[kind].network
+            assert of_kind is not None
+            tensors = of_kind.tensors(hidden_size)
+            shapes |= {f"predictors.{network}.{name}": size for name, size in tensors.items()}
         return shapes
 
 
@@ -490,6 +502,19 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
+
+
+def network_name(kind: str, layer: int) -> str:
+    """Return the name of an expert's network before a layer, among the predictors of a text model.
+
+    Those of `predicted` were the first, and are found by the layer alone.
+    """
+    return str(layer) if kind == "predicted" else f"{kind}_{layer}"
+
+
+def network_layer(name: str) -> int:
+    """Return the layer of a network by its name."""
+    return int(name.rpartition("_")[2])
 
 
 def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:

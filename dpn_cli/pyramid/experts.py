@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpn_cli.pyramid.networks import GUIDE, PREDICTOR, Network
 from dpn_cli.pyramid.shape import DecoderShape
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
 Rounding = Literal["ceil", "floor"]
 
-PREDICTOR_HEADS, PREDICTOR_WIDTH, PREDICTOR_HIDDEN = 8, 32, 64
-PREDICTOR_TEXT = 128  # tokens of the instruction that a predictor reads, the last ones
 PIVOTS = 4  # tokens that others are compared with as duplicates
 CONTEXTUAL = 10 / 64  # of the tokens that VisionZip keeps, as in the authors' settings
 BLOCK = 8  # side of the largest block of the image in which tokens are compared with each other
@@ -38,7 +37,7 @@ class Kind:
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the instruction.
         reads_salience: whether it looks at what the vision tower attends to.
-        has_predictor: whether it has a predictor, which calibration fits to the model.
+        network: the network that it scores tokens with, which calibration fits to the model; None for no network.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
@@ -49,7 +48,7 @@ class Kind:
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
     reads_salience: bool = False
-    has_predictor: bool = False
+    network: Network | None = None
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -66,22 +65,6 @@ def _block_flops(shape: DecoderShape, visual: int, text: int) -> int:
 def _pairs_flops(shape: DecoderShape, visual: int, text: int) -> int:
     """The similarities of all pairs of tokens, and to the mean."""
     return 2 * (visual + text) ** 2 * shape.hidden_size + _mean_flops(shape, visual, text)
-
-
-def predictor_tensors(hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a predictor's tensors, by name."""
-    outputs = {"queries": PREDICTOR_HEADS * PREDICTOR_WIDTH, "gates": PREDICTOR_HEADS}
-    outputs |= {"keys": PREDICTOR_HEADS * PREDICTOR_WIDTH, "hidden": PREDICTOR_HIDDEN}
-    layers = {name: (size, hidden_size) for name, size in outputs.items()} | {"score": (1, PREDICTOR_HIDDEN)}
-    weights = {f"{name}.weight": size for name, size in layers.items()}
-    return weights | {f"{name}.bias": size[:1] for name, size in layers.items()}
-
-
-def _predictor_flops(shape: DecoderShape, visual: int, text: int) -> int:
-    """The keys and the network of all tokens, the queries of the last ones of the text, and their products."""
-    read, width = min(max(text, 1), PREDICTOR_TEXT), PREDICTOR_HEADS * PREDICTOR_WIDTH
-    own = shape.hidden_size * (width + PREDICTOR_HIDDEN) + PREDICTOR_HIDDEN + read * width
-    return 2 * (visual + text) * own + 2 * read * shape.hidden_size * (width + PREDICTOR_HEADS)
 
 
 def _pivot_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -127,9 +110,17 @@ KINDS: dict[str, Kind] = {
         SELECTS,
         "the tokens stay that a small network, which calibration fits, foresees the answer will need",
         "ours; SparseVLM, https://arxiv.org/abs/2410.04417",
-        _predictor_flops,
+        PREDICTOR.flops,
         reads_instruction=True,
-        has_predictor=True,
+        network=PREDICTOR,
+    ),
+    "guided": Kind(
+        SELECTS,
+        "as predicted, but the network is a small transformer, which can go from one thing in the picture to another",
+        "ours; a small model as the guide of a large one: SGL, https://arxiv.org/abs/2412.03324",
+        GUIDE.flops,
+        reads_instruction=True,
+        network=GUIDE,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),

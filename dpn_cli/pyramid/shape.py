@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+
 
 @dataclass(frozen=True)
 class DecoderShape:

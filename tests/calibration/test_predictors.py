@@ -22,9 +22,9 @@ from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_model
-from dpn_cli.modeling.predictors import Predictor
-from dpn_cli.pyramid.config import Site
-from dpn_cli.pyramid.experts import KEEP, Expert, predictor_tensors
+from dpn_cli.modeling.predictors import NETWORKS, new_predictors
+from dpn_cli.pyramid.config import PyramidConfig, Site, network_name
+from dpn_cli.pyramid.experts import KEEP, KINDS, Expert
 from dpn_cli.pyramid.recipe import load_recipe
 from dpn_cli.reporter import Reporter
 from tests.calibration.test_rollout import examples
@@ -32,7 +32,11 @@ from tests.elsewhere import run_elsewhere
 from tests.pyramids import IMAGE, prompt
 from tests.runs import FEW, noise_pictures
 
-PREDICTED = ("pyramid.sites=[{after: 0, experts: [keep, 'predicted:0.25']}]", "pyramid.routes=['predicted:0.25']")
+FORESEEN = ("predicted:0.25", "guided:0.25")
+PREDICTED = (
+    "pyramid.sites=[{after: 0, experts: [keep, 'predicted:0.25', 'guided:0.25']}]",
+    "pyramid.routes=['predicted:0.25', 'guided:0.25']",
+)
 RECIPE = {**FEW, "budget": 0.6, "predictors": {"samples": 16, "epochs": 2}}
 
 
@@ -60,7 +64,12 @@ def test_what_it_learns_is_the_attention_of_the_stock_model(make_pair: Any, monk
         assert torch.allclose(found[found > 0].sort().values, (paid / paid.sum()).sort().values, atol=1e-5)
 
 
-def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
+def test_every_kind_that_needs_a_network_has_one() -> None:
+    assert NETWORKS.keys() == {name for name, kind in KINDS.items() if kind.network}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_learns_to_find_what_a_word_asks_for(kind: str) -> None:
     """The token that is alike to the second word gets all attention; other words, and how many there are, differ."""
     torch.manual_seed(0)
     words = torch.randn(6, 32)
@@ -72,15 +81,44 @@ def test_a_predictor_learns_to_find_what_a_word_asks_for() -> None:
         text = torch.stack([words[asked], torch.randn(16, 32, generator=generator)], dim=1)
         is_text = torch.tensor([[True, i % 2 == 0] for i in range(16)])
         attention = (order == asked[:, None]).float() * 0.95 + 0.0125
-        return {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
+        parts = {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
+        return parts | {"coords": torch.zeros(16, 6, 3)}
 
-    predictor = Predictor(32)
-    fit_predictors(torch.nn.ModuleDict({"0": predictor}), 16, piece, epochs=60, seed=0)
+    network = fitted(kind, 16, piece, epochs=60)
     unseen = piece(99)
     with torch.no_grad():
-        scores = predictor(unseen["0.tokens"], unseen["0.text"], unseen["0.is_text"])
+        scores = network(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
     assert (scores.argmax(1) == unseen["attention"].argmax(1)).float().mean() > 0.9
-    assert not any(parameter.requires_grad for parameter in predictor.parameters())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_guide_finds_what_stands_beside_a_thing() -> None:
+    """Tokens say which one is the thing; to its right is what is asked for, and nothing else tells it from others."""
+
+    def piece(seed: int) -> Watched:
+        generator = torch.Generator().manual_seed(seed)
+        thing = torch.randint(0, 5, (32,), generator=generator)
+        tokens = torch.randn(32, 6, 32, generator=generator)
+        tokens[torch.arange(32), thing, :4] += 6
+        attention = torch.nn.functional.one_hot(thing + 1, 6) * 0.95 + 0.0083
+        coords = torch.stack(torch.meshgrid(torch.zeros(1), torch.zeros(1), torch.arange(6.0), indexing="ij"), -1)
+        text, is_text = torch.zeros(32, 1, 32), torch.ones(32, 1).bool()
+        parts = {"0.tokens": tokens, "0.text": text, "0.is_text": is_text, "attention": attention}
+        return parts | {"coords": coords.reshape(1, 6, 3).expand(32, -1, -1)}
+
+    unseen = piece(99)
+    for kind, finds in (("predicted", False), ("guided", True)):
+        network = fitted(kind, 16, piece, epochs=40)
+        with torch.no_grad():
+            scores = network(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
+        right = (scores.argmax(1) == unseen["attention"].argmax(1)).float().mean()
+        assert right > 0.9 if finds else right < 0.5
+
+
+def fitted(kind: str, count: int, piece: Callable[[int], Watched], epochs: int) -> Any:
+    network = NETWORKS[kind](32)
+    fit_predictors(torch.nn.ModuleDict({network_name(kind, 0): network}), count, piece, epochs, seed=0)
+    return network
 
 
 def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) -> None:
@@ -93,18 +131,25 @@ def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) 
     assert piece["2.tokens"].abs().max() == torch.finfo(torch.float16).max
 
 
-def test_a_predictor_that_cannot_learn_stays_as_it_was() -> None:
-    tokens = torch.full((2, 4, 8), torch.nan)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_that_cannot_learn_stays_as_it_was(kind: str) -> None:
+    tokens = torch.full((2, 4, 32), torch.nan)
     piece = {"0.tokens": tokens, "0.text": tokens, "0.is_text": torch.ones(2, 4).bool(), "attention": torch.ones(2, 4)}
-    predictor = Predictor(8)
-    before = deepcopy(predictor.state_dict())
-    fit_predictors(torch.nn.ModuleDict({"0": predictor}), 2, lambda i: piece, epochs=1, seed=0)
-    assert all(torch.equal(values, before[name]) for name, values in predictor.state_dict().items())
+    network = NETWORKS[kind](32)
+    before = deepcopy(network.state_dict())
+    networks = torch.nn.ModuleDict({network_name(kind, 0): network})
+    fit_predictors(networks, 2, lambda i: piece | {"coords": torch.zeros(2, 4, 3)}, epochs=1, seed=0)
+    assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())
 
 
-def test_shapes_are_those_that_the_config_foretells() -> None:
-    found = {name: tuple(parameter.shape) for name, parameter in Predictor(48).named_parameters()}
-    assert found == predictor_tensors(48)
+@pytest.mark.parametrize("hidden_size", [48, 1024])
+def test_shapes_are_those_that_the_config_foretells(hidden_size: int) -> None:
+    pyramid = PyramidConfig(sites=(Site(-1, (KEEP, *map(Expert.parse, FORESEEN))),))
+    found = {
+        f"predictors.{name}": tuple(parameter.shape)
+        for name, parameter in new_predictors(hidden_size, pyramid).named_parameters()
+    }
+    assert found == {name: size for name, size in pyramid.dpe_tensors(hidden_size).items() if "predictors" in name}
 
 
 @pytest.fixture(scope="module")
@@ -119,25 +164,23 @@ def calibrated(tiny_llava: Path, data: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, route: str | None = None) -> torch.Tensor:
     model = load_model(folder, dtype=torch.float32)
-    model.set_route((1,))
+    if route:
+        model.set_route(route)
     with torch.no_grad():
         return model(**prompt(1, 3, 5, seed=0)).logits
 
 
-def test_calibration_stores_it_and_every_export_has_it(calibrated: Path, tmp_path: Path) -> None:
-    pyramid = open_converted(calibrated)[2]
-    stored = open_converted(calibrated)[0].tensors
-    assert sum(".predictors.0." in name for name in stored) == len(predictor_tensors(64))
-    before = logits(calibrated)
-    for options in (ExportOptions(), ExportOptions(static="predicted:0.25")):
-        name = "fixed" if options.static else "routed"
-        export(calibrated, tmp_path / name, options)
-        assert torch.equal(logits(tmp_path / name), before)
+def test_calibration_stores_them_and_every_export_has_them(calibrated: Path, tmp_path: Path) -> None:
+    export(calibrated, tmp_path / "routed")
+    for name, route in enumerate(FORESEEN):
+        before = logits(calibrated, route)
+        assert torch.equal(logits(tmp_path / "routed", route), before)
+        export(calibrated, tmp_path / str(name), ExportOptions(static=route))
+        assert torch.equal(logits(tmp_path / str(name)), before)
     export(calibrated, tmp_path / "fastv", ExportOptions(static="fastv:K=2,R=0.5"))
     assert not any("predictors" in name for name in open_converted(tmp_path / "fastv")[0].tensors)
-    assert pyramid.predicted_layers == [0]
 
 
 def test_a_route_on_a_predictor_that_is_not_fitted_is_refused(
@@ -156,8 +199,8 @@ def test_a_route_on_a_predictor_that_is_not_fitted_is_refused(
 
 def test_an_export_answers_the_same_without_dpn(calibrated: Path, tmp_path: Path) -> None:
     """In a process that cannot import this package."""
-    export(calibrated, tmp_path / "export", ExportOptions(static="predicted:0.25"))
-    torch.save((prompt(1, 3, 5, seed=0), logits(calibrated)), tmp_path / "expected.pt")
+    export(calibrated, tmp_path / "export", ExportOptions(static="guided:0.25"))
+    torch.save((prompt(1, 3, 5, seed=0), logits(calibrated, "guided:0.25")), tmp_path / "expected.pt")
     code = (
         "import torch\n"
         "from transformers import AutoModelForImageTextToText as Auto\n"
@@ -190,7 +233,8 @@ def test_what_was_observed_is_not_observed_again(
 ) -> None:
     folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
     recipe = calibration_recipe(folder, (), dict(RECIPE))
-    monkeypatch.setattr("dpn_cli.calibration.predictors.fit_predictors", lambda *args: 1 / 0)
+    monkeypatch.setattr(stage, "TOKENS", 100)
+    monkeypatch.setattr(stage, "fit_predictors", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrate(folder, DataOptions(str(data)), recipe)
     kept = sorted((folder / "calibration" / "state").glob("attention-*"))

@@ -41,5 +41,5 @@ def tiny_text_model() -> Any:
     torch.manual_seed(0)
     config = tiny_text_config("llama")
     config.update({"num_hidden_layers": 2})
-    pyramid = PyramidConfig(sites=(Site(0, (KEEP, Expert("predicted", 0.5))),))
+    pyramid = PyramidConfig(sites=(Site(0, (KEEP, Expert("predicted", 0.5), Expert("guided", 0.5))),))
     return PYRAMID_TEXT_MODELS["llama"]._from_config(config, pyramid=pyramid).eval()
