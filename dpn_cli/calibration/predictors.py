@@ -2,8 +2,8 @@
 
 One forward pass of the model without its pyramid shows, for every visual token, the largest attention of any head and
 any text token after it, the mean over the layers. A predictor is fitted to foresee these shares from what there is
-before its site. No more than `TOKENS` tokens of a sample are kept for that, so that what is kept does not grow with
-the images beyond measure.
+before its site. Of a sample with more visual tokens than `TOKENS`, a run of neighbours is kept for that, so that large
+images do not fill the disk.
 Source: ours.
 
 Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hidden.
@@ -28,7 +28,7 @@ from dpn_cli.modeling.predictors import last_columns, last_text, new_predictors
 from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import Site, network_layer
-from dpn_cli.pyramid.experts import KEEP
+from dpn_cli.pyramid.experts import KEEP, num_tokens
 from dpn_cli.pyramid.networks import READ_TEXT
 from dpn_cli.pyramid.recipe import PredictorRecipe
 
@@ -130,12 +130,14 @@ def _follows_image(state: PyramidState) -> torch.Tensor:
 
 
 def _some_visual(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return columns of random visual tokens [B, V], and which of them there are."""
+    """Return columns of visual tokens [B, V], and which of them there are: all, or a random run of neighbours."""
     assert state.coords is not None
     is_visual = state.coords[..., 0] >= 0
-    order = torch.rand(is_visual.shape, generator=torch.Generator().manual_seed(0)).to(is_visual.device)
-    places = order.masked_fill(~is_visual, -1).topk(min(TOKENS, is_visual.shape[1]), dim=1)
-    return places.indices, places.values >= 0
+    number, count = is_visual.cumsum(1) - 1, is_visual.sum(1, keepdim=True)
+    share = torch.rand(count.shape, generator=torch.Generator().manual_seed(0)).to(count.device)
+    first = (share * (count - TOKENS + 1).clamp(min=1)).long()
+    kept = is_visual & (number >= first) & (number < first + TOKENS)
+    return last_columns(kept, min(TOKENS, max(map(num_tokens, state.grids))))
 
 
 @one_thread()
