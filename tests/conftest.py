@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.trials import remember_trials
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: on a busy machine more threads only wait
 
 pytest_plugins = ["tests.converted", "tests.originals", "tests.hr", "tests.pyramids", "tests.teachers", "tests.tiled"]
@@ -26,6 +28,7 @@ def pytest_configure() -> None:
     from transformers import PreTrainedConfig
 
     PreTrainedConfig.__repr__ = object.__repr__
+    remember_trials()
 
 
 TextType = Literal["llama", "mistral", "qwen2", "qwen3"]

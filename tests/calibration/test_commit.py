@@ -31,6 +31,7 @@ from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
 from dpn_cli.parallel.processes import ALONE
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
+from tests.forks import in_a_fork
 from tests.runs import FEW, digests, noise_pictures
 
 HEAL = HealRecipe(method="lora", rank=2, steps=1, batch_size=2, gradient_accumulation=1)
@@ -50,7 +51,7 @@ class Executioner:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.left = 0
-        sys.addaudithook(self._see)  # there is no way to take it out again
+        sys.addaudithook(self._see)  # there is no way to take it out again: make one in a fork
 
     @contextmanager
     def at(self, event: int, folder: Path) -> Iterator[None]:
@@ -69,11 +70,6 @@ class Executioner:
             self.left -= 1
             if self.left < 0:
                 raise Killed
-
-
-@pytest.fixture(scope="module")
-def executioner() -> Executioner:
-    return Executioner()
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +108,15 @@ def whole(folder: Path) -> tuple[Any, ...]:
     ("before", "after"), [("healed", "plain"), pytest.param("plain", "healed", marks=pytest.mark.slow)]
 )
 def test_a_kill_at_any_file_event_leaves_the_old_or_the_new_calibration(
-    folders: dict[str, tuple[Path, Save]], executioner: Executioner, tmp_path: Path, before: str, after: str
+    folders: dict[str, tuple[Path, Save]], tmp_path: Path, before: str, after: str
 ) -> None:
-    (source, save_again), (wanted, save) = folders[before], folders[after]
+    in_a_fork(lambda: kill_at_every_event(folders[before], folders[after], tmp_path))
+
+
+def kill_at_every_event(before: tuple[Path, Save], after: tuple[Path, Save], tmp_path: Path) -> None:
+    (source, save_again), (wanted, save) = before, after
     old, new = whole(source), whole(wanted)
-    seen = []
+    executioner, seen = Executioner(), []
     for event in range(100):
         folder = Path(shutil.copytree(source, tmp_path / str(event) / "tiny-dpn"))
         try:

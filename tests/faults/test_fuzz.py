@@ -31,6 +31,7 @@ from tests.converted import pretend_calibration
 from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
 from tests.faults.limited import Hang, limited
 from tests.faults.mutation import mutated
+from tests.forks import in_a_fork
 from tests.hr import Hr
 from tests.originals import Original
 
@@ -127,17 +128,18 @@ def subject(
 
 @pytest.mark.parametrize("subject", QUICK, indirect=True)
 def test_some_damage(subject: tuple[str, Path, Callable[[], Any]], tmp_path: Path) -> None:
-    fuzz(*subject, tmp_path, QUICK[subject[0]])
+    in_a_fork(lambda: fuzz(*subject, tmp_path, QUICK[subject[0]]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", CASES, indirect=True)
 def test_much_damage(subject: tuple[str, Path, Callable[[], Any]], tmp_path: Path) -> None:
-    fuzz(*subject, tmp_path, CASES[subject[0]])
+    in_a_fork(lambda: fuzz(*subject, tmp_path, CASES[subject[0]]))
 
 
 def fuzz(kind: str, folder: Path, use: Callable[[], Any], around: Path, cases: int) -> None:
     """Damage one file per case; collect what went wrong, so that one run shows it all."""
+    sys.addaudithook(_hook)
     contents = {name: (folder / name).read_bytes() for name in FILES[kind]}
     before = sorted(path.name for path in around.iterdir())
     use()  # what it needs to import is imported
@@ -178,7 +180,7 @@ def result(use: Callable[[], Any], around: Path) -> str:
     return f"wrote {elsewhere[0]}" if elsewhere else outcome
 
 
-_watching: list[tuple[str, list[str]]] = []  # hooks of the interpreter cannot be removed: it sleeps while this is empty
+_watching: list[tuple[str, list[str]]] = []  # the hook of a fork sleeps while this is empty
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _TARGETS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1, "shutil.rmtree": 0, "os.truncate": 0}
 
@@ -194,8 +196,6 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         if not f"{real}{os.sep}".startswith((allowed, f"{tempfile.gettempdir()}{os.sep}tmp", "/dev/null")):
             found.append(f"{event} {real}")
 
-
-sys.addaudithook(_hook)
 
 
 @contextmanager
