@@ -1,6 +1,7 @@
 """Calibrations as processes of their own, to be watched and disturbed, and pictures for them."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ DEADLOCK_S = 120  # beyond this something hangs
 POLL_S = 0.005
 FEW: Mapping[str, Any] = {  # settings of `calibration`: as little as every stage of it can do with
     "samples": 16, "epochs": 4, "batch_size": 8, "answer_tokens": 2, "holdout": 0.25,
-    "survey": {"samples": 2, "routes": 4, "width": 1}, "predictors": {"samples": 1, "epochs": 2},
+    "survey": {"samples": 2, "routes": 3, "width": 1, "experts": ("pool", "predicted")},
+    "predictors": {"samples": 1, "epochs": 2},
 }  # fmt: skip
 
 
@@ -26,7 +28,7 @@ def options(settings: Mapping[str, Any], path: str = "calibration") -> list[str]
     words = []
     for name, value in settings.items():
         key = f"{path}.{name}"
-        words += options(value, key) if isinstance(value, Mapping) else ["--set", f"{key}={value}"]
+        words += options(value, key) if isinstance(value, Mapping) else ["--set", f"{key}={json.dumps(value)}"]
     return words
 
 

@@ -33,13 +33,14 @@ def export(converted: Path, folder: Path, redirection: str) -> "subprocess.Compl
 @pytest.mark.parametrize(
     ("redirection", "code", "error"),
     [
-        (
+        pytest.param(
             ">&-",
             1,
             "stdout cannot be written (Bad file descriptor): the results are not shown; files that were",
+            marks=pytest.mark.slow,
         ),
         (">/dev/full", 1, "stdout cannot be written (No space left on device): the results are not shown"),
-        ("2>/dev/full", 0, ""),
+        pytest.param("2>/dev/full", 0, "", marks=pytest.mark.slow),
         ("<&- >&- 2>&-", 1, ""),
     ],
 )

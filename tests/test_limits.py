@@ -56,13 +56,13 @@ def test_the_docs_state_every_limit() -> None:
         '[{"x": "' + '\\"' * 200_000,
         '[{"x": "' + "\\" * 200_001,
         "[" + '{"x": ["a", ' * 50_000,
-        "[" + ",\n".join(['{"x": }'] * 20_000) + "]",
+        pytest.param("[" + ",\n".join(['{"x": }'] * 20_000) + "]", marks=pytest.mark.slow),
         "\n".join([ROW, *['{"x": }'] * 20_000]),
         "[" + "[{" * 200_000,
         ROW + "\n" * 30_000_000 + ROW,
         "[" + ROW + "\n" * 30_000_000 + "}]",
         "1\n" * 200_000,
-        "[" + "1," * 200_000 + "1]",
+        pytest.param("[" + "1," * 200_000 + "1]", marks=pytest.mark.slow),
     ],
     ids=[
         "blank",
@@ -147,7 +147,7 @@ def test_the_head_of_a_model_card_never_stops_anything(tmp_path: Path, head: str
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("where", ["", "{% if messages|length > 1 %}"])
+@pytest.mark.parametrize("where", ["", pytest.param("{% if messages|length > 1 %}", marks=pytest.mark.slow)])
 def test_templates(tmp_path: Path, loop: str, where: str) -> None:
     text = f"{where}{loop}{where and '{% endif %}'}{CHAT_TEMPLATE}"
     with pytest.raises(CheckpointError, match="takes more than 1 s or 300 MB"):
@@ -178,7 +178,12 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
             {"type": "TemplateProcessing", "single": [A] * 60_000, "pair": [A, B], "special_tokens": {}},
             "makes 240,000 tokens of 13 characters",
         ),
-        ("decoder", {"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 1000)] * 4}, "takes more"),
+        pytest.param(
+            "decoder",
+            {"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 1000)] * 4},
+            "takes more",
+            marks=pytest.mark.slow,
+        ),
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}, "fails with 'Token"),
     ],
 )
@@ -206,7 +211,7 @@ def test_a_large_tokenizer_has_more_time(
     [
         ("config.json", ("num_labels",), 2_000_000),
         ("config.json", ("text_config", "num_labels"), 2_000_000),
-        ("config.json", ("vision_config", "num_channels"), 10**9),
+        pytest.param("config.json", ("vision_config", "num_channels"), 10**9, marks=pytest.mark.slow),
         ("config.json", ("text_config", "max_position_embeddings"), 100),
         ("config.json", ("text_config", "layer_types"), ["full_attention"] * 20_000),
         ("generation_config.json", ("bad_words_ids",), [[1]] * 100_000),
@@ -289,7 +294,7 @@ def test_pictures(
     assert "image too" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pictures", [["large"], ["several"] * 8])
+@pytest.mark.parametrize("pictures", [["large"], pytest.param(["several"] * 8, marks=pytest.mark.slow)])
 def test_large_pictures_take_little_memory(
     make_converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: list[str]
 ) -> None:

@@ -28,8 +28,9 @@ from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
 from tests.runs import FEW, noise_pictures
 
-SURVEY = SurveyRecipe(samples=4, routes=6, width=1)
+SURVEY = SurveyRecipe(samples=2, routes=6, width=1)
 RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.6, "survey": SURVEY})
+QUICK = CalibrationRecipe.model_validate({**FEW, "budget": 0.6})
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +134,11 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(converted: Path, data:
     before = digests(folder)
     healing = RECIPE.heal.model_copy(update={"method": "lora"})
     with pytest.raises(UsageError, match=r"this pyramid's cheapest is 0\.\d+ on these data") as caught:
-        run(folder, data, RECIPE.model_copy(update={"budget": 0.01, "heal": healing}))
+        run(folder, data, QUICK.model_copy(update={"budget": 0.01, "heal": healing}))
     assert digests(folder) == before
     assert not (folder / "calibration").exists(), "nothing has been asked, healed or measured"
     cheapest = float(str(caught.value).split("cheapest is ")[1].split()[0])
-    run(folder, data, RECIPE.model_copy(update={"budget": cheapest + 0.001}))
+    run(folder, data, QUICK.model_copy(update={"budget": cheapest + 0.001}))
     pyramid = load_model(folder).pyramid
     assert pyramid.trade_off == pytest.approx(pyramid.budgets[-1].trade_off, rel=0.01)
     assert pyramid.budgets[-1].fraction == pytest.approx(cheapest, abs=0.005), "the survey keeps what reaches it"
@@ -154,7 +155,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, float], str]:
     """Return what was asked for and spent, and what was said."""
-    assert main(["eval", "--model", str(folder), "--data", str(data), "--max-new-tokens", "3", "--json"]) == 0
+    assert main(["eval", "--model", str(folder), "--data", str(data), "--max-new-tokens", "1", "--json"]) == 0
     captured = capsys.readouterr()
     [spending] = json.loads(captured.out)["budgets"]
     return spending, captured.err
@@ -222,12 +223,12 @@ def test_measurements_outlive_a_failure_and_go_when_all_is_done(
     shutil.copytree(converted, folder)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(calibration, "budget_table", None)
-        run(folder, data)
+        run(folder, data, QUICK)
     assert list((folder / "calibration" / "state").glob("batch-*"))
     with pytest.raises(UsageError, match="other values of seed"):
-        run(folder, data, RECIPE.model_copy(update={"seed": 1}))
+        run(folder, data, QUICK.model_copy(update={"seed": 1}))
     monkeypatch.setattr(rollout, "_measure_batch", None)  # all that is needed has been measured
-    run(folder, data)
+    run(folder, data, QUICK)
     assert not (folder / "calibration" / "state").exists()
 
 
@@ -250,7 +251,7 @@ def test_interrupted_writing_leaves_the_old_files(
 
     monkeypatch.setattr(store, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        run(folder, data)
+        run(folder, data, QUICK)
     assert digests(folder) == before
 
 
@@ -276,11 +277,12 @@ def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
     pooling = SURVEY.model_copy(update={"experts": ("pool",), "routes": 5})
-    run(folder, data, RECIPE.model_copy(update={"survey": pooling}))
+    run(folder, data, QUICK.model_copy(update={"survey": pooling}))
     found = inspect_checkpoint(folder).pyramid
     assert {expert.kind for site in found.sites for expert in site.experts} == {"keep", "pool"}
     assert found.num_routes <= 5 and load_model(folder).pyramid == found
-    again = run(folder, data)  # from the recipe's candidates, not from what an earlier survey has left of them
+    every = QUICK.model_copy(update={"survey": SurveyRecipe(samples=2, routes=3, width=1)})
+    again = run(folder, data, every)  # from the recipe's candidates, not from what an earlier survey has left of them
     assert {kind for each in again.tried for kind in each.experts.split(",")} > {"keep", "pool:1x2"}
     with pytest.raises(RecipeError, match=r"no site of .* has experts of the kinds stride"):
         run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("stride",))}))

@@ -26,7 +26,7 @@ from tests.runs import noise_pictures
 SAMPLES, BATCH = 16, 2
 CALIBRATE = [
     *("--experts", "exit", "--samples", str(SAMPLES)),
-    *(word for key, value in {"epochs": 1, "answer_tokens": 2, "batch_size": BATCH}.items()
+    *(word for key, value in {"epochs": 1, "answer_tokens": 2, "batch_size": BATCH, "survey.samples": 2}.items()
       for word in ("--set", f"calibration.{key}={value}")),
 ]  # fmt: skip
 EVAL = ["--max-new-tokens", "2", "--batch-size", str(BATCH)]

@@ -37,7 +37,7 @@ PREDICTED = (
     "pyramid.sites=[{after: 0, experts: [keep, 'predicted:0.25', 'guided:0.25']}]",
     "pyramid.routes=['predicted:0.25', 'guided:0.25']",
 )
-RECIPE = {**FEW, "budget": 0.6, "predictors": {"samples": 16, "epochs": 2}}
+RECIPE = {**FEW, "budget": 0.6, "survey": {}, "predictors": {"samples": 16, "epochs": 2}}
 
 
 def with_predictor(make_pair: Callable[..., tuple[Any, Any]], **settings: Any) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ def test_a_network_learns_to_find_what_a_word_asks_for(kind: str) -> None:
         parts = {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
         return parts | {"coords": torch.zeros(16, 6, 3)}
 
-    network = fitted(kind, 16, piece, epochs=60)
+    network = fitted(kind, 16, piece, epochs=30)
     unseen = piece(99)
     with torch.no_grad():
         scores = network(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))

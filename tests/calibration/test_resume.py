@@ -71,6 +71,7 @@ def raise_interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_nothing_had_happened(folder: Path, data: Path, undisturbed: dict[str, str]) -> None:
     process = start(arguments(folder, data))
     wait_for(process, lambda: measured(folder, 3))
@@ -100,7 +101,7 @@ def test_kills_at_random_moments_change_nothing(
         assert digests(folder) == undisturbed
 
 
-@pytest.mark.parametrize("written", ["config.json", "calibration/report.json"])
+@pytest.mark.parametrize("written", ["config.json", pytest.param("calibration/report.json", marks=pytest.mark.slow)])
 def test_a_kill_after_one_of_the_results_is_mended(
     folder: Path, data: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
@@ -163,11 +164,11 @@ def was_interrupted(folder: Path, before: dict[str, str], output: str, errors: s
     assert before.items() <= digests(folder).items()
 
 
-@pytest.mark.parametrize("full", ["while measuring", "while writing routers"])
+@pytest.mark.parametrize("full", ["while measuring", pytest.param("while writing routers", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_sentence_and_costs_nothing(
-    folder: Path, data: Path, capsys: pytest.CaptureFixture[str], full: str
+    begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], full: str
 ) -> None:
-    unfinished(folder, data)
+    folder = Path(shutil.copytree(begun, tmp_path / "tiny-dpn"))
     state = folder / "calibration" / "state"
     limit = (state / FEATURES_FILE).stat().st_size  # room for all that is measured, and less than routers need
     if full == "while measuring":
@@ -256,10 +257,10 @@ def test_measurements_without_a_word_of_what_they_depend_on_are_dropped(
 
 
 def test_other_settings_or_data_do_not_go_on(
-    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = Path(shutil.copytree(begun, tmp_path / "tiny-dpn"))
     data = Path(shutil.copytree(data, tmp_path / "pictures"))
-    unfinished(folder, data)
     kept = batches(folder)
 
     def refused(line: list[str]) -> str:

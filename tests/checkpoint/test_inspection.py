@@ -190,11 +190,11 @@ def write_hub_processor(folder: Path, config: dict[str, Any]) -> None:
     ("model", "tokens", "key_width", "sites"),
     [
         ("llava-1.5-7b", 24**2, 4096, [-1, 2, 7, 15, 23]),
-        ("llava-1.5-13b", 24**2, 5120, [-1, 3, 9, 19, 29]),
+        pytest.param("llava-1.5-13b", 24**2, 5120, [-1, 3, 9, 19, 29], marks=pytest.mark.slow),
         # a square of 672 pixels is four tiles beside the whole; every row of theirs ends with a newline
-        ("llava-1.6-vicuna-7b", 24**2 + 48 * 49, 4096, [-1, 2, 7, 15, 23]),
+        pytest.param("llava-1.6-vicuna-7b", 24**2 + 48 * 49, 4096, [-1, 2, 7, 15, 23], marks=pytest.mark.slow),
         ("llava-1.6-mistral-7b", 24**2 + 48 * 49, 1024, [-1, 2, 7, 15, 23]),
-        ("llava-onevision-7b", 27**2 + 54 * 55, 512, [-1, 2, 6, 13, 20]),
+        pytest.param("llava-onevision-7b", 27**2 + 54 * 55, 512, [-1, 2, 6, 13, 20], marks=pytest.mark.slow),
     ],
 )
 def test_the_models_of_the_hub_are_read_from_their_headers(

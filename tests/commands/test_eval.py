@@ -44,7 +44,7 @@ def data(make_converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
 
 
 def evaluate(*options: str) -> int:
-    return main(["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3", *options])
+    return main(["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "2", *options])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -54,13 +54,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_methods_are_compared_at_equal_flops(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(data)
-    assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--json") == 0
+    assert evaluate("--budget", "0.8", "--budget", "0.6", "--against", "all", "--samples", "4", "--json") == 0
     new = digests(data).keys() - before.keys()
     assert new == {str(data / "tiny-dpn" / "evaluation" / f"report.{kind}") for kind in ("json", "html")}
     assert digests(data).items() >= before.items(), "nothing else is written, and nothing is left in .dpn"
     result = json.loads(capsys.readouterr().out)
     original, *others = result["results"]
-    assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 8)
+    assert (original["method"], original["figures"]["fraction"], result["samples"]) == ("original", 1.0, 4)
     assert original["figures"]["accuracy"]["mcnemar"] == 1.0
     names = [each["method"] for each in others if each["budget"] == 0.6]
     assert names == ["dpn", *(name for name in BASELINES if name != "original")]
@@ -266,7 +266,10 @@ def test_an_interrupted_run_goes_on(
     assert not (data / ".dpn" / "evaluation").exists()
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "config.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer.json", "config.json", pytest.param("chat_template.jinja", marks=pytest.mark.slow)],
+)
 def test_what_was_found_with_other_files_is_not_used(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -299,7 +302,7 @@ def test_the_same_evaluation_is_run_once_at_a_time(
     def meanwhile(self: Evaluator, *args: Any) -> Any:
         if not codes:
             codes.append(evaluate())
-            codes.append(evaluate("--max-new-tokens", "2"))  # another one
+            codes.append(evaluate("--max-new-tokens", "1"))  # another one
         return judge(self, *args)
 
     monkeypatch.setattr(Evaluator, "judge", meanwhile)
@@ -340,7 +343,7 @@ def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(
     assert "the results are complete, but " in captured.err.splitlines()[-1] and "dpn" in captured.out
 
 
-@pytest.mark.parametrize("option", [[], ["--json"]])
+@pytest.mark.parametrize("option", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_a_picture_that_fails_costs_no_results(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: list[str]
 ) -> None:
@@ -436,7 +439,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
     assert evaluate("--json", "--batch-size", "1", "--against", "random,fastv") == 0
     undisturbed = capsys.readouterr().out
     shutil.rmtree("tiny-dpn/evaluation")  # what is known is not asked for again
-    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3"]
+    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "2"]
     command = [sys.executable, "-m", "dpn_cli", *line, "--json", "--batch-size", "1", "--against", "random,fastv"]
     for wanted in (3, 11, 17):  # while the teacher, the pyramid and the other methods are asked
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -455,7 +458,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_processes_find_together_what_one_finds(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
     alone = capsys.readouterr().out
-    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "3", "--json"]
+    line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "2", "--json"]
     command = [sys.executable, "-m", "dpn_cli", *line, "--batch-size", "3", "--against", "random"]
     together = subprocess.run([*command, "--num-processes", "2"], capture_output=True, text=True, check=True)
     assert together.stdout == alone

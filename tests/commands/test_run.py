@@ -106,13 +106,21 @@ def test_several_images_in_one_question(capsys: pytest.CaptureFixture[str]) -> N
     assert found["visual_tokens"] == [288, 288, 288, 72, 72, 72]
 
 
-def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(here: Path) -> None:
-    """A process of its own: nothing of transformers may get in between."""
-    code = "import sys; from dpn_cli.cli import main; sys.exit(main())"
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_answer_streams_to_stdout_and_its_cost_to_stderr(
+    here: Path, capsys: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    """In a process of its own, too: nothing of transformers may get in between."""
     args = ["run", "--model", "tiny-dpn", "--image", "picture.png", "--max-new-tokens", "4", QUESTION]
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True, check=True)
-    assert len(done.stdout.split()) == 4 and done.stdout.endswith("\n") and done.stdout.count("\n") == 1
-    [line] = done.stderr.splitlines()
+    if alone:
+        code = "import sys; from dpn_cli.cli import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code, *args], cwd=here, capture_output=True, text=True, check=True)
+        output, errors = done.stdout, done.stderr
+    else:
+        assert main(args) == 0
+        output, errors = capsys.readouterr()
+    assert len(output.split()) == 4 and output.endswith("\n") and output.count("\n") == 1
+    [line] = errors.splitlines()
     assert line.startswith("Route ") and ", " in line
     for part in ("visual tokens 144 →", "% of the prefill FLOPs", "first token after", "tokens/s"):
         assert part in line

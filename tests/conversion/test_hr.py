@@ -151,6 +151,7 @@ def test_a_batch_gives_what_its_samples_give(make_hr: Callable[..., Hr], tmp_pat
     torch.testing.assert_close(together[range(len(samples)), last], torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
     make_hr: Callable[..., Hr], picture: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +173,12 @@ def test_it_is_calibrated_and_exported_to_where_dpn_is_not_installed(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"prepooling": True, "router_version": "v2", "use_special_token": False}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"prepooling": True, "router_version": "v2", "use_special_token": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 @torch.inference_mode()
 def test_a_checkpoint_of_the_dpn_authors_gives_the_outputs_of_their_evaluation(

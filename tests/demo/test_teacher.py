@@ -144,6 +144,7 @@ def test_packed_conversations_spell_the_chat_template(processor: LlavaProcessor,
     assert processor.decode([each for each in answers.tolist() if each >= 0]) == " star</s> red</s>"
 
 
+@pytest.mark.slow
 def test_questions_of_every_kind_are_answered(model: LlavaForConditionalGeneration, packer: Packer) -> None:
     few = held_out(packer, 4, seed=7)
     found = by_kind(few, [exact(model, packer, each) for each in few])

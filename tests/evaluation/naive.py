@@ -56,7 +56,7 @@ class Naive:
 def assert_batch_equals_one_by_one(model: Any, baseline: Baseline) -> None:
     """Hold a ragged batch's generated logits against those without a cache, and those of its samples alone."""
     samples = ragged_batch()
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     settings |= {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
     with baseline.applied(model):
         together = model.generate(**collate(samples), **settings)

@@ -86,12 +86,15 @@ def test_pyramiddrop_keeps_what_the_attention_says_at_every_quarter(make_pair: A
 def farthest_first(features: torch.Tensor, count: int) -> set[int]:
     """Choose tokens [N, D] one by one, each the least like those before, the first one the least like the mean."""
     features = torch.nn.functional.normalize(features, dim=-1)
-    chosen, before = [], [torch.nn.functional.normalize(features.mean(0), dim=0)]
+    chosen, last = list[int](), torch.nn.functional.normalize(features.mean(0), dim=0)
+    similarity = [-torch.inf] * len(features)
     while len(chosen) < count:
-        similarity = [max(float((token @ other * 4096).round()) for other in before) for token in features]
+        similarity = [
+            max(most, float((token @ last * 4096).round())) for token, most in zip(features, similarity, strict=True)
+        ]
         rest = [i for i in range(len(features)) if i not in chosen]
         chosen.append(min(rest, key=lambda i: similarity[i]))
-        before.append(features[chosen[-1]])
+        last = features[chosen[-1]]
     return set(chosen)
 
 
@@ -274,8 +277,15 @@ def test_fit_on_the_original_shape_matches_fastv_at_half() -> None:
 
 
 @torch.no_grad()
-@every_preset
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize(
+    ("family", "baseline"),
+    [("llava_next", each) for each in EVERY]
+    + [
+        pytest.param("llava_onevision", each, marks=[] if each.name == "pyramiddrop" else pytest.mark.slow)
+        for each in EVERY
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.label,
+)
 def test_tiles_of_any_size_are_fitted_and_batched_exactly(
     make_tiled_pair: Any, family: str, baseline: StaticPyramid
 ) -> None:

@@ -61,7 +61,7 @@ CASES = {
     "recipe": 1000,
 }  # fmt: skip
 QUICK = {
-    "hub": 20, "converted": 20, "original": 10, "tower": 10, "hr": 20, "tiled": 8, "rows": 50, "recipe": 150,
+    "hub": 10, "converted": 12, "original": 8, "tower": 8, "hr": 8, "tiled": 5, "rows": 25, "recipe": 60,
 }  # fmt: skip
 
 
@@ -195,7 +195,6 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         real = os.path.realpath(os.fsdecode(path))
         if not f"{real}{os.sep}".startswith((allowed, f"{tempfile.gettempdir()}{os.sep}tmp", "/dev/null")):
             found.append(f"{event} {real}")
-
 
 
 @contextmanager

@@ -75,7 +75,7 @@ REFUSED = [
     (CONFIG, "text_config.eos_token_id", [2, "x"]),
     (CONFIG, "vision_config.layer_norm_eps", "x"),
     (CONFIG, "dtype", "int8"),
-    (CONFIG, "is_encoder_decoder", True),
+    pytest.param(CONFIG, "is_encoder_decoder", True, marks=pytest.mark.slow),  # seconds, for the search of the key
     (CONFIG, "return_dict", {}),
     (CONFIG, "multimodal_projector_bias", 0),
     (CONFIG, "vision_feature_layer", "x"),

@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,19 @@ QUICK = ["--experts", "exit", "--set", "calibration.epochs=1", "--set", "calibra
 
 @pytest.fixture(scope="module")
 def half(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return `make(dtype) -> Path`: a converted tiny LLaVA that is stored in a dtype of torch."""
+    """Return `make(dtype) -> Path`: a converted tiny LLaVA that is stored in a dtype, a folder of one's own."""
 
-    def make(dtype: str) -> Path:
+    @cache
+    def converted(dtype: str) -> Path:
         source = Path(shutil.copytree(tiny_llava, tmp_path_factory.mktemp(dtype) / "tiny"))
         tensors = load_file(source / "model.safetensors")
         cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
         save_file(cast, source / "model.safetensors", metadata={"format": "pt"})
         write_json(source / "config.json", read_json(source / "config.json") | {"dtype": dtype})
         return convert(str(source), output=source.with_name("tiny-dpn")).output
+
+    def make(dtype: str) -> Path:
+        return Path(shutil.copytree(converted(dtype), tmp_path_factory.mktemp(dtype) / "tiny-dpn"))
 
     return make
 
@@ -120,7 +125,7 @@ def test_a_model_that_is_quantised_on_loading_counts_as_small_as_it_is(
             assert f"{(size - decoder * stored + decoder * bits // 8) / 1e9:.3g} GB" in said
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "bench", "calibrate"])
+@pytest.mark.parametrize("command", ["run", "eval", "bench", pytest.param("calibrate", marks=pytest.mark.slow)])
 def test_every_command_that_runs_a_model_chooses_and_says_it_once(
     half: Callable[[str], Path],
     machine: Callable[..., None],

@@ -17,7 +17,7 @@ from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP
 from tests.pyramids import collate, prompt, ragged_batch
 
-GREEDY = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 3}
+GREEDY = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 3}
 BUDGETS = (Budget(0.8, 1.0, 0.01), Budget(0.4, 30.0, 0.05))
 USES: dict[str, Callable[[Any], Any]] = {
     "a route": lambda model: model.on_route((2, 0, 1)),

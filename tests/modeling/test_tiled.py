@@ -19,7 +19,7 @@ def ragged(model: Any) -> list[dict[str, torch.Tensor]]:
     return [tiled_prompt(model, s, *w, seed=i) for i, (s, w) in enumerate(zip(sizes, words, strict=True))]
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 6, **kwargs: Any) -> Any:
+def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 4, **kwargs: Any) -> Any:
     return model.generate(
         **inputs, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, **{**GREEDY, **kwargs}
     )

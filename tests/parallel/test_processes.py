@@ -197,7 +197,7 @@ def test_commands_that_share_no_work_speak_in_every_process(line: list[str]) -> 
     assert run(line, 3, **LAUNCHED)[1].startswith("Error: nowhere")
 
 
-@pytest.mark.parametrize("environment", [OTHERS_RANKS["a rank alone"], LAUNCHED])
+@pytest.mark.parametrize("environment", [OTHERS_RANKS["a rank alone"], pytest.param(LAUNCHED, marks=pytest.mark.slow)])
 def test_an_error_that_no_other_process_says_is_said(environment: dict[str, str]) -> None:
     """The others cannot know of it: the processes have not met yet."""
     assert "0<x<=1" in run(["calibrate", "--data", "demo", "--budget", "2"], 2, **environment)[1]

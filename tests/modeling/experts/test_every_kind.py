@@ -96,8 +96,15 @@ def reduced(text_model: Any, state: Any, experts: list[Expert]) -> Any:
     )
 
 
-@kinds
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("expert", "side"),
+    [(expert, "left") for expert in EXPERTS]
+    + [
+        pytest.param(expert, "right", marks=[] if expert.kind in ("pool", "attended") else pytest.mark.slow)
+        for expert in EXPERTS
+    ],
+    ids=str,
+)
 def test_a_batch_gives_what_its_samples_give_alone(make_pair: Any, expert: Expert, side: str) -> None:
     _, model = make_pair(**static(expert, -1, 2))
     model.double()  # in which what ranks alike in one batch does so in any
@@ -117,7 +124,7 @@ def test_a_batch_gives_what_its_samples_give_alone(make_pair: Any, expert: Exper
 def test_generation_with_beams_a_second_turn_and_no_cache(make_pair: Any, expert: Expert) -> None:
     _, model = make_pair(**static(expert, -1, 2))
     model.double()
-    greedy = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 3}
+    greedy = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 3}
     samples = ragged_batch()[1:4]  # with one image, none and two
     batch = collate(samples)
     length = batch["input_ids"].shape[1]
