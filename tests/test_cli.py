@@ -266,7 +266,15 @@ sys.exit(cli.main(["demo"]))
 
 
 @pytest.mark.parametrize(
-    "line", ["inspect {model}", "inspect {model} --json", "recipes", "recipes llava-1.5-7b", "--help", "eval --help"]
+    "line",
+    [
+        "inspect {model}",
+        pytest.param("inspect {model} --json", marks=pytest.mark.slow),
+        "recipes",
+        pytest.param("recipes llava-1.5-7b", marks=pytest.mark.slow),
+        "--help",
+        "eval --help",
+    ],
 )
 def test_a_closed_stdout_is_quiet(tiny_llava: Path, line: str) -> None:
     reader, writer = os.pipe()

@@ -131,7 +131,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("alias", VARIANTS)
+@pytest.mark.parametrize(
+    "alias",
+    [
+        pytest.param(alias, marks=pytest.mark.slow if alias in ("llava-1.6-vicuna-7b", "llava-1.5-13b") else [])
+        for alias in VARIANTS
+    ],
+)
 def test_every_alias_converts_to_a_model_with_the_same_logits(
     tiny_llava_factory: Callable[..., Path],
     tiny_tiled: Callable[..., Path],

@@ -22,7 +22,7 @@ def test_methods_at_a_budget(
     command = ["bench", "--model", str(folder), "--budget", "0.46", "--against", "fastv,prepool"]
     command += ["--route", "keep,1x2,2x2,keep,exit"]
     sizes = ["--batch-size", "1", "--batch-size", "3", "--text-tokens", "4,16"]
-    assert main([*command, *sizes, *QUICK, "--plot", str(picture), "--json"]) == 0
+    assert main([*command, *sizes, *QUICK, "--rounds", "1", "--plot", str(picture), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [run["batch_size"] for run in data["runs"]] == [1, 3]
     assert all("routes nearest to 0.46 are set" in run["remarks"][0] for run in data["runs"])

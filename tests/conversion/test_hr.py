@@ -129,7 +129,7 @@ def test_it_is_saved_and_loaded_by_transformers(make_hr: Callable[..., Hr], tmp_
     assert torch.equal(again.eval()(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_a_batch_gives_what_its_samples_give(make_hr: Callable[..., Hr], tmp_path: Path, side: str) -> None:
     folder = convert(str(make_hr().original.folder), load_recipe("demo"), tmp_path / "out").output

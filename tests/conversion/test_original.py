@@ -89,7 +89,9 @@ def test_tied_embeddings_mixed_dtypes_and_old_buffers_in_hugging_faces_layout(
     assert torch.equal(logits(model, original.rows), logits(original.reference(), original.rows))
 
 
-@pytest.mark.parametrize(("window", "limit"), [(1000, 1000), (4096, 2048), (None, 2048)])
+@pytest.mark.parametrize(
+    ("window", "limit"), [(1000, 1000), pytest.param(4096, 2048, marks=pytest.mark.slow), (None, 2048)]
+)
 def test_a_sliding_window_becomes_a_limit(
     make_original: Callable[..., Original], tmp_path: Path, window: int | None, limit: int
 ) -> None:
@@ -288,10 +290,10 @@ def wrapped(folder: Path, *prefixes: str, inside: str = "") -> None:
     ("layout", "files", "prefixes", "inside"),
     [
         ("original", "bin", ("module.",), ""),
-        ("original", "safetensors", ("_orig_mod.", "module."), ""),
-        ("hub", "safetensors", ("module.",), ""),
+        pytest.param("original", "safetensors", ("_orig_mod.", "module."), "", marks=pytest.mark.slow),
+        pytest.param("hub", "safetensors", ("module.",), "", marks=pytest.mark.slow),
         ("new", "safetensors", ("module.", "_orig_mod."), ""),
-        ("hub", "bin", ("_orig_mod.",), ""),
+        pytest.param("hub", "bin", ("_orig_mod.",), "", marks=pytest.mark.slow),
         ("hub", "safetensors", ("_fsdp_wrapped_module.",), "_checkpoint_wrapped_module."),
     ],
 )
@@ -317,8 +319,8 @@ def test_what_wrappers_add_to_names_is_taken_off(
     ("layout", "files", "prefix"),
     [
         ("hub", "safetensors", "base_model.model."),
-        ("hub", "safetensors", "model."),
-        ("new", "safetensors", "_forward_module."),
+        pytest.param("hub", "safetensors", "model.", marks=pytest.mark.slow),
+        pytest.param("new", "safetensors", "_forward_module.", marks=pytest.mark.slow),
         ("new", "bin", "model."),
         ("hub", "bin", "state_dict.student."),
         ("original", "bin", "llava."),

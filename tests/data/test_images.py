@@ -41,7 +41,7 @@ def test_whole_images_pass(kind: str) -> None:
     assert open_image(WHOLE[kind], "x").size == (40, 30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(WHOLE)), num_bytes=st.integers(1, 8))
 @pytest.mark.filterwarnings("ignore")
 def test_damage_is_named_before_and_after_the_scan(data: st.DataObject, kind: str, num_bytes: int) -> None:

@@ -411,7 +411,7 @@ rows = anything | st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(row=rows, images_alone=st.booleans())
 def test_any_row_makes_a_sample_or_has_a_named_fault(row: Any, images_alone: bool) -> None:
     try:
@@ -426,7 +426,7 @@ def test_any_row_makes_a_sample_or_has_a_named_fault(row: Any, images_alone: boo
 
 
 @example(text="{1:1")
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text(alphabet='[]{}",:\\1a \n', max_size=40) | st.lists(rows, max_size=3).map(json.dumps))
 def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"

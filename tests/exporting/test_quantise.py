@@ -34,7 +34,15 @@ def quantised_on_loading(folder: Path, scheme: str, dtype: str) -> DpnLlavaForCo
     return DpnLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, quantization_config=config).eval()
 
 
-@pytest.mark.parametrize(("scheme", "dtype"), [("nf4", None), ("nf4", "bf16"), ("int8", None), ("int8", "bf16")])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("nf4", "bf16"),
+        ("int8", None),
+        pytest.param("nf4", None, marks=pytest.mark.slow),
+        pytest.param("int8", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_it_equals_quantising_on_loading(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path, scheme: Any, dtype: str | None
 ) -> None:
@@ -53,7 +61,10 @@ def test_it_equals_quantising_on_loading(
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize(("scheme", "dtype"), [("nf4", "bfloat16"), ("int8", "bfloat16"), ("int8", "float16")])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [("nf4", "bfloat16"), pytest.param("int8", "bfloat16", marks=pytest.mark.slow), ("int8", "float16")],
+)
 def test_it_runs_in_another_dtype_than_it_is_stored_in(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path, scheme: Any, dtype: str
 ) -> None:

@@ -120,7 +120,14 @@ def test_a_batch_gives_what_its_samples_give_alone(make_pair: Any, expert: Exper
     assert fraction < 1 or expert == KEEP
 
 
-@kinds
+@pytest.mark.parametrize(
+    "expert",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each.share and each.cells and each.kind != "diverse" else [])
+        for each in EXPERTS
+    ],
+    ids=str,
+)
 def test_generation_with_beams_a_second_turn_and_no_cache(make_pair: Any, expert: Expert) -> None:
     _, model = make_pair(**static(expert, -1, 2))
     model.double()
