@@ -140,6 +140,7 @@ def test_text_that_is_not_read_stops_the_run_or_is_left_out_by_choice(
     assert "stock prompts); 18 of 18 rows read" in error and "out of reach" in error, "only the budget is refused"
 
 
+@pytest.mark.slow
 def test_every_fault_is_left_out_by_choice(faulty: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(faulty, "--samples", "40", "--on-bad-row", "skip", "--max-bad", "20%") == 0
     assert "bad rows: 6 (14.6%)" in capsys.readouterr().err

@@ -35,8 +35,8 @@ def shown() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[Sample]:
-    """A hundred questions of every kind."""
-    return list(samples("train", 100 * len(KINDS)))
+    """Sixty questions of every kind."""
+    return list(samples("train", 60 * len(KINDS)))
 
 
 def test_two_processes_draw_the_same_samples() -> None:
@@ -78,12 +78,12 @@ def test_answers_are_not_given_away_by_the_kind(asked: list[Sample]) -> None:
     for sample in asked:
         by_kind[sample.kind][sample.answer] += 1
     for kind, counts in by_kind.items():
-        assert counts.most_common(1)[0][1] < 45, kind
+        assert counts.most_common(1)[0][1] < 0.45 * counts.total(), kind
 
 
 def test_every_kind_is_put_in_many_ways(asked: list[Sample]) -> None:
     found: dict[str, set[str]] = {kind: set() for kind in KINDS}
-    for sample in asked[: 60 * len(KINDS)]:
+    for sample in asked:
         found[sample.kind].add(sample.question)
     assert min(map(len, found.values())) >= 12
 

@@ -279,7 +279,10 @@ def test_fit_on_the_original_shape_matches_fastv_at_half() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "baseline"),
-    [("llava_next", each) for each in EVERY]
+    [
+        pytest.param("llava_next", each, marks=pytest.mark.slow if each.name in ("dart", "scope", "stride") else [])
+        for each in EVERY
+    ]
     + [
         pytest.param("llava_onevision", each, marks=[] if each.name == "pyramiddrop" else pytest.mark.slow)
         for each in EVERY

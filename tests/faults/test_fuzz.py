@@ -61,7 +61,7 @@ CASES = {
     "recipe": 1000,
 }  # fmt: skip
 QUICK = {
-    "hub": 10, "converted": 12, "original": 8, "tower": 8, "hr": 8, "tiled": 5, "rows": 25, "recipe": 60,
+    "hub": 10, "converted": 20, "original": 8, "tower": 8, "hr": 20, "tiled": 5, "rows": 25, "recipe": 60,
 }  # fmt: skip
 
 
@@ -126,7 +126,11 @@ def subject(
     return kind, folder, lambda: convert(str(original.folder), output=out, vision_tower=str(original.clip))
 
 
-@pytest.mark.parametrize("subject", QUICK, indirect=True)
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "tiled" else []) for kind in QUICK],  # seconds
+    indirect=True,
+)
 def test_some_damage(subject: tuple[str, Path, Callable[[], Any]], tmp_path: Path) -> None:
     in_a_fork(lambda: fuzz(*subject, tmp_path, QUICK[subject[0]]))
 

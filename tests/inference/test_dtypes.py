@@ -29,11 +29,11 @@ from dpn_cli.inference.dtypes import available_memory, compute_dtype
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.inference.scoring import answer_log_probs, divergence
-from tests.runs import digests, noise_pictures
+from tests.runs import digests, noise_pictures, options
 
 SAMPLES = 16
 LIGHT = ["--max-new-tokens", "2"]
-QUICK = ["--experts", "exit", "--set", "calibration.epochs=1", "--set", "calibration.answer_tokens=2"]
+QUICK = ["--experts", "exit", *options({"epochs": 1, "answer_tokens": 2, "survey": {"samples": 2, "routes": 3}})]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +66,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return be
 
 
-def ask(folder: Path, asked: str = "auto", **options: Any) -> tuple[str, list[str]]:
+def ask(folder: Path, asked: str = "auto", **settings: Any) -> tuple[str, list[str]]:
     """Return the dtype and what is said."""
     said: list[str] = []
     checkpoint, layout, _ = open_converted(folder)
-    return compute_dtype(checkpoint, layout, asked, options.pop("device", "cpu"), said.append, **options), said
+    return compute_dtype(checkpoint, layout, asked, settings.pop("device", "cpu"), said.append, **settings), said
 
 
 def sizes(folder: Path) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def test_a_forced_route_gives_what_the_router_that_takes_it_gives(make_pair: Any
     assert torch.equal(torch.stack(forced.logits), torch.stack(routed.logits))
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_beams_in_a_batch_equal_beams_one_by_one(make_pair: Any, attn: str) -> None:
     _, model = make_pair(attn=attn)
     samples = ragged_batch()
@@ -146,7 +146,7 @@ def test_cache_equals_no_cache(make_pair: Any) -> None:
     assert (torch.stack(cached.logits) - torch.stack(plain.logits)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_second_turn_on_the_same_cache(make_pair: Any, attn: str) -> None:
     _, model = make_pair(attn=attn)
     samples = ragged_batch()
