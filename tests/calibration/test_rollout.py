@@ -49,7 +49,7 @@ def test_every_route_equals_a_forced_forward(make_pair: Any, gate: str) -> None:
         answers = (sample.labels[1:] != IGNORED).nonzero()[:, 0]
         with torch.no_grad():
             teacher = stock(**inputs).logits[0, answers].log_softmax(-1)
-        for column, route in list(enumerate(table.tree.routes))[::4]:
+        for column, route in list(enumerate(table.tree.routes))[::6]:
             model.set_route(route)
             with torch.no_grad():
                 student = model(**inputs, labels=sample.labels[None]).logits[0, answers].log_softmax(-1)
@@ -101,7 +101,7 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any, 
     table = measured(model, samples)
     policy = Policy.of(text_model.routers, table)
     routes = set()
-    for trade_off in (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0):
+    for trade_off in (0.0, 0.1, 1.0, 10.0):
         model.pyramid = replace(model.pyramid, trade_off=trade_off)
         with torch.no_grad():
             taken = policy.choose_as(model.pyramid, trade_off).tolist()

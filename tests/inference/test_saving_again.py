@@ -23,7 +23,7 @@ print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist(), m
 """
 
 
-@pytest.mark.parametrize("source", ["converted", "exported"])
+@pytest.mark.parametrize("source", ["converted", pytest.param("exported", marks=pytest.mark.slow)])
 def test_a_merged_adapter_loads_where_dpn_is_not_installed(
     make_converted: Callable[..., Path], picture: Path, tmp_path: Path, source: str
 ) -> None:

@@ -17,6 +17,7 @@ from tests.modeling.experts.states import state_of, tiny_text_model
 from tests.pyramids import VISUAL, collate, prompt, ragged_batch
 
 EXPERTS = [Expert.parse(text) for text in examples()]
+USUAL = [each for each in EXPERTS if not (each.share and each.cells) or each.kind == "diverse"]  # one that merges
 kinds = pytest.mark.parametrize("expert", EXPERTS, ids=str)
 
 
@@ -98,7 +99,7 @@ def reduced(text_model: Any, state: Any, experts: list[Expert]) -> Any:
 
 @pytest.mark.parametrize(
     ("expert", "side"),
-    [(expert, "left") for expert in EXPERTS]
+    [pytest.param(expert, "left", marks=[] if expert in USUAL else pytest.mark.slow) for expert in EXPERTS]
     + [
         pytest.param(expert, "right", marks=[] if expert.kind in ("pool", "attended") else pytest.mark.slow)
         for expert in EXPERTS
@@ -121,12 +122,7 @@ def test_a_batch_gives_what_its_samples_give_alone(make_pair: Any, expert: Exper
 
 
 @pytest.mark.parametrize(
-    "expert",
-    [
-        pytest.param(each, marks=pytest.mark.slow if each.share and each.cells and each.kind != "diverse" else [])
-        for each in EXPERTS
-    ],
-    ids=str,
+    "expert", [pytest.param(each, marks=[] if each in USUAL else pytest.mark.slow) for each in EXPERTS], ids=str
 )
 def test_generation_with_beams_a_second_turn_and_no_cache(make_pair: Any, expert: Expert) -> None:
     _, model = make_pair(**static(expert, -1, 2))
