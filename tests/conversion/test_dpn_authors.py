@@ -203,7 +203,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(each, marks=pytest.mark.slow if i in (3, 5) else []) for i, each in enumerate(OPTIONS)],
+    [pytest.param(each, marks=pytest.mark.slow if i in (3, 5, 8) else []) for i, each in enumerate(OPTIONS)],
     ids=str,
 )
 @torch.inference_mode()

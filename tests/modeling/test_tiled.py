@@ -40,9 +40,11 @@ def test_full_route_equals_stock_bit_for_bit(make_tiled_pair: Any, family: str, 
         assert torch.equal(torch.stack(expected.logits), torch.stack(got.logits))
 
 
-@pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize(("family", "text", "attn"), [
-    ("llava_next", "llama", "sdpa"), ("llava_next", "mistral", "eager"), ("llava_onevision", "qwen2", "sdpa"),
+@pytest.mark.parametrize(("family", "text", "attn", "forced"), [
+    ("llava_next", "llama", "sdpa", False), ("llava_next", "mistral", "eager", False),
+    ("llava_onevision", "qwen2", "sdpa", False), ("llava_onevision", "qwen2", "sdpa", True),
+    pytest.param("llava_next", "llama", "sdpa", True, marks=pytest.mark.slow),
+    pytest.param("llava_next", "mistral", "eager", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_batch_equals_one_by_one(make_tiled_pair: Any, family: str, text: str, attn: str, forced: bool) -> None:
     _, model = make_tiled_pair(family, text, attn=attn)
