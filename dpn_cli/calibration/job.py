@@ -198,6 +198,6 @@ def split_rows(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[i
 
 
 def start_afresh(modules: nn.Module) -> None:
-    """Make routers or predictors what they are after conversion: what an earlier or killed calibration left is gone."""
+    """Make routers what they are after conversion: what an earlier or killed calibration left is gone."""
     shapes = {name: tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
     modules.load_state_dict({name: torch.from_numpy(values) for name, values in initial_tensors(shapes)})

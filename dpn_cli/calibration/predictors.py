@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpn_cli.calibration.job import Job, start_afresh
+from dpn_cli.calibration.job import Job
 from dpn_cli.calibration.passes import start_batch
 from dpn_cli.data.encoding import Encoded, Example, collate
 from dpn_cli.data.samples import Sample
@@ -59,8 +59,9 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
 
     with job.reporter.progress("watching attention", len(examples)) as advance:
         job.processes.share(len(batches), watch, lambda i, watched: advance(len(batches[i])), kept)
-    predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
-    start_afresh(predictors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        predictors = new_predictors(model.text_model.shape.hidden_size, pyramid)
     if kept is not None:
         predictors.to(model.device)
         with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:

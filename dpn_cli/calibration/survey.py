@@ -1,14 +1,15 @@
 """The survey: which experts fit this model, found by measuring candidates on a few samples.
 
 Candidate routes are built up, one expert more per round: those of one expert, then the best of these with another
-expert at a later site, and so on. A set of routes is chosen greedily by what an oracle would pay that takes the best of
-them for every sample, loss + λ·FLOPs in the mean over λ of every size. That gain is submodular, so the greedy choice
-is near the best one. The best candidates are measured again on more samples before the choice. Source: ours.
+expert at a later site, and so on. A set of routes has the safest of every price, and those that lower most what an
+oracle would pay that takes the best of them for every sample, loss + λ·FLOPs in the mean over λ of every size. That
+gain is submodular, so the greedy choice is near the best one. The best candidates are measured again on more samples
+before the choice. Source: ours.
 
 Shapes: N samples, R candidate routes, T values of λ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from dpn_cli.pyramid.route import format_route
 MOST_EXPERTS = 3  # that reduce, on a route
 SHORTLIST = 2  # times the routes to choose are measured again
 FINAL_SAMPLES = 4  # times the samples
-STEP = 0.15  # of a FLOPs fraction
+PRICE_STEPS = (4, 8, 16, 32)  # between the cheapest and the full route
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,22 @@ class Candidates:
     def best_set(self, size: int) -> list[int]:
         """Return the indices of the routes to have, the full one first; at most `size`.
 
-        First the safest route of every step in FLOPs: few samples cannot tell how often a cheap route fails. Then
-        those that an oracle would want most.
+        By turns the safest of its price, as few samples cannot tell how often a cheap route fails, and the one that an
+        oracle would want most.
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
         cost = self.loss[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
         scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
-        chosen = list(dict.fromkeys([0, *self._safest()]))[:size]
-        least = cost[:, chosen].min(1).values
+        chosen, safest = [0], self._safest()
         while len(chosen) < min(size, len(self.routes)):
-            totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
-            best = int(totals.argmin())
-            if best in chosen or totals[best] >= (least.mean(0) / scale).sum() * (1 - 1e-6):
-                break
+            least = cost[:, chosen].min(1).values
+            best = next((i for i in safest if i not in chosen), None) if len(chosen) % 2 else None
+            if best is None:
+                totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
+                best = int(totals.argmin())
+                if best in chosen or totals[best] >= (least.mean(0) / scale).sum() * (1 - 1e-6):
+                    break
             chosen.append(best)
-            least = torch.minimum(least, cost[:, best])
         return chosen
 
     def within(self, budget: float) -> int:
@@ -100,18 +102,18 @@ class Candidates:
         limit = max(budget, float(fraction.min()))
         return int(self.distortion.mean(0).masked_fill(fraction > limit, torch.inf).argmin())
 
-    def _safest(self) -> list[int]:
-        """Return of every step in FLOPs the route with the smallest losses, the small ones counted too.
+    def _safest(self) -> Iterator[int]:
+        """Yield the safest route of every step in FLOPs, the steps being the same factor, finer ones in each round.
 
-        The mean of their square roots tells more of what would happen to other samples than their mean.
+        It has the smallest mean of losses' square roots: that tells more of other samples than the mean itself.
         """
-        fraction, risk = self.fraction.mean(0), self.loss.sqrt().mean(0)
-        steps = (fraction / STEP).long()
-        safest = []
-        for step in steps.unique().tolist():
-            [there] = (steps == step).nonzero(as_tuple=True)
-            safest.append(int(there[risk[there].argmin()]))
-        return safest
+        price, risk = self.fraction.mean(0).log(), self.loss.sqrt().mean(0)
+        depth = (price - price.min()) / (price.max() - price.min()).clamp(min=1e-9)
+        for count in PRICE_STEPS:
+            steps = (depth * count).long().clamp(max=count - 1)
+            for step in steps.unique().tolist():
+                [there] = (steps == step).nonzero(as_tuple=True)
+                yield int(there[risk[there].argmin()])
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ KINDS: dict[str, Kind] = {
     ),
     "guided": Kind(
         SELECTS,
-        "as predicted, but the network is a small transformer, which can go from one thing in the picture to another",
+        "the tokens stay that a small transformer, which calibration fits, foresees the answer will need",
         "ours; a small model as the guide of a large one: SGL, https://arxiv.org/abs/2412.03324",
         GUIDE.flops,
         reads_instruction=True,
