@@ -60,7 +60,7 @@ class Step:
 
 DEMO, SECOND = "work/routed", "work/second"
 LONG = (
-    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=24 "
+    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=32 "
     "--set calibration.holdout=0.07 --set calibration.epochs=40"
 )
 LONG_DEMO = f"--data demo --samples 6144 --set calibration.predictors.samples=6144 {LONG}"  # the generators are endless
