@@ -50,12 +50,12 @@ from dpn_cli.pyramid.experts import KEEP, Expert, Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
 
 MENUS = {  # by the depth of the site
-    0.0: "keep predicted:0.25 "
+    0.0: "keep guided:0.25 "
     "diverse:0.6 diverse:0.5 diverse:0.4 diverse:0.3 diverse:0.25 diverse:0.2 diverse:0.15 diverse:0.1",
     0.5: "keep attended:0.5",
     0.75: "keep exit",
 }
-CHOICES = ("pool:2x2", "predicted:0.25", "diverse:0.25", "covering:0.25", "attended:0.25", "divprune:0.25")
+CHOICES = ("pool:2x2", "guided:0.25", "diverse:0.25", "covering:0.25", "attended:0.25", "divprune:0.25")
 PATCH = 14
 IMAGE_TOKEN = 32000
 LAYERS = 32  # of the 7B model
