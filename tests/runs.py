@@ -18,7 +18,7 @@ DEADLOCK_S = 120  # beyond this something hangs
 POLL_S = 0.005
 FEW: Mapping[str, Any] = {  # settings of `calibration`: as little as every stage of it can do with
     "samples": 16, "epochs": 4, "batch_size": 8, "answer_tokens": 2, "holdout": 0.25,
-    "survey": {"samples": 2, "routes": 3, "width": 1, "experts": ("pool", "predicted")},
+    "survey": {"samples": 2, "routes": 3, "width": 1, "experts": ("pool", "guided")},
     "predictors": {"samples": 1, "epochs": 2},
 }  # fmt: skip
 

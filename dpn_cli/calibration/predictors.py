@@ -1,9 +1,9 @@
 """Predictors learn which visual tokens the whole model attends to while it reads a question and answers it.
 
 One forward pass of the model without its pyramid shows, for every visual token, the largest attention of any head and
-any text token after it, the mean over the layers. A predictor is fitted to foresee these shares from what there is
-before its site. Of a sample with more visual tokens than `TOKENS`, a run of neighbours is kept for that, so that large
-images do not fill the disk.
+any of the last text tokens after it, the mean over the layers. A predictor is fitted to foresee these shares from what
+there is before its site. Of a sample with more visual tokens than `TOKENS`, a run of neighbours is kept for that, so
+that large images do not fill the disk.
 Source: ours.
 
 Shapes: B batch, S sequence, V visual tokens that are kept, T text tokens, D hidden.
@@ -55,7 +55,7 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
     kept = job.state.attention if job.state else None
 
     def watch(i: int) -> Watched:
-        return watch_attention(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad)
+        return watch_attention(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad, seed=i)
 
     with job.reporter.progress("watching attention", len(examples)) as advance:
         job.processes.share(len(batches), watch, lambda i, watched: advance(len(batches[i])), kept)
@@ -74,7 +74,7 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
 
 @torch.no_grad()
 def watch_attention(
-    model: PyramidGenerationMixin, examples: Sequence[Example], layers: Sequence[int], pad: int
+    model: PyramidGenerationMixin, examples: Sequence[Example], layers: Sequence[int], pad: int, seed: int = 0
 ) -> Watched:
     """Return what predictors before some layers read of a batch, and what they should foresee.
 
@@ -83,6 +83,7 @@ def watch_attention(
         examples: samples with images and answers.
         layers: the indices of the layers.
         pad: the token that fills up the shorter samples.
+        seed: Random seed for the runs of tokens that are kept.
 
     Returns:
         For every layer l `l.tokens` [B, V, D], `l.text` [B, T, D] in float16 and `l.is_text` [B, T]; `coords`
@@ -95,7 +96,7 @@ def watch_attention(
         state = start_batch(model, collate(examples, pad, model.device))
         follows = _follows_image(state)
         readers, is_reader = last_columns(follows, min(READ_TEXT, int(follows.sum(1).max())))
-        kept, is_kept = _some_visual(state)
+        kept, is_kept = _some_visual(state, seed)
         assert state.coords is not None
         coords = take_columns(state.coords, kept).masked_fill(~is_kept[..., None], -1)
         total = torch.zeros(kept.shape)
@@ -130,12 +131,12 @@ def _follows_image(state: PyramidState) -> torch.Tensor:
     return follows if state.valid is None else follows & state.valid
 
 
-def _some_visual(state: PyramidState) -> tuple[torch.Tensor, torch.Tensor]:
+def _some_visual(state: PyramidState, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return columns of visual tokens [B, V], and which of them there are: all, or a random run of neighbours."""
     assert state.coords is not None
     is_visual = state.coords[..., 0] >= 0
     number, count = is_visual.cumsum(1) - 1, is_visual.sum(1, keepdim=True)
-    share = torch.rand(count.shape, generator=torch.Generator().manual_seed(0)).to(count.device)
+    share = torch.rand(count.shape, generator=torch.Generator().manual_seed(seed)).to(count.device)
     first = (share * (count - TOKENS + 1).clamp(min=1)).long()
     kept = is_visual & (number >= first) & (number < first + TOKENS)
     return last_columns(kept, min(TOKENS, max(map(num_tokens, state.grids))))

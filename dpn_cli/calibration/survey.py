@@ -87,13 +87,13 @@ class Candidates:
         chosen, safest = [0], self._safest()
         while len(chosen) < min(size, len(self.routes)):
             least = cost[:, chosen].min(1).values
-            best = next((i for i in safest if i not in chosen), None) if len(chosen) % 2 else None
-            if best is None:
-                totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
-                best = int(totals.argmin())
-                if best in chosen or totals[best] >= (least.mean(0) / scale).sum() * (1 - 1e-6):
-                    break
-            chosen.append(best)
+            totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
+            wanted = int(totals.argmin())
+            has_gain = totals[wanted] < (least.mean(0) / scale).sum() * (1 - 1e-6)
+            safe = None if len(chosen) % 2 == 0 and has_gain else next((i for i in safest if i not in chosen), None)
+            if safe is None and not has_gain:
+                break
+            chosen.append(wanted if safe is None else safe)
         return chosen
 
     def within(self, budget: float) -> int:
@@ -107,7 +107,10 @@ class Candidates:
 
         It has the smallest mean of losses' square roots: that tells more of other samples than the mean itself.
         """
-        price, risk = self.fraction.mean(0).log(), self.loss.sqrt().mean(0)
+        has = self.distortion.isfinite()
+        price, risk = (
+            torch.where(has, values, torch.nan).nanmean(0) for values in (self.fraction.log(), self.loss.sqrt())
+        )
         depth = (price - price.min()) / (price.max() - price.min()).clamp(min=1e-9)
         for count in PRICE_STEPS:
             steps = (depth * count).long().clamp(max=count - 1)

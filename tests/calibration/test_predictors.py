@@ -64,6 +64,24 @@ def test_what_it_learns_is_the_attention_of_the_stock_model(make_pair: Any, monk
         assert torch.allclose(found[found > 0].sort().values, (paid / paid.sum()).sort().values, atol=1e-5)
 
 
+def test_of_large_images_every_token_is_learned_from_in_some_batch(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In runs of neighbours, so that a guide sees what stands beside a token."""
+    _, model = with_predictor(make_pair)
+    monkeypatch.setattr(stage, "TOKENS", 30)
+    [sample, *_] = examples()
+    seen = set()
+    for seed in range(80):
+        coords = watch_attention(model, [sample], [0], pad=3, seed=seed)["coords"][0]
+        assert len(coords) == 30
+        places = sorted(map(tuple, coords.tolist()))
+        numbers = [12 * row + column for _, row, column in places]
+        assert numbers == list(range(numbers[0], numbers[0] + 30))
+        seen |= set(places)
+    assert len(seen) > 140
+
+
 def test_every_kind_that_needs_a_network_has_one() -> None:
     assert NETWORKS.keys() == {name for name, kind in KINDS.items() if kind.network}
 

@@ -95,6 +95,17 @@ def test_the_chosen_set_holds_a_safe_route_of_every_price_and_more_routes_never_
     assert all(oracle(more, trade_off) <= oracle(chosen, trade_off) for trade_off in (0.01, 0.3, 5.0))
 
 
+def test_where_an_oracle_gains_nothing_the_safe_routes_of_all_prices_are_taken() -> None:
+    """All samples lose the same on a route; one sample is not offered the safest, which counts for the others alone."""
+    fraction = torch.linspace(1, 0.1, 40).expand(8, -1).clone()
+    distortion = (1 - fraction) * 3
+    distortion[0, 35], fraction[0, 35] = torch.inf, 1
+    distortion[1:, 35] = 0.001
+    found = Candidates(tuple((i, 0) for i in range(40)), distortion, fraction, torch.ones(8, 40))
+    chosen = found.best_set(12)
+    assert len(chosen) == 12 and 35 in chosen
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=6))
 def test_a_pruned_pyramid_offers_the_same_routes_by_name(routes: list[Route]) -> None:
