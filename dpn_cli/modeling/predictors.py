@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.modeling.guide import Guide
+from dpn_cli.modeling.guide import Guide, normal
 from dpn_cli.modeling.routers import RouterLinear, full_precision
 from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.pyramid.config import PyramidConfig
@@ -48,10 +48,9 @@ class Predictor(nn.Module):
         Returns:
             Scores [B, V].
         """
-        size = tokens.shape[-1:]
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
         with full_precision(tokens.device):
-            tokens, text = F.layer_norm(tokens.float(), size), F.layer_norm(text.float(), size)
+            tokens, text = normal(tokens), normal(text)
             queries, keys = (
                 values.unflatten(-1, (PREDICTOR_HEADS, PREDICTOR_WIDTH)).transpose(1, 2)
                 for values in (self.queries(text), self.keys(tokens))
