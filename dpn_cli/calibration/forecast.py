@@ -12,7 +12,7 @@ from dpn_cli.calibration.predictors import TOKENS
 from dpn_cli.calibration.survey import FINAL_SAMPLES, MOST_EXPERTS, SHORTLIST, children
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import num_tokens
-from dpn_cli.pyramid.networks import READ_TEXT
+from dpn_cli.pyramid.predictors import READ_TEXT
 from dpn_cli.pyramid.reach import Length
 from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.pyramid.shape import DecoderShape
@@ -121,7 +121,7 @@ def forecast(
     flops += watched * (reader.vision + reader.whole)
     speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
     features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
-    seen = watched * len(pyramid.predicted_layers) * (TOKENS + READ_TEXT) * shape.hidden_size * 2
+    seen = watched * len(pyramid.predictor_layers) * (TOKENS + READ_TEXT) * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
         memory_bytes=model.nbytes + (teacher.model.nbytes if teacher else 0) + _activations(model, recipe, lengths),

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,16 +24,16 @@ from dpn_cli.data.encoding import Encoded, Example, collate
 from dpn_cli.data.samples import Sample
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.modeling.experts.attention import attention_from
-from dpn_cli.modeling.predictors import last_columns, last_text, new_predictors
+from dpn_cli.modeling.predictors import Predictor, last_columns, last_text, new_predictors
 from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import Site, network_layer
+from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import KEEP, num_tokens
-from dpn_cli.pyramid.networks import READ_TEXT
+from dpn_cli.pyramid.predictors import READ_TEXT
 from dpn_cli.pyramid.recipe import PredictorRecipe
 
 TOKENS = 576  # visual tokens of a sample to learn from, at most: those of a picture of LLaVA-1.5
-LEARNING_RATE, WIDTH = 6e-3, 128  # the rate for a hidden size; that of products with it falls with one over the size
+LEARNING_RATE, BASE_SIZE = 6e-3, 128  # the rate for a hidden size; that of sums over it falls with one over the size
 WEIGHT_DECAY = 0.05
 LARGEST_STEP = 1.0  # norm of the gradient
 HELD_OUT = 8  # every so many batches, one judges
@@ -46,7 +46,7 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
     """Give the model fitted predictors, where it, or a candidate of the survey, needs any."""
     model, recipe, settings = job.model, job.recipe, job.recipe.predictors or PredictorRecipe()
     pyramid = job.candidates or model.pyramid
-    if not pyramid.predicted_layers:
+    if not pyramid.predictor_layers:
         return
     with job.processes.as_one():
         examples = Encoded(samples[: settings.samples], job.processor, recipe.answer_tokens)
@@ -55,7 +55,7 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
     kept = job.state.attention if job.state else None
 
     def watch(i: int) -> Watched:
-        return watch_attention(model, [examples[row] for row in batches[i]], pyramid.predicted_layers, pad, seed=i)
+        return watch_attention(model, [examples[row] for row in batches[i]], pyramid.predictor_layers, pad, seed=i)
 
     with job.reporter.progress("watching attention", len(examples)) as advance:
         job.processes.share(len(batches), watch, lambda i, watched: advance(len(batches[i])), kept)
@@ -65,9 +65,16 @@ def learn_predictors(job: Job, samples: Sequence[Sample]) -> None:
     if kept is not None:
         predictors.to(model.device)
         with job.reporter.progress("fitting predictors", settings.epochs * len(predictors)) as advance:
-            fit_predictors(
-                predictors, len(batches), lambda i: kept.load(i) or watch(i), settings.epochs, recipe.seed, advance
-            )
+            for name, (_, layer) in pyramid.predictors.items():
+                fit_predictor(
+                    cast("Predictor", predictors[name]),
+                    layer,
+                    len(batches),
+                    lambda i: kept.load(i) or watch(i),
+                    settings.epochs,
+                    recipe.seed,
+                    advance,
+                )
     predictors.load_state_dict(job.processes.agree(predictors.cpu().state_dict()))
     model.text_model.predictors = predictors.requires_grad_(False).to(model.device)
 
@@ -143,61 +150,62 @@ def _some_visual(state: PyramidState, seed: int) -> tuple[torch.Tensor, torch.Te
 
 
 @one_thread()
-def fit_predictors(
-    predictors: nn.ModuleDict,
+def fit_predictor(
+    predictor: Predictor,
+    layer: int,
     count: int,
     load: Callable[[int], Watched],
     epochs: int,
     seed: int,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> None:
-    """Fit predictors in place, and leave each as it was where it did best on batches that it was not fitted to.
+    """Fit a predictor in place, and leave it as it was where it did best on batches that it was not fitted to.
 
     The loss is the cross-entropy between the foreseen shares of attention and those that were paid.
 
     Args:
-        predictors: by their names.
+        predictor: which is frozen afterwards.
+        layer: the index of the layer after its site.
         count: Number of batches.
         load: returns what was watched of one.
         epochs: passes over them.
         seed: Random seed for their order.
-        advance: called after every epoch of every predictor.
+        advance: called after every epoch.
     """
     held = range(0, count, HELD_OUT)
     learned = [i for i in range(count) if i not in held] or list(held)
-    for name, predictor in predictors.items():
-        layer = network_layer(name)
-        groups = _parameters(predictor.requires_grad_(True), load(0)[f"{layer}.tokens"].shape[-1])
-        optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-        rates = [group["lr"] for group in groups]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, epochs * len(learned))
-        generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))
-        for _ in range(epochs):
-            for i in torch.randperm(len(learned), generator=generator).tolist():
-                optimizer.zero_grad()
-                _loss(predictor, layer, load(learned[i])).backward()
-                nn.utils.clip_grad_norm_(predictor.parameters(), LARGEST_STEP)
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                judged = sum(_loss(predictor, layer, load(i)).item() for i in held)
-            best = min(best, (judged, deepcopy(predictor.state_dict())), key=lambda each: each[0])
-            advance(1)
-        predictor.load_state_dict(best[1])
-        predictor.requires_grad_(False)
+    groups = _parameters(predictor.requires_grad_(True))
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, epochs * len(learned))
+    generator, best = torch.Generator().manual_seed(seed), (math.inf, deepcopy(predictor.state_dict()))
+    for _ in range(epochs):
+        for i in torch.randperm(len(learned), generator=generator).tolist():
+            optimizer.zero_grad()
+            _loss(predictor, layer, load(learned[i])).backward()
+            nn.utils.clip_grad_norm_(predictor.parameters(), LARGEST_STEP)
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            judged = sum(_loss(predictor, layer, load(i)).item() for i in held)
+        best = min(best, (judged, deepcopy(predictor.state_dict())), key=lambda each: each[0])
+        advance(1)
+    predictor.load_state_dict(best[1])
+    predictor.requires_grad_(False)
 
 
-def _parameters(predictor: nn.Module, hidden_size: int) -> list[dict[str, Any]]:
-    """Return the parameters in two groups with a learning rate each: the products with the hidden size, and the rest.
+def _parameters(predictor: Predictor) -> list[dict[str, Any]]:
+    """Return the parameters in two groups with a learning rate each: weights of sums over the hidden size, and others.
 
     The larger a sum is, the smaller are the steps of its weights.
     """
-    wide = [each for each in predictor.parameters() if each.shape[-1] == hidden_size]
-    rest = [each for each in predictor.parameters() if each.shape[-1] != hidden_size]
-    return [{"params": wide, "lr": LEARNING_RATE * WIDTH / hidden_size}, {"params": rest, "lr": LEARNING_RATE}]
+    wide = [predictor.get_parameter(f"{name}.weight") for name in predictor.READS]
+    [size] = {each.shape[1] for each in wide}
+    rest = [each for each in predictor.parameters() if all(each is not some for some in wide)]
+    return [{"params": wide, "lr": LEARNING_RATE * BASE_SIZE / size}, {"params": rest, "lr": LEARNING_RATE}]
 
 
-def _loss(predictor: nn.Module, layer: int, watched: Watched) -> torch.Tensor:
+def _loss(predictor: Predictor, layer: int, watched: Watched) -> torch.Tensor:
     device = next(predictor.parameters()).device
     tokens, text, is_text = (watched[f"{layer}.{name}"].to(device) for name in ("tokens", "text", "is_text"))
     coords, attention = watched["coords"].to(device), watched["attention"].to(device)

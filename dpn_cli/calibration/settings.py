@@ -120,21 +120,27 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
         survey: names the kinds of experts to try.
 
     Raises:
-        RecipeError: if no site has an expert of these kinds, or kinds are named where the routes are given.
+        RecipeError: if no site has an expert of one of these kinds, or kinds are named where the routes are given.
     """
     recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE), where=str(folder / RECIPE_FILE))
     if not recipe.surveys:
         if survey.experts is not None:
             raise RecipeError(f"the routes of {folder} are given by its recipe, so there are no experts to choose from")
         return None
-    kinds = {"keep", *(survey.experts or KINDS)}
-    sites = [
-        replace(site, experts=tuple(each for each in site.experts if each.kind in kinds))
-        for site in recipe.pyramid_config(num_layers).sites
+    menu = recipe.pyramid_config(num_layers).sites
+    offered = {expert.kind for site in menu for expert in site.experts}
+    named = set(offered if survey.experts is None else survey.experts)
+    if missing := sorted(named - offered):
+        raise RecipeError(
+            f"no site of {folder} has experts of the kinds {', '.join(missing)}: choose from "
+            f"{', '.join(kind for kind in KINDS if kind in offered - {'keep'})}, or convert with a recipe that has them"
+        )
+    kept = [
+        replace(site, experts=tuple(each for each in site.experts if each.kind in named | {"keep"})) for site in menu
     ]
-    sites = [site for site in sites if len(site.experts) > 1]
+    sites = [site for site in kept if len(site.experts) > 1]
     if not sites:
-        raise RecipeError(f"no site of {folder} has experts of the kinds {', '.join(survey.experts or ())}")
+        raise RecipeError(f"no site of {folder} would have a choice: name some kind of experts besides keep")
     return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)
 
 

@@ -1,6 +1,6 @@
 """The guide: a small transformer that reads a question and a picture before a large one does, and points out tokens.
 
-A product of question and token, as `Predictor` has it, finds what the question names. A guide's tokens see each other,
+A product of question and token, as `Matcher` has it, finds what the question names. A guide's tokens see each other,
 so that it also finds what is written on it, or what that leads to.
 Source: ours; a small model as the guide of a large one is SGL, https://arxiv.org/abs/2412.03324.
 
@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpn_cli.modeling.routers import RouterLinear, full_precision
-from dpn_cli.pyramid.networks import GUIDE_BLOCKS, GUIDE_HEADS, GUIDE_MLP, GUIDE_WAVES, guide_width
+from dpn_cli.pyramid.predictors import GUIDE_BLOCKS, GUIDE_HEADS, GUIDE_MLP, GUIDE_WAVES, guide_width
 
 
 class Guide(nn.Module):
     """A transformer over the instruction and all visual tokens, which scores the latter; in float32."""
+
+    READS = ("tokens", "words")  # the layers over the hidden size
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -217,7 +217,7 @@ class PyramidTextMixin:
         if pyramid.has_routers:
             self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
             self.routers.apply(self._init_weights)
-        self.predictors = nn.ModuleDict({name: self.predictors[name] for name in pyramid.networks})
+        self.predictors = nn.ModuleDict({name: self.predictors[name] for name in pyramid.predictors})
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""

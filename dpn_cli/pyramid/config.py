@@ -449,20 +449,20 @@ class PyramidConfig:
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
     @property
-    def networks(self) -> dict[str, tuple[str, int]]:
-        """The networks that score tokens: the kind of expert that has each, and the layer after its site, by name."""
+    def predictors(self) -> dict[str, tuple[str, int]]:
+        """The predictors: the kind of expert that has each, and the layer after its site, by name."""
         fitted = {
-            (expert.kind, site.after_layer + 1)
+            (site.after_layer + 1, expert.kind)
             for site in self.sites
             for expert in site.experts
-            if KINDS[expert.kind].network
+            if KINDS[expert.kind].predictor
         }
-        return {network_name(kind, layer): (kind, layer) for kind, layer in sorted(fitted, key=lambda each: each[::-1])}
+        return {predictor_name(kind, layer): (kind, layer) for layer, kind in sorted(fitted)}
 
     @property
-    def predicted_layers(self) -> list[int]:
-        """The layers before which networks choose tokens."""
-        return sorted({layer for _, layer in self.networks.values()})
+    def predictor_layers(self) -> list[int]:
+        """The layers before which predictors choose tokens."""
+        return sorted({layer for _, layer in self.predictors.values()})
 
     def dpe_tensors(self, hidden_size: int) -> Shapes:
         """Return the shapes of the tensors that the pyramid adds, by their name inside the text model."""
@@ -474,11 +474,10 @@ class PyramidConfig:
             if self.pooling == "conv":
                 for k, expert in enumerate(site.experts):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, *(expert.cells or (1, 1)))
-        for network, (kind, _) in self.networks.items():
-            of_kind = KINDS[kind].network
-            assert of_kind is not None
-            tensors = of_kind.tensors(hidden_size)
-            shapes |= {f"predictors.{network}.{name}": size for name, size in tensors.items()}
+        for predictor, (kind, _) in self.predictors.items():
+            tensors = KINDS[kind].predictor
+            assert tensors is not None
+            shapes |= {f"predictors.{predictor}.{name}": size for name, size in tensors(hidden_size).items()}
         return shapes
 
 
@@ -504,17 +503,12 @@ def _check_fields(part: Any) -> None:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
 
 
-def network_name(kind: str, layer: int) -> str:
-    """Return the name of an expert's network before a layer, among the predictors of a text model.
+def predictor_name(kind: str, layer: int) -> str:
+    """Return the name of an expert's predictor before a layer.
 
     Those of `predicted` were the first, and are found by the layer alone.
     """
     return str(layer) if kind == "predicted" else f"{kind}_{layer}"
-
-
-def network_layer(name: str) -> int:
-    """Return the layer of a network by its name."""
-    return int(name.rpartition("_")[2])
 
 
 def segments_between(after_layers: Sequence[int], num_layers: int) -> list[range]:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpn_cli.pyramid.networks import GUIDE, PREDICTOR, Network
-from dpn_cli.pyramid.shape import DecoderShape
+from dpn_cli.pyramid.predictors import guide_flops, guide_tensors, matcher_flops, matcher_tensors
+from dpn_cli.pyramid.shape import DecoderShape, Shapes
 
 Rate = tuple[int, int]  # (kernel_h, kernel_w); the stride equals the kernel
 Grid = tuple[int, int]  # (H, W) visual tokens
@@ -37,7 +37,8 @@ class Kind:
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the instruction.
         reads_salience: whether it looks at what the vision tower attends to.
-        network: the network that it scores tokens with, which calibration fits to the model; None for no network.
+        predictor: Shapes of the tensors of the network that it scores tokens with, which calibration fits to the model,
+            from D; None for no such network.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
@@ -48,7 +49,7 @@ class Kind:
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
     reads_salience: bool = False
-    network: Network | None = None
+    predictor: Callable[[int], Shapes] | None = None
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -110,17 +111,17 @@ KINDS: dict[str, Kind] = {
         SELECTS,
         "the tokens stay that a small network, which calibration fits, foresees the answer will need",
         "ours; SparseVLM, https://arxiv.org/abs/2410.04417",
-        PREDICTOR.flops,
+        matcher_flops,
         reads_instruction=True,
-        network=PREDICTOR,
+        predictor=matcher_tensors,
     ),
     "guided": Kind(
         SELECTS,
         "the tokens stay that a small transformer, which calibration fits, foresees the answer will need",
         "ours; a small model as the guide of a large one: SGL, https://arxiv.org/abs/2412.03324",
-        GUIDE.flops,
+        guide_flops,
         reads_instruction=True,
-        network=GUIDE,
+        predictor=guide_tensors,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),

@@ -285,5 +285,9 @@ def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path
     every = QUICK.model_copy(update={"survey": SurveyRecipe(samples=2, routes=3, width=1)})
     again = run(folder, data, every)  # from the recipe's candidates, not from what an earlier survey has left of them
     assert {kind for each in again.tried for kind in each.experts.split(",")} > {"keep", "pool:1x2"}
-    with pytest.raises(RecipeError, match=r"no site of .* has experts of the kinds stride"):
-        run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=("stride",))}))
+    for kinds, message in (
+        (("pool", "stride"), r"no site of .* kinds stride: choose from pool, "),
+        (("keep",), "besides"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            run(folder, data, RECIPE.model_copy(update={"survey": SurveyRecipe(experts=kinds)}))

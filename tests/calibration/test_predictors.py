@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dpn_cli.calibration import predictors as stage
 from dpn_cli.calibration.calibrate import calibrate
-from dpn_cli.calibration.predictors import Watched, fit_predictors, watch_attention
+from dpn_cli.calibration.predictors import Watched, fit_predictor, watch_attention
 from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.cli import main
@@ -22,8 +22,8 @@ from dpn_cli.errors import UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_model
-from dpn_cli.modeling.predictors import NETWORKS, new_predictors
-from dpn_cli.pyramid.config import PyramidConfig, Site, network_name
+from dpn_cli.modeling.predictors import PREDICTORS, new_predictors
+from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP, KINDS, Expert
 from dpn_cli.pyramid.recipe import load_recipe
 from dpn_cli.reporter import Reporter
@@ -82,12 +82,12 @@ def test_of_large_images_every_token_is_learned_from_in_some_batch(
     assert len(seen) > 140
 
 
-def test_every_kind_that_needs_a_network_has_one() -> None:
-    assert NETWORKS.keys() == {name for name, kind in KINDS.items() if kind.network}
+def test_every_kind_that_needs_a_predictor_has_one() -> None:
+    assert PREDICTORS.keys() == {name for name, kind in KINDS.items() if kind.predictor}
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_learns_to_find_what_a_word_asks_for(kind: str) -> None:
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_a_predictor_learns_to_find_what_a_word_asks_for(kind: str) -> None:
     """The token that is alike to the second word gets all attention; other words, and how many there are, differ."""
     torch.manual_seed(0)
     words = torch.randn(6, 32)
@@ -102,12 +102,12 @@ def test_a_network_learns_to_find_what_a_word_asks_for(kind: str) -> None:
         parts = {"0.tokens": -words[order], "0.text": text, "0.is_text": is_text, "attention": attention}
         return parts | {"coords": torch.zeros(16, 6, 3)}
 
-    network = fitted(kind, 16, piece, epochs=30)
+    predictor = fitted(kind, 16, piece, epochs=30)
     unseen = piece(99)
     with torch.no_grad():
-        scores = network(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
+        scores = predictor(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
     assert (scores.argmax(1) == unseen["attention"].argmax(1)).float().mean() > 0.9
-    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not any(parameter.requires_grad for parameter in predictor.parameters())
 
 
 def test_a_guide_finds_what_stands_beside_a_thing() -> None:
@@ -126,17 +126,17 @@ def test_a_guide_finds_what_stands_beside_a_thing() -> None:
 
     unseen = piece(99)
     for kind, finds in (("predicted", False), ("guided", True)):
-        network = fitted(kind, 16, piece, epochs=40)
+        predictor = fitted(kind, 16, piece, epochs=40)
         with torch.no_grad():
-            scores = network(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
+            scores = predictor(*(unseen[name] for name in ("0.tokens", "coords", "0.text", "0.is_text")))
         right = (scores.argmax(1) == unseen["attention"].argmax(1)).float().mean()
         assert right > 0.9 if finds else right < 0.5
 
 
 def fitted(kind: str, count: int, piece: Callable[[int], Watched], epochs: int) -> Any:
-    network = NETWORKS[kind](32)
-    fit_predictors(torch.nn.ModuleDict({network_name(kind, 0): network}), count, piece, epochs, seed=0)
-    return network
+    predictor = PREDICTORS[kind](32)
+    fit_predictor(predictor, 0, count, piece, epochs, seed=0)
+    return predictor
 
 
 def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) -> None:
@@ -149,15 +149,14 @@ def test_activations_beyond_half_precision_are_kept_as_its_ends(make_pair: Any) 
     assert piece["2.tokens"].abs().max() == torch.finfo(torch.float16).max
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_that_cannot_learn_stays_as_it_was(kind: str) -> None:
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_a_predictor_that_cannot_learn_stays_as_it_was(kind: str) -> None:
     tokens = torch.full((2, 4, 32), torch.nan)
     piece = {"0.tokens": tokens, "0.text": tokens, "0.is_text": torch.ones(2, 4).bool(), "attention": torch.ones(2, 4)}
-    network = NETWORKS[kind](32)
-    before = deepcopy(network.state_dict())
-    networks = torch.nn.ModuleDict({network_name(kind, 0): network})
-    fit_predictors(networks, 2, lambda i: piece | {"coords": torch.zeros(2, 4, 3)}, epochs=1, seed=0)
-    assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())
+    predictor = PREDICTORS[kind](32)
+    before = deepcopy(predictor.state_dict())
+    fit_predictor(predictor, 0, 2, lambda i: piece | {"coords": torch.zeros(2, 4, 3)}, epochs=1, seed=0)
+    assert all(torch.equal(values, before[name]) for name, values in predictor.state_dict().items())
 
 
 @pytest.mark.parametrize("hidden_size", [48, 1024])
@@ -252,7 +251,7 @@ def test_what_was_observed_is_not_observed_again(
     folder = convert(str(tiny_llava), load_recipe("demo", PREDICTED), tmp_path / "dpn").output
     recipe = calibration_recipe(folder, (), dict(RECIPE))
     monkeypatch.setattr(stage, "TOKENS", 100)
-    monkeypatch.setattr(stage, "fit_predictors", lambda *args: 1 / 0)
+    monkeypatch.setattr(stage, "fit_predictor", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrate(folder, DataOptions(str(data)), recipe)
     kept = sorted((folder / "calibration" / "state").glob("attention-*"))

@@ -16,7 +16,7 @@ from dpn_cli.modeling.experts.distinct import distinct_tokens
 from dpn_cli.modeling.experts.diverse import diverse_everywhere, diverse_tokens
 from dpn_cli.modeling.experts.pick import picked_tokens
 from dpn_cli.modeling.experts.pool import pooled_cells
-from dpn_cli.modeling.experts.predicted import foreseen_tokens
+from dpn_cli.modeling.experts.predicted import predicted_tokens
 from dpn_cli.modeling.experts.reducible import Reducible
 from dpn_cli.modeling.experts.relevant import relevant_tokens
 from dpn_cli.modeling.experts.salient import salient_and_contextual, salient_tokens
@@ -29,8 +29,8 @@ ASSIGNMENTS: dict[str, Callable[[Reducible], Assignment]] = {
     "pick": picked_tokens,
     "diverse": diverse_tokens,
     "attended": attended_tokens,
-    "predicted": foreseen_tokens,
-    "guided": foreseen_tokens,
+    "predicted": predicted_tokens,
+    "guided": predicted_tokens,
     "exit": no_token,
     "divprune": diverse_everywhere,
     "relevant": relevant_tokens,
