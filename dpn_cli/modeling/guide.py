@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from dpn_cli.modeling.routers import RouterLinear, full_precision
 from dpn_cli.pyramid.predictors import GUIDE_BLOCKS, GUIDE_HEADS, GUIDE_MLP, GUIDE_WAVES, guide_width
 
+GRID_STEP = 64  # rows and columns from one grid to the next: the two longest waves tell them apart
+
 
 class Guide(nn.Module):
     """A transformer over the instruction and all visual tokens, which scores the latter; in float32."""
@@ -49,7 +51,8 @@ class Guide(nn.Module):
         is_there = torch.cat([coords[..., 0] >= 0, is_text], dim=1)[:, None, None]
         # Every layer is called as a module, so that hooks which load its weights (offloading) run.
         with full_precision(device):
-            seen = self.tokens(normal(tokens)) + self.places(waves(coords[..., 1:]).flatten(2))
+            places = coords[..., 1:] + GRID_STEP * coords[..., :1]
+            seen = self.tokens(normal(tokens)) + self.places(waves(places).flatten(2))
             read = self.words(normal(text)) + self.order(waves(torch.arange(text.shape[1], device=device)))
             x = torch.cat([seen, read], dim=1)
             for block in self.blocks:

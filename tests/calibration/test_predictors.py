@@ -133,6 +133,15 @@ def test_a_guide_finds_what_stands_beside_a_thing() -> None:
         assert right > 0.9 if finds else right < 0.5
 
 
+def test_a_guide_tells_an_image_from_the_next() -> None:
+    """The same tokens at the same places of two grids."""
+    torch.manual_seed(0)
+    coords = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1], [1, 1, 0]])[None]
+    with torch.no_grad():
+        scores = PREDICTORS["guided"](32)(torch.ones(1, 4, 32), coords, torch.ones(1, 1, 32), torch.ones(1, 1).bool())
+    assert len(set(scores.flatten().tolist())) == 4
+
+
 def fitted(kind: str, count: int, piece: Callable[[int], Watched], epochs: int) -> Any:
     predictor = PREDICTORS[kind](32)
     fit_predictor(predictor, 0, count, piece, epochs, seed=0)
