@@ -83,17 +83,14 @@ class Candidates:
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
         cost = self.loss[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
-        scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
         chosen, safest = [0], self._safest()
         while len(chosen) < min(size, len(self.routes)):
-            least = cost[:, chosen].min(1).values
-            totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
-            wanted = int(totals.argmin())
-            has_gain = totals[wanted] < (least.mean(0) / scale).sum() * (1 - 1e-6)
-            safe = None if len(chosen) % 2 == 0 and has_gain else next((i for i in safest if i not in chosen), None)
-            if safe is None and not has_gain:
+            following = _most_wanted(cost, chosen)
+            if following is None or len(chosen) % 2:
+                following = next((i for i in safest if i not in chosen), following)
+            if following is None:
                 break
-            chosen.append(wanted if safe is None else safe)
+            chosen.append(following)
         return chosen
 
     def within(self, budget: float) -> int:
@@ -103,20 +100,27 @@ class Candidates:
         return int(self.distortion.mean(0).masked_fill(fraction > limit, torch.inf).argmin())
 
     def _safest(self) -> Iterator[int]:
-        """Yield the safest route of every step in FLOPs, the steps being the same factor, finer ones in each round.
+        """Yield the safest route of every step in FLOPs, the steps being even, finer ones in each round.
 
         It has the smallest mean of losses' square roots: that tells more of other samples than the mean itself.
         """
         has = self.distortion.isfinite()
-        price, risk = (
-            torch.where(has, values, torch.nan).nanmean(0) for values in (self.fraction.log(), self.loss.sqrt())
-        )
+        price, risk = (torch.where(has, values, torch.nan).nanmean(0) for values in (self.fraction, self.loss.sqrt()))
         depth = (price - price.min()) / (price.max() - price.min()).clamp(min=1e-9)
         for count in PRICE_STEPS:
             steps = (depth * count).long().clamp(max=count - 1)
             for step in steps.unique().tolist():
                 [there] = (steps == step).nonzero(as_tuple=True)
                 yield int(there[risk[there].argmin()])
+
+
+def _most_wanted(cost: torch.Tensor, chosen: Sequence[int]) -> int | None:
+    """Return the route that lowers most what an oracle pays, from [N, R, T]; None where no route does."""
+    scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
+    least = cost[:, chosen].min(1).values
+    totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
+    wanted = int(totals.argmin())
+    return wanted if totals[wanted] < (least.mean(0) / scale).sum() * (1 - 1e-6) else None
 
 
 @dataclass(frozen=True)
