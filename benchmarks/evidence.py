@@ -59,15 +59,17 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = (
-    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=32 "
-    "--set calibration.holdout=0.07 --set calibration.epochs=40 "
-    "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"
+LONG = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.holdout=0.07 --set calibration.epochs=40"
+LONG_DEMO = (  # the generators are endless
+    "--data demo --samples 6144 --set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6 "
+    f"--set calibration.survey.routes=64 {LONG}"
 )
-LONG_DEMO = f"--data demo --samples 6144 {LONG}"  # the generators are endless
-LONG_SECOND = f"--data work/second-samples --samples 4096 {LONG}"
+LONG_SECOND = (
+    "--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 "
+    f"--set calibration.survey.routes=32 {LONG}"
+)
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal lora --set calibration.heal.steps=1000 --set calibration.heal.samples=32000"
+HEAL = "--heal lora --set calibration.heal.steps=600 --set calibration.heal.samples=19200"
 SHORT_HEAL = f"{SHORT} --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
