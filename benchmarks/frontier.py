@@ -9,8 +9,9 @@ healed from the same model if there is one:
 All methods answer the same held-out samples and spend what the pyramid spends on them; at a budget that the pyramid
 cannot reach, the budget itself. The teacher is the original, and the other methods run on its weights. Intervals are
 95%, of a paired bootstrap over the samples. Two baselines stand for all at every budget: the one that agrees best with
-the original, and the one with the least KL, of those that spend no more than the pyramid. The verdict is `best` or
-`beaten` if at least one of the two intervals leaves zero out and none does on the other side, else `tied`.
+the original, and the one with the least KL, of those that spend no more than the pyramid, for a smaller budget, too.
+The verdict is `best` or `beaten` if at least one of the two intervals leaves zero out and none does on the other side,
+else `tied`.
 
 "Hard" is the agreement on those samples of which smaller pictures (`downsample`) get an answer token wrong at the same
 budget: many questions need no detail, and there all methods look good (VTC-Bench, https://arxiv.org/abs/2510.07143).
@@ -67,24 +68,36 @@ class Verdict:
 
     @classmethod
     def of(cls, budget: float, results: Sequence[Result]) -> "Verdict":
-        """Compare the pyramid with the others at a budget, where it is among the results."""
-        pyramid = next((each for each in results if each.method == Routed.name), None)
-        others = [each for each in results if each is not pyramid and (each.fraction_over_dpn or 0) <= TOLERANCE]
-        if pyramid is None or not others:
-            return cls(budget) if pyramid is None else cls(budget, word="best: no other method spends so little")
+        """Compare the pyramid at a budget with the others at any, where it is among the results."""
+        pyramid = next((each for each in results if each.method == Routed.name and each.budget == budget), None)
+        if pyramid is None:
+            return cls(budget)
+        limit = pyramid.figures.fraction + TOLERANCE
+        others = [
+            each
+            for each in results
+            if each.budget is not None and each.method != Routed.name and each.figures.fraction <= limit
+        ]
+        if not others:
+            return cls(budget, word="best: no other method spends so little")
         agreeing = max(others, key=lambda each: each.figures.agreement.value)
         nearest = min(others, key=lambda each: each.figures.distortion.value)
         more = gain(pyramid, agreeing, "agreement", 1)
         less = gain(pyramid, nearest, "distortion", -1)
         ahead, behind = more.low > 0 or less.low > 0, more.high < 0 or less.high < 0
         word = "tied" if ahead == behind else "best" if ahead else "beaten"
-        return cls(budget, agreeing.label, more, nearest.label, less, word)
+        return cls(budget, label_at(budget, agreeing), more, label_at(budget, nearest), less, word)
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the printed table."""
         more = "" if self.agreement is None else show(self.agreement, 100, 2)
         less = "" if self.distortion is None else show(self.distortion, 1, 5)
         return (f"{self.budget:g}", self.word, self.agreeing, more, self.nearest, less)
+
+
+def label_at(budget: float, result: Result) -> str:
+    """Return the label of a method in a comparison at a budget, which may not be its own."""
+    return result.label if result.budget == budget else f"{result.label} at {result.budget:g}"
 
 
 def gain(pyramid: Result, other: Result, quantity: str, sign: int) -> Estimate:
@@ -138,9 +151,9 @@ def kinds_table(plain: Evaluation, verdicts: Sequence[Verdict]) -> list[tuple[st
     for kind in plain.results[0].kinds:
         cells = []
         for verdict in verdicts:
-            here = {each.label: each for each in plain.results if each.budget == verdict.budget}
-            ours = next((each for each in here.values() if each.method == Routed.name), None)
-            pair = [each for each in (ours, here.get(verdict.agreeing)) if each is not None]
+            named = {label_at(verdict.budget, each): each for each in plain.results if each.budget is not None}
+            ours = next((each for label, each in named.items() if each.method == label == Routed.name), None)
+            pair = [each for each in (ours, named.get(verdict.agreeing)) if each is not None]
             cells.append(" / ".join(f"{100 * each.kinds[kind].agreement.value:.1f}" for each in pair))
         rows.append((kind, *cells))
     return rows
@@ -194,8 +207,7 @@ def main(
     with TemporaryDirectory() as temporary:
         plain = run(model or calibrated_demo(Path(temporary), calibration_samples, budgets[0]), BASELINES)
     after = run(healed, ()) if healed else None
-    by_budget = {budget: [each for each in plain.results if each.budget == budget] for budget in budgets}
-    verdicts = [Verdict.of(budget, results) for budget, results in by_budget.items()]
+    verdicts = [Verdict.of(budget, plain.results) for budget in budgets]
     if json_file:
         found = {"plain": plain.to_dict(), "healed": after and after.to_dict(), "verdicts": list(map(asdict, verdicts))}
         json_file.write_text(json.dumps(found, indent=2), encoding="utf-8")
