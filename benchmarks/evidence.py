@@ -59,15 +59,15 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.holdout=0.07 --set calibration.epochs=40"
+LONG = (
+    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64 "
+    "--set calibration.holdout=0.07 --set calibration.epochs=40"
+)
 LONG_DEMO = (  # the generators are endless
     "--data demo --samples 6144 --set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6 "
-    f"--set calibration.survey.routes=64 {LONG}"
+    f"{LONG}"
 )
-LONG_SECOND = (
-    "--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 "
-    f"--set calibration.survey.routes=32 {LONG}"
-)
+LONG_SECOND = f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG}"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = "--heal lora --set calibration.heal.steps=600 --set calibration.heal.samples=19200"
 SHORT_HEAL = f"{SHORT} --set calibration.heal.steps=2 --set calibration.heal.samples=64"
