@@ -69,7 +69,7 @@ class Verdict:
     @classmethod
     def of(cls, budget: float, results: Sequence[Result]) -> "Verdict":
         """Compare the pyramid at a budget with the others at any, where it is among the results."""
-        pyramid = next((each for each in results if each.method == Routed.name and each.budget == budget), None)
+        pyramid = pyramid_at(budget, results)
         if pyramid is None:
             return cls(budget)
         limit = pyramid.figures.fraction + TOLERANCE
@@ -93,6 +93,11 @@ class Verdict:
         more = "" if self.agreement is None else show(self.agreement, 100, 2)
         less = "" if self.distortion is None else show(self.distortion, 1, 5)
         return (f"{self.budget:g}", self.word, self.agreeing, more, self.nearest, less)
+
+
+def pyramid_at(budget: float, results: Sequence[Result]) -> Result | None:
+    """Return the pyramid at a budget, where it is among the results."""
+    return next((each for each in results if each.method == Routed.name and each.budget == budget), None)
 
 
 def label_at(budget: float, result: Result) -> str:
@@ -147,16 +152,15 @@ def table(plain: Evaluation, healed: Evaluation | None, budgets: Sequence[float]
 
 def kinds_table(plain: Evaluation, verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     """Return one row per kind of question: the pyramid's agreement at every budget, and that of who agrees best."""
-    rows = []
-    for kind in plain.results[0].kinds:
-        cells = []
-        for verdict in verdicts:
-            named = {label_at(verdict.budget, each): each for each in plain.results if each.budget is not None}
-            ours = next((each for label, each in named.items() if each.method == label == Routed.name), None)
-            pair = [each for each in (ours, named.get(verdict.agreeing)) if each is not None]
-            cells.append(" / ".join(f"{100 * each.kinds[kind].agreement.value:.1f}" for each in pair))
-        rows.append((kind, *cells))
-    return rows
+    pairs = []
+    for verdict in verdicts:
+        named = {label_at(verdict.budget, each): each for each in plain.results if each.budget is not None}
+        pair = (pyramid_at(verdict.budget, plain.results), named.get(verdict.agreeing))
+        pairs.append([each for each in pair if each is not None])
+    return [
+        (kind, *(" / ".join(f"{100 * each.kinds[kind].agreement.value:.1f}" for each in pair) for pair in pairs))
+        for kind in plain.results[0].kinds
+    ]
 
 
 def calibrated_demo(folder: Path, samples: int | None, budget: float) -> Path:

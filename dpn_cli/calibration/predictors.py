@@ -199,10 +199,11 @@ def _parameters(predictor: Predictor) -> list[dict[str, Any]]:
 
     The larger a sum is, the smaller are the steps of its weights.
     """
-    wide = [predictor.get_parameter(f"{name}.weight") for name in predictor.READS]
-    [size] = {each.shape[1] for each in wide}
-    rest = [each for each in predictor.parameters() if all(each is not some for some in wide)]
-    return [{"params": wide, "lr": LEARNING_RATE * BASE_SIZE / size}, {"params": rest, "lr": LEARNING_RATE}]
+    over_hidden = {f"{name}.weight" for name in predictor.READS}
+    wide = [each for name, each in predictor.named_parameters() if name in over_hidden]
+    rest = [each for name, each in predictor.named_parameters() if name not in over_hidden]
+    rate = LEARNING_RATE * BASE_SIZE / wide[0].shape[1]
+    return [{"params": wide, "lr": rate}, {"params": rest, "lr": LEARNING_RATE}]
 
 
 def _loss(predictor: Predictor, layer: int, watched: Watched) -> torch.Tensor:

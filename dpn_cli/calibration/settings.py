@@ -129,16 +129,15 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
         return None
     menu = recipe.pyramid_config(num_layers).sites
     offered = {expert.kind for site in menu for expert in site.experts}
-    named = set(offered if survey.experts is None else survey.experts)
-    if missing := sorted(named - offered):
+    kinds = {"keep", *(offered if survey.experts is None else survey.experts)}
+    if missing := sorted(kinds - offered):
+        choices = [kind for kind in KINDS if kind in offered and kind != "keep"]
         raise RecipeError(
-            f"no site of {folder} has experts of the kinds {', '.join(missing)}: choose from "
-            f"{', '.join(kind for kind in KINDS if kind in offered - {'keep'})}, or convert with a recipe that has them"
+            f"no site of {folder} has experts of the kinds {', '.join(missing)}: choose from {', '.join(choices)}, "
+            "or convert with a recipe that has them"
         )
-    kept = [
-        replace(site, experts=tuple(each for each in site.experts if each.kind in named | {"keep"})) for site in menu
-    ]
-    sites = [site for site in kept if len(site.experts) > 1]
+    sites = [replace(site, experts=tuple(each for each in site.experts if each.kind in kinds)) for site in menu]
+    sites = [site for site in sites if len(site.experts) > 1]
     if not sites:
         raise RecipeError(f"no site of {folder} would have a choice: name some kind of experts besides keep")
     return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)

@@ -83,11 +83,15 @@ class Candidates:
         """
         trade_off = spread_of_trade_offs(NUM_TRADE_OFFS)  # [T]
         cost = self.loss[..., None] + trade_off * self.fraction[..., None]  # [N, R, T]
-        chosen, safest = [0], self._safest()
+        scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
+        chosen = [0]
+        safest = (i for i in self._safest() if i not in chosen)
         while len(chosen) < min(size, len(self.routes)):
-            following = _most_wanted(cost, chosen)
-            if following is None or len(chosen) % 2:
-                following = next((i for i in safest if i not in chosen), following)
+            following = next(safest, None) if len(chosen) % 2 else None
+            if following is None:
+                following = _most_wanted(cost, scale, chosen)
+            if following is None:
+                following = next(safest, None)
             if following is None:
                 break
             chosen.append(following)
@@ -114,9 +118,8 @@ class Candidates:
                 yield int(there[risk[there].argmin()])
 
 
-def _most_wanted(cost: torch.Tensor, chosen: Sequence[int]) -> int | None:
-    """Return the route that lowers most what an oracle pays, from [N, R, T]; None where no route does."""
-    scale = cost.mean(0).min(0).values  # of the best fixed route at every λ, [T]
+def _most_wanted(cost: torch.Tensor, scale: torch.Tensor, chosen: Sequence[int]) -> int | None:
+    """Return the route that lowers most what an oracle pays, [N, R, T] over a scale [T]; None where no route does."""
     least = cost[:, chosen].min(1).values
     totals = (torch.minimum(cost, least[:, None]).mean(0) / scale).sum(-1)  # [R]
     wanted = int(totals.argmin())

@@ -33,7 +33,7 @@ def validate_predictors(
     Raises:
         UsageError: if they are those that conversion adds.
     """
-    predicting = next((expert for expert in route if KINDS[expert.kind].predictor), None)
+    predicting = next((expert for expert in route if KINDS[expert.kind].predictor_tensors), None)
     if predicting is None or is_fitted(source, layout, pyramid):
         return
     lift = f", or pass {or_else}" if or_else else ""

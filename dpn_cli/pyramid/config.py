@@ -455,7 +455,7 @@ class PyramidConfig:
             (site.after_layer + 1, expert.kind)
             for site in self.sites
             for expert in site.experts
-            if KINDS[expert.kind].predictor
+            if KINDS[expert.kind].predictor_tensors
         }
         return {predictor_name(kind, layer): (kind, layer) for layer, kind in sorted(fitted)}
 
@@ -475,7 +475,7 @@ class PyramidConfig:
                 for k, expert in enumerate(site.experts):
                     shapes[f"poolers.{i}.{k}"] = (hidden_size, *(expert.cells or (1, 1)))
         for predictor, (kind, _) in self.predictors.items():
-            tensors = KINDS[kind].predictor
+            tensors = KINDS[kind].predictor_tensors
             assert tensors is not None
             shapes |= {f"predictors.{predictor}.{name}": size for name, size in tensors(hidden_size).items()}
         return shapes

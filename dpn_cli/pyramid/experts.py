@@ -37,8 +37,8 @@ class Kind:
         flops: Cost of choosing, from the decoder's shape and the numbers of visual and text tokens.
         reads_instruction: whether it looks at the instruction.
         reads_salience: whether it looks at what the vision tower attends to.
-        predictor: Shapes of the tensors of the network that it scores tokens with, which calibration fits to the model,
-            from D; None for no such network.
+        predictor_tensors: Shapes of the tensors of the network that it scores tokens with, which calibration fits to
+            the model, from D; None for no such network.
         about: Description in a phrase, for help texts and docs.
         source: Paper or URL that describes it.
     """
@@ -49,7 +49,7 @@ class Kind:
     flops: Callable[[DecoderShape, int, int], int] = lambda shape, visual, text: 0
     reads_instruction: bool = False
     reads_salience: bool = False
-    predictor: Callable[[int], Shapes] | None = None
+    predictor_tensors: Callable[[int], Shapes] | None = None
 
 
 def _attention_flops(shape: DecoderShape, visual: int, text: int) -> int:
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
         "ours; SparseVLM, https://arxiv.org/abs/2410.04417",
         matcher_flops,
         reads_instruction=True,
-        predictor=matcher_tensors,
+        predictor_tensors=matcher_tensors,
     ),
     "guided": Kind(
         SELECTS,
@@ -121,7 +121,7 @@ KINDS: dict[str, Kind] = {
         "ours; a small model as the guide of a large one: SGL, https://arxiv.org/abs/2412.03324",
         guide_flops,
         reads_instruction=True,
-        predictor=guide_tensors,
+        predictor_tensors=guide_tensors,
     ),
     "exit": Kind(("",), "no visual token stays", "ours; HiDrop, https://arxiv.org/abs/2602.23699"),
     "divprune": Kind(("share",), "as diverse, but chosen one by one over the whole picture", _DIVPRUNE, _pairs_flops),

@@ -334,7 +334,7 @@ class Recipe(_Section):
         """Whether calibration fits a predictor, for an expert that the sites have and the survey may try."""
         default, tried = _menu(self.pyramid.experts), self.calibration.survey.experts or KINDS
         kinds = {expert.kind for site in self.pyramid.sites for expert in site.menu(default)}
-        return any(KINDS[kind].predictor and kind in tried for kind in kinds)
+        return any(KINDS[kind].predictor_tensors and kind in tried for kind in kinds)
 
     def pyramid_config(self, num_layers: int) -> PyramidConfig:
         """Place the sites in a decoder of `num_layers`.

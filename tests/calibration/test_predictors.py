@@ -83,7 +83,7 @@ def test_of_large_images_every_token_is_learned_from_in_some_batch(
 
 
 def test_every_kind_that_needs_a_predictor_has_one() -> None:
-    assert PREDICTORS.keys() == {name for name, kind in KINDS.items() if kind.predictor}
+    assert PREDICTORS.keys() == {name for name, kind in KINDS.items() if kind.predictor_tensors}
 
 
 @pytest.mark.parametrize("kind", PREDICTORS)
