@@ -59,17 +59,17 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = (
-    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64 "
+LONG = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
+LONG_DEMO = (  # the generators are endless
+    f"--data demo --samples 12288 --set calibration.predictors.samples=24576 {LONG} "
+    "--set calibration.holdout=0.035 --set calibration.epochs=20"
+)
+LONG_SECOND = (
+    f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG} "
     "--set calibration.holdout=0.07 --set calibration.epochs=40"
 )
-LONG_DEMO = (  # the generators are endless
-    "--data demo --samples 6144 --set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6 "
-    f"{LONG}"
-)
-LONG_SECOND = f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG}"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal lora --set calibration.heal.steps=600 --set calibration.heal.samples=19200"
+HEAL = "--heal lora --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
 SHORT_HEAL = f"{SHORT} --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
