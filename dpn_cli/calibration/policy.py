@@ -93,10 +93,10 @@ class Policy:
         scores, cost = scores.masked_fill(~allowed, -torch.inf), self.table.fraction[:, route]  # [N, P, C]
 
         def choose(trade_off: float) -> torch.Tensor:
-            best = (scores - trade_off * cost).argmax(-1)  # ties go to the first
             node = torch.zeros_like(rows)
             for _ in self.table.tree.routes[0]:
-                node = following[node, best[rows, node]]
+                best = (scores[rows, node] - trade_off * cost[rows, node]).argmax(-1)  # ties go to the first
+                node = following[node, best]
             return node
 
         return choose
