@@ -41,11 +41,13 @@ class Step:
         command: What is run in the output folder: `dpn`, a benchmark, or `python -m` with a module of this repository,
             and its arguments.
         small: Arguments added with `--small`.
+        copied: A folder that is copied first, and the name of its copy.
     """
 
     name: str
     command: str
     small: str = ""
+    copied: tuple[str, str] | None = None
 
     def words(self, is_small: bool) -> list[str]:
         """Return the command line as one would type it."""
@@ -59,31 +61,32 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-LONG = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
-LONG_DEMO = (  # the generators are endless
-    f"--data demo --samples 12288 --set calibration.predictors.samples=24576 {LONG} "
-    "--set calibration.holdout=0.035 --set calibration.epochs=20"
+CHOSEN = "--set calibration.survey.samples=48 --set calibration.survey.routes=64"
+ON_DEMO = (  # the generators are endless
+    "--data demo --samples 12288 --budget 0.25 --set calibration.holdout=0.035 --set calibration.epochs=20"
 )
-LONG_SECOND = (
-    f"--data work/second-samples --samples 4096 --set calibration.predictors.samples=4096 {LONG} "
-    "--set calibration.holdout=0.07 --set calibration.epochs=40"
+ON_SECOND = (
+    "--data work/second-samples --samples 4096 --budget 0.25 --set calibration.holdout=0.07 --set calibration.epochs=40"
 )
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal lora --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
-SHORT_HEAL = f"{SHORT} --set calibration.heal.steps=2 --set calibration.heal.samples=64"
+HEAL = "--heal-only --force --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
+SHORT_HEAL = "--samples 32 --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
     Step("demo", "dpn demo --output work/demo", "--samples 32 --questions 32"),
     Step("convert", f"dpn convert demo --output {DEMO}"),
-    Step("calibrate", f"dpn calibrate --model {DEMO} {LONG_DEMO}", SHORT),
+    Step(
+        "calibrate",
+        f"dpn calibrate --model {DEMO} {ON_DEMO} {CHOSEN} --set calibration.predictors.samples=24576",
+        SHORT,
+    ),
     Step("calibration", f"calibration.py --model {DEMO} --samples 600", "--samples 16 --budget 0.25"),
     Step(
         "frontier",
         f"frontier.py --model {DEMO} --samples 700 --max-new-tokens 12 --json frontier.json --plot frontier.png",
         "--samples 16 --budget 0.25",
     ),
-    Step("convert-healed", "dpn convert demo --output work/healed"),
-    Step("calibrate-healed", f"dpn calibrate --model work/healed {LONG_DEMO} {HEAL}", SHORT_HEAL),
+    Step("calibrate-healed", f"dpn calibrate --model work/healed {ON_DEMO} {HEAL}", SHORT_HEAL, (DEMO, "work/healed")),
     Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
     Step(
         "frontier-healed",
@@ -101,7 +104,11 @@ STEPS = (
         "--samples 32",
     ),
     Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
-    Step("second-calibrate", f"dpn calibrate --model {SECOND} {LONG_SECOND}", SHORT),
+    Step(
+        "second-calibrate",
+        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.predictors.samples=4096",
+        SHORT,
+    ),
     Step(
         "second-calibration",
         f"calibration.py --model {SECOND} --data work/second-heldout --samples 700",
@@ -113,8 +120,12 @@ STEPS = (
         "--json second-frontier.json --plot second-frontier.png",
         "--samples 16 --budget 0.36",
     ),
-    Step("second-convert-healed", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}-healed"),
-    Step("second-calibrate-healed", f"dpn calibrate --model {SECOND}-healed {LONG_SECOND} {HEAL}", SHORT_HEAL),
+    Step(
+        "second-calibrate-healed",
+        f"dpn calibrate --model {SECOND}-healed {ON_SECOND} {HEAL}",
+        SHORT_HEAL,
+        (SECOND, f"{SECOND}-healed"),
+    ),
     Step(
         "second-healing",
         f"healing.py --plain {SECOND} --healed {SECOND}-healed --data work/second-heldout --samples 700",
@@ -131,12 +142,13 @@ STEPS = (
 )
 
 
-def header(words: Sequence[str], seconds: float, cpu_seconds: float) -> str:
+def header(step: Step, words: Sequence[str], seconds: float, cpu_seconds: float) -> str:
     """Say what was run, when, where and with what."""
+    copy = f"cp -r {shlex.join(step.copied)}; " if step.copied else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("dpn-cli", *PACKAGES))
     return "\n".join(
         [
-            f"command: {shlex.join(words)}",
+            f"command: {copy}{shlex.join(words)}",
             f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; wall time {seconds:.0f} s, CPU time {cpu_seconds:.0f} s",
             f"machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
             f"{platform.python_version()}",
@@ -152,6 +164,9 @@ def run(step: Step, output: Path, is_small: bool) -> None:
     Raises:
         DpnError: if it fails; the last lines that it wrote are in the message.
     """
+    if step.copied:
+        source, copy = (output / name for name in step.copied)
+        shutil.copytree(source, copy, dirs_exist_ok=True)
     start, cpu_start = time.perf_counter(), children_seconds()
     ended = subprocess.run(
         step.arguments(is_small), cwd=output, capture_output=True, text=True, check=False,
@@ -160,7 +175,7 @@ def run(step: Step, output: Path, is_small: bool) -> None:
     if ended.returncode:
         last = "\n".join(ended.stderr.strip().splitlines()[-5:])
         raise DpnError(f"step {step.name} ended with exit code {ended.returncode}: {last}")
-    text = header(step.words(is_small), time.perf_counter() - start, children_seconds() - cpu_start)
+    text = header(step, step.words(is_small), time.perf_counter() - start, children_seconds() - cpu_start)
     (output / f"{step.name}.txt").write_text(f"{text}\n\n{ended.stdout}", encoding="utf-8")
 
 

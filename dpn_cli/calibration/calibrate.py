@@ -18,7 +18,7 @@ from dpn_cli.calibration.predictors import learn_predictors
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.samples import CalibrationData
-from dpn_cli.calibration.settings import recipe_name
+from dpn_cli.calibration.settings import Only, recipe_name
 from dpn_cli.calibration.state import drop_state
 from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
 from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
@@ -45,7 +45,7 @@ def calibrate(
     teacher: str | None = None,
     restart: bool = False,
     processes: Processes | None = None,
-    budgets_only: bool = False,
+    only: Only | None = None,
 ) -> Report | None:
     """Fit the routers of a converted checkpoint and store them, the budget table and a report in its folder.
 
@@ -61,8 +61,9 @@ def calibrate(
             against; None for the model itself without its pyramid.
         restart: drop what an unfinished calibration has measured.
         processes: Processes that calibrate together, each with this call; by default those that a launcher has started.
-        budgets_only: leave routers and weights as an earlier calibration has left them, and solve only λ and the budget
-            table, so that budgets are met on this data.
+        only: `budgets` leaves routers and weights as an earlier calibration has left them, and solves λ and the budget
+            table, so that budgets are met on this data; `heal` keeps the experts and the routes, heals the model for
+            what its routers choose, and fits them again.
 
     Returns:
         The report; None in all processes but the main one, which alone fits and writes.
@@ -75,8 +76,8 @@ def calibrate(
     """
     processes = processes or Processes.join(reporter.note)
     with _in_charge(folder, processes) as claim:
-        job, read = open_job(folder, data, recipe, reporter, teacher, restart, processes, budgets_only)
-        run = _solve_budgets if budgets_only else _calibrate
+        job, read = open_job(folder, data, recipe, reporter, teacher, restart, processes, only)
+        run = _solve_budgets if only == "budgets" else _calibrate
         return run(job, read, claim, data.name)
 
 
@@ -94,17 +95,18 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
 
 
 def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
-    """Answer, measure and fit, heal and measure again if asked, and save."""
+    """Answer, measure and fit, heal and measure again if asked, and save; or only what follows the first fit."""
     recipe, processes = job.recipe, job.processes
     asked = [sample for sample in read.samples if sample.images]
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
     held, fitted, further = split_rows(len(samples), recipe)
-    learn_predictors(job, [samples[i] for i in further + fitted])
+    if not job.only:
+        learn_predictors(job, [samples[i] for i in further + fitted])
     tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     measured = [samples[i] for i in (held if paper else held + fitted)]
-    if not paper:
+    if not paper and not job.only:
         table, grids = _learn(job, measured, len(held))
     healing = (fitted + further)[: max(len(fitted), recipe.heal.samples or 0)]  # the others are the predictors' alone
     learned = [*((samples[i], asked[i].is_answered) for i in healing), *texts]
@@ -112,8 +114,8 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter, job.other)
     if paper:
         table, grids = _measure(job, measured, len(held))
-    elif job.model.is_adapted:
-        table, grids = _learn(job, measured, len(held), again=True)
+    elif job.only or job.model.is_adapted:
+        table, grids = _learn(job, measured, len(held), again=not job.only)
     if claim is None:
         return None
     routers, held_table = job.model.text_model.routers, table.part(range(len(held)))

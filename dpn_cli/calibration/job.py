@@ -10,7 +10,7 @@ from torch import nn
 
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.samples import CalibrationData, load_samples
-from dpn_cli.calibration.settings import candidates
+from dpn_cli.calibration.settings import Only, candidates, validate_kept
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.tuning import frozen_dtype, validate_processes
@@ -46,6 +46,7 @@ class Job:
         teacher: Model that answers, and that is measured against.
         lengths: Prompt lengths of the samples that the budget table is computed from.
         candidates: the sites and experts that a survey is to choose from; None where the routes are given.
+        only: the one stage that is run on a checkpoint that is calibrated; None for a whole calibration.
     """
 
     model: PyramidGenerationMixin
@@ -58,6 +59,7 @@ class Job:
     reporter: Reporter
     lengths: Sequence[Length]
     candidates: PyramidConfig | None
+    only: Only | None = None
 
     @property
     def other(self) -> Teacher | None:
@@ -73,7 +75,7 @@ def open_job(
     teacher: str | None,
     restart: bool,
     processes: Processes,
-    budgets_only: bool,
+    only: Only | None,
 ) -> tuple[Job, CalibrationData]:
     """Check the teacher and the data, then the state of an earlier run, then load the models."""
     with processes.as_one():
@@ -81,25 +83,25 @@ def open_job(
         checkpoint, layout, pyramid = open_converted(folder)
         if pyramid.static_route is not None:
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
-        if budgets_only and not pyramid.budgets:
-            raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --budgets-only")
+        if only:
+            validate_kept(folder, pyramid, only)
         processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
         asked = [sample for sample in read.samples if sample.images]
-        needed = 1 if budgets_only else MIN_SAMPLES
+        needed = 1 if only == "budgets" else MIN_SAMPLES
         if len(asked) < needed:
             raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
-        held = asked if budgets_only else [asked[i] for i in split_rows(len(asked), recipe)[0]]
+        held = asked if only == "budgets" else [asked[i] for i in split_rows(len(asked), recipe)[0]]
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
-        if budgets_only:
+        if only == "budgets":
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
-        surveyed = None if budgets_only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
+        surveyed = None if only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
         measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid, surveys=surveyed is not None)
         measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
-        if budgets_only:
-            measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
+        if only:
+            measured |= {"only": only, "routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
     with processes.as_one():
         validate_same(everywhere)
@@ -110,15 +112,15 @@ def open_job(
         dtypes = _dtypes(checkpoint, layout, other, recipe, device, reporter)
     dtypes = processes.agree(dtypes)
     with processes.as_one(), reporter.waiting("loading the model"):
-        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtypes[0], healed=budgets_only, device_map=device)
+        model = load_frozen(checkpoint, pyramid, recipe.load_in, dtypes[0], healed=only == "budgets", device_map=device)
         taught_by = Teacher(model, processor, recipe.answer_tokens)
         if other:
             taught_by = other.load(dtypes[1], recipe, device)
-    if not budgets_only:
+    if not only:
         start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
     reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
-    return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed), read
+    return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed, only), read
 
 
 def read_samples(

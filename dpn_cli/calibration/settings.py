@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpn_cli.checkpoint.headers import check_folder, read_json
 from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.families.family import DEFAULT_RECIPE
-from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
+from dpn_cli.pyramid.config import ADAPTER_KEY, IMPORTED_USE, PyramidConfig
 from dpn_cli.pyramid.experts import KINDS
 from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
 
 STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept
+Only = Literal["budgets", "heal"]
+"""The one stage that is run on a checkpoint that is calibrated already."""
 _SET_FOR_BUDGETS = {f"calibration.{key}" for key in (*_MEASURING, "budget", "dtype", "load_in", "prompts")}
 
 
@@ -77,6 +79,31 @@ def validate_replaceable(folder: Path, force: bool, restart: bool) -> None:
             f"{folder} is calibrated already, {pyramid.calibrated_on}: copy the folder if you want to keep that, and "
             "pass --force to replace it (another budget needs no calibration: dpn export --budget)"
         )
+
+
+def validate_kept(folder: Path, pyramid: PyramidConfig, only: Only) -> None:
+    """Check that a checkpoint has what only one stage of a calibration builds on.
+
+    Raises:
+        UsageError: if it is not calibrated, or is to be healed a second time.
+    """
+    if not pyramid.budgets:
+        raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --{only}-only")
+    if only == "heal" and ADAPTER_KEY in pyramid.calibration:
+        raise UsageError(f"{folder} is healed already: calibrate it anew with --heal lora in place of --heal-only")
+
+
+def healing_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:
+    """Return the recipe of a calibration that only heals: as `calibration_recipe`, without what chooses experts.
+
+    Raises:
+        RecipeError: if an override is wrong, or about what stays.
+    """
+    for key in map(_key, overrides):
+        if key.startswith(("calibration.survey", "calibration.predictors")):
+            raise RecipeError(f"--heal-only keeps the experts and the routes: leave out --set {key}")
+    recipe = calibration_recipe(folder, (*overrides, "calibration.heal.method=lora"), options)
+    return recipe.model_copy(update={"predictors": None})
 
 
 def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:

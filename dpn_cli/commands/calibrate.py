@@ -30,6 +30,7 @@ from dpn_cli.pyramid.experts import KINDS
 
 if TYPE_CHECKING:
     from dpn_cli.calibration.reporting.report import Report
+    from dpn_cli.calibration.settings import Only
     from dpn_cli.data.options import DataOptions
 
 
@@ -63,6 +64,10 @@ if TYPE_CHECKING:
     "--budgets-only", is_flag=True,
     help="Keep the routers, and only solve the budgets again, so that they are met on these data.",
 )  # fmt: skip
+@click.option(
+    "--heal-only", is_flag=True,
+    help="Keep the experts of the calibration before; only heal, and fit the routers to the healed model.",
+)  # fmt: skip
 @processes_option
 @set_option
 @click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start over.")
@@ -81,6 +86,7 @@ def command(
     load_in: str | None,
     dtype: str | None,
     budgets_only: bool,
+    heal_only: bool,
     overrides: tuple[str, ...],
     restart: bool,
     force: bool,
@@ -94,33 +100,42 @@ def command(
     For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
     A budget is a mean over the calibration data. If your data spend more or less than you ask for, solve the budgets
-    again on your data with --budgets-only, which also works on an export.
+    again on your data with --budgets-only, which also works on an export. A calibrated checkpoint is healed afterwards
+    with --heal-only, which saves looking for the experts again.
     """
-    from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, validate_replaceable
+    from dpn_cli.calibration.settings import (
+        budgets_recipe,
+        calibration_recipe,
+        healing_recipe,
+        validate_replaceable,
+    )
     from dpn_cli.checkpoint.layout import open_converted
 
+    only: Only | None = "budgets" if budgets_only else "heal" if heal_only else None
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
-    overrides = (*overrides, f"calibration.heal.method={heal}") if heal and not budgets_only else overrides
+    overrides = (*overrides, f"calibration.heal.method={heal}") if heal and not only else overrides
     overrides = (*overrides, f"calibration.survey.experts=[{experts}]") if experts else overrides
     with together():
+        if budgets_only and heal_only:
+            raise UsageError("--budgets-only trains nothing, --heal-only does: leave one out")
         if budgets_only and heal not in (None, "none"):
             raise UsageError("--budgets-only trains nothing: leave out --heal")
-        if budgets_only and experts:
-            raise UsageError("--budgets-only keeps the routes that are offered: leave out --experts")
+        if heal_only and heal == "none":
+            raise UsageError("--heal-only heals: leave out --heal none")
+        if only and experts:
+            raise UsageError(f"--{only}-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)
         if not budgets_only:
             validate_replaceable(folder, force, restart)
         earlier = open_converted(folder)[2].calibrated_on
-        read = budgets_recipe if budgets_only else calibration_recipe
-        recipe = read(folder, overrides, {k: v for k, v in options.items() if v is not None})
+        recipes = {"budgets": budgets_recipe, "heal": healing_recipe, None: calibration_recipe}
+        recipe = recipes[only](folder, overrides, {k: v for k, v in options.items() if v is not None})
 
     with console.waiting("starting"):
         from dpn_cli.calibration.calibrate import calibrate
 
     try:
-        report = calibrate(
-            folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, budgets_only=budgets_only
-        )
+        report = calibrate(folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, only=only)
     except KeyboardInterrupt:
         console.note("What was measured is kept: run the same command line again to go on from there.")
         raise

@@ -207,10 +207,11 @@ def test_an_export_is_solved_again_too(calibrated: Path, others: Path, tmp_path:
 
 
 def test_only_calibrated_routers_can_be_kept(converted: Path, others: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["calibrate", "--model", str(converted), "--data", str(others), "--budgets-only"]
-    assert main(line) == 2
-    assert "no calibrated routers that could be kept" in capsys.readouterr().err
-    assert main([*line, "--heal", "lora"]) == 2
+    line = ["calibrate", "--model", str(converted), "--data", str(others)]
+    for only in ("--budgets-only", "--heal-only"):
+        assert main([*line, only]) == 2
+        assert f"no calibrated routers that could be kept: calibrate without {only}" in capsys.readouterr().err
+    assert main([*line, "--budgets-only", "--heal", "lora"]) == 2
     assert "leave out --heal" in capsys.readouterr().err
 
 

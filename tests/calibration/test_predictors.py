@@ -278,5 +278,5 @@ def test_budgets_alone_are_solved_on_as_many_samples_as_are_asked_for(
 ) -> None:
     """No predictor learns then, so that none needs samples of its own."""
     folder = shutil.copytree(calibrated, tmp_path / "dpn")
-    report = calibrate(folder, DataOptions(str(data)), budgets_recipe(folder, (), {"samples": 5}), budgets_only=True)
+    report = calibrate(folder, DataOptions(str(data)), budgets_recipe(folder, (), {"samples": 5}), only="budgets")
     assert report is not None and report.summary()["held_out"] == 5

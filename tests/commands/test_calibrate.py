@@ -192,6 +192,10 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--set", "calibration.paper.steps=7", "--heal", "lora"], "calibration.paper.steps has no effect without"),
         (["--set", "calibration.objective=paper", "--heal", "lora"], "so nothing is healed: leave out --heal"),
         (["--budgets-only", "--set", "calibration.epochs=3"], "leave out --set calibration.epochs; it takes calib"),
+        (["--heal-only", "--budgets-only"], "leave one out"),
+        (["--heal-only", "--heal", "none"], "leave out --heal none"),
+        (["--heal-only", "--experts", "pool"], "leave out --experts"),
+        (["--heal-only", "--set", "calibration.survey.routes=4"], "leave out --set calibration.survey.routes"),
         (
             ["--set", "calibration.holdout=0.999", "--samples", "20", *LEARNT],
             "leaves 0 to fit routers to, which need 4",

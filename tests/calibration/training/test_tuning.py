@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration import job
 from dpn_cli.calibration.calibrate import calibrate
 from dpn_cli.calibration.training import tuning
@@ -25,7 +26,7 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
-from dpn_cli.errors import CheckpointError, MissingExtraError
+from dpn_cli.errors import CheckpointError, MissingExtraError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference import adapter
@@ -194,6 +195,26 @@ def test_calibrating_again_without_healing_is_the_way_back(
     assert not list(again.rglob("adapter"))
     assert first.full.distortion == second.full.distortion == 0
     assert not load_model(again).is_adapted
+
+
+def test_healing_afterwards_is_healing_at_once(
+    converted: Path, healed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    recipe = RECIPE.model_copy(update={"heal": HealRecipe()})
+    run(folder, data, recipe)
+    before = load_model(folder)
+    monkeypatch.setattr(calibration, "learn_predictors", pytest.fail)
+    calibrate(folder, DataOptions(str(data)), RECIPE, only="heal")
+    after, at_once = load_model(folder), load_model(healed)
+    assert (after.pyramid.sites, after.pyramid.routes) == (before.pyramid.sites, before.pyramid.routes)
+    assert after.pyramid.budgets == at_once.pyramid.budgets
+    expected = at_once.state_dict()
+    assert after.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
+    with pytest.raises(UsageError, match="healed already"):
+        calibrate(folder, DataOptions(str(data)), RECIPE, only="heal")
 
 
 def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
