@@ -101,7 +101,7 @@ def open_job(
         measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid, surveys=surveyed is not None)
         measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
         if only:
-            measured |= {"only": only, "routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
+            measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)
     with processes.as_one():
         validate_same(everywhere)

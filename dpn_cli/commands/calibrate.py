@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--heal",
     type=Choice(["none", "lora"]),
-    help="Train an adapter first, so that the model needs fewer tokens; default: the recipe's.",
+    help="Train an adapter, too, so that the model needs fewer tokens; default: the recipe's.",
 )
 @click.option(
     "--load-in", type=Choice(["4bit", "8bit"]), help="Load the frozen model in 4 or 8 bits; default: the recipe's."
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--heal-only", is_flag=True,
-    help="Keep the experts of the calibration before; only heal, and fit the routers to the healed model.",
+    help="Heal a calibrated checkpoint: keep its experts, and fit its routers to the healed model.",
 )  # fmt: skip
 @processes_option
 @set_option
@@ -100,8 +100,8 @@ def command(
     For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
     A budget is a mean over the calibration data. If your data spend more or less than you ask for, solve the budgets
-    again on your data with --budgets-only, which also works on an export. A calibrated checkpoint is healed afterwards
-    with --heal-only, which saves looking for the experts again.
+    again on your data with --budgets-only, which also works on an export. To heal a
+    checkpoint after its calibration, use --heal-only, which does not look for experts again.
     """
     from dpn_cli.calibration.settings import (
         budgets_recipe,
