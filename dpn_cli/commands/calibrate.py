@@ -100,8 +100,8 @@ def command(
     For several machines, run `accelerate launch --no_python dpn calibrate ...` on each.
 
     A budget is a mean over the calibration data. If your data spend more or less than you ask for, solve the budgets
-    again on your data with --budgets-only, which also works on an export. To heal a
-    checkpoint after its calibration, use --heal-only, which does not look for experts again.
+    again on your data with --budgets-only, which also works on an export. To heal a checkpoint after its calibration,
+    use --heal-only, which does not look for experts again.
     """
     from dpn_cli.calibration.settings import (
         budgets_recipe,
