@@ -174,7 +174,14 @@ def test_random_tokens_are_the_same_in_any_batch_and_others_for_other_sizes(make
     assert together[0] != list(range(together[0][0], together[0][0] + 36))
 
 
-@every_preset
+@pytest.mark.parametrize(  # every expert batches exactly (test_every_kind.py): here, one preset of each shape
+    "baseline",
+    [
+        pytest.param(each, marks=[] if each.name in ("pyramiddrop", "divprune", "dart") else pytest.mark.slow)
+        for each in EVERY
+    ],
+    ids=lambda each: each.label,
+)
 def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, baseline: StaticPyramid) -> None:
     _, model = make_pair()
     assert_batch_equals_one_by_one(model.double(), baseline)

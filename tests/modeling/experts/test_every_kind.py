@@ -18,6 +18,9 @@ from tests.pyramids import VISUAL, collate, prompt, ragged_batch
 
 EXPERTS = [Expert.parse(text) for text in examples()]
 USUAL = [each for each in EXPERTS if not (each.share and each.cells) or each.kind == "diverse"]  # one that merges
+READING = [
+    each for each in USUAL if each.kind in ("pool", "diverse", "attended", "relevant", "guided", "exit")
+]  # all ways
 kinds = pytest.mark.parametrize("expert", EXPERTS, ids=str)
 
 
@@ -122,7 +125,7 @@ def test_a_batch_gives_what_its_samples_give_alone(make_pair: Any, expert: Exper
 
 
 @pytest.mark.parametrize(
-    "expert", [pytest.param(each, marks=[] if each in USUAL else pytest.mark.slow) for each in EXPERTS], ids=str
+    "expert", [pytest.param(each, marks=[] if each in READING else pytest.mark.slow) for each in EXPERTS], ids=str
 )
 def test_generation_with_beams_a_second_turn_and_no_cache(make_pair: Any, expert: Expert) -> None:
     _, model = make_pair(**static(expert, -1, 2))
