@@ -61,15 +61,13 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-CHOSEN = "--set calibration.survey.samples=48 --set calibration.survey.routes=64"
+CHOSEN = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
 ON_DEMO = (  # the generators are endless
-    "--data demo --samples 12288 --budget 0.25 --set calibration.holdout=0.035 --set calibration.epochs=20"
+    "--data demo --samples 12288 --set calibration.holdout=0.035 --set calibration.epochs=20"
 )
-ON_SECOND = (
-    "--data work/second-samples --samples 4096 --budget 0.25 --set calibration.holdout=0.07 --set calibration.epochs=40"
-)
+ON_SECOND = "--data work/second-samples --samples 4096 --set calibration.holdout=0.07 --set calibration.epochs=40"
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal-only --force --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
+HEAL = "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
 SHORT_HEAL = "--samples 32 --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
