@@ -63,10 +63,10 @@ def calibrate(
         processes: Processes that calibrate together, each with this call; by default those that a launcher has started.
         only: `budgets` leaves routers and weights as an earlier calibration has left them, and solves λ and the budget
             table, so that budgets are met on this data; `heal` keeps the experts and the routes, heals the model for
-            what its routers choose, and fits them again.
+            what its routers choose, and fits them again; where healing does not help, nothing is written.
 
     Returns:
-        The report; None in all processes but the main one, which alone fits and writes.
+        The report; None in all processes but the main one, which alone fits and writes, and where nothing is written.
 
     Raises:
         DataError: if there are too few samples, or bad ones.
@@ -112,6 +112,9 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
     learned = [*((samples[i], asked[i].is_answered) for i in healing), *texts]
     state = job.state.folder if job.state else None
     tuned = tune(job.model, job.processor, learned, recipe, state, processes, job.reporter, job.other)
+    if job.only and not job.model.is_adapted:
+        job.reporter.note("The checkpoint stays as it was.")
+        return None
     if paper:
         table, grids = _measure(job, measured, len(held))
     elif job.only or job.model.is_adapted:

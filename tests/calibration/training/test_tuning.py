@@ -32,7 +32,7 @@ from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
-from tests.runs import FEW
+from tests.runs import FEW, digests
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)
 RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.7, "heal": HEAL})
@@ -215,6 +215,18 @@ def test_healing_afterwards_is_healing_at_once(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
     with pytest.raises(UsageError, match="healed already"):
         calibrate(folder, DataOptions(str(data)), RECIPE, only="heal")
+
+
+def test_where_healing_afterwards_does_not_help_the_checkpoint_stays(
+    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    run(folder, data, RECIPE.model_copy(update={"heal": HealRecipe()}))
+    before = digests(folder)
+    monkeypatch.setattr(tuning, "heal", lambda *args, **options: TrainingReport(0, [0.0]))
+    assert calibrate(folder, DataOptions(str(data)), RECIPE, only="heal") is None
+    assert digests(folder) == before
 
 
 def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
