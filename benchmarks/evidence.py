@@ -62,10 +62,9 @@ class Step:
 
 DEMO, SECOND = "work/routed", "work/second"
 CHOSEN = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
-ON_DEMO = (  # the generators are endless
-    "--data demo --samples 12288 --set calibration.holdout=0.035 --set calibration.epochs=20"
-)
-ON_SECOND = "--data work/second-samples --samples 4096 --set calibration.holdout=0.07 --set calibration.epochs=40"
+FITTED = "--set calibration.holdout=0.07 --set calibration.epochs=40"
+ON_DEMO, ON_SECOND = f"--data demo --samples 6144 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
+WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
 SHORT_HEAL = "--samples 32 --set calibration.heal.steps=2 --set calibration.heal.samples=64"
@@ -75,7 +74,7 @@ STEPS = (
     Step("convert", f"dpn convert demo --output {DEMO}"),
     Step(
         "calibrate",
-        f"dpn calibrate --model {DEMO} {ON_DEMO} {CHOSEN} --set calibration.predictors.samples=24576",
+        f"dpn calibrate --model {DEMO} {ON_DEMO} {CHOSEN} {WATCHED}",
         SHORT,
     ),
     Step("calibration", f"calibration.py --model {DEMO} --samples 600", "--samples 16 --budget 0.25"),
