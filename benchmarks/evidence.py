@@ -66,7 +66,10 @@ FITTED = "--set calibration.holdout=0.07 --set calibration.epochs=40"
 ON_DEMO, ON_SECOND = f"--data demo --samples 6144 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
-HEAL = "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 --set calibration.heal.samples=9600"
+HEAL = (
+    "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 --set calibration.heal.gradient_accumulation=4 "
+    "--set calibration.heal.learning_rate=5e-4 --set calibration.heal.samples=24576"
+)
 SHORT_HEAL = "--samples 32 --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
 STEPS = (
@@ -83,12 +86,17 @@ STEPS = (
         f"frontier.py --model {DEMO} --samples 700 --max-new-tokens 12 --json frontier.json --plot frontier.png",
         "--samples 16 --budget 0.25",
     ),
-    Step("calibrate-healed", f"dpn calibrate --model work/healed {ON_DEMO} {HEAL}", SHORT_HEAL, (DEMO, "work/healed")),
+    Step(
+        "calibrate-healed",
+        f"dpn calibrate --model work/healed --data demo --samples 12288 {FITTED} {HEAL}",
+        SHORT_HEAL,
+        (DEMO, "work/healed"),
+    ),
     Step("healing", f"healing.py --plain {DEMO} --healed work/healed --samples 700", "--samples 16 --budget 0.25"),
     Step(
         "frontier-healed",
-        f"frontier.py --model {DEMO} --healed work/healed --samples 700 --max-new-tokens 12 --budget 0.2 --budget 0.15",
-        "--samples 16",
+        f"frontier.py --model {DEMO} --healed work/healed --samples 700 --max-new-tokens 12",
+        "--samples 16 --budget 0.25",
     ),
     Step(
         "second-samples",

@@ -28,7 +28,7 @@ from dpn_cli.parallel.processes import ALONE, Processes
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import HealRecipe
 
-HELD_OUT = (8, 128)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
+HELD_OUT = (8, 256)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
 LOOKS_PER_HELD_OUT = 2
 BUDGETS = 9  # that are drawn from
 
