@@ -55,7 +55,6 @@ from dpn_cli.modeling.state import (
     take_columns,
     visible_tokens,
 )
-from dpn_cli.modeling.varlen import has_kernel
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import Offer, offer
 from dpn_cli.pyramid.experts import KEEP, KINDS, Kind
@@ -70,7 +69,6 @@ class PyramidTextMixin:
     embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
-    training: bool
     rotary_emb: nn.Module
     _from_config: Callable[..., "PyramidTextMixin"]
 
@@ -335,8 +333,7 @@ class PyramidTextMixin:
         """Run some layers on the rows of a batch one after another, and lay the results out as the batch was."""
         row = packing.pack(state.hidden_states)
         angles = self.rotary_emb(row, position_ids=packing.pack(positions))
-        in_one_call = state.sizes is None and not self.training and has_kernel(row)
-        mask = packing.causal_mask() if in_one_call else packing.mask(partial(self._group_mask, state, layers.start))
+        mask = packing.mask(partial(self._group_mask, state, layers.start))
         with cache.laying_out(packing) if isinstance(cache, PyramidCache) else nullcontext():
             row = self._run_layers(layers, row, mask, angles, cache, **kwargs)
         return state.after(packing.lay_out(row))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpn_cli.modeling import packing, pyramid_text, varlen
+from dpn_cli.modeling import packing
 from dpn_cli.modeling.packing import Packing, rounded, split_by_length
 from dpn_cli.modeling.renamed import CACHE
 from tests.pyramids import collate, prompt, ragged_batch
@@ -97,6 +97,7 @@ def test_packed_or_padded_gives_the_same(make_pair: Any, packs: Any, side: str, 
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_row_that_is_hidden_altogether_takes_no_other_s_keys(make_pair: Any, packs: Any, use_cache: bool) -> None:
+    """All tokens are then in one row, so that packed keys are as long as laid-out ones."""
     _, model = make_pair()
     model.set_route((1, 1, 0))
     packs(0)
@@ -108,83 +109,19 @@ def test_a_row_that_is_hidden_altogether_takes_no_other_s_keys(make_pair: Any, p
     assert torch.allclose(logits, alone, atol=2e-5)
 
 
-def kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, _: Any, *longest: int, **kw: Any
-) -> torch.Tensor:
-    """Compute what PyTorch's kernel does, row by row; arguments and results are [T, H, D]."""
-    assert ends.dtype == torch.int32 and kw.pop("window_size") == (-1, 0)
-    assert set(longest) == {int(ends.diff().max())} and len(query) == ends[-1]
-    rows = [slice(*each) for each in pairwise(ends.tolist())]
-    outputs = []
-    for row in rows:
-        q, k, v = (states[row].transpose(0, 1) for states in (query, key, value))
-        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, **kw).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.fixture
-def one_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let this machine have the kernel; return the lengths of the packed rows that it is given."""
-    calls: list[int] = []
-
-    def counted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(len(query))
-        return kernel(query, *args, **kwargs)
-
-    monkeypatch.setattr(varlen, "KERNEL", counted)
-    monkeypatch.setattr(pyramid_text, "has_kernel", lambda states: True)
-    return calls
-
-
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=5).filter(any), st.integers(0, 30))
-def test_one_kernel_gives_what_groups_give(lengths: list[int], call_cost: int) -> None:
-    length = sum(lengths)
-    valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
+def test_laid_out_keys_give_what_packed_ones_give(lengths: list[int], call_cost: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing.CALL_COST, "cpu", call_cost)
-        patch.setattr(varlen, "KERNEL", kernel)
-        packed = Packing.of(lengths, length, torch.device("cpu"))
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-
-        def mask_of(group: packing.Group) -> torch.Tensor:
-            seen = causal[: group.longest, : group.longest] & group.of_batch(valid)[:, None]
-            return (seen | torch.eye(group.longest, dtype=torch.bool))[:, None]
-
-        query, key, value = torch.randn(3, 1, 2, len(packed.places), 4)
-        attention = torch.nn.functional.scaled_dot_product_attention
-        masks = (packed.mask(mask_of), packed.causal_mask())
-        apart, at_once = (attention(query, key, value, attn_mask=mask) for mask in masks)
-    assert torch.allclose(apart[:, :, :length], at_once[:, :, :length], atol=1e-6)
-
-
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_a_model_gives_the_same_with_one_kernel(
-    make_pair: Any, packs: Any, one_kernel: list[int], use_cache: bool
-) -> None:
-    _, model = make_pair()
-    model.set_route(ROUTES)
-    inputs = collate(ragged_batch())
-    shown = inputs["attention_mask"].bool()
-    found = []
-    for cost in (None, 0):
-        packs(cost)
-        with torch.no_grad():
-            found.append(model(**inputs, use_cache=use_cache).logits[shown])
-    padded, packed = found
-    assert torch.allclose(packed, padded, atol=2e-5)
-    assert len(one_kernel) == 6, "the layers after the first site"
-
-
-@pytest.mark.parametrize(("settings", "trains"), [({"attention": "sized"}, False), ({}, True)], ids=str)
-def test_what_the_one_kernel_cannot_do_is_not_asked_of_it(
-    make_pair: Any, packs: Any, one_kernel: list[int], settings: dict[str, str], trains: bool
-) -> None:
-    _, model = make_pair(**settings)
-    model.set_route(ROUTES)
-    packs(0)
-    model.train(trains)
-    model(**collate(ragged_batch()), use_cache=False)
-    assert not one_kernel
+        packed = Packing.of(lengths, sum(lengths), torch.device("cpu"))
+    length = sum(lengths)
+    valid = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
+    mask = packed.mask(lambda group: group.of_batch(valid)[:, None, None])
+    states = torch.randn(3, 1, 2, len(packed.places), 4)
+    query, key, value = states
+    laid_out = (packed.lay_out_heads(each) for each in (key, value))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attention(query, key, value, attn_mask=mask), attention(query, *laid_out, attn_mask=mask))
 
 
 def test_a_mask_goes_to_a_device_and_takes_no_dtype() -> None:
