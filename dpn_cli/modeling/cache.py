@@ -69,14 +69,11 @@ class PyramidCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a chunk's keys and values to a layer, and return all that it holds.
 
-        They are [B, heads, S, head size]. Those of packed rows, [1, heads, T, head size], are the first, and are
-        returned as they are; see `laying_out`.
+        They are [B, heads, S, head size], or of packed rows [1, heads, T, head size]; see `laying_out`.
         """
-        if self._packing is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        laid_out = map(self._packing.lay_out_heads, (key_states, value_states))
-        super().update(*laid_out, layer_idx, *args, **kwargs)
-        return key_states, value_states
+        if self._packing is not None:
+            key_states, value_states = map(self._packing.lay_out_heads, (key_states, value_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def num_valid(self, segment: int) -> int | torch.Tensor:
         """Return how many tokens that are not padding a segment holds: one number, or [B, 1]."""

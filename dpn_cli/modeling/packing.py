@@ -2,8 +2,7 @@
 
 The routes of a batch leave its rows with very different numbers of tokens: padded to the longest, the rows that were
 pooled most would gain nothing. Packed one after another they need no padding where a layer looks at every token by
-itself. So does attention on a GPU that has a kernel for it; else attention lays them out again, in groups of rows of
-similar lengths.
+itself. Only attention lays them out again, in groups of rows of similar lengths.
 
 Shapes: B batch, S sequence, T tokens of all rows together and a few arbitrary ones, see `rounded`; b rows of a group,
 n their tokens, k those of its longest row; H heads, D hidden or head size.
@@ -17,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dpn_cli.modeling import varlen
 from dpn_cli.modeling.state import on_device, put
 
 KERNEL = "sdpa"
@@ -65,10 +63,10 @@ class Group:
         tokens = _inverse(places, len(rows) * longest, start)
         return cls(index, len(rows), longest, span, _send(places, device), _send(tokens, device))
 
-    def of_batch(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the group's part of what lies in the batch as [B, S]."""
+    def of_batch(self, values: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Return the group's part of what lies in the batch as [B, …, S, …], S in a dimension."""
         own = values if self.rows is None else values.index_select(0, self.rows)
-        return own[:, own.shape[1] - self.longest :]
+        return own.narrow(dim, own.shape[dim] - self.longest, self.longest)
 
     def lay_out(self, values: torch.Tensor) -> torch.Tensor:
         """Return of packed values [1, H, T, D] those of the group, [b, H, k, D]."""
@@ -87,20 +85,16 @@ class Packing:
     """How the rows of a batch, padded on the left, lie one after another.
 
     Attributes:
-        groups: the rows in the order in which they are packed; none where one kernel takes them all.
+        groups: the rows in the order in which they are packed.
         shape: B and S.
         places: [T] where in the batch every packed token lies, of B·S; the first place for arbitrary ones.
         tokens: [B·S] which packed token lies where in the batch, an arbitrary one for padding.
-        ends: [B + 2] int32, where the rows end in the packed row, after a 0; the arbitrary tokens are the last.
-        longest: number of tokens of the longest of them.
     """
 
     groups: Sequence[Group]
     shape: tuple[int, int]
     places: torch.Tensor
     tokens: torch.Tensor
-    ends: torch.Tensor
-    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], length: int, device: torch.device) -> Self:
@@ -110,13 +104,10 @@ class Packing:
         for rows in split:
             groups.append(Group.of(rows, lengths, groups[-1].span.stop if groups else 0, device))
         order = [row for rows in split for row in rows]
-        own = [lengths[row] for row in order]
-        places = _places(order, own, length)
+        places = _places(order, [lengths[row] for row in order], length)
         tokens = _inverse(places, len(lengths) * length)
-        own.append(rounded(len(places)) - len(places))
-        places = pad(places, (0, own[-1]))
-        ends = put([0, *accumulate(own)], device, torch.int32)
-        return cls(groups, (len(lengths), length), _send(places, device), _send(tokens, device), ends, max(own))
+        places = pad(places, (0, rounded(len(places)) - len(places)))
+        return cls(groups, (len(lengths), length), _send(places, device), _send(tokens, device))
 
     @staticmethod
     def pays(lengths: Sequence[int], length: int, device: torch.device) -> bool:
@@ -139,10 +130,6 @@ class Packing:
     def mask(self, mask_of: Callable[[Group], torch.Tensor | None]) -> "PackedMask":
         """Return the attention mask of the packed row, from those of its groups."""
         return PackedMask(replace(self, groups=[replace(group, mask=mask_of(group)) for group in self.groups]))
-
-    def causal_mask(self) -> "PackedMask":
-        """Return the mask with which one kernel computes all attention: each token sees all before it in its row."""
-        return PackedMask(replace(self, groups=()))
 
     def to(self, device: torch.device) -> "Packing":
         """Return the packing, and all that is in it, on a device."""
@@ -180,12 +167,12 @@ class PackedMask(torch.Tensor):
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: PackedMask, **options: Any
 ) -> torch.Tensor:
-    """Return the attention output [1, H, T, D] of packed queries, keys and values."""
+    """Return the attention output [1, H, T, D] of packed queries; a cache has laid keys and values out already."""
     packing, outputs = attn_mask.packing, []
-    if not packing.groups:
-        return varlen.attend(query, key, value, packing.ends, packing.longest, options.get("scale"))
+    if (key.shape[0], key.shape[2]) != packing.shape:
+        key, value = packing.lay_out_heads(key), packing.lay_out_heads(value)
     for group in packing.groups:
-        states = (group.lay_out(query), group.lay_out(key), group.lay_out(value))
+        states = (group.lay_out(query), group.of_batch(key, dim=2), group.of_batch(value, dim=2))
         own: dict[str, Any] = {**options, "attn_mask": group.mask, "is_causal": group.mask is None}
         outputs.append(group.pack(scaled_dot_product_attention(*states, **own)))
     packed = torch.cat(outputs)
