@@ -67,8 +67,9 @@ ON_DEMO, ON_SECOND = f"--data demo --samples 6144 {FITTED}", f"--data work/secon
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = (
-    "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 --set calibration.heal.gradient_accumulation=4 "
-    "--set calibration.heal.learning_rate=5e-4 --set calibration.heal.samples=24576"
+    "--heal-only --force --num-processes 2 --budget 0.2 --set calibration.heal.steps=300 "
+    "--set calibration.heal.gradient_accumulation=4 --set calibration.heal.learning_rate=5e-4 "
+    "--set calibration.heal.samples=24576"
 )
 SHORT_HEAL = "--samples 32 --set calibration.heal.steps=2 --set calibration.heal.samples=64"
 SECOND_TEACHER = HERE / "second_teacher"
