@@ -98,11 +98,14 @@ def healing_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
 
     Raises:
         RecipeError: if an override is wrong, or about what stays.
+        UsageError: if no method is to heal.
     """
     for key in map(_key, overrides):
         if key.startswith(("calibration.survey", "calibration.predictors")):
             raise RecipeError(f"--heal-only keeps the experts and the routes: leave out --set {key}")
-    recipe = calibration_recipe(folder, (*overrides, "calibration.heal.method=lora"), options)
+    recipe = calibration_recipe(folder, ("calibration.heal.method=lora", *overrides), options)
+    if recipe.heal.method == "none":
+        raise UsageError("--heal-only heals: leave out --heal none (calibration.heal.method=none)")
     return recipe.model_copy(update={"predictors": None})
 
 

@@ -113,15 +113,13 @@ def command(
 
     only: Only | None = "budgets" if budgets_only else "heal" if heal_only else None
     options = {"budget": budget, "samples": samples, "seed": seed, "load_in": load_in, "dtype": dtype}
-    overrides = (*overrides, f"calibration.heal.method={heal}") if heal and not only else overrides
+    overrides = (*overrides, f"calibration.heal.method={heal}") if heal and not budgets_only else overrides
     overrides = (*overrides, f"calibration.survey.experts=[{experts}]") if experts else overrides
     with together():
         if budgets_only and heal_only:
             raise UsageError("--budgets-only trains nothing, --heal-only does: leave one out")
         if budgets_only and heal not in (None, "none"):
             raise UsageError("--budgets-only trains nothing: leave out --heal")
-        if heal_only and heal == "none":
-            raise UsageError("--heal-only heals: leave out --heal none")
         if only and experts:
             raise UsageError(f"--{only}-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)

@@ -1,6 +1,5 @@
 """Calibration of a converted checkpoint as one call: what it writes, what it leaves alone."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
-from tests.runs import FEW, noise_pictures
+from tests.runs import FEW, digests, noise_pictures
 
 SURVEY = SurveyRecipe(samples=2, routes=6, width=1)
 RECIPE = CalibrationRecipe.model_validate({**FEW, "budget": 0.6, "survey": SURVEY})
@@ -59,11 +58,6 @@ def run(folder: Path, data: Path, recipe: CalibrationRecipe = RECIPE) -> Any:
         assert sum(done) == total, f"{description} must report all of its steps"
 
     return calibrate(folder, DataOptions(str(data)), recipe, Reporter(progress=counted))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "state"]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def test_only_routers_settings_and_report_change(converted: Path, calibrated: Path) -> None:
@@ -254,6 +248,7 @@ def test_interrupted_writing_leaves_the_old_files(
     monkeypatch.setattr(store, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         run(folder, data, QUICK)
+    shutil.rmtree(folder / "calibration" / "state")
     assert digests(folder) == before
 
 

@@ -194,6 +194,7 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--budgets-only", "--set", "calibration.epochs=3"], "leave out --set calibration.epochs; it takes calib"),
         (["--heal-only", "--budgets-only"], "leave one out"),
         (["--heal-only", "--heal", "none"], "leave out --heal none"),
+        (["--heal-only", "--set", "calibration.heal.method=none"], "leave out --heal none"),
         (["--heal-only", "--experts", "pool"], "leave out --experts"),
         (["--heal-only", "--set", "calibration.survey.routes=4"], "leave out --set calibration.survey.routes"),
         (

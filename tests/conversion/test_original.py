@@ -1,6 +1,5 @@
 """The original LLaVA layout converts to the model that Hugging Face's layouts hold."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.families.tensors import COMPUTED, llava_tensors
 from dpn_cli.pyramid.config import DPE_PARTS
 from tests.originals import Original, write_hugging_face
+from tests.runs import digests
 
 
 def inputs(image: int) -> dict[str, torch.Tensor]:
@@ -36,10 +36,6 @@ def logits(model: Any, rows: int) -> torch.Tensor:
 
 def converted(original: Original, output: Path, **options: Any) -> Path:
     return convert(str(original.folder), output=output, vision_tower=str(original.clip), **options).output
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_layout_of_one_model_gives_the_same_logits(
@@ -67,12 +63,12 @@ def test_every_layout_of_one_model_gives_the_same_logits(
 )
 def test_its_variants_are_read(make_original: Callable[..., Original], tmp_path: Path, options: dict[str, Any]) -> None:
     original = make_original(**options)
-    before = digest(original.folder)
+    before = digests(original.folder)
     folder = converted(original, tmp_path / "out")
     model = dpn_cli.load(folder)
     assert model.dtype == original.config.dtype
     assert torch.equal(logits(model, original.rows), logits(original.reference(), original.rows))
-    assert digest(original.folder) == before
+    assert digests(original.folder) == before
 
 
 @pytest.mark.parametrize(("layout", "files"), [("hub", "safetensors"), ("new", "bin")])
@@ -184,11 +180,11 @@ def test_what_is_not_llava_15_is_refused(make_original: Callable[..., Original],
 
 def refused(original: Original, tmp_path: Path, message: str) -> None:
     """Check that a conversion fails as a bad checkpoint, writes nothing and leaves the source alone."""
-    before = digest(original.folder)
+    before = digests(original.folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         converted(original, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert digest(original.folder) == before
+    assert digests(original.folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "llava-v1.5-tiny"]
 
 
@@ -308,11 +304,11 @@ def test_what_wrappers_add_to_names_is_taken_off(
     else:
         source, tower = write_hugging_face(original, tmp_path / "in", layout, files), None
     wrapped(source, *prefixes, inside=inside)
-    before = digest(source)
+    before = digests(source)
     done = convert(str(source), output=tmp_path / "out", vision_tower=tower, verify=True)
     assert all(part in done.notes[0] for part in (*prefixes, inside))
     assert torch.equal(logits(dpn_cli.load(done.output), original.rows), logits(original.reference(), original.rows))
-    assert digest(source) == before
+    assert digests(source) == before
 
 
 @pytest.mark.parametrize(
