@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -148,13 +147,13 @@ STEPS = (
 )
 
 
-def header(step: Step, words: Sequence[str], seconds: float, cpu_seconds: float) -> str:
+def header(step: Step, is_small: bool, seconds: float, cpu_seconds: float) -> str:
     """Say what was run, when, where and with what."""
     copy = f"cp -r {shlex.join(step.copied)}; " if step.copied else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("dpn-cli", *PACKAGES))
     return "\n".join(
         [
-            f"command: {copy}{shlex.join(words)}",
+            f"command: {copy}{shlex.join(step.words(is_small))}",
             f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; wall time {seconds:.0f} s, CPU time {cpu_seconds:.0f} s",
             f"machine: {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
             f"{platform.python_version()}",
@@ -181,7 +180,7 @@ def run(step: Step, output: Path, is_small: bool) -> None:
     if ended.returncode:
         last = "\n".join(ended.stderr.strip().splitlines()[-5:])
         raise DpnError(f"step {step.name} ended with exit code {ended.returncode}: {last}")
-    text = header(step, step.words(is_small), time.perf_counter() - start, children_seconds() - cpu_start)
+    text = header(step, is_small, time.perf_counter() - start, children_seconds() - cpu_start)
     (output / f"{step.name}.txt").write_text(f"{text}\n\n{ended.stdout}", encoding="utf-8")
 
 
