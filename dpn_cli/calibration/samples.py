@@ -1,7 +1,7 @@
 """The samples of a calibration: those that are measured, and those that only healing and predictors read. No torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
@@ -45,6 +45,7 @@ def load_samples(
     measured = load(recipe.samples, reporter)
     if recipe.samples_read == recipe.samples:
         return CalibrationData(measured, (), measured.digest)
-    more, known = load(recipe.samples_read, SILENT), {(each.row, each.id) for each in measured.samples}
+    unsaid = replace(reporter, note=SILENT.note)  # what was found was said of the first ones
+    more, known = load(recipe.samples_read, unsaid), {(each.row, each.id) for each in measured.samples}
     further = [sample for sample in more.samples if (sample.row, sample.id) not in known]
     return CalibrationData(measured, further, f"{measured.digest}, {more.digest}")

@@ -2,6 +2,7 @@
 
 from functools import cached_property, partial
 from io import BytesIO
+from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from dpn_cli.data.formats import Request
@@ -9,6 +10,8 @@ from dpn_cli.data.rows import KIND_FIELD
 from dpn_cli.data.samples import Sample, StoredImage, Turn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dpn_cli.demo.pictures import Sample as Picture
     from dpn_cli.demo.pictures import Split
 
@@ -21,25 +24,18 @@ class DemoPictures:
     name = "demo"
 
     def __init__(self, split: "Split", count: int) -> None:
-        """Take note of which pictures; they are composed when the first sample is asked for."""
+        """Take note of which pictures; each is composed when it, or a later one, is first asked for."""
         self.format = f"demo pictures ({split})"
         self.split: Split = split
         self.count = count
+        self._composed: list[Sample] = []
+        self._composing = Lock()
 
     @cached_property
-    def samples(self) -> list[Sample]:
-        """Compose the pictures."""
+    def _stream(self) -> "Iterator[Picture]":
         from dpn_cli.demo.pictures import samples
 
-        return [
-            Sample(
-                each.id,
-                (StoredImage(f"the picture of {each.id}", partial(_encoded, each)),),
-                (Turn(each.question, each.answer, images=1),),
-                each.kind,
-            )
-            for each in samples(self.split, self.count)
-        ]
+        return samples(self.split, self.count)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -59,7 +55,15 @@ class DemoPictures:
 
     def sample(self, index: int) -> Sample:
         """Return one sample."""
-        return self.samples[index]
+        with self._composing:
+            while len(self._composed) <= index:
+                self._composed.append(_asked(next(self._stream)))
+        return self._composed[index]
+
+
+def _asked(picture: "Picture") -> Sample:
+    image = StoredImage(f"the picture of {picture.id}", partial(_encoded, picture))
+    return Sample(picture.id, (image,), (Turn(picture.question, picture.answer, images=1),), picture.kind)
 
 
 def _encoded(picture: "Picture") -> bytes:

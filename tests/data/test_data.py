@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dpn_cli.data.demo import DemoPictures
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
@@ -407,6 +408,16 @@ def test_demo_samples_are_the_first_of_their_stream() -> None:
     few, more = (load_data(DataOptions("demo"), split="heldout", limit=limit) for limit in (3, 5))
     assert [s.id for s in few.samples] == [s.id for s in more.samples[:3]]
     assert all(s.kind and s.turns[0].answer for s in few.samples)
+
+
+def test_a_demo_picture_is_composed_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = DemoPictures("heldout", 9)
+    first = [demo.sample(index).id for index in (1, 0)]
+    assert first == ["heldout-0-1", "heldout-0-0"]
+    monkeypatch.setattr("dpn_cli.demo.pictures.compose", None)  # no more can be
+    assert [demo.sample(index).id for index in (1, 0)] == first
+    with pytest.raises(TypeError):
+        demo.sample(8)
 
 
 def test_an_image_that_changed_after_the_scan_is_named(tmp_path: Path) -> None:
