@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -235,10 +236,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         channels.silence(channels.STDOUT)  # in the interpreter's last flush
         return 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - all of them become a sentence and an exit code
         console.speak_up()
         if settings.debug:
-            raise
+            console.error(traceback.format_exc().rstrip("\n"))
         console.error(f"Error: {_short(_sentence(error))}")
         return _exit_code(error)
     finally:

@@ -318,6 +318,8 @@ class _PlainProgress:
             note(self._line(now - self.start))
 
     def _line(self, elapsed_s: float) -> str:
+        if not self.done:
+            return f"{self.description}: 0/{self.total}"
         rate = self.done / max(elapsed_s, 1e-9)
         left = f"{_clock((self.total - self.done) / rate)} left"
         return f"{self.description}: {self.done}/{self.total}, {'done' if self.done >= self.total else left}"

@@ -89,13 +89,16 @@ def test_off_a_terminal_progress_is_a_plain_last_line(capsys: pytest.CaptureFixt
 
 
 def test_plain_progress_says_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 4.0, 20.0, 24.0])
+    clock = iter([0.0, 4.0, 20.0, 24.0, 0.0, 11.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("counting", total=100) as advance:
         advance(10)
         advance(30)
         advance(10)
     assert capsys.readouterr().err == "counting: 40/100, 0:30 left\n"
+    with console.progress("counting", total=100) as advance:
+        advance(0)
+    assert capsys.readouterr().err == "counting: 0/100\n"
 
 
 def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.data.encoding import expected_grids, prompt_tokens, token_limit
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError, UsageError
+from dpn_cli.inference.adapter import require_peft
 from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
 from dpn_cli.inference.loading import default_device, load_opened_processor, max_positions
 from dpn_cli.inference.provenance import in_words
@@ -85,6 +86,9 @@ def open_job(
             raise UsageError(f"{folder} has a fixed route, so no router chooses: there is nothing to calibrate")
         if only:
             validate_kept(folder, pyramid, only)
+        surveyed = None if only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
+        if recipe.trains_adapter:
+            require_peft()
         processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
         asked = [sample for sample in read.samples if sample.images]
         needed = 1 if only == "budgets" else MIN_SAMPLES
@@ -94,9 +98,8 @@ def open_job(
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
-        if only == "budgets":
+        if only == "budgets" and recipe.budget == (pyramid.budget or 1.0):  # nobody has asked for it
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
-        surveyed = None if only else candidates(folder, pyramid, layout.shape.num_layers, recipe.survey)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
         measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid, surveys=surveyed is not None)
         measured |= {"teacher": other and model_fingerprint(other.checkpoint)}

@@ -46,6 +46,7 @@ def load_samples(
     if recipe.samples_read == recipe.samples:
         return CalibrationData(measured, (), measured.digest)
     unsaid = replace(reporter, note=SILENT.note)  # what was found was said of the first ones
-    more, known = load(recipe.samples_read, unsaid), {(each.row, each.id) for each in measured.samples}
-    further = [sample for sample in more.samples if (sample.row, sample.id) not in known]
+    more, known = load(recipe.samples_read, unsaid), set(measured.contents)  # a stream numbers its rows anew
+    pairs = zip(more.samples, more.contents, strict=True)
+    further = [sample for sample, content in pairs if content not in known]
     return CalibrationData(measured, further, f"{measured.digest}, {more.digest}")

@@ -46,7 +46,7 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
                 f"calibrate against: {IMPORTED_USE}"
             )
         raise CheckpointError(
-            f"{folder} has no {RECIPE_FILE}, so it is no folder of `dpn convert`, as an export is none: calibrate the "
+            f"{folder} has no {RECIPE_FILE}, so `dpn convert` did not write it; if it is an export, calibrate the "
             "folder that it was exported from (--budgets-only takes exports, too)"
         )
     for key in map(_key, overrides):
@@ -66,19 +66,25 @@ def calibration_recipe(folder: Path, overrides: Sequence[str], options: dict[str
     return recipe.calibration.model_copy(update={"predictors": predictors})
 
 
-def validate_replaceable(folder: Path, force: bool, restart: bool) -> None:
-    """Check that no results are lost that somebody wants to keep.
+def validate_replaceable(folder: Path, force: bool, restart: bool, only: Only | None = None) -> None:
+    """Check that no results are lost that somebody wants to keep; solving budgets loses none.
 
     Raises:
         UsageError: if the checkpoint is calibrated, unless an unfinished calibration goes on, which may replace it.
     """
     pyramid = open_converted(folder)[2]
     goes_on = (folder / STATE_FOLDER).is_dir() and not restart
-    if pyramid.budgets and not (force or goes_on):
+    if not pyramid.budgets or force or goes_on or only == "budgets":
+        return
+    if only == "heal":
         raise UsageError(
-            f"{folder} is calibrated already, {pyramid.calibrated_on}: copy the folder if you want to keep that, and "
-            "pass --force to replace it (another budget needs no calibration: dpn export --budget)"
+            f"{folder}: healing replaces the routers that were calibrated {pyramid.calibrated_on}: copy the folder if "
+            "you want to keep them, and pass --force"
         )
+    raise UsageError(
+        f"{folder} is calibrated already, {pyramid.calibrated_on}: copy the folder if you want to keep that, and "
+        "pass --force to replace it (another budget needs no calibration: dpn export --budget)"
+    )
 
 
 def validate_kept(folder: Path, pyramid: PyramidConfig, only: Only) -> None:
@@ -90,11 +96,11 @@ def validate_kept(folder: Path, pyramid: PyramidConfig, only: Only) -> None:
     if not pyramid.budgets:
         raise UsageError(f"{folder} has no calibrated routers that could be kept: calibrate without --{only}-only")
     if only == "heal" and ADAPTER_KEY in pyramid.calibration:
-        raise UsageError(f"{folder} is healed already: calibrate it anew with --heal lora in place of --heal-only")
+        raise UsageError(f"{folder} is healed already: calibrate it again, with --heal lora instead of --heal-only")
 
 
 def healing_recipe(folder: Path, overrides: Sequence[str], options: dict[str, Any]) -> CalibrationRecipe:
-    """Return the recipe of a calibration that only heals: as `calibration_recipe`, without what chooses experts.
+    """Return the recipe of a calibration that only heals: as before, without what chooses experts.
 
     Raises:
         RecipeError: if an override is wrong, or about what stays.
@@ -103,7 +109,8 @@ def healing_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
     for key in map(_key, overrides):
         if key.startswith(("calibration.survey", "calibration.predictors")):
             raise RecipeError(f"--heal-only keeps the experts and the routes: leave out --set {key}")
-    recipe = calibration_recipe(folder, ("calibration.heal.method=lora", *overrides), options)
+    known = [f"calibration.{key}={value}" for key, value in _recorded(open_converted(folder)[2]).items()]
+    recipe = calibration_recipe(folder, ("calibration.heal.method=lora", *known, *overrides), options)
     if recipe.heal.method == "none":
         raise UsageError("--heal-only heals: leave out --heal none (calibration.heal.method=none)")
     return recipe.model_copy(update={"predictors": None})
@@ -129,10 +136,15 @@ def budgets_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
             )
     pyramid = open_converted(folder)[2]
     data = read_json(folder / RECIPE_FILE) if has_recipe(folder) else load_recipe(DEFAULT_RECIPE).to_dict()
-    recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
-    data["calibration"] = {**data.get("calibration", {}), **recorded, "budget": pyramid.budget or 1.0}
+    data["calibration"] = {**data.get("calibration", {}), "budget": 1.0, **_recorded(pyramid)}
     options = {**options, "objective": "rate_distortion", "heal": {"method": "none"}, "predictors": None}
     return _resolved(data, overrides, options, where=folder).calibration
+
+
+def _recorded(pyramid: PyramidConfig) -> dict[str, Any]:
+    """Return how a checkpoint was measured when it was calibrated, and the budget that it is set to."""
+    recorded = {key: value for key, value in pyramid.calibration.items() if key in _MEASURING}
+    return recorded | ({"budget": pyramid.budget} if pyramid.budget else {})
 
 
 def recipe_name(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """The tensors that a conversion adds, as they are before any calibration. No torch.
 
-The head is zero, so that all rates tie and 1×1 wins (lossless); poolers average; other linear layers are drawn from
-N(0, 0.02²) with a fixed seed, so that a conversion is reproducible.
+The head is zero, so that all experts tie and the first one, which keeps all tokens, wins (lossless); poolers average;
+other linear layers are drawn from N(0, 0.02²) with a fixed seed, so that a conversion is reproducible.
 """
 
 import math

@@ -45,7 +45,9 @@ def in_use(folder: Path) -> Iterator[Use]:
     Raises:
         UsageError: if another run is replacing it; names that run.
     """
-    with _holding(folder, fcntl.LOCK_SH, "is being replaced by {holder}: wait for its end, or stop it") as descriptor:
+    with _holding(
+        folder, fcntl.LOCK_SH, "is being replaced by {holder}: wait for it to finish, or stop it"
+    ) as descriptor:
         yield Use(descriptor)
 
 
@@ -56,7 +58,7 @@ def to_be_replaced(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: if another run uses it; names that run.
     """
-    with _holding(folder, fcntl.LOCK_EX, "is in use by {holder}: wait for its end, or stop it"):
+    with _holding(folder, fcntl.LOCK_EX, "is in use by {holder}: wait for it to finish, or stop it"):
         yield
 
 

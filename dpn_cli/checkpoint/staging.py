@@ -35,7 +35,7 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
     """
     check_target(target, force, may_replace, source)
     target = Path(os.path.realpath(target))  # a loop of links, too, is no error yet
-    refusal = f"{target} is being written by " + "{holder}: wait for its end, or choose another --output"
+    refusal = f"{target} is being written by " + "{holder}: wait for it to finish, or choose another --output"
     with workplace(target, refusal, "choose another --output") as work, to_be_replaced(target):
         check_target(target, force, may_replace, source)
         stage = work / "stage"

@@ -93,7 +93,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Plot the results into a .png or .svg file, which is replaced if it exists.",
+    help="Plot the results into a .png, .svg or .pdf file, which is replaced if it exists.",
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")

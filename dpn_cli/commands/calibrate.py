@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     type=Fraction(),
-    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only the "
-    "one that the checkpoint is set to.",
+    help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only "
+    "and --heal-only the one that the checkpoint is set to.",
 )
 @click.option("--samples", type=SAMPLES, help="Number of calibration samples; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling and fitting; default: the recipe's.")
@@ -73,7 +73,12 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Discard what an unfinished calibration has measured, and start over.")
 @click.option("-f", "--force", is_flag=True, help="Replace the results of an earlier calibration.")
 @wide_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report as JSON; that of the earlier calibration where healing does not help.",
+)
 def command(
     model: Path | None,
     data: "DataOptions",
@@ -123,14 +128,14 @@ def command(
         if only and experts:
             raise UsageError(f"--{only}-only keeps the routes that are offered: leave out --experts")
         folder = checkpoint_folder(model)
-        if not budgets_only:
-            validate_replaceable(folder, force, restart)
-        earlier = open_converted(folder)[2].calibrated_on
         recipes = {"budgets": budgets_recipe, "heal": healing_recipe, None: calibration_recipe}
         recipe = recipes[only](folder, overrides, {k: v for k, v in options.items() if v is not None})
+        validate_replaceable(folder, force, restart, only)
+        earlier = open_converted(folder)[2].calibrated_on
 
     with console.waiting("starting"):
         from dpn_cli.calibration.calibrate import calibrate
+        from dpn_cli.calibration.store import REPORT_FILE
 
     try:
         report = calibrate(folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, only=only)
@@ -138,6 +143,8 @@ def command(
         console.note("What was measured is kept: run the same command line again to go on from there.")
         raise
     if report is None:
+        if as_json:
+            console.echo((folder / REPORT_FILE).read_text(encoding="utf-8"))
         return
     try:
         with extra(f"{workspace.FOLDER} cannot be written here, so pass  --model {folder}"):

@@ -12,7 +12,7 @@ from dpn_cli.commands.options import set_option
 from dpn_cli.commands.replaced import in_place_of
 from dpn_cli.commands.tables import show_sites
 from dpn_cli.extras import extra
-from dpn_cli.families.family import ALIASES
+from dpn_cli.families.family import ALIASES, CONVERTED
 
 if TYPE_CHECKING:
     from dpn_cli.conversion.convert import Conversion
@@ -83,13 +83,16 @@ def command(
     workspace.check_state_folder()
     from dpn_cli.checkpoint.headers import read_config
     from dpn_cli.checkpoint.source import resolve_source
+    from dpn_cli.checkpoint.staging import check_target
     from dpn_cli.conversion.convert import IMPORTED, convert, default_output, default_recipe
     from dpn_cli.pyramid.recipe import load_recipe
 
+    chosen = load_recipe(recipe, overrides) if recipe else None
+    if output is not None:
+        check_target(output, force, CONVERTED, Path(model).expanduser())
     source = resolve_source(model)  # a download shows how far it is
     if recipe is None and overrides:
-        recipe = default_recipe(source, read_config(source.path))
-    chosen = load_recipe(recipe, overrides) if recipe else None
+        chosen = load_recipe(default_recipe(source, read_config(source.path)), overrides)
     output = default_output(source) if output is None else output
     replaced = in_place_of(output)
     with console.waiting("converting"):

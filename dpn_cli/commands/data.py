@@ -69,7 +69,7 @@ def command(
     elif not has_recipe(folder):
         console.note(
             f"{folder} is an export, or its pyramid was trained with the model, so no calibration is estimated. "
-            "--model names another folder of `dpn convert`."
+            "To estimate one, pass --model with a folder that `dpn convert` wrote."
         )
 
 

@@ -92,7 +92,7 @@ _OF_QUESTIONS = ("metric", "seed", "max_new_tokens", "plot")  # options that say
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Plot KL against FLOPs into a .png or .svg file, which is replaced if it exists.",
+    help="Plot KL against FLOPs into a .png, .svg or .pdf file, which is replaced if it exists.",
 )
 @wide_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

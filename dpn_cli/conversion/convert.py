@@ -136,11 +136,12 @@ def convert(
         small_files = Path(name)
         _write_small_files(small_files, opened, conversion, recipe, completion)
         try_out(small_files, layout, source.path)
+        if not dry_run:
+            check_space(conversion.output, _needed_bytes(opened, conversion))
         if check_values:
             _check_values(opened)
         if dry_run:
             return conversion
-        check_space(conversion.output, _needed_bytes(opened, conversion))
         with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
             written = _write(stage, small_files, opened, conversion)
             if verify and written.placement != "linked":  # a hard link is the very same file

@@ -80,11 +80,11 @@ FORMATS = {
     "demo": Format("demo", "demo.open_demo"),
     "saved": Format("a folder from save_to_disk", "huggingface.open_saved"),
     "vqa": Format("a folder with VQAv2's questions and annotations", "vqa.open_vqa"),
-    "llava": Format("a .json or .jsonl file of rows, as LLaVA's", "llava.open_llava"),
+    "llava": Format("a .json or .jsonl file of rows, like LLaVA's", "llava.open_llava"),
     "table": Format("a parquet or arrow file", "huggingface.open_table"),
     "csv": Format("a .csv or .tsv file", "csvfile.open_csv"),
     "webdataset": Format("a WebDataset .tar file or a folder of them", "webdataset.open_tars"),
-    "coco": Format("a .json file with images and annotations, as COCO's captions", "coco.open_coco"),
+    "coco": Format("a .json file with images and annotations, like COCO's captions", "coco.open_coco"),
     "hub": Format("owner/name[:configuration[:split]] on the hub", "huggingface.open_hub"),
     "images": Format("a folder of images (asked stock prompts, answered by the model)", "folder.open_images"),
 }

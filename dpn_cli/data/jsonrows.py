@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -203,8 +202,8 @@ class JsonRows:
         return DataError(f"{self.name} is not JSON: row {number}, line {self._line(position)}: {what}")
 
 
-def _skip_space(text: str, position: int, end: int = sys.maxsize) -> int:
-    match = _SPACE.match(text, position, end)
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
 

@@ -62,12 +62,14 @@ class Dataset:
 
     Attributes:
         samples: the good samples.
+        contents: digests of the samples' texts and image bytes, whatever their names and rows.
         scan: Findings of the scan.
-        digest: a digest of the samples' texts and image bytes: the same data gives the same digest anywhere.
+        digest: a digest of all samples and their names: the same data gives the same digest anywhere.
         columns: Roles of the columns, as `Source.columns`.
     """
 
     samples: Sequence[Sample]
+    contents: Sequence[str]
     scan: Scan
     digest: str
     columns: dict[str, str]
@@ -123,16 +125,18 @@ def scan(
         pool.shutdown(cancel_futures=True)
     good.sort(key=lambda each: each.index)
     digest = hashlib.sha256("\n".join(each.digest for each in good).encode()).hexdigest()
-    return Dataset([each.sample for each in good], found, digest, source.columns())
+    samples, contents = [each.sample for each in good], [each.content for each in good]
+    return Dataset(samples, contents, found, digest, source.columns())
 
 
 @dataclass(frozen=True)
 class _Good:
-    """A sample that was read, where it stands and what it holds."""
+    """A sample that was read, where it stands and what it holds, with its name and without."""
 
     index: int
     sample: Sample
     digest: str
+    content: str
 
 
 def _draw(rows: int, limit: int | None, seed: int) -> Sequence[int]:
@@ -148,11 +152,14 @@ def _read(source: Source, index: int) -> _Good | Fault:
     """Read one row and check its images."""
     try:
         sample = source.sample(index)
-        content = hashlib.sha256(repr((sample.id, sample.system, sample.turns)).encode())
-        content.update(b"".join(validate_images(sample)))
+        images = b"".join(validate_images(sample))
     except RowError as fault:
         return Fault(source.number(index), fault.reason, fault.detail)
-    return _Good(index, replace(sample, row=source.number(index)), content.hexdigest())
+    texts = (sample.system, sample.turns)
+    digest, content = (
+        hashlib.sha256(repr(each).encode() + images).hexdigest() for each in ((sample.id, *texts), texts)
+    )
+    return _Good(index, replace(sample, row=source.number(index)), digest, content)
 
 
 def validate_images(sample: Sample) -> list[bytes]:

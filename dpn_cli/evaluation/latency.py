@@ -174,7 +174,7 @@ def prompts_of(model: PyramidGenerationMixin, inputs: Inputs) -> list[Prompt]:
 
 
 def synthetic_inputs(
-    model: PyramidGenerationMixin, images: Inputs, text_tokens: Sequence[int], seed: int = 0
+    model: PyramidGenerationMixin, images: Inputs, text_tokens: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """Return a batch of prompts of wanted lengths, padded on the left: a word, the images, and the other words.
 
@@ -183,10 +183,9 @@ def synthetic_inputs(
         images: the images of every sample, as the processor encodes them: `input_ids` with their placeholders, pixels
             and sizes.
         text_tokens: text tokens of each sample, at least two.
-        seed: random seed for the words.
     """
     config, longest = model.config, max(text_tokens)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     words = torch.randint(config.get_text_config().vocab_size, (len(text_tokens), longest), generator=generator)
     words[words == config.image_token_id] = 0
     if model.pyramid.router.token_id is not None:

@@ -138,7 +138,7 @@ model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", trus
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 ```
 {_videos(config)}
-`model.last_routes` says which rates the last prompt took; `with model.teacher():` switches the pyramid off."""
+`model.last_routes` says which routes the last prompts took; `with model.teacher():` switches the pyramid off."""
 
 
 def _videos(config: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ peft's own functions are called, since those of transformers' models take only p
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,19 @@ def hush_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def require_peft() -> None:
+    """Check that peft is installed.
+
+    Raises:
+        MissingExtraError: if it is not.
+    """
+    if find_spec("peft") is None:
+        raise MissingExtraError("a healed model (--heal lora)", "peft", "heal")
+
+
 def _peft() -> Any:
+    require_peft()
     hush_bitsandbytes()
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("a healed model (--heal lora)", "peft", "heal") from None
+    import peft
+
     return peft

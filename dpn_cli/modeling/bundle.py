@@ -17,7 +17,7 @@ _PACKAGE = "dpn_cli"
 _ROOT = "dpn_cli.modeling.families"
 _WIDTH = 120
 _HEADER = f"""\
-# LLaVA with a dynamic pyramid: visual tokens are pooled at a few depths of the decoder, at rates that small
+# LLaVA with a dynamic pyramid: visual tokens are reduced at a few depths of the decoder, by experts that small
 # routers pick for every sample.
 #
 # Written by `dpn export` (dpn-cli {__version__}) from the modules named below: edit those, not this file.

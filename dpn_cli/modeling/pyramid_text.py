@@ -206,7 +206,7 @@ class PyramidTextMixin:
 
     @property
     def asks_routers(self) -> bool:
-        """Whether a prefill asks the routers: to choose a rate, or for the gate of one that is forced."""
+        """Whether a prefill asks the routers: to choose experts, or for the gate of those that are forced."""
         chooses = not self.forced_routes or self.pyramid.gate != "none"
         return current_call(self).pools and self.pyramid.has_routers and chooses
 

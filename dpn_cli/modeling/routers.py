@@ -34,7 +34,7 @@ class RouterLinear(nn.Module):
 
 
 class RouterHead(RouterLinear):
-    """A router's last layer; a model starts it at zero, so that a fresh router scores all rates alike."""
+    """A router's last layer; a model starts it at zero, so that a fresh router scores all experts alike."""
 
 
 class RouterNorm(nn.Module):
@@ -59,8 +59,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 class Router(nn.Module):
     """LayerNorm → Linear(D, D/4) → GELU → Linear(D/4, E), or one Linear(D, E); always in float32.
 
-    Where the router reads several vectors, each is normalised by itself. A fresh router scores every rate alike, so
-    that at λ = 0 the first one, 1×1, is taken.
+    Where the router reads several vectors, each is normalised by itself. A fresh router scores every expert alike,
+    so that at λ = 0 the first one, which keeps all tokens, is taken.
 
     Source: paper, section 3.3; the linear kind is version 2 in the authors' code.
     """

@@ -100,9 +100,9 @@ class PyramidState:
         return original if self.columns is None else self.columns.gather(1, original)
 
 
-def put(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+def put(values: Any, device: torch.device) -> torch.Tensor:
     """Return host values, a number or nested lists, on a device, without waiting for what it has still to do."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def on_device(record: Any, device: torch.device, **changes: Any) -> Any:

@@ -259,7 +259,7 @@ class PyramidConfig:
 
     def _check_site(self, site: Site) -> None:
         if site.experts[:1] != (KEEP,):
-            raise ValueError("the first rate of every pyramid site must be 1×1 (expert 0 keeps all visual tokens)")
+            raise ValueError("the first expert of every pyramid site must be keep")
         if site.after_layer < -1:
             raise ValueError(f"a pyramid site cannot be after layer {site.after_layer}")
         for expert in site.experts:
@@ -282,7 +282,7 @@ class PyramidConfig:
 
     @property
     def has_routers(self) -> bool:
-        """Whether there are routers: to choose a rate, or for the gate of a rate that is fixed."""
+        """Whether there are routers: to choose experts, or for the gate of those that are fixed."""
         return self.static_route is None or self.gate != "none"
 
     @property

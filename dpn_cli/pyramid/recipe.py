@@ -288,11 +288,15 @@ class CalibrationRecipe(_Section):
         return min(num_routes, max(self.routes, enough))
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained, as `heal` describes it."""
+        return self.heal.method == "lora" or (self.objective == "paper" and self.paper.train == "lora")
+
+    @property
     def unused_sections(self) -> set[str]:
         """The sections that say nothing about this calibration."""
-        paper = self.objective == "paper"
-        heals = self.heal.method == "lora" or (paper and self.paper.train == "lora")  # the adapter is described there
-        return {*(() if heals else ("heal",)), *(() if paper else ("paper",))}
+        unused = {"heal": not self.trains_adapter, "paper": self.objective != "paper"}
+        return {name for name, is_unused in unused.items() if is_unused}
 
     @property
     def samples_read(self) -> int:
@@ -314,8 +318,8 @@ class Recipe(_Section):
         paper = self.calibration.objective == "paper"
         if paper and self.calibration.heal.method != "none":
             raise ValueError(
-                "calibration.objective: paper trains in its own way, so nothing is healed: leave out --heal, or set "
-                "calibration.paper.train: lora"
+                "calibration.objective: paper trains in its own way, so nothing is healed: leave out --heal or "
+                "--heal-only, or set calibration.paper.train: lora"
             )
         if paper and (self.pyramid.gate != "probability" or self.pyramid.router.output != "logits"):
             raise ValueError(
@@ -467,7 +471,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if len(keys) > MAX_JSON_DEPTH:
-        raise RecipeError(f"--set {override:.40}… has {len(keys)} keys, at most {MAX_JSON_DEPTH} are in one another")
+        raise RecipeError(f"--set {override:.40}… nests {len(keys)} keys; at most {MAX_JSON_DEPTH} are allowed")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override!r}: expected KEY.PATH=VALUE, as in calibration.samples=256")
     node: Any = data

@@ -189,6 +189,8 @@ def test_an_export_is_solved_again_too(calibrated: Path, others: Path, tmp_path:
     before = digests(folder)
     line = ["calibrate", "--model", str(folder), "--data", str(others), "--budgets-only", "--samples", "4"]
     results = {"config.json", "calibration/report.json", "calibration/report.html"}
+    assert main([*line, "--budget", "0.01"]) == 2, "a budget that is asked for must be in reach"
+    assert digests(folder) == before
     assert main([*line, "--budget", "0.7"]) == 0
     after = digests(folder)
     changed = {name for name, digest in after.items() if before.get(name) != digest}

@@ -270,7 +270,7 @@ def test_a_checkpoint_that_is_being_calibrated_is_left_alone(
         if line[0] == "export":
             shutil.copytree(folder, folder.parent / "other-dpn")
         assert cli.main([*line, "--force", "-o", str(folder)]) == 2
-        assert re.search(f"Error: {folder} is in use by {by}wait for its end, or stop it", capsys.readouterr().err)
+        assert re.search(f"Error: {folder} is in use by {by}wait for it to finish, or stop it", capsys.readouterr().err)
     assert digests(folder) == before
     assert cli.main(["export", "--model", str(folder), "-o", str(tmp_path / "out")]) == 0, "it may be read"
 

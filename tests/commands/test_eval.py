@@ -318,7 +318,7 @@ def test_a_folder_that_is_evaluated_is_not_replaced(
 
     monkeypatch.setattr(Evaluator, "judge", meanwhile)
     assert evaluate() == 0
-    assert "tiny-dpn is in use by another run: wait for its end, or stop it" in capsys.readouterr().err
+    assert "tiny-dpn is in use by another run: wait for it to finish, or stop it" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(

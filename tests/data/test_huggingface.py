@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image
 
+from dpn_cli.calibration.samples import load_samples
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
+from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe
 
 
 def png(colour: str = "red") -> bytes:
@@ -194,6 +196,10 @@ def test_a_stream_reads_no_more_than_is_drawn(datasets: Any, tmp_path: Path, mon
     assert first.digest == again.digest != other.digest
     assert first.samples[0].open_images()[0].size == (20, 30)
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
+    recipe = CalibrationRecipe(samples=4, predictors=PredictorRecipe(samples=16))
+    read = load_samples(stream, recipe)
+    asked = [[sample.turns[0].question for sample in some] for some in (read.measured.samples, read.further)]
+    assert len(asked[1]) >= 12 and not set(asked[0]) & set(asked[1]), "what is measured is not learned from elsewhere"
     with pytest.raises(UsageError, match="--stream reads no more than you ask for: say how much with --samples"):
         load_data(stream)
     (tmp_path / "data.jsonl").write_text('{"question": "what ?"}')

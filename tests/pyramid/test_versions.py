@@ -93,7 +93,7 @@ def test_a_recipe_of_the_first_version_still_makes_the_papers_pyramid() -> None:
         ({"routes": None}, "a pyramid lists its routes if"),
         ({"gate": "probability"}, "a gate needs routers that score experts"),
         ({"pooling": "conv"}, "with conv pooling all experts must pool"),
-        ({"sites": [{"after_layer": 1, "experts": ["diverse:0.5"]}]}, "must be 1×1"),
+        ({"sites": [{"after_layer": 1, "experts": ["diverse:0.5"]}]}, "must be keep"),
         ({"sites": [{"after_layer": 1, "experts": ["keep", "best"]}]}, "'best' is not an expert"),
         ({"sites": [{"after_layer": -2, "experts": ["keep"]}]}, "cannot be after layer -2"),
     ],

@@ -92,8 +92,8 @@ def _outcome(report: TrainingReport) -> str:
     """Say what held-out samples say of healing."""
     if not report.held_out:
         return (
-            "The adapter is kept unjudged, since too few samples are there to hold some out: calibrate on more, or "
-            "compare with the checkpoint as it was (dpn eval)."
+            "The adapter is kept without being judged: there are too few samples to hold any out. Calibrate on more, "
+            "or compare with the checkpoint as it was (dpn eval)."
         )
     if report.kept == 0:
         return "Healing did not help on held-out samples, so no adapter is kept."

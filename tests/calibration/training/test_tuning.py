@@ -19,11 +19,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from dpn_cli.calibration import calibrate as calibration
 from dpn_cli.calibration import job
 from dpn_cli.calibration.calibrate import calibrate
+from dpn_cli.calibration.settings import healing_recipe
 from dpn_cli.calibration.training import tuning
 from dpn_cli.calibration.training.loop import TrainingReport
 from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.writer import write_json
+from dpn_cli.cli import main
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, MissingExtraError, UsageError
@@ -218,7 +220,11 @@ def test_healing_afterwards_is_healing_at_once(
 
 
 def test_where_healing_afterwards_does_not_help_the_checkpoint_stays(
-    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "tiny-dpn"
     shutil.copytree(converted, folder)
@@ -226,7 +232,24 @@ def test_where_healing_afterwards_does_not_help_the_checkpoint_stays(
     before = digests(folder)
     monkeypatch.setattr(tuning, "heal", lambda *args, **options: TrainingReport(0, [0.0]))
     assert calibrate(folder, DataOptions(str(data)), RECIPE, only="heal") is None
+    line = ["calibrate", "--model", str(folder), "--data", str(data), "--heal-only", "--json"]
+    assert main(line) == 2
+    assert "healing replaces the routers that were calibrated on" in capsys.readouterr().err
+    assert main([*line, "--force"]) == 0
     assert digests(folder) == before
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((folder / "calibration" / "report.json").read_text())
+
+
+def test_healing_afterwards_keeps_the_budget_and_the_samples(converted: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-dpn"
+    shutil.copytree(converted, folder)
+    run(folder, data, RECIPE.model_copy(update={"heal": HealRecipe(), "seed": 3}))
+    recipe = healing_recipe(folder, (), {})
+    assert recipe.budget == pytest.approx(0.7, abs=1e-5)
+    assert (recipe.samples, recipe.seed, recipe.heal.method) == (RECIPE.samples, 3, "lora")
+    assert healing_recipe(folder, ("calibration.seed=4",), {"budget": 0.8}).model_dump()["budget"] == 0.8
+    assert healing_recipe(folder, ("calibration.seed=4",), {}).seed == 4
 
 
 def test_held_out_samples_are_not_learned_from_and_answered_texts_are(
@@ -298,6 +321,7 @@ def test_without_peft_healing_names_the_extra(
 
     shutil.copytree(converted, tmp_path / "tiny-dpn")
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("dpn_cli.calibration.job.read_samples", pytest.fail)  # it is refused first
     with pytest.raises(MissingExtraError, match=r"dpn-cli\[heal\]"):
         run(tmp_path / "tiny-dpn", data, RECIPE)
 
