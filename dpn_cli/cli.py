@@ -269,8 +269,9 @@ def _sentence(error: Exception) -> str:
 
 
 def _short(sentence: str) -> str:
-    """Cut a message that quotes something huge, such as a damaged file's values."""
-    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]} … (cut)"
+    """Cut the middle out of a message that quotes something huge, such as a damaged file's values."""
+    half = MAX_SENTENCE // 2
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:half]} … (cut) … {sentence[-half:]}"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

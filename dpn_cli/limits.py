@@ -10,6 +10,7 @@ MAX_DIMENSIONS = 64  # of a tensor, as in torch
 MAX_SIDE_FILE_BYTES = 64 << 20  # of a tokenizer, a template, a licence
 MAX_CONFIG_BYTES = 256 << 10  # of config.json and the other files of settings, each of which transformers copies often
 MAX_TOKENIZER_CONFIG_BYTES = 4 << 20
+MAX_REPORT_BYTES = 512 << 20  # of an evaluation's results, which dpn has written: some 2,000,000 of them
 MAX_EXTRA_TOKENS = 10_000  # that tokenizer_config.json adds to those of the vocabulary
 MAX_TOKEN_CHARACTERS = 10_000  # of a token that is added to a vocabulary
 MAX_JSON_DEPTH = 100  # objects and lists in one another; what reads them by recursion may go some times deeper

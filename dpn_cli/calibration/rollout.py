@@ -243,6 +243,7 @@ def _measure_batch(
     features: list[torch.Tensor | None] = [None] * len(tree.prefixes)
     answers = answer_positions(inputs["labels"])
     vocab_size = None if teacher is None else teacher.shape[1]
+    expected: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's probabilities and most likely tokens
     for state in walk(model, inputs, batch.routes):
         [prefix] = set(state.routes)
         if prefix in tree.prefixes:
@@ -252,12 +253,14 @@ def _measure_batch(
         hidden_states = text_model.finish(state)[:, :-1][answers]
         log_probs = F.log_softmax(model.lm_head(hidden_states)[:, :vocab_size].float(), dim=-1)  # [A, V]
         teacher = log_probs if teacher is None else teacher
-        if (hopeless := is_broken(teacher, answers[0], len(batch.rows))).any():
-            distortion[~hopeless] = 0  # the others are not to blame, and experts cannot choose by NaN
-            break
+        if expected is None:
+            if (hopeless := is_broken(teacher, answers[0], len(batch.rows))).any():
+                distortion[~hopeless] = 0  # the others are not to blame, and experts cannot choose by NaN
+                break
+            expected = teacher.exp(), teacher.argmax(-1)
         leaf = tree.routes.index(prefix)
-        divergence = (teacher.exp() * (teacher - log_probs)).sum(-1).clamp(min=0)
-        same = (teacher.argmax(-1) == log_probs.argmax(-1)).float()
+        divergence = (expected[0] * (teacher - log_probs)).sum(-1).clamp(min=0)
+        same = (expected[1] == log_probs.argmax(-1)).float()
         distortion[:, leaf] = mean_by_row(divergence, answers[0], len(batch.rows))
         agreement[:, leaf] = mean_by_row(same, answers[0], len(batch.rows))
     columns = {"distortion": distortion, "agreement": agreement, **_price(text_model, state, tree)}

@@ -17,6 +17,7 @@ from dpn_cli.limits import (
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
     MAX_JSON_DEPTH,
+    MAX_REPORT_BYTES,
     MAX_SIDE_FILE_BYTES,
     MAX_TOKENIZER_CONFIG_BYTES,
 )
@@ -244,6 +245,8 @@ def _max_bytes(name: str) -> int:
     """Return how large a JSON file of a checkpoint may be."""
     if name == TOKENIZER_CONFIG_FILE:
         return MAX_TOKENIZER_CONFIG_BYTES
+    if name == "report.json":
+        return MAX_REPORT_BYTES
     return MAX_CONFIG_BYTES if name.endswith("config.json") else MAX_SIDE_FILE_BYTES
 
 

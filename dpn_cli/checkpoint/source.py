@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,25 @@ def resolve_source(model: str, **hub: Any) -> Source:
         return Source(teacher_path(), DEMO, origin=DEMO)
     if model in ALIASES:
         return _from_hub(ALIASES[model], name=model, **hub)
-    if not _HUB_ID.fullmatch(model):
+    repo_id, _, revision = model.partition("@")
+    if not _HUB_ID.fullmatch(model) or not _is_hub_id(repo_id):
         hint = did_you_mean(model, [*ALIASES, DEMO])
         raise CheckpointError(
             f"{model} does not exist: expected a checkpoint folder, a hub id (owner/name or owner/name@revision), or "
             f"one of {', '.join([*ALIASES, DEMO])}.{hint}"
         )
-    repo_id, _, revision = model.partition("@")
     return _from_hub(repo_id, name=repo_id.split("/")[1], **({"revision": revision} if revision else {}) | hub)
+
+
+def _is_hub_id(repo_id: str) -> bool:
+    """Say whether the hub's client takes a name for one of the hub's."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, yet not listed
+
+    with suppress(HFValidationError):
+        validate_repo_id(repo_id)
+        return True
+    return False
 
 
 def _from_folder(path: Path) -> Source:

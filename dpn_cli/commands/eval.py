@@ -200,12 +200,14 @@ def _run_benchmarks(
     from dpn_cli.checkpoint.layout import open_converted
     from dpn_cli.evaluation.harness import run_benchmarks, spendings
     from dpn_cli.evaluation.spending import unmet
+    from dpn_cli.pyramid.reach import validate_in_table
 
     names = [
         name for task in tasks.split(",") for name in (PAPER_TASKS if task == "paper" else (task.strip(),)) if name
     ]
-    rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note, dtype)
     pyramid = open_converted(folder)[2]
+    validate_in_table(budgets, pyramid)
+    rows = run_benchmarks(folder, names, budgets, batch_size, samples, include_path, console.note, dtype)
     spent = spendings(rows, budgets, pyramid.budget)
     for line in unmet(spent, pyramid, folder, data=None):
         console.note(line)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dpn_cli.checkpoint.layout import IMAGE_SIZE, TEXT_TOKENS, LlavaLayout, open_converted
@@ -118,7 +119,7 @@ def bench_folder(
         with reporter.waiting("opening processor"):
             processor = load_opened_processor(checkpoint, layout)
         check = token_limit(processor, layout, max_positions(checkpoint), options.new_tokens)
-        drawn = _draw(data, max(options.batch_sizes), options.rounds, check) if data else []
+        drawn = _draw(data, max(options.batch_sizes), options.rounds, check, reporter) if data else []
         dtype = compute_dtype(checkpoint, layout, options.dtype, default_device(), reporter.note)
         with reporter.waiting("loading the model"):
             model = load_opened(checkpoint, pyramid, dtype, device_map=default_device())
@@ -128,7 +129,7 @@ def bench_folder(
             batches = [_synthetic(prompts, model, processor, batch_size)] * options.rounds
         else:
             rounds = _in_batches(drawn, batch_size, options.rounds)
-            batches = [encode_prompts(samples, processor, model.device) for samples in rounds]
+            batches = [encode_prompts(samples, processor, torch.device("cpu")) for samples in rounds]
         with reporter.waiting("setting methods"):
             found = line_up(model, batches, options.budgets, routes, options.against, has_data=data is not None)
         for remark in found.remarks:
@@ -166,12 +167,13 @@ def _synthetic(prompts: SyntheticPrompts, model: PyramidGenerationMixin, process
     return synthetic_inputs(model, encoded, [lengths[i % len(lengths)] for i in range(batch_size)])
 
 
-def _draw(data: DataOptions, batch_size: int, rounds: int, check: Callable[[Sample], None]) -> list[Sample]:
+def _draw(
+    data: DataOptions, batch_size: int, rounds: int, check: Callable[[Sample], None], reporter: Reporter
+) -> list[Sample]:
     """Draw samples with an image, enough for all rounds of the largest batch size."""
     needed = batch_size * rounds
-    samples = [
-        sample for sample in load_data(data, split="heldout", limit=needed, check=check).samples if sample.images
-    ]
+    read = load_data(data, split="heldout", limit=needed, check=check, reporter=reporter)
+    samples = [sample for sample in read.samples if sample.images]
     if len(samples) < needed:
         raise DataError(
             f"--data {data.name} has {len(samples)} samples with an image, but {rounds} rounds of {batch_size} need "

@@ -190,15 +190,15 @@ class Evaluator:
         is_single = all(len(sample.turns) == 1 for sample in samples)
         tokenizer, most = self.processor.tokenizer, self.answer_tokens
         texts = forced_texts(self.model, tokenizer, labels, likely, most) if is_single else {}
-        spent = self._spent(method, samples) if texts else None
+        sizes = self.sizes(samples)
+        spent = self._spent(method, sizes) if texts else None
         if rest := [i for i in range(len(samples)) if i not in texts]:
             inputs = collate_prompts(list(map(prompt_of, rest)), self.processor, self.model.device)
             texts |= dict(zip(rest, generate_texts(self.model, self.processor, inputs, most), strict=True))
-        return [texts[i] for i in range(len(samples))], spent or self._spent(method, samples)
+        return [texts[i] for i in range(len(samples))], spent or self._spent(method, sizes)
 
-    def _spent(self, method: Baseline, samples: Sequence[Sample]) -> tuple[Sequence[Any], ...]:
+    def _spent(self, method: Baseline, sizes: Sequence[Prompt]) -> tuple[Sequence[Any], ...]:
         """Return the FLOPs fractions, visual tokens and routes of a method's last prefill, sample by sample."""
-        sizes = self.sizes(samples)
         num_layers = self.model.text_model.shape.num_layers
         return (
             method.fractions(self.model, sizes),

@@ -133,7 +133,7 @@ def measure_latency(
     Args:
         model: the model, in eval mode.
         methods: Methods to measure, by name, `ORIGINAL` among them.
-        batches: batches of one size, as `generate` takes them, on the model's device.
+        batches: batches of one size, as `generate` takes them, on any device.
         new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.
         clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.

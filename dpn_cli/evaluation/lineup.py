@@ -123,7 +123,8 @@ def _spent(model: PyramidGenerationMixin, dpn: Routed, batches: Sequence[Inputs]
     fractions = []
     with dpn.applied(model):
         for inputs in batches:
-            model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+            here = {name: values.to(model.device) for name, values in inputs.items()}
+            model.generate(**here, max_new_tokens=1, do_sample=False, num_beams=1)
             fractions += dpn.fractions(model, prompts_of(model, inputs))
     return fractions
 

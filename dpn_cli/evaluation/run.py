@@ -91,7 +91,7 @@ def evaluate_folder(
         validate_same(processes.gather(depends_on))
         with processes.as_one():
             kept = held.enter_context(keeping(depends_on, reporter.note)) if processes.is_main else None
-        known = processes.agree(read_known(folder, depends_on))
+        known = processes.agree(read_known(folder, depends_on) if processes.is_main else {})
         evaluator = Evaluator(model, processor, options.batch_size, options.answer_tokens, kept, known, processes)
         result = evaluate(evaluator, shown, options, reporter)
         if not processes.is_main:

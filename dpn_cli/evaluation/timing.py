@@ -51,7 +51,7 @@ def time_generation(
 
     Args:
         model: the model, in eval mode.
-        inputs: Arguments of `generate`, on the model's device.
+        inputs: Arguments of `generate`; they are brought to the model's device first.
         new_tokens: number of tokens to generate, at least one.
         clock: Function that returns the time in seconds.
 
@@ -62,6 +62,7 @@ def time_generation(
         CheckpointError: if the model's weights hold NaN, so that its logits are NaN.
         DataError: if the logits are NaN for another reason.
     """
+    inputs = {name: values.to(model.device) for name, values in inputs.items()}
     now = partial(_now, model.device, clock)
     tokens = _TokenClock(now)
     with _vision_clock(model, now) as vision_s, _peak_memory(model.device) as peak_bytes:

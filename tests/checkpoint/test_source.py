@@ -230,7 +230,7 @@ def test_offline_the_error_says_how_to_go_on() -> None:
         resolve_source("llava-1.5-13b")
 
 
-@pytest.mark.parametrize("model", ["nowhere", "/no/such/folder", "../nowhere", "llava-1.5-7"])
+@pytest.mark.parametrize("model", ["nowhere", "/no/such/folder", "../nowhere", "llava-1.5-7", "a/b--c"])
 def test_a_missing_path_is_one_sentence(model: str) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve_source(model)

@@ -86,6 +86,9 @@ def test_the_command_prints_what_the_harness_found(
     make_converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(make_converted())
+    assert main(["eval", "--model", folder, "--tasks", "gqa", "--budget", "0.01"]) == 2
+    captured = capsys.readouterr()
+    assert "out of reach" in captured.err and "teacher" not in captured.err, "nothing was asked"
     assert main(["eval", "--model", folder, "--tasks", "gqa", "--json"]) == 0
     captured = capsys.readouterr()
     [row] = json.loads(captured.out)["benchmarks"]

@@ -90,6 +90,19 @@ def test_nothing_is_too_dear_for_a_fixed_route() -> None:
 
 
 @torch.no_grad()
+def test_what_beams_spend_is_that_of_each_prompt(make_pair: Any) -> None:
+    _, model = make_pair(min_visual_tokens=4)
+    batch, routed = collate(ragged_batch()), Routed()
+    prompts = prompts_of(model, batch)
+    model.set_route([(0, 0, 0), *[(1, 0, 1)] * (len(prompts) - 1)])
+    model.generate(**batch, max_new_tokens=1, do_sample=False)
+    alone = routed.fractions(model, prompts), routed.visual_tokens(model, prompts)
+    model.generate(**batch, max_new_tokens=1, do_sample=False, num_beams=3)
+    assert len(model.last_routes) == 3 * len(prompts)
+    assert (routed.fractions(model, prompts), routed.visual_tokens(model, prompts)) == alone
+
+
+@torch.no_grad()
 def test_given_routes_are_taken_while_the_routers_run(make_pair: Any) -> None:
     _, model = make_pair(min_visual_tokens=4)
     batch, prompts = collate(ragged_batch()), prompts_of(model, collate(ragged_batch()))

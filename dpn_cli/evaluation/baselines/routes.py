@@ -151,7 +151,7 @@ class Routed(Baseline):
         shape = model.text_model.shape
         return [
             tokens_per_layer(shape, model.pyramid, route, prompt.grids, 0)
-            for route, prompt in zip(model.last_routes, prompts, strict=True)
+            for route, prompt in zip(_one_each(model.last_routes, prompts), prompts, strict=True)
         ]
 
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
@@ -159,7 +159,7 @@ class Routed(Baseline):
         shape = model.text_model.shape
         return [
             flops_fraction(shape, model.pyramid, route, prompt.grids, prompt.text_tokens)
-            for route, prompt in zip(model.last_routes, prompts, strict=True)
+            for route, prompt in zip(_one_each(model.last_routes, prompts), prompts, strict=True)
         ]
 
     def routes(self, model: PyramidGenerationMixin) -> list[Route]:
@@ -223,3 +223,8 @@ def routes_that_spend(
         routes.append(min(costs, key=lambda route: abs(costs[route] - owed)))
         owed -= costs[routes[-1]]
     return tuple(routes)
+
+
+def _one_each(routes: Sequence[Route], prompts: Sequence[Prompt]) -> Sequence[Route]:
+    """Return the route of every prompt, where generation with several beams has several rows for each."""
+    return routes[:: len(routes) // len(prompts)]
