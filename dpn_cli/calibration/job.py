@@ -102,7 +102,7 @@ def open_job(
             recipe = _within_reach(recipe, cheapest_fraction(layout.shape, pyramid, lengths), reporter)
         validate_budget(recipe, layout.shape, surveyed or pyramid, lengths)
         measured = fingerprint(checkpoint, read.digest, recipe, surveyed or pyramid, surveys=surveyed is not None)
-        measured |= {"teacher": other and model_fingerprint(other.checkpoint)}
+        measured |= {"teacher": other and model_fingerprint(other.checkpoint), "only": only}
         if only:
             measured |= {"routers": served_digest(checkpoint, Lora.of(folder, pyramid))}
     everywhere = processes.gather(measured)

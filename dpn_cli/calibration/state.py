@@ -75,8 +75,9 @@ class MeasurementState:
             drop_state(checkpoint)
         wanted = json.loads(json.dumps(fingerprint))
         if stored is not None and (changed := differences(stored, wanted)):
+            unlike = _unlike(stored, wanted) or f"with other values of {changed}"
             raise UsageError(
-                f"{self.folder} holds an unfinished calibration with other values of {changed}: "
+                f"{self.folder} holds an unfinished calibration {unlike}: "
                 "run its command line again to finish it, or pass --restart to drop it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,12 @@ class MeasurementState:
         except (FileNotFoundError, ValueError):
             return None
         return data if isinstance(data, dict) else None
+
+
+def _unlike(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Say in which stage an unfinished calibration is another one; empty where it is not."""
+    theirs, own = (each.get("only") for each in (stored, wanted))
+    return "" if theirs == own else f"with --{theirs}-only" if theirs else f"without --{own}-only"
 
 
 def drop_state(checkpoint: Path) -> None:

@@ -197,5 +197,10 @@ def test_a_state_of_another_calibration_is_refused(tmp_path: Path) -> None:
     MeasurementState(tmp_path, {"seed": 0, "data": "a"})
     with pytest.raises(UsageError, match="other values of data, seed"):
         MeasurementState(tmp_path, {"seed": 1, "data": "b"})
+    with pytest.raises(UsageError, match="an unfinished calibration without --heal-only: run its command"):
+        MeasurementState(tmp_path, {"seed": 0, "data": "a", "only": "heal"})
+    MeasurementState(tmp_path / "healed", {"seed": 0, "only": "heal"})
+    with pytest.raises(UsageError, match="an unfinished calibration with --heal-only: run its command"):
+        MeasurementState(tmp_path / "healed", {"seed": 0, "only": None})
     drop_state(tmp_path)
     MeasurementState(tmp_path, {"seed": 1, "data": "b"})
