@@ -61,7 +61,7 @@ class Step:
 
 DEMO, SECOND = "work/routed", "work/second"
 CHOSEN = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
-FITTED = "--set calibration.holdout=0.07 --set calibration.epochs=40"
+FITTED = "--set calibration.routes=8 --set calibration.holdout=0.07 --set calibration.epochs=40"
 ON_DEMO, ON_SECOND = f"--data demo --samples 6144 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"

@@ -237,8 +237,9 @@ class CalibrationRecipe(_Section):
 
     Attributes:
         samples: calibration samples to take from the data.
-        routes: number of routes to measure per sample, or `all`; more where a route would be measured on fewer than
-            `SAMPLES_PER_ROUTE` samples. Those that are held out are measured on all.
+        routes: number of routes to measure per sample, or `all`, which teaches routers most for what it costs; more
+            where a route would be measured on fewer than `SAMPLES_PER_ROUTE` samples. Those that are held out are
+            measured on all.
         batch_size: samples per forward pass.
         holdout: fraction of the samples kept for early stopping and for the budget table.
         epochs: passes of the router fitting over the measured samples.
