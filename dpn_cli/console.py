@@ -3,6 +3,7 @@
 Paths, names, errors and answers may hold what a terminal obeys: here it is made visible.
 """
 
+import json
 import logging
 import os
 import re
@@ -134,6 +135,11 @@ def echo(text: str, nl: bool = True, err: bool = False) -> None:
     """Print plain text on stdout, or on stderr."""
     with channels.messages() if err else channels.results():
         click.echo(harmless(text), sys.stderr if err else sys.stdout, nl)
+
+
+def print_json(data: object) -> None:
+    """Print plain data on stdout, as JSON for scripts and readers."""
+    echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def paragraph(text: str) -> None:

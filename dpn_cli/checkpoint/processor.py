@@ -23,7 +23,7 @@ from dpn_cli.checkpoint.headers import (
     read_json_if_there,
 )
 from dpn_cli.checkpoint.layout import LlavaLayout
-from dpn_cli.checkpoint.side_files import copy_side_file, side_files
+from dpn_cli.checkpoint.side_files import copy_side_file, copy_side_files
 from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.tokens import DEFAULT_IMAGE_TOKEN, Tokens
 from dpn_cli.checkpoint.writer import write_json
@@ -97,8 +97,8 @@ class Completion:
             yield folder
             return
         with TemporaryDirectory() as name:
-            for file in (folder / "config.json", *side_files(folder)):
-                copy_side_file(file, Path(name))
+            copy_side_file(folder / "config.json", Path(name))
+            copy_side_files(folder, Path(name))
             self.write(Path(name))
             yield Path(name)
 

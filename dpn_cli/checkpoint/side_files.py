@@ -51,6 +51,12 @@ def side_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def copy_side_files(folder: Path, stage: Path) -> None:
+    """Copy all side files of a checkpoint's folder into another one; see `copy_side_file`."""
+    for file in side_files(folder):
+        copy_side_file(file, stage)
+
+
 def copy_side_file(source: Path, stage: Path) -> None:
     """Copy a file into a folder: byte for byte, or as JSON without what makes transformers run code.
 

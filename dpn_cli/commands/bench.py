@@ -1,6 +1,5 @@
 """`dpn bench`: latency, memory and FLOPs beside the original and what else there is, in one run."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +142,7 @@ def command(
     result = bench_folder(folder, data or SyntheticPrompts(**synthetic), options, console.REPORTER)
     try:
         if as_json:
-            console.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+            console.print_json(result.to_dict())
         else:
             for each in result.results:
                 print_latency(each, result.has_data, wide)

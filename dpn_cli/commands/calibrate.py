@@ -1,6 +1,5 @@
 """`dpn calibrate`: find the experts that fit a converted checkpoint, and fit its routers."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,6 +164,6 @@ def _show(report: "Report", wide: bool, as_json: bool) -> None:
     from dpn_cli.commands.tables import print_calibration
 
     if as_json:
-        console.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        console.print_json(report.to_dict())
     else:
         print_calibration(report, wide)

@@ -1,6 +1,5 @@
 """`dpn data`: what was read, how it will be asked, and what a calibration on it will cost."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def command(
     found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting), teacher)
     if as_json:
         result = {"data": data.name, "checkpoint": folder and str(folder), **found.to_dict()}
-        console.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        console.print_json(result)
         return
     _show(found)
     if folder is None:

@@ -1,6 +1,5 @@
 """`dpn demo`: the whole job on the embedded teacher, ending in a table."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +85,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
     if as_json:
         kinds = {kind: asdict(figures) for kind, figures in groups.items()}
         found = {"calibration": report.to_dict(), "kinds": kinds, "latency": timed.to_dict()}
-        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        console.print_json(found)
     else:
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
         print_routes(result, report.experts)

@@ -1,6 +1,5 @@
 """`dpn eval`: what the pyramid lost and gained, and whether another method would have been better."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -148,7 +147,7 @@ def command(
     def deliver(result: "Evaluation") -> None:
         try:
             if as_json:
-                console.echo(json.dumps(about | result.to_dict(), indent=2, ensure_ascii=False))
+                console.print_json(about | result.to_dict())
             else:
                 print_evaluation(result, wide)
         finally:
@@ -217,7 +216,7 @@ def _run_benchmarks(
             "benchmarks": [row.to_dict() for row in rows],
             "budgets": [each.to_dict() for each in spent],
         }
-        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        console.print_json(found)
         return
     from dpn_cli.commands.tables import print_benchmarks
 

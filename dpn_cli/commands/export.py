@@ -1,6 +1,5 @@
 """`dpn export`: one compact folder that stock transformers loads."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -144,7 +143,7 @@ def _print_json(done: "Export", budget: float | None, url: str | None) -> None:
         "verified_tensors": done.num_verified,
         "url": url,
     }
-    console.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    console.print_json(report)
 
 
 def _show(done: "Export", budget: float | None) -> None:

@@ -1,6 +1,5 @@
 """`dpn inspect`: what is in a checkpoint, and what its routes cost."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ def command(
     for note in found.notes:
         console.note(note)
     if as_json:
-        console.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        console.print_json(found.to_dict())
     else:
         _show(found, wide)
 

@@ -1,7 +1,5 @@
 """`dpn recipes`: list and show the recipes."""
 
-import json
-
 import click
 from click.shell_completion import CompletionItem
 
@@ -35,7 +33,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         return
     recipes = [load_recipe(name) for name in available_recipes()]
     if as_json:
-        console.echo(json.dumps([{"name": r.name, "description": r.description} for r in recipes], indent=2))
+        console.print_json([{"name": r.name, "description": r.description} for r in recipes])
         return
     console.table(
         "Recipes",
@@ -59,7 +57,7 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     resolved = load_recipe(recipe, overrides).to_dict()
     if as_json:
-        console.echo(json.dumps(resolved, indent=2))
+        console.print_json(resolved)
     else:
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None, width=YAML_WIDTH)
         console.echo(text, nl=False)

@@ -1,6 +1,5 @@
 """`dpn run`: answer a question about images and show the route."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +95,7 @@ def command(
     spending = None if asked is None else Spending(asked, done.flops_fraction, samples=1)
     if as_json:
         found = {"checkpoint": str(folder), **done.to_dict(), "budget": spending and spending.to_dict()}
-        console.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        console.print_json(found)
         return
     console.echo("")
     console.note(_cost_line(done))

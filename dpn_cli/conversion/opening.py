@@ -14,7 +14,7 @@ from dpn_cli.checkpoint.headers import (
     read_header,
 )
 from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
-from dpn_cli.checkpoint.side_files import copy_side_file, side_files
+from dpn_cli.checkpoint.side_files import copy_side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
 from dpn_cli.checkpoint.wrappers import unwrap
 from dpn_cli.checkpoint.writer import Placement, copy_file, link_file
@@ -81,8 +81,7 @@ class Copied:
 
     def write_side_files(self, folder: Path) -> None:
         """Copy what goes along."""
-        for path in side_files(self.checkpoint.path):
-            copy_side_file(path, folder)
+        copy_side_files(self.checkpoint.path, folder)
 
     def write_weights(self, stage: Path, link: bool = False) -> Written:
         """Copy or link the shards."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
-from dpn_cli.checkpoint.side_files import copy_side_file, side_files
+from dpn_cli.checkpoint.side_files import copy_side_files
 from dpn_cli.checkpoint.streams import tensor_bytes
 from dpn_cli.checkpoint.writer import Placement, write_shard
 from dpn_cli.conversion.weights import Weights
@@ -149,10 +150,7 @@ def rewrite_weights(
 ) -> Rewritten:
     """Take a LLaVA in Hugging Face's layout whose weights are .bin shards, or named as in a wrapped model."""
     folder = weights.folder
-
-    def copy_side_files(stage: Path) -> None:
-        for file in side_files(folder):
-            copy_side_file(file, stage)
-
     planned = {name: Planned.of(weights, name) for name in weights.tensors if not name.endswith(COMPUTED)}
-    return Rewritten.of(folder, source_config, config, planned, copy_side_files, (*weights.notes, *notes))
+    return Rewritten.of(
+        folder, source_config, config, planned, partial(copy_side_files, folder), (*weights.notes, *notes)
+    )

@@ -15,7 +15,7 @@ from dpn_cli.checkpoint.layout import LlavaLayout, open_converted, refuse_quanti
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.checkpoint.processor import Completion, complete_processor
-from dpn_cli.checkpoint.side_files import copy_side_file, left_behind, side_files
+from dpn_cli.checkpoint.side_files import copy_side_files, left_behind
 from dpn_cli.checkpoint.staging import check_space, check_target, staged_folder
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.errors import DpnError, UsageError
@@ -143,8 +143,7 @@ def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
 
 
 def _write_side_files(stage: Path, draft: _Draft, name: str) -> None:
-    for file in side_files(draft.plan.source.path):
-        copy_side_file(file, stage)
+    copy_side_files(draft.plan.source.path, stage)
     draft.completion.write(stage)
     card = model_card(name, draft.config, draft.layout, draft.pyramid)
     write_code(stage)
