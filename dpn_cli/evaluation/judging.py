@@ -86,16 +86,20 @@ class Evaluator:
     kept: KeptResults | None = None
     known: Known = field(default_factory=dict)
     processes: Processes = ALONE
+    _sizes: dict[int, tuple[Sample, Prompt]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
         """Return what the prefill of every sample's prompt depends on, without decoding its images."""
-        found = []
         for sample in samples:
-            tokens = len(prompt_ids(self.processor, chat_prompt(self.processor, sample, sample.asked)))
-            shown = sample.image_sizes(sample.asked)
-            sizes = {"image_sizes": torch.tensor(shown), "batch_num_images": torch.tensor([len(shown)])}
-            found.append(Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown)))
-        return found
+            if id(sample) not in self._sizes:  # the sample is kept with it, so that its id stays its own
+                self._sizes[id(sample)] = sample, self._size(sample)
+        return [self._sizes[id(sample)][1] for sample in samples]
+
+    def _size(self, sample: Sample) -> Prompt:
+        tokens = len(prompt_ids(self.processor, chat_prompt(self.processor, sample, sample.asked)))
+        shown = sample.image_sizes(sample.asked)
+        sizes = {"image_sizes": torch.tensor(shown), "batch_num_images": torch.tensor([len(shown)])}
+        return Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown))
 
     def ask(self, method: Baseline, samples: Sequence[Sample], advance: Advance) -> list[str]:
         """Return a method's greedy answer to what every sample asks."""
