@@ -136,6 +136,7 @@ STEPS = (
         f"healing.py --plain {SECOND} --healed {SECOND}-healed --data work/second-heldout --samples 700",
         "--samples 16 --budget 0.36",
     ),
+    Step("measuring", f"measuring.py --model {DEMO} --samples 1536", "--samples 32 --held-out 16"),
     Step("terminal-80x24", "recording.py --columns 80 --rows 24", "--small"),
     Step("terminal-100x30", "recording.py --columns 100 --rows 30", "--small"),
     Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),
