@@ -130,7 +130,7 @@ def test_yaml(text: str) -> None:
 
 
 def test_depth_of_an_override() -> None:
-    with pytest.raises(RecipeError, match="has 30001 keys, at most 100"):
+    with pytest.raises(RecipeError, match="nests 30001 keys; at most 100"):
         load_recipe(available_recipes()[0], ["a." * 30_000 + "b=1"])
 
 
