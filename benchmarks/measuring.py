@@ -21,6 +21,7 @@ import torch
 from dpn_cli import console
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.fitting import fit_routers
+from dpn_cli.calibration.forecast import tree_flops
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.checkpoint.layout import open_converted
@@ -30,7 +31,7 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.modeling.routers import new_routers
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.experts import Grid, num_tokens
+from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.shape import DecoderShape
 
 BUDGETS = (0.4, 0.3, 0.25, 0.2, 0.15)
@@ -71,16 +72,11 @@ class Measured:
 
     def prefills(self, rows: Sequence[int], num_routes: int | None) -> float:
         """Return what measuring costs, in prefills of a sample with all tokens."""
-        segments, layers = self.pyramid.segments(self.shape.num_layers), self.shape.num_layers
-        total = 0.0
+        full, total = [self.pyramid.full_route], 0.0
         for batch in self.batches(rows, num_routes):
-            grids = self.grids[rows[batch.rows[0]]]
-            nodes = {
-                route[:site]: len(segments[site]) * self.shape.layer_flops(num_tokens(stage))
-                for route in batch.routes
-                for site, stage in enumerate(self.pyramid.walk(route, grids))
-            }
-            total += len(batch.rows) * sum(nodes.values()) / (layers * self.shape.layer_flops(num_tokens(grids)))
+            length = self.grids[rows[batch.rows[0]]], 0
+            some, one = (tree_flops(self.shape, self.pyramid, each, length) for each in (batch.routes, full))
+            total += len(batch.rows) * some / one
         return total
 
 

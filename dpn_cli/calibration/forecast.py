@@ -205,17 +205,23 @@ def _mean_route_flops(shape: DecoderShape, pyramid: PyramidConfig, lengths: Sequ
     Routes of one expert stand for all.
     """
     routes = [pyramid.full_route, *children(pyramid, [pyramid.full_route])]
-    segments = [len(layers) for layers in pyramid.segments(shape.num_layers)]
     total = 0.0
-    for (grids, text), count in Counter(lengths).items():
-        offered = [route for route in routes if pyramid.can_walk(route, grids)]
-        nodes = {
-            route[:site]: segments[site] * shape.layer_flops(text + num_tokens(stage))
-            for route in offered
-            for site, stage in enumerate(pyramid.walk(route, grids))
-        }
-        total += count * sum(nodes.values()) / len(offered)
+    for length, count in Counter(lengths).items():
+        offered = [route for route in routes if pyramid.can_walk(route, length[0])]
+        total += count * tree_flops(shape, pyramid, offered, length) / len(offered)
     return total / len(lengths)
+
+
+def tree_flops(shape: DecoderShape, pyramid: PyramidConfig, routes: Sequence[Route], length: Length) -> int:
+    """Return the FLOPs of running a sample down some routes, which share the layers before they part."""
+    grids, text = length
+    segments = [len(layers) for layers in pyramid.segments(shape.num_layers)]
+    nodes = {
+        route[:site]: segments[site] * shape.layer_flops(text + num_tokens(stage))
+        for route in routes
+        for site, stage in enumerate(pyramid.walk(route, grids))
+    }
+    return sum(nodes.values())
 
 
 def _mean_tokens(lengths: Sequence[Length]) -> float:

@@ -1,8 +1,8 @@
 """Rollouts: what routes do to every calibration sample, measured with forward passes only.
 
-The routes of a pyramid form a tree: a node is a prefix of a route, its children are the experts that the next
-site offers. Walking it depth first runs each layer once per prefix, so the vision tower and the layers before the first
-site run once per sample. The first leaf is the full route, which is the teacher unless that is another model.
+The routes of a pyramid form a tree: a node is a prefix of a route, its children are the experts that the next site
+offers. Walking it depth first runs each layer once per prefix, so the vision tower and the layers before the first site
+run once per sample. The first leaf is the full route, which is the teacher unless that is another model.
 
 Shapes: N samples, B batch, A answer tokens, R routes, P prefixes, D hidden, V vocabulary.
 """
