@@ -61,12 +61,12 @@ class Step:
 
 DEMO, SECOND = "work/routed", "work/second"
 CHOSEN = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
-FITTED = "--set calibration.routes=8 --set calibration.holdout=0.07 --set calibration.epochs=40"
-ON_DEMO, ON_SECOND = f"--data demo --samples 6144 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
+FITTED = "--num-processes 2 --set calibration.holdout=0.07 --set calibration.epochs=80"
+ON_DEMO, ON_SECOND = f"--data demo --samples 5120 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = (
-    "--heal-only --force --num-processes 2 --budget 0.2 --set calibration.heal.steps=300 "
+    "--heal-only --force --budget 0.2 --set calibration.heal.steps=250 "
     "--set calibration.heal.gradient_accumulation=4 --set calibration.heal.learning_rate=5e-4 "
     "--set calibration.heal.samples=24576"
 )
@@ -88,7 +88,7 @@ STEPS = (
     ),
     Step(
         "calibrate-healed",
-        f"dpn calibrate --model work/healed --data demo --samples 12288 {FITTED} {HEAL}",
+        f"dpn calibrate --model work/healed {ON_DEMO} {HEAL}",
         SHORT_HEAL,
         (DEMO, "work/healed"),
     ),

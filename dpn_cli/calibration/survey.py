@@ -25,7 +25,7 @@ from dpn_cli.pyramid.route import format_route
 MOST_EXPERTS = 3  # that reduce, on a route
 SHORTLIST = 2  # times the routes to choose are measured again
 FINAL_SAMPLES = 4  # times the samples
-PRICE_STEPS = (4, 8, 16, 32)  # between the cheapest and the full route
+PRICE_STEPS = (4, 8, 16, 32, 64, 128, 256)  # between the cheapest and the full route
 
 
 @dataclass(frozen=True)
