@@ -20,9 +20,11 @@ import click
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.filesize import decimal
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -254,10 +256,26 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         `advance(n)`, to be called after every n steps.
     """
+    with _counting(description, total, MofNCompleteColumn(), str) as advance:
+        yield advance
+
+
+@contextmanager
+def copying(description: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how far the work is as `progress` does, where it is counted in bytes."""
+    with _counting(description, nbytes, DownloadColumn(), decimal) as advance:
+        yield advance
+
+
+@contextmanager
+def _counting(
+    description: str, total: int, column: ProgressColumn, write: Callable[[int], str]
+) -> Iterator[Callable[[int], None]]:
+    """Show how far the work is, its counts in a column of a terminal or written in lines."""
     if not _stderr.is_terminal:
-        yield _PlainProgress(description, total).advance
+        yield _PlainProgress(description, total, write).advance
         return
-    with _live(MofNCompleteColumn()) as bar:
+    with _live(column) as bar:
         task = bar.add_task(harmless(description), total=total)
         yield lambda n: bar.advance(task, n)
 
@@ -274,7 +292,7 @@ def waiting(description: str) -> Iterator[None]:
         yield
 
 
-REPORTER = Reporter(note, progress, waiting)
+REPORTER = Reporter(note, progress, copying, waiting)
 
 
 def _live(*columns: ProgressColumn, transient: bool = False) -> Progress:
@@ -310,9 +328,10 @@ def _clock(seconds: float) -> str:
 class _PlainProgress:
     """Prints `description: done/total, time left`, seldom."""
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, total: int, write: Callable[[int], str]) -> None:
         self.description = description
         self.total = total
+        self.write = write
         self.done = 0
         self.start = self.last = time.monotonic()
 
@@ -324,8 +343,9 @@ class _PlainProgress:
             note(self._line(now - self.start))
 
     def _line(self, elapsed_s: float) -> str:
+        counts = f"{self.description}: {self.write(self.done)}/{self.write(self.total)}"
         if not self.done:
-            return f"{self.description}: 0/{self.total}"
+            return counts
         rate = self.done / max(elapsed_s, 1e-9)
         left = f"{_clock((self.total - self.done) / rate)} left"
-        return f"{self.description}: {self.done}/{self.total}, {'done' if self.done >= self.total else left}"
+        return f"{counts}, {'done' if self.done >= self.total else left}"

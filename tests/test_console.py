@@ -88,6 +88,18 @@ def test_off_a_terminal_progress_is_a_plain_last_line(capsys: pytest.CaptureFixt
     assert captured.err.startswith("counting: 300/300, done")
 
 
+def test_bytes_are_counted_in_units_that_a_reader_knows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.copying("writing", 14_100_000_000) as advance:
+        advance(14_100_000_000)
+    assert capsys.readouterr().err.startswith("writing: 14.1 GB/14.1 GB, done")
+    monkeypatch.setattr(console, "_stderr", Console(stderr=True, force_terminal=True, width=100))
+    with console.waiting("converting"), console.copying("writing", 14_100_000_000) as advance:
+        advance(4_300_000_000)
+    assert "4.3/14.1 GB" in capsys.readouterr().err
+
+
 def test_plain_progress_says_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 4.0, 20.0, 24.0, 0.0, 11.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))

@@ -14,12 +14,15 @@ from dpn_cli.checkpoint.links import is_text
 from dpn_cli.checkpoint.locks import to_be_replaced
 from dpn_cli.checkpoint.workplace import OLD, workplace
 from dpn_cli.errors import CheckpointError, DpnError, UsageError
+from dpn_cli.reporter import SILENT, Reporter
 
 MARGIN_BYTES = 64 << 20  # for the small files beside the weights
 
 
 @contextmanager
-def staged_folder(target: Path, force: bool, may_replace: str, source: Path | None = None) -> Iterator[Path]:
+def staged_folder(
+    target: Path, force: bool, may_replace: str, source: Path | None = None, reporter: Reporter = SILENT
+) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     Args:
@@ -27,6 +30,7 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
         force: replace a target that exists, once the new one is complete.
         may_replace: Start of the model types of folders that `force` may replace.
         source: the input, which the target must not touch.
+        reporter: is told of the time that the disk takes.
 
     Raises:
         UsageError: if the target exists (without force), is not ours to replace, or overlaps the source; or if another
@@ -41,7 +45,8 @@ def staged_folder(target: Path, force: bool, may_replace: str, source: Path | No
         stage = work / "stage"
         stage.mkdir()
         yield stage
-        sync_folder(stage)
+        with reporter.waiting("syncing to disk"):
+            sync_folder(stage)
         _put_in_place(stage, target, force, work / OLD)
         sync_entry(target.parent)
 

@@ -67,6 +67,13 @@ def only_finite(pieces: Iterable[Piece], tensor: TensorInfo, file: Path) -> Iter
         yield piece
 
 
+def told(pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[Piece]:
+    """Pass bytes on, and tell of the number of bytes in each piece once it is taken care of."""
+    for piece in pieces:
+        yield piece
+        advance(len(piece))
+
+
 def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
     """Return a tensor's bytes, without a copy where it is contiguous."""
     import torch
@@ -75,7 +82,10 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
 
 
 def verify_bytes(
-    folder: Path, tensors: Iterable[TensorInfo], original: Callable[[TensorInfo], Iterable[Piece]]
+    folder: Path,
+    tensors: Iterable[TensorInfo],
+    original: Callable[[TensorInfo], Iterable[Piece]],
+    advance: Callable[[int], None],
 ) -> None:
     """Read tensors back from the disk and compare them with what they were made from, byte by byte.
 
@@ -83,6 +93,7 @@ def verify_bytes(
         folder: the folder that was written.
         tensors: the written tensors, from its headers.
         original: returns the bytes that a tensor was made from.
+        advance: called with the number of bytes compared, after every tensor.
 
     Raises:
         DpnError: if a byte differs.
@@ -98,6 +109,7 @@ def verify_bytes(
                         f"the tensor {tensor.name!r} reads back from {file} with other bytes than it was written with: "
                         "check the disk and the memory, then run the command again"
                     )
+                advance(tensor.nbytes)
 
 
 def _is_finite(piece: Piece, bits: int, first: int) -> bool:

@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,30 +16,33 @@ from dpn_cli.errors import DpnError
 RECIPE_FILE = "dpn_recipe.json"
 
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-_CHUNK_BYTES = 1 << 30
+_CHUNK_BYTES = 64 << 20
 _FICLONE = 0x40049409  # ioctl(2): share a file's extents, copy-on-write
 
 Placement = Literal["cloned", "linked", "copied", "rewritten"]  # how a shard came into a new folder
 
 
-def copy_file(source: Path, target: Path) -> int:
+def copy_file(source: Path, target: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
     """Copy a file's bytes, inside the kernel where it can (shared extents on file systems that have them).
 
-    Returns:
-        The number of bytes.
+    Args:
+        source: the file to copy.
+        target: the copy.
+        advance: called with the number of bytes copied, every so often.
     """
+    done = 0
     with source.open("rb") as reader, target.open("wb") as writer:
         try:
-            while os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK_BYTES):
-                pass
+            while copied := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK_BYTES):
+                done += copied
+                advance(copied)
         except OSError as error:
             if error.errno not in _NO_KERNEL_COPY:
                 raise
-            reader.seek(0)
-            writer.seek(0)
-            shutil.copyfileobj(reader, writer, 1 << 24)
-        writer.flush()
-        return os.fstat(writer.fileno()).st_size
+            reader.seek(done)
+            writer.seek(done)
+            while chunk := reader.read(_CHUNK_BYTES):
+                advance(writer.write(chunk))
 
 
 def link_file(source: Path, target: Path) -> Placement:

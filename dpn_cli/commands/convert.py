@@ -98,7 +98,7 @@ def command(
     with console.waiting("converting"):
         done = convert(
             model, chosen, output, force, dry_run, vision_tower, link=link, check_values=check_values, verify=verify,
-            chat_template=chat_template,
+            chat_template=chat_template, reporter=console.REPORTER,
         )  # fmt: skip
 
     try:

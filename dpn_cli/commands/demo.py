@@ -64,7 +64,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
             console.note(f"--force: {folder} will be written{replaced}.")
     console.note(f"1/4 dpn convert demo --output {converted}")
     with console.waiting("converting"):
-        convert("demo", output=converted, force=force)
+        convert("demo", output=converted, force=force, reporter=console.REPORTER)
 
     report = _calibrated(converted, budget, samples)
     with extra(f"{workspace.FOLDER} cannot be written here"):
@@ -76,7 +76,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
 
     console.note(f"3/4 dpn export --model {converted} --output {exported}")
     with console.waiting("exporting"):
-        export(converted, exported, force=force)
+        export(converted, exported, force=force, reporter=console.REPORTER)
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by the original")
     result, timed = _asked(exported, questions, report.settings["answer_tokens"])

@@ -104,7 +104,7 @@ def command(
     )  # fmt: skip
     replaced = in_place_of(output)
     with console.waiting("exporting"):
-        done = export(folder, output, options, force)
+        done = export(folder, output, options, force, console.REPORTER)
     for note in done.notes:
         console.note(note)
     url = None

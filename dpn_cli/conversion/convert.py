@@ -22,7 +22,7 @@ from dpn_cli.checkpoint.processor import Completion, complete_processor
 from dpn_cli.checkpoint.side_files import left_behind, without_code
 from dpn_cli.checkpoint.source import Source, resolve_source
 from dpn_cli.checkpoint.staging import check_space, check_target, on_same_disk, staged_folder
-from dpn_cli.checkpoint.streams import Piece, only_finite, verify_bytes
+from dpn_cli.checkpoint.streams import Piece, only_finite, told, verify_bytes
 from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.writer import RECIPE_FILE, Placement, copy_file, write_index, write_json, write_shard
 from dpn_cli.conversion.opening import Copied, Opened, open_source
@@ -33,6 +33,7 @@ from dpn_cli.errors import DpnError, RecipeError, UsageError
 from dpn_cli.families.family import ALIASES, CONVERTED, DEFAULT_RECIPE, FAMILIES, Family
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
+from dpn_cli.reporter import SILENT, Reporter
 
 IMPORTED = "imported"  # in the place of a recipe's name
 
@@ -81,6 +82,7 @@ def convert(
     check_values: bool = False,
     verify: bool = False,
     chat_template: Path | None = None,
+    reporter: Reporter = SILENT,
 ) -> Conversion:
     """Write a copy of a LLaVA whose decoder is a pyramid; it gives the source's logits until calibrated.
 
@@ -98,6 +100,7 @@ def convert(
         check_values: search the source for NaN and infinite values first.
         verify: afterwards read everything back from the disk and compare it with the source, byte by byte.
         chat_template: a file with a Jinja template, to use in place of the source's.
+        reporter: is told how far the work is.
 
     Raises:
         CheckpointError: if the model is missing, damaged, or not a LLaVA that can have a pyramid, or its processor
@@ -139,13 +142,14 @@ def convert(
         if not dry_run:
             check_space(conversion.output, _needed_bytes(opened, conversion))
         if check_values:
-            _check_values(opened)
+            _check_values(opened, reporter)
         if dry_run:
             return conversion
-        with staged_folder(conversion.output, force, CONVERTED, source.path) as stage:
-            written = _write(stage, small_files, opened, conversion)
+        with staged_folder(conversion.output, force, CONVERTED, source.path, reporter) as stage:
+            written = _write(stage, small_files, opened, conversion, reporter)
             if verify and written.placement != "linked":  # a hard link is the very same file
-                verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name))
+                with reporter.copying("verifying", sum(tensor.nbytes for tensor in written.tensors)) as advance:
+                    verify_bytes(stage, written.tensors, lambda tensor: opened.original(tensor.name), advance)
     return replace(conversion, placement=written.placement)
 
 
@@ -164,10 +168,12 @@ def default_recipe(source: Source, config: Mapping[str, Any]) -> str:
     return family.recipe if family else DEFAULT_RECIPE
 
 
-def _check_values(opened: Opened) -> None:
-    for name, tensor in {**opened.checkpoint.tensors, **opened.dpe}.items():
-        for _ in only_finite(opened.original(name), tensor, opened.origin(name)):
-            pass
+def _check_values(opened: Opened, reporter: Reporter) -> None:
+    tensors = {**opened.checkpoint.tensors, **opened.dpe}
+    with reporter.copying("checking values", sum(tensor.nbytes for tensor in tensors.values())) as advance:
+        for name, tensor in tensors.items():
+            for _ in told(only_finite(opened.original(name), tensor, opened.origin(name)), advance):
+                pass
 
 
 def _needed_bytes(opened: Opened, conversion: Conversion) -> int:
@@ -202,13 +208,13 @@ def _write_small_files(
     write_json(folder / "config.json", _config(opened, conversion, conversion.pyramid))
 
 
-def _write(stage: Path, small_files: Path, opened: Opened, conversion: Conversion) -> Written:
+def _write(stage: Path, small_files: Path, opened: Opened, conversion: Conversion, reporter: Reporter) -> Written:
     """Write the folder; return what of it comes from the source."""
     for file in small_files.iterdir():
         copy_file(file, stage / file.name)
     pyramid = replace(conversion.pyramid, answer_cue=answer_cue(stage))
     write_json(stage / "config.json", _config(opened, conversion, pyramid))
-    written = opened.write_weights(stage, link=conversion.placement == "linked")
+    written = opened.write_weights(stage, conversion.placement == "linked", reporter)
     _write_dpe(stage / DPE_FILE, opened, conversion)
     tensors = [*written.tensors, *read_header(stage / DPE_FILE).values()]
     write_index(stage, tensors)

@@ -26,6 +26,7 @@ from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.families.family import is_converted
 from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.reporter import Reporter
 
 
 class Opened(Protocol):
@@ -54,12 +55,13 @@ class Opened(Protocol):
     def write_side_files(self, folder: Path) -> None:
         """Write tokenizer, processor and what else belongs to the model into a folder."""
 
-    def write_weights(self, stage: Path, link: bool = False) -> Written:
+    def write_weights(self, stage: Path, link: bool, reporter: Reporter) -> Written:
         """Write the shards into a folder.
 
         Args:
             stage: the folder to write into.
             link: let shards that stay as they are share their bytes with the source, where the file system can.
+            reporter: is told how much is written.
         """
 
     def original(self, name: str) -> Iterator[Piece]:
@@ -83,18 +85,21 @@ class Copied:
         """Copy what goes along."""
         copy_side_files(self.checkpoint.path, folder)
 
-    def write_weights(self, stage: Path, link: bool = False) -> Written:
+    def write_weights(self, stage: Path, link: bool, reporter: Reporter) -> Written:
         """Copy or link the shards."""
         folder = self.checkpoint.path
         tensors: list[TensorInfo] = []
         placements: set[Placement] = set()
-        for file in self.checkpoint.files:
-            name = _shard_name(file)
-            if link:
-                placements.add(link_file(folder / file, stage / name))
-            else:
-                copy_file(folder / file, stage / name)
-            tensors += read_header(stage / name).values()
+        sizes = {file: (folder / file).stat().st_size for file in self.checkpoint.files}
+        with reporter.copying("writing weights", sum(sizes.values())) as advance:
+            for file, size in sizes.items():
+                name = _shard_name(file)
+                if link:
+                    placements.add(link_file(folder / file, stage / name))
+                    advance(size)
+                else:
+                    copy_file(folder / file, stage / name, advance)
+                tensors += read_header(stage / name).values()
         return Written(tensors, placements.pop() if len(placements) == 1 else "copied")
 
     def original(self, name: str) -> Iterator[bytes]:

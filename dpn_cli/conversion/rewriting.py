@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from dpn_cli.checkpoint.headers import BITS, Checkpoint, TensorInfo, check_float, read_header
 from dpn_cli.checkpoint.side_files import copy_side_files
-from dpn_cli.checkpoint.streams import tensor_bytes
+from dpn_cli.checkpoint.streams import tensor_bytes, told
 from dpn_cli.checkpoint.writer import Placement, write_shard
 from dpn_cli.conversion.weights import Weights
 from dpn_cli.families.tensors import COMPUTED
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.reporter import Reporter
 
 if TYPE_CHECKING:
     import torch
@@ -122,18 +123,19 @@ class Rewritten:
         planned, notes = {**self.planned, **dpe}, (*self.notes, *notes)
         return replace(self, planned=planned, notes=notes, pyramid=pyramid, dpe=infos)
 
-    def write_weights(self, stage: Path, link: bool = False) -> Written:
+    def write_weights(self, stage: Path, link: bool, reporter: Reporter) -> Written:
         """Write the shards; about one tensor is in memory at a time; nothing can be linked."""
         written: list[TensorInfo] = []
-        for file in self.checkpoint.files:
-            # Wide dtypes first: every tensor is aligned to its own elements.
-            tensors = sorted(
-                (tensor for tensor in self.checkpoint.tensors.values() if tensor.file == file),
-                key=lambda tensor: -BITS[tensor.dtype],
-            )
-            content = (piece for tensor in tensors for piece in self.original(tensor.name))
-            write_shard(stage / file, {t.name: (t.dtype, t.shape) for t in tensors}, content, {"format": "pt"})
-            written += read_header(stage / file).values()
+        with reporter.copying("writing weights", self.checkpoint.nbytes) as advance:
+            for file in self.checkpoint.files:
+                # Wide dtypes first: every tensor is aligned to its own elements.
+                tensors = sorted(
+                    (tensor for tensor in self.checkpoint.tensors.values() if tensor.file == file),
+                    key=lambda tensor: -BITS[tensor.dtype],
+                )
+                content = told((piece for tensor in tensors for piece in self.original(tensor.name)), advance)
+                write_shard(stage / file, {t.name: (t.dtype, t.shape) for t in tensors}, content, {"format": "pt"})
+                written += read_header(stage / file).values()
         return Written(written, "rewritten")
 
     def original(self, name: str) -> Iterator[memoryview]:

@@ -1,7 +1,7 @@
 """The bytes of an export's tensors, in small pieces: searched for NaN, merged with an adapter, cast, quantised."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from dpn_cli.checkpoint.streams import (
     only_finite,
     read_pieces,
     tensor_bytes,
+    told,
     verify_bytes,
 )
 from dpn_cli.checkpoint.writer import write_index, write_named_pieces
@@ -19,12 +20,13 @@ from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import Move, Plan
 from dpn_cli.exporting.quantise import quantised
 from dpn_cli.pyramid.config import PyramidConfig
+from dpn_cli.reporter import Reporter
 
 if TYPE_CHECKING:
     import torch
 
 
-def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values: bool) -> None:
+def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values: bool, reporter: Reporter) -> None:
     """Write the shards of an export, and their index where there are several.
 
     Args:
@@ -32,22 +34,24 @@ def write_weights(stage: Path, plan: Plan, pyramid: PyramidConfig, check_values:
         plan: Plan of what is written.
         pyramid: the pyramid to note in the shards' metadata.
         check_values: whether to stop at NaN and infinite values.
+        reporter: is told how much has been read.
 
     Raises:
         CheckpointError: if a value is NaN, infinite, or too large for its new dtype.
     """
     metadata = {"format": "pt", "pyramid": json.dumps(pyramid.to_dict(), ensure_ascii=False)}
-    for file, moves in plan.shards.items():
-        stored = {name: what for move in moves for name, what in move.stored.items()}
-        # Wide dtypes first, as the safetensors library does it: every tensor is aligned to its own elements.
-        ordered = dict(sorted(stored.items(), key=lambda item: -BITS[item[1][0]]))
-        content = (piece for move in moves for piece in _content(plan.source.path, move, check_values))
-        write_named_pieces(stage / file, ordered, content, metadata)
+    with reporter.copying("writing weights", sum(move.tensor.nbytes for move in plan.moves)) as advance:
+        for file, moves in plan.shards.items():
+            stored = {name: what for move in moves for name, what in move.stored.items()}
+            # Wide dtypes first, as the safetensors library does it: every tensor is aligned to its own elements.
+            ordered = dict(sorted(stored.items(), key=lambda item: -BITS[item[1][0]]))
+            content = (piece for move in moves for piece in _content(plan.source.path, move, check_values, advance))
+            write_named_pieces(stage / file, ordered, content, metadata)
     if len(plan.shards) > 1:
         write_index(stage, [tensor for file in plan.shards for tensor in read_header(stage / file).values()])
 
 
-def verify_untouched(stage: Path, plan: Plan) -> int:
+def verify_untouched(stage: Path, plan: Plan, reporter: Reporter) -> int:
     """Read every tensor that no option changes back from the disk and compare it with the source.
 
     Returns:
@@ -59,13 +63,16 @@ def verify_untouched(stage: Path, plan: Plan) -> int:
     sources = {move.name: move.tensor for move in plan.moves if move.is_untouched}
     written = [tensor for file in plan.shards for tensor in read_header(stage / file).values()]
     untouched = [tensor for tensor in written if tensor.name in sources]
-    verify_bytes(stage, untouched, lambda tensor: read_pieces(plan.source.path, sources[tensor.name]))
+    with reporter.copying("verifying", sum(tensor.nbytes for tensor in untouched)) as advance:
+        verify_bytes(stage, untouched, lambda tensor: read_pieces(plan.source.path, sources[tensor.name]), advance)
     return len(untouched)
 
 
-def _content(folder: Path, move: Move, check_values: bool) -> Iterator[tuple[str, Piece]]:
+def _content(
+    folder: Path, move: Move, check_values: bool, advance: Callable[[int], None]
+) -> Iterator[tuple[str, Piece]]:
     """Yield the bytes of the tensors that a move makes, by name."""
-    pieces: Iterator[Piece] = read_pieces(folder, move.tensor, _piece_bytes(move))
+    pieces: Iterator[Piece] = told(read_pieces(folder, move.tensor, _piece_bytes(move)), advance)
     if check_values:
         pieces = only_finite(pieces, move.tensor, folder / move.tensor.file)
     if move.is_untouched:

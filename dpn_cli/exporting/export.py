@@ -30,6 +30,7 @@ from dpn_cli.families.family import CONVERTED
 from dpn_cli.modeling.code import CODE_FILE, write_code
 from dpn_cli.pyramid.config import DPE_PARTS, PyramidConfig
 from dpn_cli.pyramid.presets import preset_of
+from dpn_cli.reporter import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export(checkpoint: Path, output: Path, options: ExportOptions = DEFAULTS, force: bool = False) -> Export:
+def export(
+    checkpoint: Path,
+    output: Path,
+    options: ExportOptions = DEFAULTS,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> Export:
     """Write a converted checkpoint as one compact folder: weights, code, processor and model card.
 
     Args:
@@ -69,6 +76,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions = DEFAULTS, fo
         output: the folder to write.
         options: Options of the export and its checks.
         force: whether to replace an output that dpn wrote before.
+        reporter: is told how far the work is.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged, or not converted, or its processor another model's.
@@ -79,11 +87,11 @@ def export(checkpoint: Path, output: Path, options: ExportOptions = DEFAULTS, fo
         plan = draft.plan
         check_target(output, force, CONVERTED, plan.source.path)
         check_space(output, plan.nbytes)
-        with staged_folder(output, force, CONVERTED, plan.source.path) as stage:
+        with staged_folder(output, force, CONVERTED, plan.source.path, reporter) as stage:
             _write_side_files(stage, draft, output.resolve().name)
-            write_weights(stage, plan, draft.pyramid, options.check_values)
+            write_weights(stage, plan, draft.pyramid, options.check_values, reporter)
             _reopen(stage, plan, output)
-            num_verified = verify_untouched(stage, plan) if options.verify else None
+            num_verified = verify_untouched(stage, plan, reporter) if options.verify else None
     return Export(
         source=checkpoint,
         output=output,

@@ -68,9 +68,11 @@ def test_pieces_are_the_tensor(tmp_path: Path, shard: TensorInfo) -> None:
 
 def test_a_flipped_bit_is_found(tmp_path: Path, shard: TensorInfo) -> None:
     raw = np.arange(1000, dtype=np.float32).tobytes()
-    verify_bytes(tmp_path, [shard], lambda _: [raw[:1000], raw[1000:]])
+    compared: list[int] = []
+    verify_bytes(tmp_path, [shard], lambda _: [raw[:1000], raw[1000:]], compared.append)
+    assert compared == [len(raw)]
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.seek(shard.start + 2000)
         file.write(b"\x01")
     with pytest.raises(DpnError, match=r"'w' reads back from x\.safetensors with other bytes"):
-        verify_bytes(tmp_path, [shard], lambda _: [raw[:1000], raw[1000:]])
+        verify_bytes(tmp_path, [shard], lambda _: [raw[:1000], raw[1000:]], compared.append)

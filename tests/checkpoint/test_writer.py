@@ -13,7 +13,9 @@ CONTENT = bytes(range(256)) * 1000
 
 def test_a_copy_has_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(CONTENT)
-    assert copy_file(tmp_path / "a", tmp_path / "b") == len(CONTENT)
+    told: list[int] = []
+    copy_file(tmp_path / "a", tmp_path / "b", told.append)
+    assert sum(told) == len(CONTENT)
     assert (tmp_path / "b").read_bytes() == CONTENT
 
 
@@ -39,7 +41,9 @@ def test_where_the_kernel_does_not_copy_the_bytes_still_arrive(
 
     monkeypatch.setattr(os, "copy_file_range", refuse_later)
     (tmp_path / "a").write_bytes(CONTENT)
-    assert copy_file(tmp_path / "a", tmp_path / "b") == len(CONTENT)
+    told: list[int] = []
+    copy_file(tmp_path / "a", tmp_path / "b", told.append)
+    assert sum(told) == len(CONTENT)
     assert (tmp_path / "b").read_bytes() == CONTENT
 
 

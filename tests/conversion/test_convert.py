@@ -20,6 +20,7 @@ from dpn_cli.families.family import ALIASES
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe import load_recipe
 from tests.converted import pretend_calibration
+from tests.heard import Heard
 from tests.originals import Original
 from tests.pyramids import POOLING, RATES, prompt
 
@@ -260,13 +261,12 @@ def test_values_are_checked_before_anything_is_written(tiny_llava: Path, tmp_pat
 
 
 def test_what_was_written_wrongly_is_found(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy_badly(source: Path, target: Path) -> int:
-        size = copy_file(source, target)
+    def copy_badly(source: Path, target: Path, *told: Callable[[int], None]) -> None:
+        copy_file(source, target, *told)
         if target.suffix == ".safetensors":
             with target.open("r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"\x55")
-        return size
 
     monkeypatch.setattr(opening, "copy_file", copy_badly)
     with pytest.raises(DpnError, match="reads back from model-00001-of-00001"):
@@ -292,3 +292,26 @@ def test_a_rewritten_model_is_checked_and_verified_too(make_original: Callable[.
     with pytest.raises(CheckpointError, match=rf"{shard.name}: the tensor '.*q_proj.weight' holds NaN"):
         convert(str(broken), output=tmp_path / "bad", vision_tower=tower, check_values=True)
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("is_original", [False, True])
+def test_progress_counts_every_byte_once(
+    tiny_llava_factory: Callable[..., Path],
+    make_original: Callable[..., Original],
+    tmp_path: Path,
+    is_original: bool,
+    link: bool,
+) -> None:
+    heard, tower = Heard(), None
+    source = tiny_llava_factory(shards=2)
+    if is_original:
+        original = make_original()
+        source, tower = original.folder, str(original.clip)
+    convert(
+        str(source), None, tmp_path / "out", vision_tower=tower, link=link, check_values=True, verify=True,
+        reporter=heard.reporter,
+    )  # fmt: skip
+    steps = ["checking values", "writing weights", *([] if link and not is_original else ["verifying"])]
+    assert list(heard.bytes) == steps
+    assert all(announced == told > 100_000 for announced, told in heard.bytes.values())

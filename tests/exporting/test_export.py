@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dpn_cli.families.tensors import memory_name
 from tests.converted import pretend_calibration
 from tests.elsewhere import run_elsewhere
 from tests.exports import QUESTION, answer, stored
+from tests.heard import Heard
 from tests.tiled import collate_tiled, tiled_prompt
 
 # Run where dpn is not installed; print what they found as JSON.
@@ -396,3 +398,14 @@ def test_what_no_option_changes_is_verified(
     with pytest.raises(DpnError, match="with other bytes than it was written with"):
         export(folder, tmp_path / "bad", ExportOptions(verify=True))
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("options", [ExportOptions(verify=True), ExportOptions(verify=True, dtype="bf16")])
+def test_progress_counts_every_byte_once(tiny_llava: Path, tmp_path: Path, options: ExportOptions) -> None:
+    heard, folder = Heard(), convert(str(tiny_llava), output=tmp_path / "converted").output
+    options = replace(options, uncalibrated=True, check_values=True)
+    export(folder, tmp_path / "out", options, reporter=heard.reporter)
+    announced, told = heard.bytes["writing weights"]
+    assert announced == told == Checkpoint.open(folder).nbytes
+    announced, told = heard.bytes["verifying"]
+    assert announced == told > 0
