@@ -40,7 +40,7 @@ from dpn_cli.reporter import Reporter
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 200
 EDGES, GAP = 4, 2  # blanks around a table, and between its columns
-DESCRIPTION_WIDTH = 18  # so that the bars of one command stand below each other
+DESCRIPTION_WIDTH, BAR_WIDTH = 18, 28  # so that the bars of one command stand below each other, within 80 columns
 
 # C0 and C1 but for the tab and the end of a line, what turns the direction of text, other ends of lines, and halves of
 # characters, which cannot be written at all.
@@ -256,7 +256,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         `advance(n)`, to be called after every n steps.
     """
-    with _counting(description, total, MofNCompleteColumn(), str) as advance:
+    with _counting(description, total, MofNCompleteColumn(), _count) as advance:
         yield advance
 
 
@@ -275,7 +275,7 @@ def _counting(
     if not _stderr.is_terminal:
         yield _PlainProgress(description, total, write).advance
         return
-    with _live(column) as bar:
+    with _live(column, _RateColumn(write)) as bar:
         task = bar.add_task(harmless(description), total=total)
         yield lambda n: bar.advance(task, n)
 
@@ -297,7 +297,7 @@ REPORTER = Reporter(note, progress, copying, waiting)
 
 def _live(*columns: ProgressColumn, transient: bool = False) -> Progress:
     """Return a bar whose pace is that of all steps: a single one may take minutes."""
-    shown = (_DESCRIPTION, BarColumn(), *columns, _TimeColumn())
+    shown = (_DESCRIPTION, BarColumn(BAR_WIDTH), *columns, _TimeColumn())
     return Progress(*shown, console=_stderr, speed_estimate_period=float("inf"), transient=transient)
 
 
@@ -316,6 +316,28 @@ class _TimeColumn(ProgressColumn):
         if task.finished or left is None or left <= 0:
             return Text(_clock(task.finished_time or taken))
         return Text(f"{_clock(left)} left")
+
+
+class _RateColumn(ProgressColumn):
+    """How much is done per second, or how long one takes."""
+
+    def __init__(self, write: Callable[[int], str]) -> None:
+        super().__init__()
+        self._write = write
+
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.finished_speed or task.speed, self._write))
+
+
+def _rate(speed: float | None, write: Callable[[int], str]) -> str:
+    """Return so many a second as `12/s`, or as `3.4 s each` where it is fewer than one."""
+    if not speed:
+        return ""
+    return f"{write(round(speed))}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+def _count(number: int) -> str:
+    return str(number)
 
 
 def _clock(seconds: float) -> str:
@@ -346,6 +368,7 @@ class _PlainProgress:
         counts = f"{self.description}: {self.write(self.done)}/{self.write(self.total)}"
         if not self.done:
             return counts
-        rate = self.done / max(elapsed_s, 1e-9)
-        left = f"{_clock((self.total - self.done) / rate)} left"
-        return f"{counts}, {'done' if self.done >= self.total else left}"
+        if self.done >= self.total:
+            return f"{counts}, done"
+        speed = self.done / max(elapsed_s, 1e-9)
+        return f"{counts}, {_rate(speed, self.write)}, {_clock((self.total - self.done) / speed)} left"

@@ -107,7 +107,7 @@ def test_plain_progress_says_the_time_left(capsys: pytest.CaptureFixture[str], m
         advance(10)
         advance(30)
         advance(10)
-    assert capsys.readouterr().err == "counting: 40/100, 0:30 left\n"
+    assert capsys.readouterr().err == "counting: 40/100, 2/s, 0:30 left\n"
     with console.progress("counting", total=100) as advance:
         advance(0)
     assert capsys.readouterr().err == "counting: 0/100\n"
@@ -138,6 +138,7 @@ def test_the_time_left_is_shown_from_the_second_batch_on(
             terminal._live_stack[-1].refresh()
             shown = capsys.readouterr().err
             assert (" left" in shown) is (batch > 0), shown
+            assert (f"{1 / batch_s:.0f}/s" if batch_s < 1 else f"{batch_s:.1f} s each") in shown or batch == 0
         assert f"{console._clock(7 * batch_s)} left" in shown or batch_s < 1
         now += 4.0  # within the next batch
         terminal._live_stack[-1].refresh()
