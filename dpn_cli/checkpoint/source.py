@@ -111,8 +111,11 @@ def _from_hub(repo_id: str, name: str, **hub: Any) -> Source:
 
     try:
         folder = Path(snapshot_download(repo_id, **hub | {"local_files_only": True}, allow_patterns=_NEEDED))
-        if not _is_complete(folder):
+        if not _has_weights(folder):
             raise LocalEntryNotFoundError(f"the copy of {repo_id} in the cache is incomplete")
+        if not _has_processor(folder):
+            with suppress(CheckpointError):  # offline; some models have none
+                folder = _download(repo_id, _NEEDED, hub)
     except LocalEntryNotFoundError:
         folder = _download(repo_id, _NEEDED, hub)
         if not list(folder.glob("*.safetensors")):
@@ -148,7 +151,13 @@ def _download(repo_id: str, patterns: list[str], hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _is_complete(snapshot: Path) -> bool:
+def _has_processor(snapshot: Path) -> bool:
+    """Say whether a cached snapshot has a processor, or the part that its layout has; loading a model fetches none."""
+    parts = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    return any((snapshot / file).exists() for file in parts)
+
+
+def _has_weights(snapshot: Path) -> bool:
     """Say whether a cached snapshot has its weights: other uses and interrupted downloads leave a part."""
     for file, index in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
         if (snapshot / file).exists():

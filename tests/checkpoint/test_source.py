@@ -48,6 +48,10 @@ def put_in_cache(
     return snapshot
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_folder_wins_over_an_alias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llava-1.5-7b").mkdir()
@@ -186,6 +190,29 @@ def test_a_part_of_a_model_in_the_cache_asks_for_the_rest(
     put_in_cache(hub_cache, "owner/model", tiny_llava_factory(shards=2), leave_out)
     with pytest.raises(CheckpointError, match="download the checkpoint again"):
         Checkpoint.open(resolve_source("owner/model").path)
+
+
+def test_a_snapshot_without_a_processor_is_completed_where_the_hub_can_be_reached(
+    tiny_llava: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that loads only the model leaves such a snapshot."""
+    import huggingface_hub
+
+    part = tmp_path / "part"
+    part.mkdir()
+    for file in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(tiny_llava / file, part)
+    put_in_cache(hub_cache, "me/llava", part)
+    assert names(resolve_source("me/llava").path) == names(part)
+    download = huggingface_hub.snapshot_download
+
+    def snapshot_download(repo_id: str, local_files_only: bool = False, **kwargs: Any) -> str:
+        if not local_files_only:
+            put_in_cache(hub_cache, repo_id, tiny_llava, commit="f" * 40)
+        return download(repo_id, local_files_only=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert names(resolve_source("me/llava").path) == names(tiny_llava)
 
 
 def test_pickles_are_fetched_only_where_there_are_no_safetensors(
