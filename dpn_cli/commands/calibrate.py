@@ -139,7 +139,7 @@ def command(
     try:
         report = calibrate(folder, data, recipe, console.REPORTER, teacher=teacher, restart=restart, only=only)
     except KeyboardInterrupt:
-        console.note("What was measured is kept: run the same command line again to go on from there.")
+        console.note("Nothing that was measured is lost: run the same command line again to go on.")
         raise
     if report is None:
         if as_json:

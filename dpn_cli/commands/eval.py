@@ -158,7 +158,7 @@ def command(
     try:
         evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER, deliver=deliver)
     except KeyboardInterrupt:
-        console.note("What was measured is kept: run the same command line again to go on from there.")
+        console.note("Nothing that was measured is lost: run the same command line again to go on.")
         raise
 
 

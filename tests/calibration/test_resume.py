@@ -155,7 +155,7 @@ def was_interrupted(folder: Path, before: dict[str, str], output: str, errors: s
     """Check what an interrupted calibration says and leaves."""
     assert output == ""
     assert [line for line in errors.splitlines() if line][-2:] == [
-        "What was measured is kept: run the same command line again to go on from there.",
+        "Nothing that was measured is lost: run the same command line again to go on.",
         "Interrupted.",
     ]
     assert "Traceback" not in errors

@@ -345,7 +345,7 @@ def test_an_interrupt_ends_all_processes(copy: Callable[[str], Path], pictures: 
     _, errors = process.communicate(timeout=DEADLOCK_S)
     assert process.returncode == 130
     assert [line for line in errors.splitlines() if line][-2:] == [
-        "What was measured is kept: run the same command line again to go on from there.",
+        "Nothing that was measured is lost: run the same command line again to go on.",
         "Interrupted.",
     ]
     assert not any(Path(f"/proc/{pid}").exists() for pid in everyone)
