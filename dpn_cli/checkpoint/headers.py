@@ -380,6 +380,8 @@ def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str,
 def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return adapter_refusal(folder)
+    if dangling := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()):
+        return f"{folder / dangling[0]} is a link to a file that is not there: download the checkpoint again"
     for pattern, sentence in _OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)):
             return sentence.format(folder=folder)

@@ -10,7 +10,7 @@ from dpn_cli.commands.completion import listed
 from dpn_cli.commands.data_options import data_options
 from dpn_cli.commands.numbers import Fraction
 from dpn_cli.commands.options import (
-    SAMPLES,
+    CALIBRATION_SAMPLES,
     SEED,
     Choice,
     Kinds,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="Mean fraction of the original's prefill FLOPs to spend; default: the recipe's, or with --budgets-only "
     "and --heal-only the one that the checkpoint is set to.",
 )
-@click.option("--samples", type=SAMPLES, help="Number of calibration samples; default: the recipe's.")
+@click.option("--samples", type=CALIBRATION_SAMPLES, help="Number of calibration samples; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling and fitting; default: the recipe's.")
 @click.option(
     "--experts", type=Kinds(), metavar="KIND,KIND,…", shell_complete=listed(lambda: KINDS),

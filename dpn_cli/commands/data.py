@@ -7,7 +7,7 @@ import click
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import bad_row_options, reading_options, takes_data
-from dpn_cli.commands.options import SAMPLES, SEED, model_option, teacher_option
+from dpn_cli.commands.options import CALIBRATION_SAMPLES, SEED, model_option, teacher_option
 from dpn_cli.data.formats import describe_formats
 from dpn_cli.errors import UsageError
 from dpn_cli.reporter import Reporter
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @reading_options
 @bad_row_options
 @teacher_option
-@click.option("--samples", type=SAMPLES, help="Number of samples to draw; default: the recipe's.")
+@click.option("--samples", type=CALIBRATION_SAMPLES, help="Number of samples to draw; default: the recipe's.")
 @click.option("--seed", type=SEED, help="Random seed for sampling; default: the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @takes_data

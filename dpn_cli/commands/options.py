@@ -43,6 +43,7 @@ teacher_option = click.option(
     "the model itself with its pyramid off.",
 )  # fmt: skip
 SAMPLES, SEED = WholeNumber(1, MAX_SAMPLES), WholeNumber(0, MAX_SEED)
+CALIBRATION_SAMPLES = WholeNumber(2, MAX_SAMPLES)  # one to learn from and one to judge by
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit the terminal.")
 
 

@@ -59,6 +59,13 @@ def test_where_weights_lack_it_says_what_is_there(tmp_path: Path, files: list[st
         Checkpoint.open(tmp_path)
 
 
+def test_a_link_of_a_cache_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to a file that is not there: download"):
+        Checkpoint.open(tmp_path)
+
+
 def test_empty_and_scalar_tensors_are_fine(tmp_path: Path) -> None:
     header = {
         "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},

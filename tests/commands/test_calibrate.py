@@ -184,6 +184,7 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
     [
         (["--seed", str(2**64)], "is not in the range"),
         (["--samples", "1" + "0" * 30], "is not in the range"),
+        (["--samples", "1"], "1 is not in the range 2<=x"),
         (["--set", f"calibration.seed={2**64}"], "calibration.seed: Input should be less than or equal to"),
         (["--set", "calibration.samples=1" + "0" * 30], "calibration.samples: Input should be less"),
         (["--set", "pyramid.attention=plain"], "--set pyramid.attention: a calibration takes calibration.KEY alone"),
