@@ -11,3 +11,8 @@ def nats(value: float) -> str:
 def percent(value: float) -> str:
     """Return a share."""
     return f"{value:.1%}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things, such as `1 file` or `2 files`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

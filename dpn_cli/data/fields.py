@@ -36,7 +36,8 @@ ROLES: dict[str, tuple[str, ...]] = {
         "img_name", "image_id",
     ),
     "conversation": ("conversations", "messages", "conversation", "texts", *_PAIRS),
-    "question": ("question", "query", "prompt", "instruction", "problem"),
+    "question": ("question", "query", "prompt", "instruction", "problem", "input"),
+    "input": ("input",),  # what an instruction is about, as in Alpaca's rows
     "answer": (
         "answer", "answers", "multiple_choice_answer", "label", "labels", "response", "output", "completion", "target",
         "correct_answer", "gt_answer", "ground_truth", "answer_key", "answer_idx", "answer_index", "correct_choice_idx",
@@ -51,7 +52,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 """The names of every role, the first that a row has being the one that is read. Letter case does not matter."""
 
 _NAMES_SHOWN = 4  # of a role, in messages
-_TEXT_ROLES = ("conversation", "question", "answer", "choices", "context", "system", "caption")
+_TEXT_ROLES = ("conversation", "question", "input", "answer", "choices", "context", "system", "caption")
 _TEXTS = frozenset(name for role in _TEXT_ROLES for name in ROLES[role]) | {"history", "dialog", "dialogue", "chat"}
 _SPARE = {
     "image": ROLES["image"],
@@ -105,6 +106,8 @@ def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
         alias = next((alias for alias in aliases if alias in known), None)
         if alias and role not in settled:
             roles[role] = known[alias]
+    if roles.get("input") == roles.get("question"):
+        roles.pop("input", None)
     if "question" in roles and _normalise(roles.get("conversation", "")) in _PAIRS:
         del roles["conversation"]
     is_caption = roles.keys().isdisjoint({"conversation", "question"}) and roles.get("caption") == known.get("text")

@@ -13,6 +13,7 @@ from dpn_cli.data.formats import Request
 from dpn_cli.data.rowsource import RowSource, validate_readable
 from dpn_cli.data.webdataset import KEY, row_of
 from dpn_cli.errors import DataError, MissingExtraError
+from dpn_cli.notation import counted
 
 STREAMED = "streamed"  # begins the descriptions of such tables
 SPARE = 2  # rows of a stream that are kept for each that is wanted
@@ -162,11 +163,21 @@ def _load(datasets: Any, request: Request) -> tuple[str, Any]:
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
         splits = _splits(files)
         split = _main_split(splits)
-        loaded = datasets.load_dataset(kind, data_files=splits[split], split="train", streaming=request.stream)
-        return f"{kind} of {len(splits[split])} files{f', split {split}' if split else ''}", loaded
+        chosen = [file for file in splits[split] if kind != "parquet" or _num_rows(file)]  # `datasets` takes no others
+        if not chosen:
+            raise DataError(f"{request.data} holds no rows")
+        loaded = datasets.load_dataset(kind, data_files=chosen, split="train", streaming=request.stream)
+        return f"{kind} of {counted(len(chosen), 'file')}{f', split {split}' if split else ''}", loaded
     repository, config, split = [*request.data.split(":"), "", ""][:3]
     loaded = datasets.load_dataset(repository, config or None, split=split or None, streaming=request.stream)
     return _one_split(loaded, f"data set {request.data} of the hub")
+
+
+def _num_rows(file: str) -> int:
+    """Return the number of rows of a parquet file, from its footer."""
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
 
 
 def _splits(files: Sequence[Path]) -> dict[str, list[str]]:

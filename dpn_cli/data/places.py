@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,13 @@ class Places:
 
 
 def _with_suffix(file: Path) -> Path:
-    """Return the path of an image; where a row leaves out the end of its name, that of the file which is there."""
-    if file.suffix.lower() in IMAGE_SUFFIXES or is_file(file):
-        return file
+    """Return the path of an image; where a row leaves out the end of its name, that of the file which is there.
+
+    Letters with accents are stored in two ways, whole or in parts; systems differ, and archives keep what was stored.
+    """
+    if is_file(file) or file.suffix.lower() in IMAGE_SUFFIXES:
+        spelled = (Path(unicodedata.normalize(form, str(file))) for form in ("NFC", "NFD"))
+        return file if is_file(file) else next(filter(is_file, spelled), file)
     named = (file.with_name(f"{file.name}{suffix}") for suffix in sorted(IMAGE_SUFFIXES) if file.name)
     return next(filter(is_file, named), file)
 

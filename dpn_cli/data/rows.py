@@ -226,6 +226,10 @@ def _read_question(fields: Fields, roles: dict[str, str]) -> _Text:
         read.append(roles["context"])
         if not is_blank(context := fields[roles["context"]]):
             question = f"{read_text(context, 'context')}\n{question}"
+    if "input" in roles:
+        read.append(roles["input"])
+        if not is_blank(about := fields[roles["input"]]):
+            question = f"{question}\n{read_text(about, 'input')}"
     choices, names = read_choices(fields, roles.get("choices"))
     numbers = image_numbers("\n".join([question, *map(str, choices)]))
     question = name_images_asked(question)

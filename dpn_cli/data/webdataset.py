@@ -21,6 +21,7 @@ from dpn_cli.data.rowsource import RowSource
 from dpn_cli.data.samples import StoredImage
 from dpn_cli.errors import DataError
 from dpn_cli.limits import MAX_IMAGE_BYTES
+from dpn_cli.notation import counted
 
 KEY = "__key__"  # the name of a sample, as `datasets` calls it too
 _SUFFIX = ".tar"
@@ -73,7 +74,7 @@ class TarSamples(RowSource):
         if not found:
             raise DataError(f"{name} holds no samples, which are files such as 0001.jpg and 0001.json")
         self.samples = [(key, parts) for (_, key), parts in found.items()]
-        super().__init__(name, f"WebDataset of {len(archives)} archives", places, reading)
+        super().__init__(name, f"WebDataset of {counted(len(archives), 'archive')}", places, reading)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -166,8 +167,21 @@ def _parts(archive: Path) -> Iterator[tuple[str, str, _Part]]:
                         f"{archive} holds {member.name}, which is a link or not a regular file: expected files"
                     )
                 yield match[1], match[2], _Part(archive, member.name, member.offset_data, member.size)
+            _validate_end(archive, tar.offset)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{archive} is damaged, or not an uncompressed tar: {error}") from None
+
+
+def _validate_end(archive: Path, end: int) -> None:
+    """Check that an archive ends where its files do: `tarfile` takes a damaged header for the end.
+
+    Raises:
+        DataError: if something follows that is not the header of a file.
+    """
+    with archive.open("rb") as file:
+        file.seek(end)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise DataError(f"{archive} is damaged at byte {end}, where a file should begin: pack or download it again")
 
 
 def open_tars(request: Request) -> TarSamples | None:

@@ -41,7 +41,7 @@ def test_parquet_with_questions_and_several_peoples_answers(datasets: Any, tmp_p
     for name in (tmp_path / "data.parquet", tmp_path):
         data = load_data(DataOptions(str(name)))
         assert [sample.turns[0].answer for sample in data.samples] == ["red", "blue"]
-        assert data.scan.format == "parquet of 1 files (`image`, `question` and `answers`)"
+        assert data.scan.format == "parquet of 1 file (`image`, `question` and `answers`)"
         assert [s.open_images()[0].getpixel((0, 0)) for s in data.samples] == [(255, 0, 0), (0, 0, 255)]
 
 
@@ -69,6 +69,15 @@ def test_saved_data_sets_take_train_or_the_first_split(datasets: Any, tmp_path: 
     )
 
 
+def test_parquet_files_without_rows_are_passed_over(datasets: Any, tmp_path: Path) -> None:
+    table = questions(datasets)
+    table.select([]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="holds no rows"):
+        load_data(DataOptions(str(tmp_path)))
+    table.to_parquet(tmp_path / "b.parquet")
+    assert len(load_data(DataOptions(str(tmp_path))).samples) == len(table)
+
+
 def test_files_that_are_named_after_splits_are_no_one_table(datasets: Any, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split, text in (("train", "what ?"), ("test", "where ?"), ("validation", "who ?")):
@@ -76,7 +85,7 @@ def test_files_that_are_named_after_splits_are_no_one_table(datasets: Any, tmp_p
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     data = load_data(DataOptions(str(tmp_path)))
     assert [sample.turns[0].question for sample in data.samples] == ["what ?"]
-    assert data.scan.format.startswith("parquet of 1 files, split train")
+    assert data.scan.format.startswith("parquet of 1 file, split train")
     (tmp_path / "data" / "more.parquet").write_bytes((tmp_path / "data" / "test-00000-of-00001.parquet").read_bytes())
     assert len(load_data(DataOptions(str(tmp_path))).samples) == 4
 

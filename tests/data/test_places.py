@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_the_end_of_a_name_may_be_missing(tmp_path: Path, name: str, found: str)
     for file in ("42.jpg", "a.b.png", "c", "c.png", "d.png.jpg"):
         (tmp_path / file).touch()
     assert Places(tmp_path).find(name, "x", lambda: name) == tmp_path / found
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_accents_may_be_stored_in_another_way_than_the_row_has_them(tmp_path: Path, stored: str, written: str) -> None:
+    for name in ("café.png", "thé.jpg"):
+        (tmp_path / unicodedata.normalize(stored, name)).touch()
+        asked = unicodedata.normalize(written, name)
+        assert (
+            Places(tmp_path)
+            .find(asked, "x", lambda asked=asked: asked)
+            .samefile(tmp_path / unicodedata.normalize(stored, name))
+        )
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,18 @@ def test_choices_that_look_like_numbers_or_letters_keep_their_text(choices: list
     assert f"\nC. {choices[2]}\n" in turn.question and turn.answer == "C"
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"instruction": "Name the colour of", "input": "car"}, "Name the colour of\ncar"),
+        ({"instruction": "What is this?", "input": ""}, "What is this?"),
+        ({"input": "what ?"}, "what ?"),
+    ],
+)
+def test_what_an_instruction_is_about_follows_it(row: dict[str, Any], question: str) -> None:
+    assert read({"images": ["a.png"], "output": "red", **row}).turns == (Turn(question, "red", 1),)
+
+
 TWO_TURNS = (Turn("what ?", "red", 1), Turn("where ?", "left"))
 
 

@@ -131,6 +131,28 @@ def test_archives_that_are_none_are_named(tmp_path: Path) -> None:
         load(tmp_path / "0.tar")
 
 
+@pytest.mark.parametrize("damage", ["a flipped bit in a header", "a cut in a header", "a cut in a file"])
+def test_a_damaged_archive_is_not_read_as_a_shorter_one(tmp_path: Path, damage: str) -> None:
+    path = write(tmp_path / "0.tar", {"1.png": png(), "1.json": ASKED, "2.png": png("blue"), "2.json": ASKED})
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2]
+    content = bytearray(path.read_bytes())
+    content[third.offset] ^= 1
+    cuts = {"a cut in a header": third.offset + 100, "a cut in a file": third.offset_data + 10}
+    path.write_bytes(path.read_bytes()[: cuts[damage]] if damage in cuts else content)
+    with pytest.raises(DataError, match=r"0\.tar is damaged"):
+        load(path)
+
+
+def test_an_archive_needs_no_mark_of_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", {"1.png": png(), "1.json": ASKED})
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    path.write_bytes(path.read_bytes()[:end])
+    assert len(load(path).samples) == 1
+
+
 def test_columns_of_datasets_make_the_same_rows() -> None:
     image = {"bytes": png(), "path": "1.png"}
     row = row_of({"png": image, "json": {"question": "what ?"}, "__key__": "1", "__url__": "0.tar"})
