@@ -36,6 +36,7 @@ _OTHER_WEIGHTS = {
     "**/*.distcp": "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`",
     BIN_FILE: _BIN,
     BIN_INDEX_FILE: _BIN,
+    "mm_projector.bin": "{folder} holds a projector alone: start from a checkpoint with the whole model",
 }
 """What weights are that are not in safetensors, by the files that tell, and what to do."""
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
@@ -134,7 +135,7 @@ def _weights_file(folder: Path, config: dict[str, Any]) -> str:
     for file in (SINGLE_FILE, INDEX_FILE):
         if (folder / file).is_file():
             return file
-    raise CheckpointError(_why_no_weights(folder))
+    raise CheckpointError(why_no_weights(folder))
 
 
 def is_inside(name: object) -> bool:
@@ -377,7 +378,8 @@ def read_weight_map(path: Path, suffix: str, beside: Path = Path()) -> dict[str,
     return weight_map
 
 
-def _why_no_weights(folder: Path) -> str:
+def why_no_weights(folder: Path) -> str:
+    """Say of a folder without weights that can be read what it holds, and what to do."""
     if (folder / "adapter_config.json").is_file():
         return adapter_refusal(folder)
     if dangling := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()):
@@ -392,7 +394,7 @@ def _why_no_weights(folder: Path) -> str:
         if parts:
             there = f"{folder} has {len(parts)} {suffix} files, but no {index}, which says what is in which"
             return f"{there}: copy it, or download the checkpoint again"
-    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
+    return f"{folder} has no weights, neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
 
 
 def _lfs_hint(path: Path) -> str:

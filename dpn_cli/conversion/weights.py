@@ -12,6 +12,7 @@ from dpn_cli.checkpoint.headers import (
     TORCH_DTYPES,
     Checkpoint,
     TensorInfo,
+    why_no_weights,
 )
 from dpn_cli.checkpoint.wrappers import refuse_unmerged, unwrap
 from dpn_cli.conversion.bins import BinWeights
@@ -94,10 +95,7 @@ def open_weights(folder: Path, config: dict[str, Any]) -> Weights:
         return Weights(SafetensorsWeights(folder, config))
     if holds_bins(folder):
         return Weights(BinWeights(folder))
-    raise CheckpointError(
-        f"{folder} has no weights: expected {SINGLE_FILE}, {INDEX_FILE}, {BIN_FILE} or {BIN_INDEX_FILE}: "
-        "download the checkpoint again"
-    )
+    raise CheckpointError(why_no_weights(folder))
 
 
 def holds_bins(folder: Path) -> bool:
