@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, D hidden, E scores (experts of the site, or routes 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -115,29 +117,36 @@ class Readable:
     text: torch.Tensor
     visual: torch.Tensor
 
-    def mean(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the mean [B, D] of some tokens, [B, S] bool; zero where there is none."""
-        weights = tokens / tokens.sum(1, keepdim=True).clamp(min=1)
-        return torch.einsum("bsd,bs->bd", self.hidden_states.float(), weights).to(self.hidden_states.dtype)
 
-    def maximum(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the maximum [B, D] of some tokens, [B, S] bool; zero where there is none."""
-        lowest = torch.finfo(self.hidden_states.dtype).min
-        return self.hidden_states.masked_fill(~tokens[..., None], lowest).amax(1) * tokens.any(1, keepdim=True)
+def _means(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the means [B, n, D] of some tokens, [B, n, S] bool, of states [B, S, D]; zero where there is none."""
+    weights = tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
+    return (weights @ hidden_states.float()).to(hidden_states.dtype)
 
 
-ROUTER_VECTORS: dict[str, Callable[[Readable], torch.Tensor]] = {
-    "read": lambda batch: batch.mean(batch.read),
-    "text_mean": lambda batch: batch.mean(batch.text),
-    "visual_mean": lambda batch: batch.mean(batch.visual),
-    "visual_max": lambda batch: batch.maximum(batch.visual),
+def _maxima(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the maxima [B, n, D] of some tokens, [B, n, S] bool, of states [B, S, D]; zero where there is none."""
+    lowest = torch.finfo(hidden_states.dtype).min
+    return hidden_states[:, None].masked_fill(~tokens[..., None], lowest).amax(2) * tokens.any(-1, keepdim=True)
+
+
+ROUTER_VECTORS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "read": ("read", _means),
+    "text_mean": ("text", _means),
+    "visual_mean": ("visual", _means),
+    "visual_max": ("visual", _maxima),
 }
-"""The vectors [B, D] that `ROUTER_INPUTS` are made of."""
+"""The vectors that `ROUTER_INPUTS` are made of: the tokens of a `Readable`, and how many become one."""
 
 
 def router_features(batch: Readable, config: RouterConfig) -> torch.Tensor:
-    """Collect what a router reads, [B, num_inputs, D]."""
-    return torch.stack([ROUTER_VECTORS[name](batch) for name in ROUTER_INPUTS[config.input]], dim=1)
+    """Collect what a router reads, [B, num_inputs, D], vectors of a kind that follow each other in one go."""
+    vectors = [ROUTER_VECTORS[name] for name in ROUTER_INPUTS[config.input]]
+    found = []
+    for reduce, group in groupby(vectors, key=itemgetter(1)):
+        tokens = torch.stack([getattr(batch, name) for name, _ in group], dim=1)
+        found.append(reduce(batch.hidden_states, tokens))
+    return torch.cat(found, dim=1)
 
 
 def trusted(logits: torch.Tensor, mean_distortions: Sequence[float], trust: float) -> torch.Tensor:
