@@ -8,9 +8,8 @@ from torch import nn
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
 from dpn_cli.inference.threads import one_thread
-from dpn_cli.pyramid.config import Budget
+from dpn_cli.pyramid.config import BUDGET_STEP, Budget
 
-STEP = 0.02  # between the rows of the table, in fractions of the full prefill
 HIGHEST = 1e6  # λ, the loss that a whole prefill is worth: beyond any
 PRECISION = 1e-7  # of λ, relative: what it is multiplied by has no more
 LEAST_GAIN = 0.002  # of the loss: less is not worth another rule
@@ -58,7 +57,7 @@ def budget_table(
     cheapest = row(HIGHEST, 1.0).fraction
     rows = [row(0.0, 1.0)]
     while rows[-1].fraction > cheapest:
-        wanted = max(rows[-1].fraction - STEP, cheapest)
+        wanted = max(rows[-1].fraction - BUDGET_STEP, cheapest)
         settings = [solve(wanted, rows[-1].trade_off, trust) for trust in trusts]
         losses = [loss[samples, choosers[trust](trade_off)] for trade_off, trust in settings]
         rows.append(row(*settings[_best(losses)]))

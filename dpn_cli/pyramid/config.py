@@ -50,6 +50,7 @@ Gate = Literal["none", "probability"]
 Positions = Literal["persistent", "contiguous"]
 Attention = Literal["plain", "sized"]
 
+BUDGET_STEP = 0.02  # between the rows of a budget table, in fractions of the full prefill, where routes allow it
 IMPORTED_KEY = "imported"  # in `calibration`
 ADAPTER_KEY = "adapter"  # likewise: the adapter's folder inside the checkpoint's, where that is healed
 IMPORTED_USE = (
@@ -412,9 +413,11 @@ class PyramidConfig:
             return None
         above = Budget(1.0, 0.0, 0.0)
         for row in self.budgets:
-            if row.trade_off >= self.trade_off:
-                share = (self.trade_off - above.trade_off) / max(row.trade_off - above.trade_off, 1e-12)
-                return round(above.fraction + share * (row.fraction - above.fraction), 6)
+            if row.trade_off == self.trade_off:
+                return row.fraction
+            if row.trade_off > self.trade_off:
+                share = (self.trade_off - above.trade_off) / (row.trade_off - above.trade_off)
+                return round(above.fraction - share * _interpolated(above, row), 6)
             above = row
         return above.fraction
 
@@ -424,6 +427,8 @@ class PyramidConfig:
 
     def trade_off_for(self, budget: float) -> float:
         """Return the λ that spends `budget` on average, interpolated in the budget table; 0 for a budget of 1.
+
+        Where no λ spends the budget, the one that spends less is taken.
 
         Raises:
             ValueError: if there is no table yet, or the budget is below its cheapest row or above 1.
@@ -442,9 +447,10 @@ class PyramidConfig:
         above = Budget(1.0, 0.0, 0.0)
         for row in self.budgets:
             if row.fraction <= budget:
-                share = (above.fraction - budget) / max(above.fraction - row.fraction, 1e-12)
-                share = share if row.trust == above.trust else 1.0  # between two rules there is nothing to interpolate
-                return above.trade_off + min(share, 1.0) * (row.trade_off - above.trade_off)
+                share = (above.fraction - budget) / max(_interpolated(above, row), 1e-12)
+                if share >= 1 or row.trust != above.trust:  # between two rules there is nothing to interpolate
+                    return row.trade_off
+                return above.trade_off + share * (row.trade_off - above.trade_off)
             above = row
         raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
 
@@ -501,6 +507,14 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
+
+
+def _interpolated(above: Budget, row: Budget) -> float:
+    """Return how far below a row of the budget table λ may be interpolated, in fractions of the full prefill.
+
+    The next row has the smallest λ that spends a step less. Where it spends less than that, smaller ones spend more.
+    """
+    return min(above.fraction - row.fraction, BUDGET_STEP)
 
 
 def predictor_name(kind: str, layer: int) -> str:

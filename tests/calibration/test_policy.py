@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise, product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.modeling.routers import Router, decide
-from dpn_cli.pyramid.config import Budget, PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.config import BUDGET_STEP, Budget, PyramidConfig, RouterConfig, Site
 from dpn_cli.pyramid.experts import pool
 
 RATES = ((1, 1), (1, 2), (2, 2))
@@ -116,9 +119,26 @@ def test_budget_table_falls_from_one_to_the_cheapest() -> None:
     assert rows[-1].fraction == pytest.approx(outcome(table, policy.choose(1e6)).fraction)
 
 
-def test_budgets_interpolate_and_refuse_what_is_out_of_reach() -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("count", [3, 60])
+@settings(deadline=None)  # the first one solves the table
+@given(budget=st.floats(0.0, 1.0))
+def test_no_budget_is_overspent_on_the_samples_that_it_was_solved_on(count: int, budget: float) -> None:
+    """Few samples leave gaps in the table, in which no λ spends what is asked for."""
+    table, policy, rows = solved(count)
+    pyramid = replace(PYRAMID, budgets=rows)
+    budget = rows[-1].fraction + budget * (1 - rows[-1].fraction)
+    spent = outcome(table, policy.choose_as(pyramid, pyramid.trade_off_for(budget))).fraction
+    assert spent <= budget + BUDGET_STEP
 
+
+@cache
+def solved(count: int) -> tuple[RouteTable, Policy, tuple[Budget, ...]]:
+    table, routers = make_table(count), make_routers()
+    with torch.no_grad():
+        return table, Policy.of(routers, table), budget_table(routers, table)
+
+
+def test_budgets_interpolate_and_refuse_what_is_out_of_reach() -> None:
     table, routers = make_table(60), make_routers()
     pyramid = replace(PYRAMID, budgets=budget_table(routers, table))
     assert pyramid.trade_off_for(1.0) == 0.0
