@@ -110,6 +110,10 @@ def command(
     url = None
     try:
         url = hub.push(output, push, private) if push else None
+    except KeyboardInterrupt:
+        again = hub.upload_command(output, str(push), private)
+        console.note(f"{output} is complete, but not uploaded. To upload it, run  {again}")
+        raise
     finally:
         if as_json:
             _print_json(done, budget, url)

@@ -1,8 +1,10 @@
 """Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from dpn_cli.checkpoint.fitted import validate_predictors
 from dpn_cli.checkpoint.layout import open_converted
@@ -11,9 +13,10 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
+from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
 from dpn_cli.evaluation.evaluate import Evaluation, at_budgets, evaluate, validate_metric
-from dpn_cli.evaluation.judging import Evaluator
+from dpn_cli.evaluation.judging import Evaluator, Known
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
@@ -64,6 +67,9 @@ def evaluate_folder(
         with processes.as_one():
             held.enter_context(in_use(folder))
             checkpoint, layout, pyramid = open_converted(folder)
+            is_writable = os.access(folder, os.W_OK)
+            if not is_writable:
+                reporter.note(f"{folder} cannot be written, so the results are shown, but not kept in it.")
             at_budgets(pyramid, options.budgets)  # refuses what is out of reach, before the data are read
             for route in options.routes:  # what is none is refused before the data are read
                 validate_predictors(checkpoint, layout, pyramid, pyramid.experts(parse_route(route, pyramid.sites)))
@@ -97,17 +103,31 @@ def evaluate_folder(
         if not processes.is_main:
             return None
         try:
-            with extra(f"{folder / REPORT_FILE} and .html are not written"):
+            if is_writable:
                 about = _about(folder, data, model, pyramid)
-                earlier = write_report(folder, about, depends_on, known, result, shown)
-            reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
-            if earlier:
-                reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
+                _write(folder, about, depends_on, known, result, shown, reporter)
         finally:
             deliver(result)
             for line in unmet(result.spendings, pyramid, folder, data):
                 reporter.note(line)
     return result
+
+
+def _write(
+    folder: Path,
+    about: dict[str, str],
+    depends_on: dict[str, Any],
+    known: Known,
+    result: Evaluation,
+    samples: Sequence[Sample],
+    reporter: Reporter,
+) -> None:
+    """Write the report into the checkpoint's folder; see `write_report`."""
+    with extra(f"{folder / REPORT_FILE} and .html are not written"):
+        earlier = write_report(folder, about, depends_on, known, result, samples)
+    reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
+    if earlier:
+        reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
 
 
 def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin, pyramid: PyramidConfig) -> dict[str, str]:

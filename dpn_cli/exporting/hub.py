@@ -1,9 +1,12 @@
 """An exported folder's way to the hub."""
 
 import os
+import shlex
 from pathlib import Path
 
 from dpn_cli.errors import DpnError, UsageError
+
+_TRANSPORTS = {"httpx", "httpcore", "requests", "urllib3"}  # packages whose errors say that a connection failed
 
 
 def check_push(repo_id: str) -> None:
@@ -50,9 +53,14 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     except Exception as error:
         raise DpnError(
             f"{folder} is complete, but not uploaded: {_reason(error)}; once that is fixed, run  "
-            f"hf upload {repo_id} {os.fspath(folder)}"
+            f"{upload_command(folder, repo_id, private)}"
         ) from error
     return str(repo)
+
+
+def upload_command(folder: Path, repo_id: str, private: bool) -> str:
+    """Return the command line that uploads a folder as `push` does."""
+    return shlex.join(["hf", "upload", repo_id, os.fspath(folder), *(["--private"] if private else [])])
 
 
 def _reason(error: Exception) -> str:
@@ -63,4 +71,7 @@ def _reason(error: Exception) -> str:
         status = error.response.status_code
         refused = " (a token that may write there is needed)" if status in (401, 403) else ""
         return f"the hub answered HTTP {status}{refused}"
-    return f"the hub cannot be reached ({type(error).__name__})"
+    name = type(error).__name__
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _TRANSPORTS:
+        return f"the hub cannot be reached ({name})"
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else f"the upload failed ({name})"

@@ -338,6 +338,17 @@ def test_where_nothing_can_be_kept_it_is_said_and_all_is_found(
     assert "the results are complete, but " in captured.err.splitlines()[-1] and "dpn" in captured.out
 
 
+def test_of_a_checkpoint_that_cannot_be_written_the_results_are_shown(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("tiny-dpn") and access(path, mode))
+    assert evaluate() == 0
+    captured = capsys.readouterr()
+    assert "tiny-dpn cannot be written, so the results are shown, but not kept in it" in captured.err.splitlines()[0]
+    assert "dpn" in captured.out and not (data / "tiny-dpn" / "evaluation").exists()
+
+
 @pytest.mark.parametrize("option", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_a_picture_that_fails_costs_no_results(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: list[str]

@@ -1,5 +1,6 @@
 """Uploading an export, against a hub that is not there."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,8 @@ def refused(status: int) -> HfHubHTTPError:
         (refused(403), r"HTTP 403 (a token that may write there is needed)"),
         (refused(500), "HTTP 500;"),
         (ConnectionError("no route to host"), "cannot be reached (ConnectionError)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "not uploaded: No space left on device;"),
+        (ValueError("odd"), "the upload failed (ValueError);"),
     ],
 )
 def test_a_failed_upload_leaves_the_export_and_says_how_to_go_on(
@@ -125,3 +128,21 @@ def test_a_failed_upload_leaves_the_export_and_says_how_to_go_on(
     assert complaint in message and "hf upload me/tiny out" in message
     assert len(message) < 300 and TOKEN not in message
     assert Path("out", "config.json").is_file()
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConnectionError(), 1), (KeyboardInterrupt(), 130)])
+def test_what_uploads_the_folder_later_makes_a_private_repository_too(
+    here: Path,
+    calls: list[tuple[str, dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    assert main(["export", "--model", "tiny-dpn", "-o", "my out", "--push", "me/tiny", "--private"]) == code
+    said = capsys.readouterr().err
+    assert "is complete, but not uploaded" in said and "hf upload me/tiny 'my out' --private\n" in said
