@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.data.faults import RowError
+from dpn_cli.data.faults import RowError, unreadable
 from dpn_cli.data.fields import Fields
 from dpn_cli.data.formats import Request, only_file
 from dpn_cli.data.places import Places
@@ -33,7 +33,7 @@ class CsvFile(RowSource):
             with path.open(encoding="utf-8-sig", newline="") as file:
                 lines = list(file)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+            raise unreadable(path, error) from None
         header, *self.records = _records(path, lines) or [[]]
         if not self.records:
             raise DataError(f"{path} holds no rows")

@@ -1,4 +1,6 @@
-"""What can be wrong with one row."""
+"""What can be wrong with one row, or with a file of rows."""
+
+from pathlib import Path
 
 from dpn_cli.errors import DataError
 
@@ -19,3 +21,10 @@ class RowError(DataError):
         self.reason = reason
         self.detail = " ".join(detail[:MAX_DETAIL].split()) or reason
         super().__init__(f"{reason}: {self.detail}" if detail else reason)
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    """Return what is wrong with a file that is to be text."""
+    if isinstance(error, OSError):
+        return DataError(f"{path} cannot be read: {error.strerror or error}")
+    return DataError(f"{path} cannot be read as UTF-8 text: {error}")

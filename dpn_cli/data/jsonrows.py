@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.data.faults import RowError
+from dpn_cli.data.faults import RowError, unreadable
 from dpn_cli.data.fields import assign, is_blank, is_image
 from dpn_cli.data.spans import Spans
 from dpn_cli.errors import DataError
@@ -63,7 +63,7 @@ class JsonRows:
         try:
             self.text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+            raise unreadable(path, error) from None
         start = _skip_space(self.text, 0)
         wrapped = _wrapped_list(self.text, start) if path.suffix.lower() == ".json" else None
         if self.text.startswith("[", start):

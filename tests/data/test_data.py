@@ -1,6 +1,7 @@
 """Reading what users bring: what is taken for what, which rows are good, and what is said about the others."""
 
 import base64
+import errno
 import json
 import struct
 import zlib
@@ -346,6 +347,20 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: str | bytes |
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.csv"])
+def test_a_file_that_may_not_be_read_is_not_called_a_wrong_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).write_text("[]")
+
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=rf"{name} cannot be read: Permission denied$"):
+        load(tmp_path / name)
 
 
 def test_a_limit_draws_from_the_whole_file_and_keeps_its_order(tmp_path: Path, picture: Path) -> None:
