@@ -256,7 +256,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         `advance(n)`, to be called after every n steps.
     """
-    with _counting(description, total, MofNCompleteColumn(), _count) as advance:
+    with _counting(description, total, MofNCompleteColumn(), str) as advance:
         yield advance
 
 
@@ -334,10 +334,6 @@ def _rate(speed: float | None, write: Callable[[int], str]) -> str:
     if not speed:
         return ""
     return f"{write(round(speed))}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
-
-
-def _count(number: int) -> str:
-    return str(number)
 
 
 def _clock(seconds: float) -> str:
