@@ -198,7 +198,7 @@ def survey(
         known: set[Route] = set(tried.routes) if tried else set()
         following = [*children(pyramid, parents), *(cheapest if tried is None else ())]
         routes = [route for route in dict.fromkeys(following) if route not in known and route != full]
-        routes = [route for route in routes if any(pyramid.can_walk(route, each) for each in some)]
+        routes = [route for route in routes if any(_reduces(pyramid, route, each) for each in some)]
         if not routes:
             break
         title = f"trying {len(routes)} routes"
@@ -214,6 +214,12 @@ def survey(
     if finalists.fraction.mean(0)[chosen].min() > budget:
         chosen = [*chosen[: recipe.routes - 1], finalists.within(budget)]
     return Survey(pruned(pyramid, [finalists.routes[i] for i in chosen]), tried, finalists, chosen)
+
+
+def _reduces(pyramid: PyramidConfig, route: Route, grids: Sequence[Grid]) -> bool:
+    """Say whether a sample with these grids can take a route, whose last expert finds visual tokens to reduce."""
+    last = max(site for site, k in enumerate(route) if k)
+    return pyramid.can_walk(route, grids) and pyramid.takes(pyramid.walk(route, grids)[last])
 
 
 def batches_for(

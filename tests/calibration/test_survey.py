@@ -59,6 +59,8 @@ def test_it_finds_what_fits_and_never_offers_what_hurts_everybody() -> None:
     assert lossless < 0.3 and easy < lossless, "safe for all, and cheaper where that does no harm"
     assert asked[-1][1] == 4 * RECIPE.samples and {count for _, count in asked[:-1]} == {RECIPE.samples}
     assert sum(routes for routes, _ in asked[:-1]) < len(list(PYRAMID.routes_for([GRID])))
+    after_exit = [route[route.index(3) + 1 :] for route in found.tried.routes if 3 in route]
+    assert after_exit and not any(map(any, after_exit)), "there is nothing left to reduce"
 
 
 def test_the_budget_stays_within_reach_though_no_oracle_would_want_it() -> None:
