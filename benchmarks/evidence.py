@@ -111,7 +111,8 @@ STEPS = (
     Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
     Step(
         "second-calibrate",
-        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.predictors.samples=4096",
+        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.survey.width=20 "
+        "--set calibration.predictors.samples=4096",
         SHORT,
     ),
     Step(
