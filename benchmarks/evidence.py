@@ -66,7 +66,7 @@ ON_DEMO, ON_SECOND = f"--data demo --samples 5120 {FITTED}", f"--data work/secon
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = (
-    "--heal-only --force --budget 0.2 --set calibration.heal.steps=160 "
+    "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 "
     "--set calibration.heal.gradient_accumulation=4 --set calibration.heal.learning_rate=5e-4 "
     "--set calibration.heal.samples=24576"
 )
