@@ -196,7 +196,7 @@ def test_an_export_is_solved_again_too(calibrated: Path, others: Path, tmp_path:
     changed = {name for name, digest in after.items() if before.get(name) != digest}
     assert changed == {*results, "calibration/earlier/1/config.json"}, "an export has no report yet"
     assert after["calibration/earlier/1/config.json"] == before["config.json"], "it can be put back"
-    assert load_model(folder).pyramid.budget == pytest.approx(0.7, abs=1e-5)
+    assert 0.6999 < load_model(folder).pyramid.budget <= 0.7, "no λ spends more of so few samples"
     assert main([*line, "--budget", "0.8"]) == 0
     kept = {name: digests(folder)[f"calibration/earlier/2/{Path(name).name}"] for name in results}
     assert kept == {name: after[name] for name in results}

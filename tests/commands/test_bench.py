@@ -80,7 +80,7 @@ def test_a_checkpoint_runs_at_its_own_budget_and_on_prompts_of_the_calibrations_
 ) -> None:
     folder = make_converted()
     length = {"text_tokens": 10, "grids": [[12, 12]]}
-    set_pyramid(folder, budgets=[[0.5, 1.0, 0.01], [0.4, 3.0, 0.05]], calibration=length)
+    set_pyramid(folder, budgets=[[0.5 - 0.02 * i, 1 + 0.4 * i, 0.01] for i in range(6)], calibration=length)
     assert main(["bench", "--model", str(folder), *QUICK, "--json"]) == 0
     [run] = json.loads(capsys.readouterr().out)["runs"]
     assert run["prompt_tokens"] == 144 + 10

@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(Evaluator, "_judge_batch", interrupted)
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 130
-    assert "to go on from there" in capsys.readouterr().err
+    assert "Nothing that was measured is lost: run the same command line again" in capsys.readouterr().err
     assert evaluate("--json", "--batch-size", "3", "--against", "random") == 0
     assert capsys.readouterr().out == undisturbed
     assert batches == [3, 3, 2, 2, 3, 3, 2], "the first two batches of the pyramid are not judged again"

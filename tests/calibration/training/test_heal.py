@@ -280,7 +280,7 @@ def test_divergence_of_two_coins() -> None:
 
 
 def test_budgets_are_drawn_around_the_budget_on_both_sides() -> None:
-    rows = tuple(Budget(1 - 0.2 * i, 10.0 * i, 0.0) for i in range(5))  # the cheapest spends a fifth
+    rows = tuple(Budget(1 - 0.02 * i, 1.0 * i, 0.0) for i in range(41))  # the cheapest spends a fifth
     trade_offs = trade_offs_around(pyramid(budgets=rows), 0.6, 0.5)
     assert trade_offs == pytest.approx([10 * (1 - fraction) / 0.2 for fraction in torch.linspace(0.3, 0.9, 9).tolist()])
     within_reach = trade_offs_around(pyramid(budgets=rows), 0.6, 1.0)
