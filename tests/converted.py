@@ -81,7 +81,7 @@ def pretend_calibration(folder: Path) -> None:
     pyramid = replace(
         pruned(found, [found.full_route, *(parse_route(route, found.sites) for route in ROUTES)]),
         trade_off=2.0,
-        budgets=tuple(Budget(round(0.8 - 0.02 * i, 2), 1 + 0.2 * i, 0.01 + 0.004 * i) for i in range(11)),
+        budgets=(Budget(0.8, 1.0, 0.01), Budget(0.7, 2.0, 0.03), Budget(0.6, 3.0, 0.05)),
         calibration={"data": "mydata|2.json", "agreement": 0.98765, "agreement_interval": [0.9, 1.0]},
     )
     write_json(folder / "config.json", config | {"pyramid": pyramid.to_dict()})

@@ -161,7 +161,7 @@ def fuzz(kind: str, folder: Path, use: Callable[[], Any], around: Path, cases: i
             outcome = f"left something: {outcome}"
         outcomes[outcome if outcome in GOOD else f"case {case}, {name}: {outcome}"] += 1
     assert set(outcomes) <= GOOD, outcomes
-    assert outcomes["an answer"] and outcomes["a sentence"]
+    assert outcomes["an answer"] and outcomes["a sentence"], outcomes
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) < MEMORY_BYTES
 
 
