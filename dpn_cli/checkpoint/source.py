@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, read_json
+from dpn_cli.checkpoint.headers import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    IMAGES_FILE,
+    INDEX_FILE,
+    PROCESSOR_FILE,
+    SINGLE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    read_json,
+)
 from dpn_cli.errors import CheckpointError, did_you_mean
 from dpn_cli.families.family import ALIASES
 
@@ -153,8 +162,7 @@ def _download(repo_id: str, patterns: list[str], hub: dict[str, Any]) -> Path:
 
 def _has_processor(snapshot: Path) -> bool:
     """Say whether a cached snapshot has a processor, or the part that its layout has; loading a model fetches none."""
-    parts = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-    return any((snapshot / file).exists() for file in parts)
+    return any((snapshot / file).exists() for file in (PROCESSOR_FILE, IMAGES_FILE, TOKENIZER_CONFIG_FILE))
 
 
 def _has_weights(snapshot: Path) -> bool:

@@ -4,8 +4,9 @@ import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -83,19 +84,19 @@ class Places:
     def _file(self, names: Iterable[str], folders: Sequence[str]) -> Path:
         """Return the first file that is there by one of its names, in one of its folders; else where it should be."""
         files = [self.root / folder / name for name in names for folder in folders]
-        return next(filter(is_file, map(_with_suffix, files)), files[0])
+        return next(filter(is_file, chain.from_iterable(map(_spellings, files))), files[0])
 
 
-def _with_suffix(file: Path) -> Path:
-    """Return the path of an image; where a row leaves out the end of its name, that of the file which is there.
+def _spellings(file: Path) -> Iterator[Path]:
+    """Yield the paths that an image may have: rows leave out the end of its name, and accents are stored in two ways.
 
-    Letters with accents are stored in two ways, whole or in parts; systems differ, and archives keep what was stored.
+    Letters with accents are stored whole or in parts; systems differ, and archives keep what was stored.
     """
-    if is_file(file) or file.suffix.lower() in IMAGE_SUFFIXES:
-        spelled = (Path(unicodedata.normalize(form, str(file))) for form in ("NFC", "NFD"))
-        return file if is_file(file) else next(filter(is_file, spelled), file)
-    named = (file.with_name(f"{file.name}{suffix}") for suffix in sorted(IMAGE_SUFFIXES) if file.name)
-    return next(filter(is_file, named), file)
+    for name in dict.fromkeys([str(file), *(unicodedata.normalize(form, str(file)) for form in ("NFC", "NFD"))]):
+        spelled = Path(name)
+        yield spelled
+        if spelled.name and spelled.suffix.lower() not in IMAGE_SUFFIXES:
+            yield from (spelled.with_name(f"{spelled.name}{suffix}") for suffix in sorted(IMAGE_SUFFIXES))
 
 
 def holder(value: dict[str, Any]) -> str | None:

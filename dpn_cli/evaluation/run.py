@@ -1,10 +1,9 @@
 """Evaluating a checkpoint's folder: data and model in, an evaluation out, kept on the way."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from dpn_cli.checkpoint.fitted import validate_predictors
 from dpn_cli.checkpoint.layout import open_converted
@@ -13,10 +12,9 @@ from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.data.encoding import token_limit
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
-from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
 from dpn_cli.evaluation.evaluate import Evaluation, at_budgets, evaluate, validate_metric
-from dpn_cli.evaluation.judging import Evaluator, Known
+from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.kept import keeping
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import unmet
@@ -104,30 +102,19 @@ def evaluate_folder(
             return None
         try:
             if is_writable:
-                about = _about(folder, data, model, pyramid)
-                _write(folder, about, depends_on, known, result, shown, reporter)
+                with extra(f"{folder / REPORT_FILE} and .html are not written"):
+                    about = _about(folder, data, model, pyramid)
+                    earlier = write_report(folder, about, depends_on, known, result, shown)
+                reporter.note(
+                    f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them."
+                )
+                if earlier:
+                    reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
         finally:
             deliver(result)
             for line in unmet(result.spendings, pyramid, folder, data):
                 reporter.note(line)
     return result
-
-
-def _write(
-    folder: Path,
-    about: dict[str, str],
-    depends_on: dict[str, Any],
-    known: Known,
-    result: Evaluation,
-    samples: Sequence[Sample],
-    reporter: Reporter,
-) -> None:
-    """Write the report into the checkpoint's folder; see `write_report`."""
-    with extra(f"{folder / REPORT_FILE} and .html are not written"):
-        earlier = write_report(folder, about, depends_on, known, result, samples)
-    reporter.note(f"Wrote {folder / PAGE_FILE} and report.json. More methods and budgets can be added to them.")
-    if earlier:
-        reporter.note(f"The earlier evaluation, of other samples or settings, is kept in {earlier}.")
 
 
 def _about(folder: Path, data: DataOptions, model: PyramidGenerationMixin, pyramid: PyramidConfig) -> dict[str, str]:

@@ -95,6 +95,13 @@ def test_without_a_token_or_the_hub_nothing_is_begun(
     assert not calls and not Path("out").exists()
 
 
+def let_uploads_fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+
+
 def refused(status: int) -> HfHubHTTPError:
     response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
     return HfHubHTTPError(f"{status}: " + "long words of the server " * 20, response=response)
@@ -118,10 +125,7 @@ def test_a_failed_upload_leaves_the_export_and_says_how_to_go_on(
     error: Exception,
     complaint: str,
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    let_uploads_fail(monkeypatch, error)
     assert main(["export", "--model", "tiny-dpn", "-o", "out", "--push", "me/tiny"]) == 1
     progress, message = capsys.readouterr().err.splitlines()
     assert progress.startswith("writing weights: ")
@@ -139,10 +143,7 @@ def test_what_uploads_the_folder_later_makes_a_private_repository_too(
     error: BaseException,
     code: int,
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    let_uploads_fail(monkeypatch, error)
     assert main(["export", "--model", "tiny-dpn", "-o", "my out", "--push", "me/tiny", "--private"]) == code
     said = capsys.readouterr().err
     assert "is complete, but not uploaded" in said and "hf upload me/tiny 'my out' --private\n" in said
