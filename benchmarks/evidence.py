@@ -60,9 +60,12 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
-CHOSEN = "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64"
+CHOSEN = (
+    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64 "
+    "--set calibration.survey.width=20"
+)
 FITTED = "--num-processes 2 --set calibration.holdout=0.07 --set calibration.epochs=80"
-ON_DEMO, ON_SECOND = f"--data demo --samples 5120 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
+ON_DEMO, ON_SECOND = f"--data demo --samples 8192 {FITTED}", f"--data work/second-samples --samples 4096 {FITTED}"
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = (
@@ -111,8 +114,7 @@ STEPS = (
     Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
     Step(
         "second-calibrate",
-        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.survey.width=20 "
-        "--set calibration.predictors.samples=4096",
+        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.predictors.samples=4096",
         SHORT,
     ),
     Step(
