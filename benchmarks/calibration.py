@@ -30,7 +30,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import load_model, load_processor
-from dpn_cli.intervals import bootstrap_mean
+from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
@@ -90,6 +90,12 @@ def interval(differences: torch.Tensor) -> tuple[float, float]:
     """Return the 95% interval of a mean of per-sample differences."""
     estimate = bootstrap_mean(differences.tolist())
     return estimate.low, estimate.high
+
+
+def show(estimate: Estimate, spec: str, scale: float = 1) -> str:
+    """Return an estimate and its interval, all times `scale`, in a format such as `.2f`."""
+    value, low, high = (format(scale * number, spec) for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} … {high})"
 
 
 @dataclass(frozen=True)

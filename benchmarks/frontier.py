@@ -25,6 +25,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import click
+from calibration import BUDGETS, show
 
 from dpn_cli import console
 from dpn_cli.calibration.calibrate import calibrate
@@ -42,8 +43,7 @@ from dpn_cli.evaluation.run import evaluate_folder
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.parallel.processes import ALONE
 
-BUDGETS = (0.65, 0.5, 0.36, 0.25, 0.2, 0.15)
-OUT_OF_REACH = "out of reach"
+OUT_OF_REACH, HEALED = "out of reach", f"{Routed.name}, healed"
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Verdict:
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the printed table."""
-        more = "" if self.agreement is None else show(self.agreement, 100, 2)
-        less = "" if self.distortion is None else show(self.distortion, 1, 5)
+        more = "" if self.agreement is None else show(self.agreement, ".2f", 100)
+        less = "" if self.distortion is None else show(self.distortion, ".5f")
         return (f"{self.budget:g}", self.word, self.agreeing, more, self.nearest, less)
 
 
@@ -111,12 +111,6 @@ def gain(pyramid: Result, other: Result, quantity: str, sign: int) -> Estimate:
     return bootstrap_mean([sign * (getattr(ours, quantity) - getattr(theirs, quantity)) for ours, theirs in pairs])
 
 
-def show(estimate: Estimate, scale: float, digits: int) -> str:
-    """Return an estimate and its interval."""
-    value, low, high = (f"{scale * number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} … {high})"
-
-
 def hard_samples(results: Sequence[Result]) -> list[int]:
     """Return of which samples smaller pictures get an answer token wrong; none where they are out of reach."""
     smaller = next((each for each in results if each.method == ImageDownsampling.name), None)
@@ -126,8 +120,8 @@ def hard_samples(results: Sequence[Result]) -> list[int]:
 def row(budget: float, name: str, result: Result, hard: Sequence[int]) -> tuple[str, ...]:
     """Return a line of the table of all methods."""
     figures = result.figures
-    accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, 100, 1)
-    agreement, kl = show(figures.agreement, 100, 2), show(figures.distortion, 1, 4)
+    accuracy = "" if figures.accuracy is None else show(figures.accuracy.score, ".1f", 100)
+    agreement, kl = show(figures.agreement, ".2f", 100), show(figures.distortion, ".4f")
     over = result.fraction_over_dpn or 0
     spent = f"{figures.fraction:.3f}" + (f" ({over:+.3f})" if abs(over) > TOLERANCE else "")
     on_hard = f"{100 * fmean(result.per_sample[i].agreement for i in hard):.1f}" if hard else ""
@@ -136,13 +130,13 @@ def row(budget: float, name: str, result: Result, hard: Sequence[int]) -> tuple[
 
 def table(plain: Evaluation, healed: Evaluation | None, budgets: Sequence[float]) -> list[tuple[str, ...]]:
     """Return one block of rows per budget, the pyramids first, and last what cannot spend so little."""
-    rows = [row(1.0, "original", plain.results[0], ())]
+    rows = [row(1.0, plain.results[0].label, plain.results[0], ())]
     for budget in budgets:
         here = [result for result in plain.results if result.budget == budget]
         hard = hard_samples(here)
-        after = [result for result in healed.of(Routed.name) if result.budget == budget] if healed else []
+        after = [result for result in healed.pyramids if result.budget == budget] if healed else []
         rows += [row(budget, result.label, result, hard) for result in here if result.method == Routed.name]
-        rows += [row(budget, "dpn, healed", result, hard) for result in after]
+        rows += [row(budget, HEALED, result, hard) for result in after]
         rows += [row(budget, result.label, result, hard) for result in here if result.method != Routed.name]
         rows += [
             (f"{budget:g}", each.method, OUT_OF_REACH, *[""] * 4) for each in plain.left_out if each.budget == budget
@@ -217,7 +211,7 @@ def main(
         json_file.write_text(json.dumps(found, indent=2), encoding="utf-8")
     if plot:
         pair = (plain, after) if after else (plain,)
-        plot_evaluation(plot, *pair, names=("dpn", "dpn, healed")[: len(pair)])
+        plot_evaluation(plot, *pair, names=(Routed.name, HEALED)[: len(pair)])
     columns = ["budget", "method", "FLOPs (over dpn's)", "agreement, % (95%)", "hard, %", "KL, nats (95%)"]
     columns += ["accuracy, % (95%)"]
     console.table(f"{len(plain.questions)} held-out samples", columns, table(plain, after, budgets), texts=["method"])

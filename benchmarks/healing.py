@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-from calibration import BUDGETS, Method, Opened, take
+from calibration import BUDGETS, Method, Opened, show, take
 
 from dpn_cli import console
 from dpn_cli.data.options import DataOptions
@@ -65,16 +65,11 @@ class Row:
             f"{self.budget:g}",
             " → ".join(f"{each:.3f}" for each in self.fractions),
             " → ".join(f"{each:.2%}" for each in self.agreement),
-            _show(self.more_agreement, 100, 2),
+            show(self.more_agreement, "+.2f", 100),
             f"{self.more_agreement.value / lost:.0%}" if lost else "",
             " → ".join(f"{each:.4f}" for each in self.distortion),
-            _show(self.less_distortion, 1, 4),
+            show(self.less_distortion, "+.4f"),
         )
-
-
-def _show(estimate: Estimate, scale: float, digits: int) -> str:
-    value, low, high = (f"{scale * number:+.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} … {high})"
 
 
 def methods(opened: Opened, name: str, budgets: tuple[float, ...]) -> dict[float, Method]:

@@ -38,10 +38,10 @@ from dpn_cli import console
 from dpn_cli.commands.tables import print_latency
 from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
-from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original
+from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed
 from dpn_cli.evaluation.drawing import plot_latency
-from dpn_cli.evaluation.latency import ORIGINAL, Latency, measure_latency, synthetic_inputs
-from dpn_cli.evaluation.timing import Clock
+from dpn_cli.evaluation.latency import Latency, measure_latency, synthetic_inputs
+from dpn_cli.evaluation.timing import Clock, done_at
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
@@ -133,7 +133,7 @@ def methods_at(
 ) -> Iterator[tuple[str, Baseline]]:
     """Yield the pyramid, a static route, and the baselines that can spend as little."""
     shape, pyramid = model.text_model.shape, model.pyramid
-    yield f"dpn at {budget:g}", GivenRoutes(given=tuple(routes_near(shape, pyramid, case, budget)))
+    yield f"{Routed.name} at {budget:g}", GivenRoutes(given=tuple(routes_near(shape, pyramid, case, budget)))
     alone = Case(case.images, (round(fmean(case.text_tokens)),))
     static = FixedRoute(pyramid, routes_near(shape, pyramid, alone, budget)[0])
     prompts = [Prompt(case.grids, count) for count in case.text_tokens]
@@ -159,7 +159,7 @@ def measure(
     images = {"input_ids": torch.full((1, num_tokens(case.grids)), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(case.images, 3, *[case.side * PATCH] * 2, dtype=model.dtype)
     batch = synthetic_inputs(model, images, case.text_tokens)
-    methods: dict[str, Baseline] = {ORIGINAL: Original()}
+    methods: dict[str, Baseline] = {Original.name: Original()}
     for budget in budgets:
         methods |= dict(methods_at(model, case, budget, against))
     with console.progress(name, (rounds + 1) * len(methods)) as advance:
@@ -201,9 +201,9 @@ def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds:
     def seconds(action: Callable[..., Any], *args: Any) -> float:
         times = []
         for _ in range(rounds + 1):
-            start = _now(device, clock)
+            start = done_at(device, clock)
             action(*args)
-            times.append(_now(device, clock) - start)
+            times.append(done_at(device, clock) - start)
         return median(times[1:])
 
     layer_s = 0.0
@@ -214,12 +214,6 @@ def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds:
             layer_s = layer_s or seconds(text_model.run_segment, state, 1) / len(text_model.layers)
             choice_s = seconds(text_model.reduce, state, 0)
         yield Choice(num_tokens(case.grids), name, choice_s, layer_s)
-
-
-def _now(device: torch.device, clock: Clock) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock()
 
 
 def print_efficiencies(results: dict[str, Latency]) -> None:

@@ -53,7 +53,7 @@ class TextTokens(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--against", metavar="NAME,NAME,…", default="", shell_complete=listed(lambda: (*BASELINES, "all")),
     help="Other methods to measure, at the FLOPs that dpn spends for each --budget: "
-    f"{', '.join(list(BASELINES)[1:])}, or all.",
+    f"{', '.join(BASELINES)}, or all.",
 )  # fmt: skip
 @click.option(
     "--batch-size", "batch_sizes", type=WholeNumber(1, MAX_BATCH), multiple=True, default=(1,), show_default=True,

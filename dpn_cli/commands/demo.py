@@ -80,7 +80,7 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
 
     console.note(f"4/4 {questions} held-out questions, answered by the export and by the original")
     result, timed = _asked(exported, questions, report.settings["answer_tokens"])
-    [pyramid] = result.of("dpn")
+    [pyramid] = result.pyramids
     groups = {**pyramid.kinds, "all": pyramid.figures}
     if as_json:
         kinds = {kind: asdict(figures) for kind, figures in groups.items()}

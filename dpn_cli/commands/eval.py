@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from dpn_cli.evaluation.evaluate import Evaluation
 
 
-_OF_QUESTIONS = ("metric", "seed", "max_new_tokens", "plot")  # options that say nothing about benchmarks
+_OF_QUESTIONS = ("metric", "seed", "max_new_tokens", "plot", "wide")  # options that say nothing about benchmarks
 
 
 @click.command("eval")
@@ -154,6 +154,7 @@ def command(
             if plot is not None:
                 with extra(f"the picture {plot} is not drawn"):
                     plot_evaluation(plot, result)
+                console.note(f"Picture: {plot}")
 
     try:
         evaluate_folder(folder, replace(data, kind_field=by), options, console.REPORTER, deliver=deliver)
@@ -175,7 +176,7 @@ def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequen
     if tasks is not None and by is not None:
         raise UsageError("--tasks has groups of its own: leave out --by")
     if tasks is not None and (idle := given_options(_OF_QUESTIONS)):
-        raise UsageError(f"--tasks asks and scores in its own way: leave out {', '.join(idle)}")
+        raise UsageError(f"--tasks asks, scores and prints in its own way: leave out {', '.join(idle)}")
     if data is not None and (idle := given_options(["include_path"])):
         raise UsageError(f"{idle[0]} is a folder of --tasks: leave it out")
     if tasks is not None and is_launched():

@@ -168,7 +168,7 @@ def print_calibration(report: "Report", wide: bool = False) -> None:
         return report.experts(taken) + (f" ({share:.0%})" if row[2] is not None else "")
 
     taken = [report.experts(next(iter(outcome.shares))) for _, outcome, _ in rows]
-    others = " Rows without a name are other budgets, which need no other calibration."
+    others = " Rows without a name are other budgets, which need no new calibration."
     fixed = " Best fixed: the best single route for all samples within the budget." if report.best_fixed else ""
     low, high = report.agreement_interval
     show(
@@ -213,7 +213,7 @@ def print_fidelity(title: str, groups: dict[str, "Figures"]) -> None:
 
 def print_evaluation(evaluation: "Evaluation", wide: bool = False) -> None:
     """Print every method's result, then the pyramid's by kind of question."""
-    scored, pyramids = evaluation.results[0].figures.accuracy is not None, evaluation.of("dpn")
+    scored, pyramids = evaluation.results[0].figures.accuracy is not None, evaluation.pyramids
     show(
         f"{len(evaluation.questions)} samples: the original and dpn"
         + (", and other methods at the FLOPs of dpn" if len(pyramids) + 1 < len(evaluation.results) else ""),
@@ -263,7 +263,7 @@ def print_routes(evaluation: "Evaluation", name: "Callable[[Route], str]") -> No
     """Print which routes every kind of question takes, the most frequent ones first, by their names."""
     kinds = dict.fromkeys(question.kind for question in evaluation.questions)
     rows, names = [], []
-    for result in evaluation.of("dpn"):
+    for result in evaluation.pyramids:
         for kind in kinds:
             pairs = zip(evaluation.questions, result.per_sample, strict=True)
             routes = Counter(sample.route or () for question, sample in pairs if question.kind == kind)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpn_cli.evaluation.baselines.routes import Original, Routed
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.evaluation.latency import Latency, Measurement
 from dpn_cli.evaluation.plots import Point, Series, plot_frontier, plot_latency_fidelity, plot_latency_flops
@@ -10,7 +11,7 @@ from dpn_cli.evaluation.plots import Point, Series, plot_frontier, plot_latency_
 SMALLEST = 1e-6  # nats: what a logarithmic axis can still show
 
 
-def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] = ("dpn",)) -> None:
+def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] = (Routed.name,)) -> None:
     """Draw the KL of every method over the FLOPs that it spent, with intervals.
 
     Args:
@@ -20,8 +21,8 @@ def plot_evaluation(path: Path, *evaluations: Evaluation, names: Sequence[str] =
     """
     first, *_ = evaluations
     others = dict.fromkeys(result.method for result in first.results)
-    series = [Series(name, _points(each.of("dpn"))) for name, each in zip(names, evaluations, strict=True)]
-    series += [Series(name, _points(first.of(name))) for name in others if name not in ("original", "dpn")]
+    series = [Series(name, _points(each.pyramids)) for name, each in zip(names, evaluations, strict=True)]
+    series += [Series(name, _points(first.of(name))) for name in others if name not in (Original.name, Routed.name)]
     plot_frontier(path, series, "KL from the original, nats per answer token", log=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dpn_cli.data.metrics import METRICS
 from dpn_cli.data.samples import Sample
 from dpn_cli.errors import DataError, UsageError
-from dpn_cli.evaluation.baselines import make_baseline
+from dpn_cli.evaluation.baselines import fit_baselines
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, unequal
 from dpn_cli.evaluation.baselines.routes import Original, Routed, walked_by_all
 from dpn_cli.evaluation.figures import Figures, Question, by_kind
@@ -16,6 +16,7 @@ from dpn_cli.evaluation.judging import Evaluator, SampleResult
 from dpn_cli.evaluation.options import EvaluationOptions
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.intervals import Estimate, bootstrap_mean
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.route import parse_route
 from dpn_cli.reporter import Reporter
@@ -125,9 +126,14 @@ class Evaluation:
         return [result for result in self.results if result.method == method]
 
     @property
+    def pyramids(self) -> list[Result]:
+        """The pyramid's results, in the order of the budgets."""
+        return self.of(Routed.name)
+
+    @property
     def spendings(self) -> list[Spending]:
         """What the pyramid has spent at every budget."""
-        found = [(result.budget, result.figures) for result in self.of(Routed.name)]
+        found = [(result.budget, result.figures) for result in self.pyramids]
         return [Spending(budget, figures.fraction, figures.count) for budget, figures in found if budget is not None]
 
     @property
@@ -177,7 +183,7 @@ def evaluate(
     routed = comparison.measure("dpn answers + KL", pyramids)
     spent = {result.budget: result for result in routed}
     asked: list[float | None] = [*budgets] or list(spent)
-    entries, out_of_reach = _baselines(evaluator, sizes, options.against, asked, spent)
+    entries, out_of_reach = _baselines(evaluator.model, sizes, options.against, asked, spent)
     others = comparison.measure("others answer + KL", [*entries, *((None, route) for route in fixed)], spent)
     baselines, on_routes = _best(others[: len(entries)]), others[len(entries) :]
     order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
@@ -231,7 +237,8 @@ class _Comparison:
         if not entries:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
-            judged = self.evaluator.judge([method for _, method in entries], self.samples, self.teacher, advance)
+            methods = [method for _, method in entries]
+            judged = self.evaluator.judge(methods, self.samples, self.sizes, self.teacher, advance)
         return [
             Result.of(entry, samples, self.questions, self.metric, (dpn or {}).get(entry[0]))
             for entry, samples in zip(entries, judged, strict=True)
@@ -261,30 +268,24 @@ def at_budgets(pyramid: PyramidConfig, budgets: Sequence[float]) -> tuple[list[E
 
 
 def _baselines(
-    evaluator: Evaluator,
+    model: PyramidGenerationMixin,
     sizes: Sequence[Prompt],
     against: Sequence[str],
     budgets: Sequence[float | None],
     spent: dict[float | None, Result],
 ) -> tuple[list[Entry], list[LeftOut]]:
     """Return every baseline at what the pyramid has spent, and why some are missing."""
-    shape = evaluator.model.text_model.shape
-    names = [name for name in against if name != Original.name]  # which has its place already
+    shape = model.text_model.shape
     entries: list[Entry] = []
     out_of_reach: list[LeftOut] = []
     for budget in budgets:
         fraction = spent[budget].figures.fraction if budget in spent else budget
         assert fraction is not None
-        for name in names:
-            try:
-                fitted = make_baseline(name, evaluator.model.pyramid).candidates(shape, sizes, fraction)
-                for baseline in fitted:
-                    with baseline.applied(evaluator.model):  # says whether this model is of a kind that it can handle
-                        pass
-            except (ValueError, UsageError) as error:
-                out_of_reach.append(LeftOut(name, budget, fraction, str(error)))
-            else:
-                entries += [(budget, baseline) for baseline in fitted]
+        fits = fit_baselines(against, model, fraction, lambda each, spends: each.candidates(shape, sizes, spends))
+        for name, fitted, refusal in fits:
+            entries += [(budget, baseline) for baseline in fitted]
+            if refusal:
+                out_of_reach.append(LeftOut(name, budget, fraction, refusal))
     return entries, out_of_reach
 
 

@@ -68,7 +68,7 @@ class Figures:
 
     Attributes:
         count: number of samples.
-        fraction: mean FLOPs of the prefill, as a fraction of the unpooled one's.
+        fraction: mean FLOPs of the prefill, as a fraction of the original's.
         fraction_spread: standard deviation of that fraction over the samples.
         visual_tokens: visual tokens, the mean over samples and layers.
         distortion: KL from the teacher, nats per answer token.

@@ -97,7 +97,7 @@ def run_benchmarks(
     if find_spec("lmms_eval") is None:
         raise MissingExtraError("a public benchmark (--tasks)", "lmms-eval", "harness")
     if set(",=\"'") & set(str(checkpoint)):
-        raise UsageError(f"lmms-eval takes no path with a comma, an equals sign or a quote: rename {checkpoint}")
+        raise UsageError(f"lmms-eval cannot handle a path with a comma, an equals sign or a quote: rename {checkpoint}")
     settings = {TEACHER: "teacher=True"}
     settings |= {_name(budget): f"budget={budget}" for budget in budgets} or {PYRAMID: ""}
     results = {}

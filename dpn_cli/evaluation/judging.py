@@ -46,7 +46,7 @@ class SampleResult:
         answer: the greedy answer.
         distortion: KL from the teacher, nats, the mean over the answer tokens.
         agreement: fraction of the answer tokens on which the most likely token is the teacher's.
-        fraction: FLOPs of the prompt's prefill, as a fraction of the unpooled one's.
+        fraction: FLOPs of the prompt's prefill, as a fraction of the original's.
         visual_tokens: visual tokens, the mean over the decoder's layers.
         route: the experts that a pyramid took; None of a method that has no routes.
     """
@@ -86,14 +86,10 @@ class Evaluator:
     kept: KeptResults | None = None
     known: Known = field(default_factory=dict)
     processes: Processes = ALONE
-    _sizes: dict[int, tuple[Sample, Prompt]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def sizes(self, samples: Sequence[Sample]) -> list[Prompt]:
         """Return what the prefill of every sample's prompt depends on, without decoding its images."""
-        for sample in samples:
-            if id(sample) not in self._sizes:  # the sample is kept with it, so that its id stays its own
-                self._sizes[id(sample)] = sample, self._size(sample)
-        return [self._sizes[id(sample)][1] for sample in samples]
+        return [self._size(sample) for sample in samples]
 
     def _size(self, sample: Sample) -> Prompt:
         tokens = len(prompt_ids(self.processor, chat_prompt(self.processor, sample, sample.asked)))
@@ -118,13 +114,19 @@ class Evaluator:
         return self.known[what]
 
     def judge(
-        self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str], advance: Advance
+        self,
+        methods: Sequence[Baseline],
+        samples: Sequence[Sample],
+        sizes: Sequence[Prompt],
+        teacher: Sequence[str],
+        advance: Advance,
     ) -> list[list[SampleResult]]:
         """Return what every method makes of every sample.
 
         Args:
             methods: the methods, fitted to what they may spend.
             samples: the samples, each with at least one image.
+            sizes: what `sizes` returns of them.
             teacher: the teacher's answers, which are the target where the data has none.
             advance: called with the number of samples done after each batch.
 
@@ -132,21 +134,21 @@ class Evaluator:
             UsageError: if a method cannot handle this model.
         """
 
-        def judge_batch(pairs: Sequence[tuple[Sample, str]]) -> list[list[dict[str, Any]]]:
-            judged = self._judge_batch(new, [sample for sample, _ in pairs], [answer for _, answer in pairs])
+        def judge_batch(rows: Sequence[tuple[Sample, Prompt, str]]) -> list[list[dict[str, Any]]]:
+            judged = self._judge_batch(new, *zip(*rows, strict=True))
             return [[asdict(result) for result in results] for results in judged]
 
         new = [method for method in methods if str(method) not in self.known]
-        pairs = list(zip(samples, teacher, strict=True))
+        rows = list(zip(samples, sizes, teacher, strict=True))
         if new:
-            batches = self._each_batch(f"results of {new}", pairs, judge_batch, advance)
+            batches = self._each_batch(f"results of {new}", rows, judge_batch, advance)
             self.known.update({str(x): [each for batch in batches for each in batch[i]] for i, x in enumerate(new)})
         else:
             advance(len(samples))
         return [[SampleResult.from_dict(each) for each in self.known[str(method)]] for method in methods]
 
     def _judge_batch(
-        self, methods: Sequence[Baseline], samples: Sequence[Sample], teacher: Sequence[str]
+        self, methods: Sequence[Baseline], samples: Sequence[Sample], sizes: Sequence[Prompt], teacher: Sequence[str]
     ) -> Iterator[list[SampleResult]]:
         """Yield every method's results on one batch; the teacher runs once for all."""
         complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
@@ -162,7 +164,7 @@ class Evaluator:
             with torch.inference_mode(), method.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
                 likely = ours.argmax(-1)
-                answers, spent = self._answer(method, samples, prompt_of, batch["labels"], likely)
+                answers, spent = self._answer(method, samples, sizes, prompt_of, batch["labels"], likely)
             columns = (
                 answers,
                 mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), rows, len(samples)).tolist(),
@@ -175,6 +177,7 @@ class Evaluator:
         self,
         method: Baseline,
         samples: Sequence[Sample],
+        sizes: Sequence[Prompt],
         prompt_of: Callable[[int], Example],
         labels: torch.Tensor,
         likely: torch.Tensor,
@@ -187,6 +190,7 @@ class Evaluator:
         Args:
             method: the method.
             samples: the samples.
+            sizes: what the prefill of each depends on.
             prompt_of: encodes what one of them asks.
             labels: [B, L], those that the last forward pass went along.
             likely: [A], the most likely tokens that it found.
@@ -194,7 +198,6 @@ class Evaluator:
         is_single = all(len(sample.turns) == 1 for sample in samples)
         tokenizer, most = self.processor.tokenizer, self.answer_tokens
         texts = forced_texts(self.model, tokenizer, labels, likely, most) if is_single else {}
-        sizes = self.sizes(samples)
         spent = self._spent(method, sizes) if texts else None
         if rest := [i for i in range(len(samples)) if i not in texts]:
             inputs = collate_prompts(list(map(prompt_of, rest)), self.processor, self.model.device)

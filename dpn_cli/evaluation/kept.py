@@ -26,13 +26,12 @@ class KeptResults:
     The folder is named by what the results depend on, so that another evaluation finds none of them.
     """
 
-    def __init__(self, depends_on: dict[str, Any], say: Callable[[str], None], root: Path = FOLDER) -> None:
+    def __init__(self, depends_on: dict[str, Any], say: Callable[[str], None]) -> None:
         """Find the results of an earlier run.
 
         Args:
             depends_on: Plain data that the results depend on, as for `keeping`.
             say: Function that is called with a message if no more can be kept.
-            root: Folder for the results of all evaluations.
 
         Raises:
             UsageError: if .dpn leads elsewhere.
@@ -40,8 +39,7 @@ class KeptResults:
         workspace.check_state_folder()
         self.depends_on = depends_on
         self.say = say
-        self.root = root
-        self.folder = root / _digest(json.dumps(depends_on, sort_keys=True))
+        self.folder = FOLDER / _digest(json.dumps(depends_on, sort_keys=True))
         self.is_lost = False
 
     def of(self, what: str) -> "KeptBatches":
@@ -65,13 +63,11 @@ class KeptResults:
             files.save(batch, results)
         except OSError as error:
             self.is_lost = True
-            self.say(
-                f"Note: {self.folder} cannot be written ({error.strerror}): a killed run will not go on from here."
-            )
+            self.say(f"Note: {self.folder} cannot be written ({error.strerror}): a killed run cannot be resumed.")
 
     def unused(self) -> str | None:
         """Say which unfinished results of the same weights and data are not used, and why; None if there are none."""
-        for record in () if self._record.exists() else sorted(self.root.glob("*.json")):
+        for record in () if self._record.exists() else sorted(FOLDER.glob("*.json")):
             with suppress(CheckpointError, OSError):
                 found = read_json(record)
                 if all(found.get(key) == self.depends_on.get(key) for key in ("weights", "data")):
@@ -108,15 +104,12 @@ class KeptBatches:
 
 
 @contextmanager
-def keeping(
-    depends_on: dict[str, Any], say: Callable[[str], None], root: Path = FOLDER
-) -> Iterator[KeptResults | None]:
+def keeping(depends_on: dict[str, Any], say: Callable[[str], None]) -> Iterator[KeptResults | None]:
     """Keep results until the block ends well, and other runs of the same evaluation away.
 
     Args:
         depends_on: plain data that changes with the results.
         say: Function for messages: that another evaluation's results are not used, or that none can be kept.
-        root: the folder for the results of all evaluations.
 
     Yields:
         The results; None if nothing can be written.
@@ -124,14 +117,14 @@ def keeping(
     Raises:
         UsageError: if another run is doing the same evaluation.
     """
-    kept = KeptResults(depends_on, say, root)
+    kept = KeptResults(depends_on, say)
     refusal = (
         f"this evaluation is being run by {{holder}}, which keeps its results in {kept.folder}: wait for it, or stop it"
     )
     try:
         with ExitStack() as held:
             try:
-                held.enter_context(workplace(kept.folder, refusal, "no results are kept, so a killed run begins anew"))
+                held.enter_context(workplace(kept.folder, refusal, "no results are kept, so a killed run starts over"))
             except NotWritableError as error:
                 say(f"Note: {error}.")
                 yield None
@@ -141,7 +134,7 @@ def keeping(
             yield kept
             kept.drop()
     finally:
-        for parent in root, root.parent:
+        for parent in FOLDER, FOLDER.parent:
             with suppress(OSError):
                 parent.rmdir()
 

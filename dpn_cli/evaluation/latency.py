@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt, full_flops
+from dpn_cli.evaluation.baselines.routes import Original
 from dpn_cli.evaluation.timing import Clock, Timing, attention_kernels, time_generation
 from dpn_cli.modeling.state import visual_grids
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.experts import num_tokens
 
-ORIGINAL = "original"
 PHASES = ("vision", "prefill", "first_token", "decode")
 CONFIDENCE = 0.95
 Inputs = Mapping[str, torch.Tensor]
@@ -132,13 +132,13 @@ def measure_latency(
 
     Args:
         model: the model, in eval mode.
-        methods: Methods to measure, by name, `ORIGINAL` among them.
+        methods: Methods to measure, by name, `Original.name` among them.
         batches: batches of one size, as `generate` takes them, on any device.
         new_tokens: number of tokens to generate for every sample; no end-of-sequence token ends an answer early.
         advance: called with 1 after every generation, the warm-up among them.
         clock: returns seconds; `time.process_time` leaves out what other programs take of one CPU thread.
     """
-    names = [ORIGINAL, *(name for name in methods if name != ORIGINAL)]
+    names = [Original.name, *(name for name in methods if name != Original.name)]
     kernels = {}
     for name in names:
         with methods[name].applied(model), attention_kernels(model) as kernels[name]:
@@ -160,7 +160,7 @@ def measure_latency(
         prompt_tokens=max(batch["input_ids"].shape[1] for batch in batches),
         new_tokens=new_tokens,
         rounds=len(batches),
-        measurements=[_summary(name, runs[name], runs[ORIGINAL], sorted(kernels[name])) for name in names],
+        measurements=[_summary(name, runs[name], runs[Original.name], sorted(kernels[name])) for name in names],
     )
 
 

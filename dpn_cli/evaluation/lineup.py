@@ -1,11 +1,12 @@
 """Who is measured in `dpn bench`: the pyramid at every budget, and others that spend what it spends."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.baselines import make_baseline
+from dpn_cli.evaluation.baselines import fit_baselines
 from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Prompt, full_flops, unequal
 from dpn_cli.evaluation.baselines.routes import (
     FixedRoute,
@@ -15,7 +16,7 @@ from dpn_cli.evaluation.baselines.routes import (
     routes_that_spend,
     walked_by_all,
 )
-from dpn_cli.evaluation.latency import ORIGINAL, Inputs, prompts_of
+from dpn_cli.evaluation.latency import Inputs, prompts_of
 from dpn_cli.evaluation.spending import Spending
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -32,9 +33,9 @@ class Lineup:
         remarks: Sentences that a reader of the figures should know.
     """
 
-    methods: dict[str, Baseline] = field(default_factory=lambda: {ORIGINAL: Original()})
-    spendings: list[Spending] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    methods: Mapping[str, Baseline]
+    spendings: Sequence[Spending]
+    remarks: Sequence[str]
 
 
 def line_up(
@@ -62,27 +63,31 @@ def line_up(
     Raises:
         UsageError: if a budget or a route is not possible with these prompts.
     """
-    found, pyramid = Lineup(), model.pyramid
+    pyramid = model.pyramid
     different = batches if has_data else batches[:1]
     prompts = [prompt for batch in different for prompt in prompts_of(model, batch)]
     _validate(model, prompts, () if has_data else budgets)
     fixed = walked_by_all(pyramid, routes, prompts)
-    entries: list[tuple[str, float | None, Routed]] = [(f"dpn at {b:g}", b, Routed(b)) for b in dict.fromkeys(budgets)]
+    entries: list[tuple[str, float | None, Routed]]
+    entries = [(f"{Routed.name} at {budget:g}", budget, Routed(budget)) for budget in dict.fromkeys(budgets)]
     if not budgets and not routes:
-        entries = [("dpn", pyramid.budget, Routed())]
+        entries = [(Routed.name, pyramid.budget, Routed())]
+    methods: dict[str, Baseline] = {Original.name: Original()}
+    spendings: list[Spending] = []
+    remarks: list[str] = []
     for name, budget, routed in entries:
+        dpn = routed if has_data or budget is None else _given(model, prompts, budget)
+        methods[name] = dpn
         if budget is None:  # no limit: there is nothing to meet
-            found.methods[name] = routed
             continue
-        dpn = routed if has_data else _given(model, prompts, budget)
-        found.methods[name] = dpn
         fractions = _spent(model, dpn, different)
-        found.spendings.append(Spending(budget, fmean(fractions), len(fractions)))
+        spendings.append(Spending(budget, fmean(fractions), len(fractions)))
         if isinstance(dpn, GivenRoutes):
-            found.remarks.append(_given_routes(name, dpn, pyramid, found.spendings[-1]))
-        _add_baselines(found, model, prompts, fractions, budget, against)
-    found.methods.update({each.label: each for each in fixed})
-    return found
+            remarks.append(_given_routes(name, dpn, pyramid, spendings[-1]))
+        baselines, said = _baselines(model, prompts, fractions, budget, against)
+        methods |= baselines
+        remarks += said
+    return Lineup(methods | {each.label: each for each in fixed}, spendings, remarks)
 
 
 def _validate(model: PyramidGenerationMixin, prompts: Sequence[Prompt], budgets: Sequence[float]) -> None:
@@ -129,32 +134,31 @@ def _spent(model: PyramidGenerationMixin, dpn: Routed, batches: Sequence[Inputs]
     return fractions
 
 
-def _add_baselines(
-    found: Lineup,
+def _baselines(
     model: PyramidGenerationMixin,
     prompts: Sequence[Prompt],
     fractions: Sequence[float],
     budget: float,
     names: Sequence[str],
-) -> None:
-    """Add other methods at the pyramid's total of FLOPs; say which cannot spend it, or cannot handle such a model."""
+) -> tuple[dict[str, Baseline], list[str]]:
+    """Return other methods at the pyramid's total of FLOPs, and what there is to say about them."""
     shape = model.text_model.shape
     full = [full_flops(shape, prompt) for prompt in prompts]
     spent = _total(fractions, full)
-    weights: dict[Prompt, float] = {}
+    weights: Counter[Prompt] = Counter()
     for prompt, flops in zip(prompts, full, strict=True):
-        weights[prompt] = weights.get(prompt, 0) + flops
-    for name in (name for name in names if name != ORIGINAL):
-        try:
-            baseline = make_baseline(name, model.pyramid).fit(shape, weights, spent)
-            with baseline.applied(model):  # says whether this model is of a kind that it can handle
-                pass
-        except (ValueError, UsageError) as error:
-            found.remarks.append(f"Left out, {name} at {budget:g}: {error}")
-            continue
-        found.methods[f"{baseline.label} at {budget:g}"] = baseline
-        if remark := unequal(baseline.label, _total(baseline.fractions(model, prompts), full), spent):
-            found.remarks.append(f"Not equal, at {budget:g}: {remark}")
+        weights[prompt] += flops
+    methods: dict[str, Baseline] = {}
+    remarks: list[str] = []
+    fits = fit_baselines(names, model, spent, lambda each, spends: [each.fit(shape, weights, spends)])
+    for name, fitted, refusal in fits:
+        if refusal:
+            remarks.append(f"Left out, {name} at {budget:g}: {refusal}")
+        for baseline in fitted:
+            methods[f"{baseline.label} at {budget:g}"] = baseline
+            if remark := unequal(baseline.label, _total(baseline.fractions(model, prompts), full), spent):
+                remarks.append(f"Not equal, at {budget:g}: {remark}")
+    return methods, remarks
 
 
 def _total(fractions: Sequence[float], full: Sequence[int]) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from dpn_cli.data.samples import Sample
-from dpn_cli.evaluation.baselines.routes import Routed
 from dpn_cli.evaluation.evaluate import Evaluation, Result
 from dpn_cli.pages.rendering import render_page
 
@@ -21,14 +20,13 @@ def render(evaluation: Evaluation, samples: Sequence[Sample], origin: Mapping[st
     Raises:
         DataError: if an image cannot be read.
     """
-    pyramids = evaluation.of(Routed.name)
     return render_page(
         "dpn_cli.evaluation",
         "report.html.jinja",
         evaluation=evaluation,
         origin=origin,
         scored=evaluation.results[0].figures.accuracy is not None,
-        pyramids=[(result, changed(evaluation, result), _has_kinds(result)) for result in pyramids],
+        pyramids=[(result, changed(evaluation, result), _has_kinds(result)) for result in evaluation.pyramids],
         samples=samples,
         shown=CHANGED,
     )

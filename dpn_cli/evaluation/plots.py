@@ -94,18 +94,6 @@ def plot_frontier(path: Path, series: Sequence[Series], quantity: str, log: bool
         _legend(figure, axes)
 
 
-def plot_tokens_per_layer(path: Path, tokens: Mapping[str, Sequence[float]]) -> None:
-    """Draw the visual tokens that every decoder layer sees, by method or by kind of question."""
-    with _figure(path, 1) as (figure, [axes]):
-        for i, (style, (name, counts)) in enumerate(zip(_styles(), tokens.items(), strict=False)):
-            every = max(1, len(counts) // 6)
-            marks = (i % every, every)  # markers of lines that coincide stand beside each other
-            axes.plot(range(len(counts)), counts, drawstyle="steps-mid", label=name, markevery=marks, **style)
-        axes.set(xlabel="decoder layer", ylabel="visual tokens")
-        axes.set_ylim(bottom=0)
-        _legend(figure, axes)
-
-
 def plot_latency_flops(path: Path, panels: Mapping[str, Sequence[Series]]) -> None:
     """Draw prefill time against FLOPs, both relative to the original, one panel beside another.
 

@@ -132,12 +132,12 @@ def _caveats(model: PyramidGenerationMixin, pyramid: PyramidConfig, dataset: Dat
     if teacher := pyramid.calibration.get("teacher"):
         yield (
             f"Note: the checkpoint was calibrated against another model, {teacher}; the original here is its own, "
-            "without pooling."
+            "with all tokens."
         )
     if model.is_adapted:
         yield "Note: the checkpoint is healed: the pyramid runs with its adapter, teacher and other methods without it."
     elif pyramid.calibration.get("training"):
         yield (
-            "Note: this export is healed: its teacher is its own weights without pooling. Evaluate the converted "
+            "Note: this export is healed: its teacher is its own weights with all tokens. Evaluate the converted "
             "folder to compare it with the original."
         )

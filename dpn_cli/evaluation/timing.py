@@ -63,7 +63,7 @@ def time_generation(
         DataError: if the logits are NaN for another reason.
     """
     inputs = {name: values.to(model.device) for name, values in inputs.items()}
-    now = partial(_now, model.device, clock)
+    now = partial(done_at, model.device, clock)
     tokens = _TokenClock(now)
     with _vision_clock(model, now) as vision_s, _peak_memory(model.device) as peak_bytes:
         start = now()
@@ -135,7 +135,7 @@ class _TokenClock(BaseStreamer):
         """Do nothing: the last token has been noted."""
 
 
-def _now(device: torch.device, clock: Clock) -> float:
+def done_at(device: torch.device, clock: Clock) -> float:
     """Return the time at which all work given to a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.baselines.baseline import Baseline, Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Baseline, Fitted, Prompt
 from dpn_cli.evaluation.baselines.downsampling import FeaturePooling, ImageDownsampling
+from dpn_cli.evaluation.baselines.static import StaticPyramid
 from tests.evaluation.naive import SHAPE, Naive, assert_batch_equals_one_by_one
 from tests.pyramids import IMAGE, VISUAL, prompt
 
@@ -67,7 +68,7 @@ def test_batch_equals_one_by_one_also_with_a_cache(make_pair: Any, baseline: Bas
 
 @torch.no_grad()
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
-def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, baseline: Fixed) -> None:
+def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, baseline: Fitted) -> None:
     _, model = make_pair()
     sample = prompt(2, 3, 5, seed=1)
     seen = []
@@ -80,7 +81,7 @@ def test_layers_see_as_many_tokens_as_are_paid_for(make_pair: Any, baseline: Fix
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("baseline", BASELINES, ids=lambda each: each.name)
+@pytest.mark.parametrize("baseline", [*BASELINES, StaticPyramid("fastv", 0.3)], ids=lambda each: each.name)
 def test_the_model_is_afterwards_what_it_was(make_pair: Any, baseline: Baseline) -> None:
     _, model = make_pair()
     sample = prompt(1, 3, 5, seed=0)
@@ -92,7 +93,7 @@ def test_the_model_is_afterwards_what_it_was(make_pair: Any, baseline: Baseline)
 
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.36])
 @pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
-def test_fit_spends_the_budget(baseline: Fixed, budget: float) -> None:
+def test_fit_spends_the_budget(baseline: Fitted, budget: float) -> None:
     prompts = [Prompt(((12, 12),) * images, text) for images, text in ((1, 9), (1, 40), (2, 9))]
     fitted = baseline.fit(SHAPE, prompts, budget)
     assert fitted.mean_fraction(SHAPE, prompts) == pytest.approx(budget, abs=0.04)
@@ -107,7 +108,7 @@ def test_towers_that_cannot_are_refused(make_pair: Any) -> None:
 
 
 @pytest.mark.parametrize("baseline", [ImageDownsampling(), FeaturePooling()], ids=lambda each: each.name)
-def test_tiles_are_refused(make_pair: Any, baseline: Fixed) -> None:
+def test_tiles_are_refused(make_pair: Any, baseline: Fitted) -> None:
     _, model = make_pair()
     prompts = [Prompt(((6, 6), (8, 12), (8, 1)), 9)]
     with pytest.raises(ValueError, match=f"{baseline.name} needs images that are not cut into tiles"):

@@ -46,7 +46,7 @@ def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None
 
 def judge(asked: Evaluator, methods: Any, samples: list[Sample]) -> list[list[SampleResult]]:
     teacher = asked.ask(Original(), samples, lambda done: None)
-    return asked.judge(methods, samples, teacher, lambda done: None)
+    return asked.judge(methods, samples, asked.sizes(samples), teacher, lambda done: None)
 
 
 def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
@@ -118,7 +118,7 @@ def test_answers_are_what_would_be_generated(
     labelled = [
         sample if answer is None else sample.answered(answer) for sample, answer in zip(samples, known, strict=True)
     ]
-    [results] = asked.judge([method], labelled, expected[::-1], lambda done: None)
+    [results] = asked.judge([method], labelled, asked.sizes(labelled), expected[::-1], lambda done: None)
     assert [result.answer for result in results] == expected
     assert sum(generated) == (5 if settings else 2)
 
@@ -146,7 +146,8 @@ def test_sizes_are_what_the_model_sees(folder: Path) -> None:
 def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, methods = questions(), [Routed(0.7), StaticPyramid("fastv", 0.4)]
     undisturbed = judge(evaluator(folder), methods, samples)
-    kept = KeptResults({"a": 1}, print, tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    kept = KeptResults({"a": 1}, print)
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
@@ -154,7 +155,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     first = evaluator(folder, kept=kept)
     teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
-        first.judge(methods, samples, teacher, interrupt)
+        first.judge(methods, samples, first.sizes(samples), teacher, interrupt)
     files = sorted(kept.folder.iterdir())
     assert len(files) == 3 + 1, "three batches of the teacher, one of the methods"
     first_answers = min(path for path in files if json.loads(path.read_text())["results"][0].__class__ is str)
@@ -169,7 +170,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     resumed = judge(second, methods, samples)
     assert resumed == undisturbed
     assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
-    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, print, tmp_path / "kept")), methods[:1], samples)
+    assert judge(evaluator(folder, kept=KeptResults({"a": 2}, print)), methods[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
     assert not kept.folder.exists()

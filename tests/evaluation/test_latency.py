@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dpn_cli.evaluation.baselines.baseline import Prompt
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
-from dpn_cli.evaluation.latency import ORIGINAL, measure_latency, median_interval, prompts_of, synthetic_inputs
+from dpn_cli.evaluation.latency import measure_latency, median_interval, prompts_of, synthetic_inputs
 from dpn_cli.evaluation.timing import attention_kernels, time_generation
 from dpn_cli.pyramid.cost import tokens_per_layer
 from tests.pyramids import IMAGE, VISUAL, collate, prompt, ragged_batch
@@ -99,9 +99,9 @@ def test_speed_ups_are_medians_of_paired_ratios(make_pair: Any) -> None:
     _, model = make_pair()
     clock = Clock()
     result = measure_latency(
-        model, {"late": Late(clock), ORIGINAL: Original()}, [words_only()] * 3, new_tokens=1, clock=clock
+        model, {"late": Late(clock), Original.name: Original()}, [words_only()] * 3, new_tokens=1, clock=clock
     )
-    assert [each.name for each in result.measurements] == [ORIGINAL, "late"]
+    assert [each.name for each in result.measurements] == [Original.name, "late"]
     original, late = (each.phases["prefill"] for each in result.measurements)
     assert (original.median_s, original.speedup, original.speedup_high) == (1.0, 1.0, 1.0)
     assert (late.median_s, late.speedup) == (2.0, 0.5)
@@ -114,7 +114,7 @@ def test_costs_and_fidelity_of_a_ragged_batch(make_pair: Any) -> None:
     _, model = make_pair()
     inputs, advanced = collate(ragged_batch()), []
     fixed = FixedRoute(model.pyramid, ROUTE)
-    methods = {ORIGINAL: Original(), "fixed": fixed, "dpn": Routed()}
+    methods = {Original.name: Original(), "fixed": fixed, "dpn": Routed()}
     result = measure_latency(model, methods, [inputs] * 2, new_tokens=2, advance=advanced.append)
     assert sum(advanced) == 3 * (1 + 2)
     original, cheap, _ = result.measurements

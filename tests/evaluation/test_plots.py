@@ -18,7 +18,6 @@ SERIES = [
 ]
 DRAW: dict[str, Callable[[Path], None]] = {
     "frontier": lambda path: plots.plot_frontier(path, SERIES, "KL, nats", log=True),
-    "tokens": lambda path: plots.plot_tokens_per_layer(path, {"dpn": [576, 576, 144], "fastv": [576, 200, 200]}),
     "flops": lambda path: plots.plot_latency_flops(path, {"batch of 1": SERIES, "batch of 4": SERIES}),
     "fidelity": lambda path: plots.plot_latency_fidelity(path, {"batch of 1": SERIES}, "KL, nats"),
 }

@@ -60,7 +60,7 @@ def test_routed_spends_what_its_routes_cost(make_pair: Any) -> None:
     prompts = [Prompt(GRID * images, text) for images, text in ((1, 9), (1, 12), (0, 14), (2, 9), (1, 19), (1, 11))]
     spent = {}
     for budget in (0.8, 0.4):
-        baseline = Routed().fit(model.text_model.shape, prompts, budget)
+        baseline = Routed(budget)
         with baseline.applied(model):
             model(**batch)
             spent[budget] = baseline.fractions(model, prompts)

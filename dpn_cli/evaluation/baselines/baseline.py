@@ -1,6 +1,6 @@
 """The interface of all baselines.
 
-Every baseline spends a wanted fraction of the unpooled LLM's prefill FLOPs, counted by the same formula as a
+Every baseline spends a wanted fraction of the original LLM's prefill FLOPs, counted by the same formula as a
 pyramid's: what a static pyramid computes to choose tokens is charged, as it is to every expert (`Expert.flops`). What
 goes on before the language model is not charged to anyone: the vision tower, and what salience and the coarser grids
 add to it or save there.
@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
-from dpn_cli.pyramid.config import PyramidConfig, Route
+from dpn_cli.pyramid.config import Route
 from dpn_cli.pyramid.experts import Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
 
@@ -45,32 +45,10 @@ class Baseline(ABC):
 
     name: ClassVar[str]
 
-    @classmethod
-    def beside(cls, pyramid: PyramidConfig) -> "Baseline":
-        """Return the baseline that a pyramid is compared with, not yet fitted to a budget."""
-        return cls()
-
     @property
     def label(self) -> str:
         """What tables call it."""
         return self.name
-
-    @abstractmethod
-    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Baseline":
-        """Return this baseline with the settings that spend a budget.
-
-        Args:
-            shape: Shape of the decoder.
-            prompts: those to be answered; ones without an image have no say. A mapping says how much each counts.
-            budget: mean fraction of the unpooled prefill FLOPs.
-
-        Raises:
-            ValueError: if the budget is out of its reach.
-        """
-
-    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Sequence[Baseline]":
-        """Return the settings that are to be tried at a budget, where the best one is to be judged; see `fit`."""
-        return [self.fit(shape, prompts, budget)]
 
     @abstractmethod
     def applied(self, model: PyramidGenerationMixin) -> AbstractContextManager[None]:
@@ -90,7 +68,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
-        """Return the fraction of the unpooled FLOPs that every prompt took in the last prefill."""
+        """Return the fraction of the original FLOPs that every prompt took in the last prefill."""
 
 
 class Fixed(Baseline):
@@ -100,24 +78,28 @@ class Fixed(Baseline):
     def layer_tokens(self, shape: DecoderShape, prompt: Prompt) -> list[int]:
         """Return the visual tokens of every layer."""
 
-    @abstractmethod
-    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> "Sequence[Fixed]":
-        """Return this baseline in all its settings, by rising cost."""
-
     def visual_tokens(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the visual tokens of every layer for every prompt."""
         shape = model.text_model.shape
         return [self.layer_tokens(shape, prompt) for prompt in prompts]
 
     def fractions(self, model: PyramidGenerationMixin, prompts: Sequence[Prompt]) -> list[float]:
-        """Return the fraction of the unpooled FLOPs that every prompt takes."""
+        """Return the fraction of the original FLOPs that every prompt takes."""
         shape = model.text_model.shape
         return [self.fraction(shape, prompt) for prompt in prompts]
 
     def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
-        """Return the fraction of the unpooled FLOPs that a prompt takes."""
+        """Return the fraction of the original FLOPs that a prompt takes."""
         spent = sum(shape.layer_flops(count + prompt.text_tokens) for count in self.layer_tokens(shape, prompt))
         return spent / full_flops(shape, prompt)
+
+
+class Fitted(Fixed):
+    """A baseline whose settings decide what it spends."""
+
+    @abstractmethod
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> Sequence[Self]:
+        """Return this baseline in all its settings, by rising cost."""
 
     def mean_fraction(self, shape: DecoderShape, prompts: Collection[Prompt]) -> float:
         """Return the mean FLOPs fraction over prompts, see `fit`."""
@@ -125,12 +107,21 @@ class Fixed(Baseline):
         total = sum(self.fraction(shape, prompt) * count for prompt, count in counts.items())
         return total / counts.total()
 
-    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Fixed":
-        """Return the setting whose mean FLOPs are closest to a budget."""
+    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> Self:
+        """Return the setting whose mean FLOPs are closest to a budget.
+
+        Args:
+            shape: Shape of the decoder.
+            prompts: those to be answered; ones without an image have no say. A mapping says how much each counts.
+            budget: mean fraction of the original prefill FLOPs.
+
+        Raises:
+            ValueError: if the budget is out of its reach.
+        """
         prompts = with_images(prompts)
         settings = self.settings(shape, prompts)
 
-        def spends(setting: Fixed) -> float:
+        def spends(setting: Self) -> float:
             return setting.mean_fraction(shape, prompts)
 
         if spends(settings[0]) > budget + TOLERANCE:
@@ -138,14 +129,18 @@ class Fixed(Baseline):
         above = bisect_left(settings, budget, key=spends)
         return min(settings[max(above - 1, 0) : above + 1], key=lambda setting: abs(spends(setting) - budget))
 
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> Sequence[Self]:
+        """Return the settings that are to be tried at a budget, where the best one is to be judged; see `fit`."""
+        return [self.fit(shape, prompts, budget)]
+
 
 def with_images(prompts: Collection[Prompt]) -> dict[Prompt, float]:
-    """Return the prompts that have an image, and how much each counts: see `Baseline.fit`."""
+    """Return the prompts that have an image, and how much each counts: see `Fitted.fit`."""
     return {prompt: count for prompt, count in Counter(prompts).items() if prompt.grids}
 
 
 def full_flops(shape: DecoderShape, prompt: Prompt) -> int:
-    """Return the FLOPs of a prompt's unpooled prefill."""
+    """Return the FLOPs of a prompt's original prefill."""
     return shape.num_layers * shape.layer_flops(prompt.visual_tokens + prompt.text_tokens)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Fitted, Prompt
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.engine import compact, keep_tokens
 from dpn_cli.modeling.state import PyramidState
@@ -30,7 +30,7 @@ BEFORE_THE_FIRST_LAYER = PyramidConfig((Site(-1, (KEEP,)),), static_route=(0,))
 
 
 @dataclass(frozen=True)
-class Coarser(Fixed):
+class Coarser(Fitted):
     """Gives the language model a coarser grid of every image.
 
     The surplus image tokens of the prompt, after the real ones of their image, are dropped before the first layer.

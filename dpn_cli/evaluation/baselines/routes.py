@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from dpn_cli.errors import UsageError
-from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fixed, Prompt, full_flops, with_images
+from dpn_cli.evaluation.baselines.baseline import TOLERANCE, Baseline, Fitted, Fixed, Prompt, full_flops, with_images
 from dpn_cli.modeling.state import PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route
@@ -27,14 +27,6 @@ class Original(Fixed):
         """Return the visual tokens of every layer."""
         return [prompt.visual_tokens] * shape.num_layers
 
-    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> Sequence["Original"]:
-        """Return itself: there is nothing to set."""
-        return [self]
-
-    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Original":
-        """Return itself, whatever the budget."""
-        return self
-
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
         """Switch the pyramid and its adapter off for the duration."""
@@ -43,7 +35,7 @@ class Original(Fixed):
 
 
 @dataclass(frozen=True)
-class FixedRoute(Fixed):
+class FixedRoute(Fitted):
     """One route for all samples, without an adapter, and without routers unless they gate it.
 
     Source: paper, table 4 (static pyramids); LLaVolta, https://arxiv.org/abs/2406.20092, pools like this at one depth.
@@ -56,11 +48,6 @@ class FixedRoute(Fixed):
     name: ClassVar[str] = "fixed"
     pyramid: PyramidConfig
     route: Route
-
-    @classmethod
-    def beside(cls, pyramid: PyramidConfig) -> "FixedRoute":
-        """Return the route that pools nothing."""
-        return cls(pyramid, pyramid.full_route)
 
     @property
     def label(self) -> str:
@@ -77,20 +64,20 @@ class FixedRoute(Fixed):
         return tokens_per_layer(shape, self.pyramid, self._taken(prompt), prompt.grids, text_tokens=0)
 
     def fraction(self, shape: DecoderShape, prompt: Prompt) -> float:
-        """Return the fraction of the unpooled FLOPs that a prompt takes, with routers where they gate."""
+        """Return the fraction of the original FLOPs that a prompt takes, with routers where they gate."""
         static = replace(self.pyramid, static_route=self.route)
         return flops_fraction(shape, static, self._taken(prompt), prompt.grids, prompt.text_tokens)
 
     def _taken(self, prompt: Prompt) -> Route:
         return self.route if prompt.grids else self.pyramid.full_route
 
-    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list["FixedRoute"]:
+    def settings(self, shape: DecoderShape, prompts: Collection[Prompt]) -> list[Self]:
         """Return the routes that all prompts are offered."""
         offered = [set(self.pyramid.routes_for(grids)) for grids in {prompt.grids for prompt in prompts}]
-        routes = [FixedRoute(self.pyramid, route) for route in sorted(set.intersection(*offered))]
+        routes = [replace(self, route=route) for route in sorted(set.intersection(*offered))]
         return sorted(routes, key=lambda each: each.mean_fraction(shape, prompts))
 
-    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list["FixedRoute"]:
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Self]:
         """Return the cheapest routes that spend the budget: the first one, and those that spend hardly more."""
         self.fit(shape, prompts, budget)  # refuses what is out of reach
         prompts = with_images(prompts)
@@ -131,10 +118,6 @@ class Routed(Baseline):
 
     name: ClassVar[str] = "dpn"
     budget: float | None = None
-
-    def fit(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> "Routed":
-        """Return it at the budget; its calibration says what λ that takes."""
-        return Routed(budget)
 
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
@@ -209,7 +192,7 @@ def routes_that_spend(
         shape: Shape of the decoder.
         pyramid: offers the routes.
         prompts: Prompts of the batch, one per sample.
-        budget: fraction of their unpooled prefill FLOPs.
+        budget: fraction of their original prefill FLOPs.
     """
     routes: list[Route] = []
     owed = 0.0  # FLOPs that the prompts before have left over

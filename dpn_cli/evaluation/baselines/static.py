@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
-from dpn_cli.evaluation.baselines.baseline import Fixed, Prompt
+from dpn_cli.evaluation.baselines.baseline import Fitted, Prompt
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction, tokens_per_layer
@@ -14,7 +14,7 @@ from dpn_cli.pyramid.shape import DecoderShape
 
 
 @dataclass(frozen=True)
-class StaticPyramid(Fixed):
+class StaticPyramid(Fitted):
     """One of `PRESETS`, with the share that spends a budget.
 
     Attributes:
@@ -55,11 +55,11 @@ class StaticPyramid(Fixed):
         pairs = zip(shares, pyramids, strict=True)
         return [share for share, pyramid in pairs if pyramid.can_walk(pyramid.own_routes[0], smallest)]
 
-    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Fixed]:
+    def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Self]:
         """Return it with every number of first layers that can spend so little."""
         depths = [k for k in PRESETS[self.name].first_layers if k < shape.num_layers]
         ways = [replace(self, first_layers=k) for k in depths] or [self]
-        found: list[Fixed] = []
+        found: list[Self] = []
         for way in ways:
             with suppress(ValueError):
                 found.append(way.fit(shape, prompts, budget))
