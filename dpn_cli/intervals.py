@@ -19,23 +19,17 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
-
-def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+def bootstrap_mean(values: Sequence[float]) -> Estimate:
     """Return the mean of independent values with its 95% percentile bootstrap interval (Efron 1979).
 
     For a paired comparison the values are the differences, sample by sample.
 
     Args:
         values: the values, at least one.
-        seed: random seed for the resamples.
     """
     data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = max(1, _DRAWN_AT_ONCE // len(data))
     means = [
         data[rng.integers(len(data), size=(min(rows, RESAMPLES - start), len(data)))].mean(1)

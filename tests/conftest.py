@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,13 @@ VOCAB_SIZE = 304
 def tiny_llava(tiny_llava_factory: Callable[..., Path]) -> Path:
     """A tiny Llama-type LLaVA as a hub checkpoint: one model.safetensors."""
     return tiny_llava_factory()
+
+
+@pytest.fixture
+def source(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a good checkpoint in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(tiny_llava, "source"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dpn_cli.conversion.tokenizer import IMAGE_TOKEN, PAD_TOKEN, Words, chat_template, write_processor
+from tests.faults.damage import GONE, put
 
 TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -58,9 +59,8 @@ class Original:
 
     def edit(self, **changes: Any) -> None:
         """Change config.json; None removes a key."""
-        path = self.folder / "config.json"
-        config = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        for key, value in changes.items():
+            put(self.folder / "config.json", key, value=GONE if value is None else value)
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put tensors beside those of the folder, or in the place of them."""

@@ -112,3 +112,9 @@ def collate(samples: list[dict[str, torch.Tensor]], side: str = "left") -> dict[
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
     return batch
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 4, **kwargs: Any) -> Any:
+    """Return what the model generates, the likeliest token each time, with the logits of every token."""
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3, **kwargs}
+    return model.generate(**inputs, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, **settings)

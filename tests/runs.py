@@ -1,4 +1,4 @@
-"""Calibrations as processes of their own, to be watched and disturbed, and pictures for them."""
+"""Calibrations as processes of their own, to be watched and disturbed, and pictures for tests."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,10 @@ def noise_pictures(folder: Path, count: int) -> Path:
     for i in range(count):
         Image.fromarray(pixels.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     return folder
+
+
+def png(colour: str = "red") -> bytes:
+    """Return the file of a small picture of one colour."""
+    buffer = BytesIO()
+    Image.new("RGB", (20, 30), colour).save(buffer, format="PNG")
+    return buffer.getvalue()

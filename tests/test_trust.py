@@ -31,13 +31,6 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.fixture
-def source(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a good checkpoint in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(tiny_llava, "source"))
-
-
 @pytest.mark.parametrize("only_foreign", [False, True])
 def test_code_of_a_source_is_never_run(
     source: Path, picture: Path, capsys: pytest.CaptureFixture[str], only_foreign: bool

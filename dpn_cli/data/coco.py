@@ -73,8 +73,8 @@ def open_coco(request: Request) -> CocoFile | None:
     Raises:
         DataError: if there are several in the folder, or it holds no text.
     """
-    path = only_file(request, {".json"}, is_coco)
-    lists = read_lists(path) if path else None
+    path = only_file(request, {".json"}, lambda path: is_coco(request, path))
+    lists = _lists(request, path) if path else None
     if path is None or lists is None:
         return None
     beside = path.parent.parent if path.parent.name == _ANNOTATIONS else path.parent  # as the downloads unpack
@@ -82,12 +82,21 @@ def open_coco(request: Request) -> CocoFile | None:
     return CocoFile(path, *lists, places, request.reading)
 
 
-def is_coco(path: Path) -> bool:
+def is_coco(request: Request, path: Path) -> bool:
     """Tell whether a file has the layout."""
-    return read_lists(path) is not None
+    return _lists(request, path) is not None
 
 
-def read_lists(path: Path) -> tuple[list[Any], list[Any]] | None:
+def _lists(request: Request, path: Path) -> tuple[list[Any], list[Any]] | None:
+    """Return the same as `_read_lists`, which takes its time, at once when a file is asked about again."""
+    if path not in request.parsed:
+        request.parsed.clear()
+        request.parsed[path] = _read_lists(path)
+    found: tuple[list[Any], list[Any]] | None = request.parsed[path]
+    return found
+
+
+def _read_lists(path: Path) -> tuple[list[Any], list[Any]] | None:
     """Return the images and the annotations of a file; None of one that has another layout."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig")) if _may_be_coco(path) else {}

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpn_cli.errors import DataError
 
@@ -53,6 +54,11 @@ class Request:
 
         beside = self.path if self.path.is_dir() else self.path.parent
         return Places(self.image_root or (beside if self.path.exists() else Path()), self.allow_urls)
+
+    @cached_property
+    def parsed(self) -> dict[Path, Any]:
+        """What was found in the file that was last parsed, for the next format that looks into it."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -102,14 +108,14 @@ def only_file(request: Request, suffixes: Collection[str], holds_rows: Callable[
     files = sorted(each for each in path.iterdir() if each.suffix.lower() in suffixes and holds_rows(each))
     if len(files) > 1:
         names = ", ".join(each.name for each in files)
-        raise DataError(f"{path} holds several files of rows ({names}): give one of them as --data")
+        raise DataError(f"{path} holds several data files ({names}): give one of them as --data")
     return files[0] if files else None
 
 
 def describe_formats() -> str:
     """Return the descriptions of all formats."""
     *others, last = (each.description for each in FORMATS.values())
-    return f"{', '.join(others)}, or {last}"
+    return f"{'; '.join(others)}; or {last}"
 
 
 def open_source(request: Request) -> "Source":

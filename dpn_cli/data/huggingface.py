@@ -1,8 +1,9 @@
 """Tables that the `datasets` package holds: of the hub, saved to disk, or parquet and arrow files."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +23,23 @@ _SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)[-_.]")  # how t
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
-def is_hub_id(data: str) -> bool:
-    """Tell whether a text can name a data set of the hub: owner/name[:configuration[:split]]."""
-    return _HUB_ID.fullmatch(data) is not None
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Tell whether a folder was written by `save_to_disk`."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def table_files(folder: Path) -> list[Path]:
-    """Return the parquet files, or else the arrow files, in a folder and below."""
-    for suffix in TABLE_SUFFIXES:
-        if files := sorted(folder.rglob(f"*{suffix}")):
-            return files
-    return []
-
-
 class Table(RowSource):
     """The rows of a data set, images undecoded."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, load: Callable[[Any, Request], tuple[str, Any]]) -> None:
         """Open a data set.
 
         Args:
-            request: A folder from `save_to_disk`, a folder or file of parquet or arrow, or a data set of the hub as
-                owner/name[:configuration[:split]]; without a split, `train` or else the first one.
+            request: the data.
+            load: Function that returns in words what was loaded, and the data set or the stream of its rows, by the
+                package `datasets`.
 
         Raises:
             DataError: if it cannot be opened or has no field that is known.
             MissingExtraError: if the package `datasets` is not installed.
         """
         name = request.data
-        kind, dataset = _open(request)
+        kind, dataset = _open(request, load)
         if len(dataset) == 0:
             raise DataError(f"{name} holds no rows")
         self.rows = dataset.with_format("arrow")  # plain values: an image stays {bytes, path}
@@ -105,27 +89,24 @@ def _in_words(value: Any, kind: Any) -> Any:
 
 def open_saved(request: Request) -> Table | None:
     """Open a folder from `save_to_disk`."""
-    return Table(request) if is_saved_dataset(request.path) else None
+    folder = request.path
+    is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    return Table(request, _load_saved) if is_saved else None
 
 
 def open_table(request: Request) -> Table | None:
     """Open a parquet or arrow file, or a folder with such files."""
-    path = request.path
-    if path.is_dir():
-        return Table(request) if table_files(path) else None
-    is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-    return Table(request) if is_table else None
+    files = _table_files(request.path)
+    return Table(request, partial(_load_files, files)) if files else None
 
 
 def open_hub(request: Request) -> Table | None:
-    """Open a data set of the hub, where nothing on disk has this name."""
-    if request.path.exists() or not is_hub_id(request.data):
-        return None
-    return Table(request)
+    """Open a data set of the hub, where nothing on disk has this name: owner/name[:configuration[:split]]."""
+    return Table(request, _load_hub) if _HUB_ID.fullmatch(request.data) and not request.path.exists() else None
 
 
-def _open(request: Request) -> tuple[str, Any]:
-    """Return in words what was opened, and the data set."""
+def _open(request: Request, load: Callable[[Any, Request], tuple[str, Any]]) -> tuple[str, Any]:
+    """Return in words what was opened, and the data set; of a stream, what was drawn from it."""
     name, path = request.data, request.path
     try:
         import datasets
@@ -134,10 +115,10 @@ def _open(request: Request) -> tuple[str, Any]:
         raise MissingExtraError(f"--data {name}: {what}", "datasets", "data") from None
     try:
         with _quietly(datasets):
-            if is_saved_dataset(path):
-                return _one_split(datasets.load_from_disk(str(path)), "saved data set")
-            kind, loaded = _load(datasets, request)
-            return (f"{STREAMED} {kind}", _drawn(datasets, loaded, request)) if request.stream else (kind, loaded)
+            kind, loaded = load(datasets, request)
+            if isinstance(loaded, datasets.IterableDataset):
+                return f"{STREAMED} {kind}", _drawn(datasets, loaded, request)
+            return kind, loaded
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = "cannot be opened" if path.exists() else "is not a file or folder here, and cannot be read from the hub"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
@@ -156,21 +137,36 @@ def _quietly(datasets: Any) -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _load(datasets: Any, request: Request) -> tuple[str, Any]:
-    """Return in words what was loaded, from files or the hub, and the data set, or the stream of its rows."""
-    if request.path.exists():
-        files = [request.path] if request.path.is_file() else table_files(request.path)
-        kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-        splits = _splits(files)
-        split = _main_split(splits)
-        chosen = [file for file in splits[split] if kind != "parquet" or _num_rows(file)]  # `datasets` takes no others
-        if not chosen:
-            raise DataError(f"{request.data} holds no rows")
-        loaded = datasets.load_dataset(kind, data_files=chosen, split="train", streaming=request.stream)
-        return f"{kind} of {counted(len(chosen), 'file')}{f', split {split}' if split else ''}", loaded
+def _load_saved(datasets: Any, request: Request) -> tuple[str, Any]:
+    return _one_split(datasets.load_from_disk(str(request.path)), "saved data set")
+
+
+def _load_files(files: Sequence[Path], datasets: Any, request: Request) -> tuple[str, Any]:
+    """Load those of one split."""
+    kind = TABLE_SUFFIXES[files[0].suffix.lower()]
+    splits = _splits(files)
+    split = _main_split(splits)
+    chosen = [file for file in splits[split] if kind != "parquet" or _num_rows(file)]  # `datasets` takes no others
+    if not chosen:
+        raise DataError(f"{request.data} holds no rows")
+    loaded = datasets.load_dataset(kind, data_files=chosen, split="train", streaming=request.stream)
+    return f"{kind} of {counted(len(chosen), 'file')}{f', split {split}' if split else ''}", loaded
+
+
+def _load_hub(datasets: Any, request: Request) -> tuple[str, Any]:
     repository, config, split = [*request.data.split(":"), "", ""][:3]
     loaded = datasets.load_dataset(repository, config or None, split=split or None, streaming=request.stream)
     return _one_split(loaded, f"data set {request.data} of the hub")
+
+
+def _table_files(path: Path) -> list[Path]:
+    """Return a file itself, or the parquet files, or else the arrow files, in a folder and below."""
+    if path.is_file():
+        return [path] if path.suffix.lower() in TABLE_SUFFIXES else []
+    for suffix in TABLE_SUFFIXES:
+        if files := sorted(path.rglob(f"*{suffix}")):
+            return files
+    return []
 
 
 def _num_rows(file: str) -> int:

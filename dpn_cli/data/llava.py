@@ -61,5 +61,5 @@ def open_llava(request: Request) -> LlavaFile | None:
     Raises:
         DataError: if there are several in the folder.
     """
-    path = only_file(request, SUFFIXES, lambda path: key_of_rows(path) is not None and not is_coco(path))
-    return LlavaFile(path, request.places, request.reading) if path and not is_coco(path) else None
+    path = only_file(request, SUFFIXES, lambda path: key_of_rows(path) is not None and not is_coco(request, path))
+    return LlavaFile(path, request.places, request.reading) if path and not is_coco(request, path) else None

@@ -13,9 +13,7 @@ class DataOptions:
     """Which data to read, and how.
 
     Attributes:
-        name: `demo`; a LLaVA .json or .jsonl file, a .csv or .tsv file, or a folder with one; a folder of images; a
-            parquet or arrow file, or a folder of them; a folder from `save_to_disk`; or
-            owner/name[:configuration[:split]] of the hub.
+        name: the data, as `FORMATS` describes them.
         image_root: the folder that relative image paths start in; by default that of the file that names them.
         ignored: fields of the rows that are left unread, as if they were not there.
         columns: Roles of fields, each with the field that has it: (("image", "picture"), ("question", "prompt")).

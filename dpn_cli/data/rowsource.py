@@ -95,10 +95,9 @@ class RowSource:
     def columns(self) -> dict[str, str]:
         """Return the fields of the fullest row with their roles, empty for those that are not read."""
         roles = assign(self.fullest, self.reading.columns)
-        choices = roles.get("choices") or ""
         read = {name: role for role, name in roles.items()}
         read |= dict.fromkeys(image_fields(self.fullest, self.reading.columns), "image")
-        if not choices and "question" in roles:
+        if "choices" not in roles and "question" in roles:
             read |= {name: f"choice {letter}" for letter, name in lettered(self.fullest).items()}
         return {name: read.get(name, "") for name in self.fullest}
 
@@ -142,5 +141,5 @@ def validate_readable(columns: Sequence[str], reading: Reading, name: str) -> No
     if not (asks(read, reading.columns) or image_fields(read, reading.columns)):
         raise DataError(
             f"{name} has the columns {', '.join(read)}: none is known to hold images or text. Say what they "
-            f"are, as in --columns image=NAME,question=NAME. Known are {known_names()}"
+            f"are, as in --columns image=NAME,question=NAME. Known names: {known_names()}"
         )

@@ -199,7 +199,7 @@ def _complaint(source: Source, found: Scan, skip_bad: bool, max_bad: float) -> s
         return f"{what} Does --image-root name the folder that the image paths start in?"
     if UNREAD in reasons:
         what += " Say what they are, as in --columns question=NAME, or leave them unread with --ignore-fields."
-        return f"{what} Known are {known_names()}"
+        return f"{what} Known names: {known_names()}"
     if skip_bad:
         return f"{what} That is {found.bad_fraction:.1%}, more than --max-bad {max_bad:.3g} allows"
     return f"{what} Fix them, or leave them out with --on-bad-row skip"

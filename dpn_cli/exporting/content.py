@@ -18,7 +18,6 @@ from dpn_cli.checkpoint.streams import (
 from dpn_cli.checkpoint.writer import write_index, write_named_pieces
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.plan import Move, Plan
-from dpn_cli.exporting.quantise import quantised
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.reporter import Reporter
 
@@ -82,7 +81,7 @@ def _content(
     if move.scheme is None:
         yield from ((move.name, tensor_bytes(values)) for values in changed)
         return
-    for name, tensor in quantised(move.scheme, move.name, move.tensor.shape, changed):
+    for name, tensor in move.scheme.quantised(move.name, move.tensor.shape, changed):
         yield name, tensor_bytes(tensor)
 
 
@@ -90,7 +89,7 @@ def _piece_bytes(move: Move) -> int:
     """Return how much to read at once: all where an adapter goes in, whole rows where rows are quantised."""
     if move.lora is not None:
         return move.tensor.nbytes
-    if move.scheme == "int8":
+    if move.scheme and move.scheme.by_rows:
         row = move.tensor.shape[1] * BITS[move.tensor.dtype] // 8
         return max(1, PIECE_BYTES // row) * row
     return PIECE_BYTES
@@ -104,7 +103,9 @@ def _changed(move: Move, piece: Piece) -> "torch.Tensor":
     if move.lora is not None:
         values = move.lora.merged(move.name, values.view(move.tensor.shape)).flatten()
     values = _cast(values, getattr(torch, TORCH_DTYPES[move.dtype]), move, "as bf16")
-    return _cast(values, torch.float16, move, "with --quantize nf4") if move.scheme == "int8" else values
+    if move.scheme and move.scheme.dtype:
+        values = _cast(values, getattr(torch, move.scheme.dtype), move, "with --quantize nf4")
+    return values
 
 
 def _cast(values: "torch.Tensor", dtype: "torch.dtype", move: Move, otherwise: str) -> "torch.Tensor":

@@ -118,13 +118,14 @@ class _Draft:
 
 
 def _draft(checkpoint: Path, options: ExportOptions) -> _Draft:
-    dtype, scheme, max_shard_bytes = options.dtype, options.quantize, parse_size(options.max_shard_size)
+    dtype, max_shard_bytes = options.dtype, parse_size(options.max_shard_size)
     source, layout, pyramid = open_converted(checkpoint)
     refuse_quantised(source)
     check_complete(source, layout, layout.added_tensors(pyramid))
-    for what, choice, known in (("dtype", dtype, DTYPES), ("quantisation", scheme, SCHEMES)):
+    for what, choice, known in (("dtype", dtype, DTYPES), ("quantisation", options.quantize, SCHEMES)):
         if choice is not None and choice not in known:
             raise UsageError(f"unknown {what} {choice!r}: expected one of {', '.join(known)}")
+    scheme = SCHEMES[options.quantize] if options.quantize else None
     completion = complete_processor(source, layout)
     converted, pyramid = pyramid, exported_pyramid(pyramid, layout, options.budget, options.static)
     if not options.uncalibrated:

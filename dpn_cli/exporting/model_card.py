@@ -92,7 +92,7 @@ def _calibration(pyramid: PyramidConfig) -> str:
     if pyramid.is_imported:
         return f"{title}\n\nNone: the pyramid came with the base model, and its routers choose as they were trained to."
     if not pyramid.budgets:
-        return f"{title}\n\nNot calibrated: the model answers exactly as its base does, and pools nothing by itself."
+        return f"{title}\n\nNot calibrated: the model answers exactly as its base does, and keeps all visual tokens."
     step = -(-len(pyramid.budgets) // BUDGETS_SHOWN)
     rows = [
         [f"{row.fraction:.3f}", f"{row.trade_off:.4g}", f"{row.distortion:.4f}"]

@@ -14,7 +14,7 @@ class ExportOptions:
     Attributes:
         dtype: `bf16`, `fp16` or `fp32` for all floating-point tensors but the routers', which stay float32; None
             leaves every tensor as it is, byte for byte.
-        max_shard_size: the largest size of a file, in bytes or as `2GB`, `500MB`.
+        max_shard_size: the largest size of a file, as `2GB` or `500MB`, or in bytes.
         budget: mean fraction of the original's prefill FLOPs to spend; None keeps what calibration chose.
         quantize: `int8` or `nf4` for the decoder's linear layers (bitsandbytes).
         static: a fixed route for every sample, in place of the routers (which stay for a gate, where there is one):
@@ -23,11 +23,11 @@ class ExportOptions:
         drop_unused: whether to leave out the vision layers after the one whose features are used.
         check_values: whether to stop at NaN and infinite values.
         verify: whether to read the tensors that no option changes back from the disk and compare them with the source.
-        uncalibrated: whether to export even if the routers are not calibrated, and so pool nothing.
+        uncalibrated: whether to export even if the routers are not calibrated, and so all tokens are kept.
     """
 
     dtype: str | None = None
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    max_shard_size: str = DEFAULT_SHARD_SIZE
     budget: float | None = None
     quantize: Scheme | None = None
     static: str | None = None

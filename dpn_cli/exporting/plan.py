@@ -9,7 +9,7 @@ from math import prod
 from dpn_cli.checkpoint.headers import BITS, DTYPES, SINGLE_FILE, TORCH_DTYPES, Checkpoint, TensorInfo
 from dpn_cli.checkpoint.lora import Lora
 from dpn_cli.errors import CheckpointError, UsageError
-from dpn_cli.exporting.quantise import Scheme, is_linear, stored_tensors, takes
+from dpn_cli.exporting.quantise import Quantiser, is_linear
 from dpn_cli.families.tensors import COMPUTED, memory_name
 from dpn_cli.pyramid.config import FITTED_PARTS
 
@@ -34,7 +34,7 @@ class Move:
     tensor: TensorInfo
     name: str
     dtype: str
-    scheme: Scheme | None = None
+    scheme: Quantiser | None = None
     lora: Lora | None = None
 
     @property
@@ -47,7 +47,7 @@ class Move:
         """Dtype and shape of every tensor that it becomes, by name."""
         if self.scheme is None:
             return {self.name: (self.dtype, self.tensor.shape)}
-        return stored_tensors(self.scheme, self.name, TORCH_DTYPES[self.dtype], self.tensor.shape)
+        return self.scheme.stored(self.name, TORCH_DTYPES[self.dtype], self.tensor.shape)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +86,7 @@ class Plan:
 def plan_export(
     source: Checkpoint,
     dtype: str | None,
-    scheme: Scheme | None,
+    scheme: Quantiser | None,
     lora: Lora | None,
     max_shard_bytes: int,
     left_out: tuple[str, ...] = (),
@@ -114,13 +114,13 @@ def plan_export(
     return Plan(source, _fill_shards(moves, max_shard_bytes))
 
 
-def parse_size(size: int | str) -> int:
-    """Return a size in bytes from a number or from words such as `2GB`.
+def parse_size(size: str) -> int:
+    """Return a size in bytes from words such as `2GB`, or a number of bytes.
 
     Raises:
         UsageError: if it is not a size.
     """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Z]*)", str(size).strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Z]*)", size.strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UsageError(f"{size!r} is not a size: expected bytes, or a number with KB, MB or GB, such as 2GB")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -135,11 +135,11 @@ def _name(tensor: TensorInfo, source: Checkpoint) -> str:
     return name
 
 
-def _move(tensor: TensorInfo, name: str, dtype: str | None, scheme: Scheme | None, lora: Lora | None) -> Move:
+def _move(tensor: TensorInfo, name: str, dtype: str | None, scheme: Quantiser | None, lora: Lora | None) -> Move:
     new = tensor.dtype
     if dtype is not None and tensor.dtype in TORCH_DTYPES:
         new = "F32" if name.startswith(_PRECISE) else DTYPES[dtype]
-    quantised = scheme is not None and is_linear(name, tensor.shape) and takes(scheme, tensor.shape)
+    quantised = scheme is not None and is_linear(name, tensor.shape) and scheme.takes(tensor.shape)
     healed = lora is not None and name in lora.targets
     return Move(tensor, name, new, scheme if quantised else None, lora if healed else None)
 

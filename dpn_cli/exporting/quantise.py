@@ -5,8 +5,9 @@ bytes are those that quantising the whole weight on loading gives. Not doubly qu
 a model too: routers that were fitted with `load_in: 4bit` meet the very weights they were fitted to.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpn_cli.checkpoint.quantisation import SKIPPED
 
@@ -14,62 +15,42 @@ if TYPE_CHECKING:
     import torch
 
 Scheme = Literal["int8", "nf4"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+Shape = tuple[int, ...]
 BLOCK = 64  # values that share a scale in nf4, bitsandbytes' default
 PIECE_VALUES = 1 << 20  # quantised at once
 
 _LAYERS = "model.language_model.layers."
 
 
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+def is_linear(name: str, shape: Shape) -> bool:
     """Say whether a tensor is the weight of one of the decoder's linear layers."""
     return name.startswith(_LAYERS) and len(shape) == 2
 
 
-def takes(scheme: Scheme, shape: tuple[int, ...]) -> bool:
-    """Say whether bitsandbytes takes a weight [out, in]: its 4 bits have limits."""
-    return scheme == "int8" or (shape[1] >= BLOCK and shape[0] % 32 == 0)
+@dataclass(frozen=True)
+class Quantiser:
+    """What one scheme makes of a weight [out, in].
 
-
-def stored_tensors(
-    scheme: Scheme, name: str, dtype: str, shape: tuple[int, ...]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype (in safetensors' words) and shape of the tensors that stand for a quantised weight.
-
-    Args:
-        scheme: how the weight is quantised.
-        name: the weight's name.
-        dtype: torch's name of the dtype that it is computed in.
-        shape: the weight's shape, [out, in].
+    Attributes:
+        load_in: transformers' name of the scheme, in a `BitsAndBytesConfig`.
+        takes: Says whether bitsandbytes takes a weight of this shape.
+        stored: Returns dtype (in safetensors' words) and shape of the tensors that stand for a weight, by name, from
+            its name, torch's name of the dtype that it is computed in, and its shape.
+        quantised: Yields these tensors, by name, the quantised values in pieces, from the weight's name, its shape, and
+            its values, flat: whole rows where rows are quantised, else whole blocks.
+        dtype: torch's name of the dtype that values are cast to first; None leaves them in that of the computation.
+        by_rows: whether rows are quantised, and not blocks.
     """
-    if scheme == "int8":
-        stem = name.removesuffix("weight")
-        return {name: ("I8", shape), f"{stem}SCB": ("F32", (shape[0],)), f"{stem}weight_format": ("U8", ())}
-    import torch
 
-    count = shape[0] * shape[1]
-    state = _state_dict(torch.empty(-(-count // BLOCK)), dtype, shape)
-    dtypes = {torch.float32: "F32", torch.uint8: "U8"}
-    return {name: ("U8", (-(-count // 2), 1))} | {
-        f"{name}.{key}": (dtypes[tensor.dtype], tuple(tensor.shape)) for key, tensor in state.items()
-    }
+    load_in: str
+    takes: Callable[[Shape], bool]
+    stored: Callable[[str, str, Shape], dict[str, tuple[str, Shape]]]
+    quantised: "Callable[[str, Shape, Iterable[torch.Tensor]], Iterator[tuple[str, torch.Tensor]]]"
+    dtype: str | None = None
+    by_rows: bool = False
 
 
-def quantised(
-    scheme: Scheme, name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]"
-) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield the tensors that stand for a weight, by name; the quantised values in pieces.
-
-    Args:
-        scheme: how the weight is quantised.
-        name: the weight's name.
-        shape: the weight's shape, [out, in].
-        pieces: the weight's values, flat: whole rows in float16 for int8, whole blocks for nf4.
-    """
-    return _int8(name, shape, pieces) if scheme == "int8" else _nf4(name, shape, pieces)
-
-
-def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict[str, Any]:
+def quantization_config(scheme: Quantiser, dtype: str, left: Iterable[str]) -> dict[str, Any]:
     """Return what config.json tells transformers.
 
     Args:
@@ -81,8 +62,7 @@ def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=scheme == "nf4",
-        load_in_8bit=scheme == "int8",
+        **{scheme.load_in: True},
         llm_int8_skip_modules=[*SKIPPED, *(name.removesuffix(".weight") for name in left)],
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
@@ -91,7 +71,12 @@ def quantization_config(scheme: Scheme, dtype: str, left: Iterable[str]) -> dict
     return {key: value for key, value in known.items() if not key.startswith("_")}
 
 
-def _int8(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
+def _int8_stored(name: str, dtype: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+    stem = name.removesuffix("weight")
+    return {name: ("I8", shape), f"{stem}SCB": ("F32", (shape[0],)), f"{stem}weight_format": ("U8", ())}
+
+
+def _int8(name: str, shape: Shape, pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
     import torch
 
     functional, scales = _bitsandbytes(), []
@@ -105,7 +90,22 @@ def _int8(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") -
     yield f"{stem}weight_format", torch.zeros((), dtype=torch.uint8)  # 0 is bitsandbytes' word for rows
 
 
-def _nf4(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
+def _nf4_takes(shape: Shape) -> bool:
+    return shape[1] >= BLOCK and shape[0] % 32 == 0
+
+
+def _nf4_stored(name: str, dtype: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+    import torch
+
+    count = shape[0] * shape[1]
+    state = _state_dict(torch.empty(-(-count // BLOCK)), dtype, shape)
+    dtypes = {torch.float32: "F32", torch.uint8: "U8"}
+    return {name: ("U8", (-(-count // 2), 1))} | {
+        f"{name}.{key}": (dtypes[tensor.dtype], tuple(tensor.shape)) for key, tensor in state.items()
+    }
+
+
+def _nf4(name: str, shape: Shape, pieces: "Iterable[torch.Tensor]") -> "Iterator[tuple[str, torch.Tensor]]":
     import torch
 
     functional, scales, dtype = _bitsandbytes(), [], ""
@@ -119,7 +119,7 @@ def _nf4(name: str, shape: tuple[int, ...], pieces: "Iterable[torch.Tensor]") ->
         yield f"{name}.{key}", tensor
 
 
-def _state_dict(absmax: "torch.Tensor", dtype: str, shape: tuple[int, ...]) -> "dict[str, torch.Tensor]":
+def _state_dict(absmax: "torch.Tensor", dtype: str, shape: Shape) -> "dict[str, torch.Tensor]":
     """Return how bitsandbytes stores what it knows of a weight in nf4."""
     import torch
 
@@ -143,3 +143,9 @@ def _bitsandbytes() -> Any:
     from bitsandbytes import functional
 
     return functional
+
+
+SCHEMES: dict[Scheme, Quantiser] = {
+    "int8": Quantiser("load_in_8bit", lambda shape: True, _int8_stored, _int8, dtype="float16", by_rows=True),
+    "nf4": Quantiser("load_in_4bit", _nf4_takes, _nf4_stored, _nf4),
+}

@@ -36,7 +36,7 @@ def validate_calibrated(
         return
     if exported.static_route is None:
         raise UsageError(
-            f"{source.path} is not calibrated, so its export would pool nothing: run `dpn calibrate --data DATA` "
+            f"{source.path} is not calibrated, so its export would keep all tokens: run `dpn calibrate --data DATA` "
             "first, or pass --static for a fixed route, or --uncalibrated"
         )
     validate_predictors(source, layout, pyramid, exported.experts(exported.static_route), or_else="--uncalibrated")

@@ -21,6 +21,7 @@ BITS_PER_WEIGHT = {"4bit": 4, "8bit": 8}
 
 _ROUNDS = 5
 _INPUTS, _WEIGHT = (64, 512), (512, 512)
+_SYSTEM, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _CGROUPS = (  # limit, use and the key in memory.stat of what the kernel can drop: version 2, then 1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -88,13 +89,13 @@ def slowdown(dtype: str) -> float:
     return least[dtype] / least[TORCH_DTYPES["F32"]]
 
 
-def available_memory(system: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_memory() -> int:
     """Return how many bytes this process can still take, of the machine's or of the container's that it runs in."""
-    free = _number_after("MemAvailable:", meminfo) * 1024
+    free = _number_after("MemAvailable:", _MEMINFO) * 1024
     for limit, use, droppable in _CGROUPS:
         try:
-            room = int((system / limit).read_text()) - int((system / use).read_text())
-            free = min(free, room + _number_after(droppable, (system / use).with_name("memory.stat")))
+            room = int((_SYSTEM / limit).read_text()) - int((_SYSTEM / use).read_text())
+            free = min(free, room + _number_after(droppable, (_SYSTEM / use).with_name("memory.stat")))
         except (OSError, ValueError):  # there is no such file, or no limit
             continue
     return free

@@ -58,7 +58,7 @@ def patch_salience(layer: Any, hidden_states: torch.Tensor, has_class_token: boo
     return torch.stack(means)[:, int(has_class_token) :, None]
 
 
-def in_place(salience: Sequence[torch.Tensor], coords: torch.Tensor) -> torch.Tensor:
+def at_tokens(salience: Sequence[torch.Tensor], coords: torch.Tensor) -> torch.Tensor:
     """Return the salience [B, L] of visual tokens, 0 elsewhere.
 
     Args:

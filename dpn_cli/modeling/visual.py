@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from dpn_cli.modeling.pyramid_text import PYRAMID_TEXT_MODELS, PyramidTextMixin
 from dpn_cli.modeling.renamed import SELECTS_STATES
-from dpn_cli.modeling.salience import changes_noted, in_place, patch_salience
+from dpn_cli.modeling.salience import at_tokens, changes_noted, patch_salience
 from dpn_cli.pyramid.config import FITTED_PARTS, Block
 from dpn_cli.pyramid.experts import Grid, num_tokens
 
@@ -153,7 +153,7 @@ class PyramidModelMixin(PreTrainedModel):
                 "an expert of this pyramid reads what the vision tower attends to, which these encoded images do not "
                 "tell: encode them with the get_image_features of this model, or give pixel_values"
             )
-        return in_place(encoded.attentions, coords)
+        return at_tokens(encoded.attentions, coords)
 
     def locate(
         self,

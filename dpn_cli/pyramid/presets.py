@@ -127,7 +127,9 @@ def parse_preset(text: str, num_layers: int) -> PyramidConfig | None:
     if LEAST_SHARE <= share < 1 and (first_layers is None or 0 < first_layers < num_layers):
         pyramid = preset.pyramid(share, num_layers, first_layers)
         return replace(pyramid, calibration={PRESET_KEY: f"{name}:{settings}"})
-    example = f"{name}:K=3,R=0.5 (drops half after layer 3 of {num_layers}) or " if preset.first_layers else ""
+    example = (
+        f"{name}:K=3,R=0.5 (drops half after the first 3 of {num_layers} layers) or " if preset.first_layers else ""
+    )
     raise UsageError(f"--static {text!r}: expected {example}{name}:0.5 (keeps half)")
 
 

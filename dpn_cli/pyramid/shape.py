@@ -45,10 +45,6 @@ class DecoderShape:
         mlp = 3 * 2 * tokens * self.hidden_size * self.intermediate_size
         return projections + attention + mlp
 
-    def head_flops(self, tokens: int = 1) -> int:
-        """Return the FLOPs of `lm_head` for `tokens` positions (prefill needs one)."""
-        return 2 * tokens * self.hidden_size * self.vocab_size
-
     def kv_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
         """Return the KV-cache bytes of one layer that holds `tokens` tokens."""
         return 2 * tokens * self.num_kv_heads * self.head_dim * bytes_per_value

@@ -18,13 +18,11 @@ from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
+from tests.faults.damage import Harm, both, edit
 
 PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"
 NULLS = ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_center_crop")
-GONE = ...  # in the place of a value: no such key
 TEXT_ONLY = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | string }}{% endfor %}"
-
-Harm = Callable[[Path], None]
 
 
 @pytest.fixture
@@ -36,21 +34,6 @@ def make_source(tiny_llava: Path, tiny_tiled: Callable[..., Path], tmp_path: Pat
         return Path(shutil.copytree(made, tmp_path / "source"))
 
     return make
-
-
-def edit(file: str, *keys: str, value: Any = GONE) -> Harm:
-    """Return what sets a value of a JSON file, or takes it out."""
-
-    def harm(folder: Path) -> None:
-        data = inner = json.loads((folder / file).read_text())
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner.pop(keys[-1], None)
-        if value is not GONE:
-            inner[keys[-1]] = value
-        (folder / file).write_text(json.dumps(data))
-
-    return harm
 
 
 def images(key: str, value: Any) -> Harm:
@@ -111,20 +94,10 @@ def assert_same(found: tuple[str, dict[str, torch.Tensor]], expected: tuple[str,
     assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 
 
-def each(*harms: Harm) -> Harm:
-    """Return what does several kinds of harm."""
-
-    def harm(folder: Path) -> None:
-        for one in harms:
-            one(folder)
-
-    return harm
-
-
 COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
     (
         "llava",
-        each(
+        both(
             edit(PROCESSOR, "patch_size", value=None),
             edit(PROCESSOR, "num_additional_image_tokens"),
             edit(PROCESSOR, "vision_feature_select_strategy", value=None),
@@ -136,25 +109,25 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
     ),
     (
         "llava",
-        each(*(images(key, value=None) for key in NULLS)),
+        both(*(images(key, value=None) for key in NULLS)),
         ("image_mean [0.48145466", "image_std [0.26862954", "rescale_factor 0.0039", "resample 3", "do_resize True"),
     ),
     ("llava", old_layout, ("processor_class 'LlavaProcessor'", "patch_size 4", "num_additional_image_tokens 1")),
-    ("llava", each(template_in_tokenizer, edit(TOKENIZER, "pad_token")), ("chat template of", "pad_token '<pad>'")),
+    ("llava", both(template_in_tokenizer, edit(TOKENIZER, "pad_token")), ("chat template of", "pad_token '<pad>'")),
     ("llava", edit(TOKENIZER, "pad_token", value="<image>"), ("pad_token '<pad>'",)),
     (
         "llava",
-        each(
+        both(
             edit(TOKENIZER, "pad_token", value="[PAD]"),
             edit("config.json", "text_config", "pad_token_id"),
             edit("generation_config.json", "pad_token_id"),
         ),
         ("pad_token '</s>'",),
     ),
-    ("llava", each(other_image_token, edit(TOKENIZER, "eos_token")), ("eos_token '</s>'", "image_token '<|image|>'")),
+    ("llava", both(other_image_token, edit(TOKENIZER, "eos_token")), ("eos_token '</s>'", "image_token '<|image|>'")),
     (
         "llava_next",
-        each(
+        both(
             edit(PROCESSOR, "patch_size"),
             edit(PROCESSOR, "image_processor", "image_grid_pinpoints"),
             edit(PROCESSOR, "image_processor", "crop_size"),
@@ -164,7 +137,7 @@ COMPLETED: list[tuple[str, Harm, tuple[str, ...]]] = [
     ("llava_next", old_layout, ("num_additional_image_tokens 1", "processor_class 'LlavaNextProcessor'")),
     (
         "llava_onevision",
-        each(
+        both(
             edit(PROCESSOR, "num_image_tokens"),
             edit(PROCESSOR, "vision_aspect_ratio"),
             edit(PROCESSOR, "image_processor", "size"),
@@ -240,7 +213,7 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ("llava_next", images("resample", value="bicubic"), "resample 'bicubic', expected a filter"),
     ("llava", images("resample", value=9), "resample 9"),
     ("llava", images("do_normalize", value="no"), "do_normalize 'no', expected true or false"),
-    ("llava", each(images("do_resize", value=False), images("do_center_crop", value=False)), "do_resize False"),
+    ("llava", both(images("do_resize", value=False), images("do_center_crop", value=False)), "do_resize False"),
     ("llava_onevision", images("do_resize", value=False), "do_resize False"),
     ("llava", images("image_processor_type", value="FooImageProcessor"), "image_processor_type 'FooImageProcessor'"),
     ("llava", images("image_processor_type", value=3), "image_processor_type 3"),

@@ -66,7 +66,7 @@ def test_bad_csv_files_are_named(tmp_path: Path, text: str, message: str) -> Non
     with pytest.raises(DataError, match=rf"data\.csv.*(?:{message})"):
         load_data(DataOptions(str(tmp_path)))
     (tmp_path / "more.csv").touch()
-    with pytest.raises(DataError, match=r"several files of rows \(data\.csv, more\.csv\)"):
+    with pytest.raises(DataError, match=r"several data files \(data\.csv, more\.csv\)"):
         load_data(DataOptions(str(tmp_path)))
 
 

@@ -93,7 +93,7 @@ def test_a_folder_with_one_file_of_rows_is_no_folder_of_images(tmp_path: Path, p
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert load(tmp_path).samples[0].turns[0].answer == "red"
     write(tmp_path / "val.jsonl", [llava_row()])
-    with pytest.raises(DataError, match=r"several files of rows \(train\.json, val\.jsonl\)"):
+    with pytest.raises(DataError, match=r"several data files \(train\.json, val\.jsonl\)"):
         load(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_images_alone_and_texts_of_unknown_names_in_a_file(tmp_path: Path, pictu
     path = write(tmp_path / "data.json", [row] * 2)
     assert [sample.turns[0].question for sample in load(path, prompts=("one ?", "two ?")).samples] == ["one ?", "two ?"]
     write(path, [row, row | {"request": "what ?", "reply": "red"}])
-    with pytest.raises(DataError, match=r"row 2: .*`request`, `reply`, of .*--ignore-fields.*Known are conversation: "):
+    with pytest.raises(DataError, match=r"row 2: .*`request`, `reply`, of .*--ignore-fields.*names: conversation: "):
         load(path)
     assert load(path, ignored=("request", "reply")).scan.unanswered == 2
     with pytest.raises(DataError, match=r"--ignore-fields requests: .*Did you mean 'request'"):

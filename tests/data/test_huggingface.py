@@ -13,12 +13,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
 from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe
-
-
-def png(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 30), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
+from tests.runs import png
 
 
 @pytest.fixture

@@ -210,6 +210,17 @@ def test_pictures_lie_beside_the_folder_of_annotations(pictures: Path) -> None:
         assert sample.images == (pictures / "val2017" / "000000000042.jpg",)
 
 
+def test_a_file_of_annotations_is_parsed_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"annotations": [{"image_id": 17, "caption": "red"}], **COCO}  # so that it begins as a file of rows does
+    (pictures / "captions.json").write_text(json.dumps(first))
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    for data in (pictures / "captions.json", pictures):
+        assert load_data(DataOptions(str(data))).samples[0].images == (pictures / "17.jpg",)
+        assert len(parsed) == 1
+        parsed.clear()
+
+
 ROW = {"question": ASKED, "answer": "red"}
 
 

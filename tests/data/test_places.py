@@ -15,13 +15,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.places import HOLDERS, Places
 from dpn_cli.errors import DataError
-
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 30), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
-
+from tests.runs import png
 
 RED = base64.b64encode(png("red")).decode()
 URI = f"data:image/png;base64,{RED}"

@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Turn
 from dpn_cli.data.webdataset import row_of
 from dpn_cli.errors import DataError
-
-
-def png(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 30), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
+from tests.runs import png
 
 
 def write(path: Path, files: dict[str, Any]) -> Path:

@@ -149,7 +149,7 @@ def test_an_export_loads_whole_with_the_registered_classes(
 
 def test_tensors_stay_byte_for_byte_under_their_new_names(make_converted: Callable[..., Path], tmp_path: Path) -> None:
     before = stored(make_converted("mistral", "hub", shards=2))
-    export(tmp_path / "tiny-dpn", tmp_path / "out", ExportOptions(max_shard_size=300_000))
+    export(tmp_path / "tiny-dpn", tmp_path / "out", ExportOptions(max_shard_size="300000"))
     after = stored(tmp_path / "out")
     assert {memory_name(name): content for name, content in before.items()} == after
     assert sum(".routers." in name for name in after) == 30
@@ -324,14 +324,14 @@ def test_buffers_of_old_versions_are_left_out(tiny_llava: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("size", "nbytes"), [("2GB", 2 * 10**9), ("1.5 MB", 1_500_000), (5, 5), ("700", 700), ("1KiB", 1024)]
+    ("size", "nbytes"), [("2GB", 2 * 10**9), ("1.5 MB", 1_500_000), ("5", 5), ("700", 700), ("1KiB", 1024)]
 )
-def test_sizes(size: int | str, nbytes: int) -> None:
+def test_sizes(size: str, nbytes: int) -> None:
     assert parse_size(size) == nbytes
 
 
-@pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "2 parsecs", "1e9", "9" * 400, 0])
-def test_what_is_no_size(size: int | str) -> None:
+@pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "2 parsecs", "1e9", "9" * 400])
+def test_what_is_no_size(size: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(size)
 

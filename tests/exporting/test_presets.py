@@ -130,7 +130,10 @@ def test_the_command_names_what_it_wrote(
         ("divprune", "expected divprune:0.5 (keeps half)"),
         ("divprune:1.5", "expected divprune:0.5 (keeps half)"),
         ("divprune:K=3,R=0.5", "expected divprune:0.5 (keeps half)"),
-        ("fastv:K=8,R=0.5", "expected fastv:K=3,R=0.5 (drops half after layer 3 of 8) or fastv:0.5 (keeps half)"),
+        (
+            "fastv:K=8,R=0.5",
+            "expected fastv:K=3,R=0.5 (drops half after the first 3 of 8 layers) or fastv:0.5 (keeps half)",
+        ),
         ("fastv:K=3,R=0.0", "expected fastv:K=3,R=0.5"),
         ("divprune:0.00001", "expected divprune:0.5 (keeps half)"),
         ("pyramiddrop:0.01", "attended:0.01 would keep all of 1 tokens at site 1"),

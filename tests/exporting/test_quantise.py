@@ -16,7 +16,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
-from dpn_cli.exporting.quantise import quantised, stored_tensors
+from dpn_cli.exporting.quantise import SCHEMES
 from dpn_cli.families.tensors import memory_name
 from dpn_cli.inference.loading import load_model
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
@@ -137,12 +137,12 @@ def test_pieces_quantise_as_the_whole(shape: tuple[int, int], dtype: torch.dtype
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
     made: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in quantised("nf4", "w", shape, weight.flatten().split(640)):
+    for name, tensor in SCHEMES["nf4"].quantised("w", shape, weight.flatten().split(640)):
         made.setdefault(name, []).append(tensor)
     expected = {"w": packed} | {f"w.{key}": value for key, value in state.as_dict(packed=True).items()}
     assert made.keys() == expected.keys()
     assert all(torch.equal(torch.cat(parts), expected[name]) for name, parts in made.items())
-    planned = stored_tensors("nf4", "w", str(dtype).removeprefix("torch."), shape)
+    planned = SCHEMES["nf4"].stored("w", str(dtype).removeprefix("torch."), shape)
     assert {name: shape for name, (_, shape) in planned.items()} == {n: tuple(t.shape) for n, t in expected.items()}
 
 

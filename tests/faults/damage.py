@@ -13,6 +13,8 @@ SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.s
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
 NORM = "language_model.model.norm.weight"
 
+GONE = ...  # in the place of a value: no such key
+
 Harm = Callable[[Path], object]
 
 
@@ -26,30 +28,25 @@ def cut(file: str, stop: int) -> Harm:
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:stop])
 
 
-def edit(file: str, **changes: Any) -> Harm:
-    """Change keys of a JSON object; None removes one."""
-
-    def harm(folder: Path) -> None:
-        data = json.loads((folder / file).read_text()) | changes
-        (folder / file).write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
-
-    return harm
-
-
-def edit_part(part: str, **changes: Any) -> Harm:
-    """Change keys of `text_config`, `vision_config` or `weight_map`; None removes one."""
-    file = INDEX if part == "weight_map" else CONFIG
-
-    def harm(folder: Path) -> None:
-        old = json.loads((folder / file).read_text())[part] | changes
-        edit(file, **{part: {key: value for key, value in old.items() if value is not None}})(folder)
-
-    return harm
+def put(path: Path, *keys: str, value: Any = GONE) -> None:
+    """Give a key of a JSON file a value, at the end of the keys that lead to it; without a value, remove it."""
+    data = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner.pop(keys[-1], None)
+    if value is not GONE:
+        inner[keys[-1]] = value
+    path.write_text(json.dumps(data))
 
 
-def place(tensor: str, file: Any) -> Harm:
-    """Let the index say that a tensor is in a file; None takes it out of the index."""
-    return edit_part("weight_map", **{tensor: file})
+def edit(file: str, *keys: str, value: Any = GONE) -> Harm:
+    """Do the same in a folder's file."""
+    return lambda folder: put(folder / file, *keys, value=value)
+
+
+def place(tensor: str, file: Any = GONE) -> Harm:
+    """Let the index say that a tensor is in a file; without one, take it out of the index."""
+    return edit(INDEX, "weight_map", tensor, value=file)
 
 
 def set_tensor(name: str, values: np.ndarray | None, file: str | None = None) -> Harm:

@@ -1,6 +1,5 @@
 """Odd values in a checkpoint's small files: convert refuses what could not run, with the file and the key."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import pytest
 
 from dpn_cli.checkpoint.headers import GENERATION_FILE, PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from dpn_cli.cli import main
-from tests.faults.damage import CONFIG
+from tests.faults.damage import CONFIG, put
 
 NAN, HUGE = float("nan"), 10**30
 WRONG: tuple[Any, ...] = ("x", -1, 0, HUGE, NAN, None, [], {}, [3], 0.5, True)
@@ -96,28 +95,11 @@ REFUSED = [
 ]
 
 
-def put(folder: Path, file: str, key: str, value: object) -> None:
-    """Give a key of a JSON file a value."""
-    data = inner = json.loads((folder / file).read_text())
-    *parents, last = key.split(".")
-    for each in parents:
-        inner = inner[each]
-    inner[last] = value
-    (folder / file).write_text(json.dumps(data))
-
-
-@pytest.fixture
-def source(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a good checkpoint in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(tiny_llava, "source"))
-
-
 @pytest.mark.parametrize(("file", "key", "value"), REFUSED)
 def test_file_and_key_are_named(
     source: Path, capsys: pytest.CaptureFixture[str], file: str, key: str, value: object
 ) -> None:
-    put(source, file, key, value)
+    put(source / file, *key.split("."), value=value)
     assert main(["convert", str(source), "-o", "out"]) == 3
     message = capsys.readouterr().err
     assert re.match(rf"Error: {source / file} has the (impossible )?{key} ", message) and message.count("\n") == 1
@@ -139,7 +121,7 @@ def test_what_is_converted_runs(source: Path, picture: Path, capsys: pytest.Capt
     wrong = []
     for _, key, value in (case for case in cases() if case[0] == file):
         (source / file).write_bytes(good)
-        put(source, file, key, value)
+        put(source / file, *key.split("."), value=value)
         codes = {"convert": main(["convert", str(source), "-o", "out"])}
         if codes["convert"] == 0:
             ask = ["run", "--model", "out", "--image", str(picture), "what colour ?", "--max-new-tokens", "2"]

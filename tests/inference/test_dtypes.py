@@ -234,15 +234,19 @@ def test_a_quantised_export_computes_in_the_dtype_that_is_asked_for(
     "names", [("memory.max", "memory.current", "inactive_file"),
               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")]
 )  # fmt: skip
-def test_a_container_has_as_much_memory_as_its_limit_leaves(tmp_path: Path, names: tuple[str, str, str]) -> None:
+def test_a_container_has_as_much_memory_as_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str]
+) -> None:
     limit, use, droppable = names
     meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(dtypes, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(dtypes, "_MEMINFO", meminfo)
     meminfo.write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  600 kB\n")
-    assert available_memory(tmp_path, meminfo) == 600 * 1024
+    assert available_memory() == 600 * 1024
     (tmp_path / use).parent.mkdir(exist_ok=True)
     for path, text in ((limit, "5000"), (use, "3000")):
         (tmp_path / path).write_text(text)
     (tmp_path / use).with_name("memory.stat").write_text(f"cache 9\n{droppable} 500\n")
-    assert available_memory(tmp_path, meminfo) == 5000 - 3000 + 500
+    assert available_memory() == 5000 - 3000 + 500
     (tmp_path / limit).write_text("max")
-    assert available_memory(tmp_path, meminfo) == 600 * 1024
+    assert available_memory() == 600 * 1024

@@ -8,20 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from dpn_cli.families.text import TEXT_MODELS
-from tests.pyramids import collate, prompt, pyramid, ragged_batch
+from tests.pyramids import collate, generate, prompt, pyramid, ragged_batch
 
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 4, **kwargs: Any) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **{**GREEDY, **kwargs},
-    )
 
 
 def share_weights(stock: Any, model: Any) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pyramids import generate
 from tests.tiled import collate_tiled, tiled_prompt
 
 FAMILIES = ["llava_next", "llava_onevision"]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
 ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
 
 
@@ -17,12 +17,6 @@ def ragged(model: Any) -> list[dict[str, torch.Tensor]]:
     sizes: list[list[tuple[int, int]]] = [[(30, 70)], [(90, 3)], [], [(1, 99), (20, 33)], [(7, 9)], [(30, 1)]]
     words = [(3, 5), (9, 2), (4, 9), (2, 6), (1, 17), (5, 5)]
     return [tiled_prompt(model, s, *w, seed=i) for i, (s, w) in enumerate(zip(sizes, words, strict=True))]
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 4, **kwargs: Any) -> Any:
-    return model.generate(
-        **inputs, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True, **{**GREEDY, **kwargs}
-    )
 
 
 @pytest.mark.parametrize(("family", "text", "layout"), [

@@ -21,6 +21,7 @@ from tools.teacher.subject import Subject
 USES, APART = 4, 16
 """How many conversations there are about each picture, and after how many batches of a process the next one comes."""
 IGNORE = -100
+MOST = 18  # kinds of question that are drawn for a conversation
 REPEAT = 0.2
 """How often a question stays whose answer an earlier turn has already read from the same patches."""
 MORE = 0.3
@@ -100,11 +101,11 @@ class Packer:
         return row
 
 
-def conversation(subject: Subject, scene: Any, rng: Random, most: int = 18) -> list[Turn]:
+def conversation(subject: Subject, scene: Any, rng: Random) -> list[Turn]:
     """Draw questions about a scene, no two alike."""
     turns: list[Turn] = []
     known: set[object] = set()
-    for kind in rng.choices(subject.kinds, tuple(subject.weights[kind] for kind in subject.kinds), k=most):
+    for kind in rng.choices(subject.kinds, tuple(subject.weights[kind] for kind in subject.kinds), k=MOST):
         turn = subject.ask(kind, scene, rng)
         if turn is None or turn.question in known or (turn.looks[-1:] in known and rng.random() > REPEAT):
             continue
