@@ -1,4 +1,4 @@
-"""All figures and pictures of the README from scratch, in one run.
+"""The README's figures and pictures from scratch, in one run; `conversion.py` and GPUs' latencies stand apart.
 
     make evidence
     python benchmarks/evidence.py --small --output somewhere
@@ -140,6 +140,8 @@ STEPS = (
         "--samples 16 --budget 0.36",
     ),
     Step("measuring", f"measuring.py --model {DEMO} --samples 1536", "--samples 32 --held-out 16"),
+    Step("growth", "growth.py --plot growth.png", "--calibrate 32 --eval 16"),
+    Step("threads", "threads.py", "--samples 32"),
     Step("terminal-80x24", "recording.py --columns 80 --rows 24", "--small"),
     Step("terminal-100x30", "recording.py --columns 100 --rows 30", "--small"),
     Step("rollout", f"rollout.py --model {DEMO}", "--samples 16 --rounds 1"),

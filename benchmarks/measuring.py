@@ -102,7 +102,7 @@ def judge(measured: Measured, fitted: RouteTable, stopping: RouteTable, held: Ro
     fit_routers(routers, fitted.loss, stopping.loss, EPOCHS, None, seed=0)
     routers.requires_grad_(False)
     means = tuple(fitted.loss.distortion.nanmean(0).nan_to_num(0.0).tolist())
-    pyramid = replace(measured.pyramid, mean_distortions=means, budgets=budget_table(routers, held, means))
+    pyramid = replace(measured.pyramid, mean_losses=means, budgets=budget_table(routers, held, means))
     policy = Policy.of(routers, held)
     cells = []
     for budget in BUDGETS:

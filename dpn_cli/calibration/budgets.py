@@ -18,9 +18,7 @@ TRUSTS = (1.0, 0.75, 0.5, 0.25, 0.0)  # in the predictions of routers, those tha
 
 
 @one_thread()
-def budget_table(
-    routers: nn.ModuleList, table: RouteTable, mean_distortions: Sequence[float] = ()
-) -> tuple[Budget, ...]:
+def budget_table(routers: nn.ModuleList, table: RouteTable, mean_losses: Sequence[float] = ()) -> tuple[Budget, ...]:
     """Solve λ for budgets from 1.0 to the cheapest, so that each is met in the mean over a table.
 
     A row trusts the routers' predictions less only where that is clearly better on the table, down to not at all, where
@@ -29,16 +27,16 @@ def budget_table(
     Args:
         routers: Fitted routers.
         table: samples that the routers were not fitted to.
-        mean_distortions: Mean loss of each route, to which predictions are shrunk; empty to trust them fully.
+        mean_losses: Mean loss of each route, to which predictions are shrunk; empty to trust them fully.
 
     Returns:
         Rows of falling fraction and rising λ, the cheapest reachable one last.
     """
     with torch.no_grad():
         policy = Policy.of(routers, table)
-    trusts = TRUSTS if mean_distortions else (1.0,)
+    trusts = TRUSTS if mean_losses else (1.0,)
 
-    choosers = {trust: policy.chooser(trust, mean_distortions) for trust in trusts}
+    choosers = {trust: policy.chooser(trust, mean_losses) for trust in trusts}
     samples, loss = torch.arange(len(table.distortion)), table.loss.distortion
 
     def solve(wanted: float, low: float, trust: float) -> tuple[float, float]:

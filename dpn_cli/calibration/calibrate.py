@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpn_cli.calibration.budgets import budget_table
 from dpn_cli.calibration.cases import answer_both, ranked
@@ -20,8 +19,8 @@ from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_bat
 from dpn_cli.calibration.samples import CalibrationData
 from dpn_cli.calibration.settings import Only, recipe_name
 from dpn_cli.calibration.state import drop_state
-from dpn_cli.calibration.store import Claim, calibrating, save_calibration, sweep
-from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, batches_for, survey
+from dpn_cli.calibration.store import Claim, calibrating, save_budgets, save_calibration, sweep
+from dpn_cli.calibration.survey import FINAL_SAMPLES, Tried, survey
 from dpn_cli.calibration.training.tuning import tune
 from dpn_cli.data.encoding import Encoded, expected_grids
 from dpn_cli.data.options import DataOptions
@@ -97,13 +96,13 @@ def _in_charge(folder: Path, processes: Processes) -> Iterator[Claim | None]:
 def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Answer, measure and fit, heal and measure again if asked, and save; or only what follows the first fit."""
     recipe, processes = job.recipe, job.processes
-    asked = [sample for sample in read.samples if sample.images]
+    asked = read.asked
     texts = [(sample, True) for sample in read.samples if not sample.images and sample.is_answered]
     samples = _answer(job, asked)
-    held, fitted, further = split_rows(len(samples), recipe)
+    held, fitted, further = split_rows(read, recipe)
     if not job.only:
         learn_predictors(job, [samples[i] for i in further + fitted])
-    tried = None if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
+    tried = () if job.candidates is None else _survey(job, job.candidates, [samples[i] for i in fitted])
     paper = recipe.objective == "paper"  # then the routers are trained, and only what they are judged by is measured
     measured = [samples[i] for i in (held if paper else held + fitted)]
     if not paper and not job.only:
@@ -121,9 +120,9 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
         table, grids = _learn(job, measured, len(held), again=not job.only)
     if claim is None:
         return None
-    routers, held_table = job.model.text_model.routers, table.part(range(len(held)))
-    pyramid = _solve(job, routers, held_table) if paper else job.model.pyramid
-    objective = held_out_objective(routers, held_table.loss)
+    held_table = table.part(range(len(held)))
+    pyramid = _solve(job, held_table) if paper else job.model.pyramid
+    objective = held_out_objective(job.model.text_model.routers, held_table.loss)
     settings = {
         "data": data, "data_digest": read.measured.digest, "recipe": recipe_name(claim.folder),
         "teacher": job.teacher.name,
@@ -131,10 +130,10 @@ def _calibrate(job: Job, read: CalibrationData, claim: Claim | None, data: str) 
         "objective_over_best_fixed": objective, "training": tuned and tuned.summary(),
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
-    report = _report(job, routers, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
-    report = replace(report, tried=tried or ())
+    report = _report(job, held_table, pyramid, [asked[i] for i in held], grids[: len(held)], settings)
+    report = replace(report, tried=tried)
     with job.reporter.waiting("writing the report"):
-        save_calibration(claim, job.model, routers, pyramid, report)
+        save_calibration(claim, job.model, report)
     return report
 
 
@@ -171,7 +170,7 @@ def _survey(job: Job, pyramid: PyramidConfig, samples: Sequence[Sample]) -> tupl
 
     def measure_some(title: str, tree: RouteTree, count: int) -> RouteTable:
         nonlocal pieces
-        batches = batches_for(tree, pyramid, grids[:count], recipe.batch_size)
+        batches = plan_batches(tree, pyramid, grids[:count], recipe.batch_size, None)
         kept = job.state.surveys.after(pieces) if job.state else None
         pieces += len(batches)
         with job.reporter.progress(title, len(grids[:count])) as advance:
@@ -203,16 +202,18 @@ def _learn(
     The main process fits, all get what it found.
     """
     table, grids = _measure(job, samples, num_held, again)
-    routers, pyramid = job.model.text_model.routers, job.model.pyramid
+    recipe, model = job.recipe, job.model
+    routers, pyramid = model.text_model.routers, model.pyramid
     if job.processes.is_main:
         held, learned = (table.part(rows) for rows in (range(num_held), range(num_held, len(samples))))
         losses = learned.loss
-        _fit(job, routers, losses, held.loss)
+        with job.reporter.progress("fitting routers", recipe.epochs) as advance:
+            fit_routers(routers, losses, held.loss, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
         if pyramid.routes is not None:
             means = losses.distortion.nanmean(0).nan_to_num(0.0)
-            job.model.pyramid = replace(pyramid, mean_distortions=tuple(means.tolist()))
-        pyramid = _solve(job, routers, held)
-    _take(job.model, routers, job.processes.agree(pyramid))
+            model.pyramid = replace(pyramid, mean_losses=tuple(means.tolist()))
+        pyramid = _solve(job, held)
+    _take(model, job.processes.agree(pyramid))
     routers.load_state_dict(job.processes.agree({name: each.cpu() for name, each in routers.state_dict().items()}))
     return table, grids
 
@@ -246,44 +247,35 @@ def _measure(
     return table, grids
 
 
-def _fit(job: Job, routers: nn.ModuleList, fitted: RouteTable, held: RouteTable) -> None:
-    """Fit the routers; held-out samples say when to stop."""
-    recipe = job.recipe
-    with job.reporter.progress("fitting routers", recipe.epochs) as advance:
-        fit_routers(routers, fitted, held, recipe.epochs, recipe.learning_rate, recipe.seed, advance)
-
-
-def _solve(job: Job, routers: nn.ModuleList, table: RouteTable) -> PyramidConfig:
+def _solve(job: Job, table: RouteTable) -> PyramidConfig:
     """Return the pyramid with the budget table of some samples, and the λ for the budget."""
-    pyramid = job.model.pyramid
+    pyramid, routers = job.model.pyramid, job.model.text_model.routers
     with job.reporter.waiting("solving budgets"):
-        pyramid = replace(pyramid, budgets=budget_table(routers, table, pyramid.mean_distortions))
+        pyramid = replace(pyramid, budgets=budget_table(routers, table, pyramid.mean_losses))
     within_reach = max(job.recipe.budget, pyramid.budgets[-1].fraction)  # it was checked before, but for rounding
     return replace(pyramid, trade_off=pyramid.trade_off_for(within_reach))
 
 
 def _solve_budgets(job: Job, read: CalibrationData, claim: Claim | None, data: str) -> Report | None:
     """Solve λ and the budget table anew, on all samples of other data, and store them."""
-    asked = [sample for sample in read.samples if sample.images]
+    asked = read.asked
     table, grids = _measure(job, _answer(job, asked), len(asked))
     if claim is None:
         return None
-    routers = job.model.text_model.routers
-    pyramid = _solve(job, routers, table)
+    pyramid = _solve(job, table)
     settings = {
         **pyramid.calibration, "budget": job.recipe.budget,
         "budgets_solved_on": {"data": data, "data_digest": read.measured.digest, "teacher": job.teacher.name},
         **length_record(job.model.text_model.shape, pyramid, job.lengths),
     }  # fmt: skip
-    report = _report(job, routers, table, pyramid, asked, grids, settings)
+    report = _report(job, table, pyramid, asked, grids, settings)
     with job.reporter.waiting("writing the report"):
-        save_calibration(claim, job.model, None, pyramid, report)
+        save_budgets(claim, job.model, report)
     return report
 
 
 def _report(
     job: Job,
-    routers: nn.ModuleList,
     held: RouteTable,
     pyramid: PyramidConfig,
     samples: Sequence[Sample],
@@ -293,9 +285,9 @@ def _report(
     """Sum up, with what both models answer to the held-out samples at the budget."""
     model, recipe = job.model, job.recipe
     with torch.no_grad():
-        policy = Policy.of(routers, held)
+        policy = Policy.of(model.text_model.routers, held)
     measured = ranked(held, policy.choose_as(pyramid, pyramid.trade_off))
-    _take(model, routers, pyramid)
+    _take(model, pyramid)
     with job.reporter.progress("both models answer", len(measured)) as advance:
         cases = answer_both(model, job.processor, job.teacher, measured, samples, recipe.batch_size, advance)
     shape = model.text_model.shape
@@ -304,7 +296,7 @@ def _report(
     return Report.of(policy, pyramid, shape, grids, recipe.budget, cases, settings, origin)
 
 
-def _take(model: PyramidGenerationMixin, routers: nn.ModuleList, pyramid: PyramidConfig) -> None:
+def _take(model: PyramidGenerationMixin, pyramid: PyramidConfig) -> None:
     """Let the model run with its fitted routers."""
-    routers.requires_grad_(False).to(model.device)
+    model.text_model.routers.requires_grad_(False).to(model.device)
     model.pyramid = pyramid

@@ -24,7 +24,7 @@ class Measured:
         index: Position of the sample among the held-out ones.
         distortion: KL from the teacher, nats per answer token.
         agreement: fraction of answer tokens on which the most likely token is the teacher's.
-        fraction: FLOPs of its prefill, as a fraction of the unpooled one's.
+        fraction: FLOPs of its prefill, as a fraction of the original's.
         route: Route that the sample takes.
     """
 

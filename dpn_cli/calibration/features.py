@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +37,10 @@ class StoredFeatures:
                 file.seek(self.rows[row] * value.nbytes)
                 file.write(value.numpy().tobytes())
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """Read rows, or with (rows, node) what was read at one node."""
-        rows, *rest = index if isinstance(index, tuple) else (index,)
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Read some rows."""
         stored = np.memmap(self.path, np.float16, "r", shape=self.size)
-        return torch.from_numpy(stored[(torch.tensor(self.rows)[rows].numpy(), *rest)])  # a copy, as of any such index
+        return torch.from_numpy(stored[torch.tensor(self.rows)[rows].numpy()])  # a copy, as of any such index
 
     def part(self, rows: Sequence[int]) -> "StoredFeatures":
         """Return some of the rows, without reading any."""

@@ -110,17 +110,18 @@ def forecast(
         watched: Number of samples that predictors learn from.
     """
     reader = Reader(model, lengths)
-    shape, fitted = model.shape, round((1 - recipe.holdout) * len(lengths))
+    shape, held = model.shape, recipe.num_held(len(lengths))
+    fitted = 0 if recipe.objective == "paper" else len(lengths) - held  # the paper's routers are trained instead
     num_routes = recipe.survey.routes if surveys else _num_routes(pyramid, lengths)
     per_route = _mean_route_flops(shape, pyramid, lengths)
     tried = _tried(pyramid, recipe, fitted) if surveys else []
-    measured = [(len(lengths) - fitted, num_routes), (fitted, recipe.routes_per_sample(num_routes, fitted))]
+    measured = [(held, num_routes), (fitted, recipe.routes_per_sample(num_routes, fitted))]
     taught = 0.0 if teacher is None else teacher.vision + teacher.whole  # of a sample, whatever its number of routes
     flops = unanswered * (teacher or reader).answering(recipe.answer_tokens)
     flops += sum(samples * (taught + reader.vision + routes * per_route) for samples, routes in [*tried, *measured])
     flops += watched * (reader.vision + reader.whole)
     speed = EFFICIENCY * layer_speed(model, recipe.batch_size, round(_mean_tokens(lengths)))
-    features = len(lengths) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
+    features = (held + fitted) * num_routes * len(pyramid.sites) * pyramid.router.num_inputs * shape.hidden_size * 2
     seen = watched * len(pyramid.predictor_layers) * (TOKENS + READ_TEXT) * shape.hidden_size * 2
     return Forecast(
         forward_flops=flops, flops_per_s=speed, seconds=flops / speed,
@@ -258,11 +259,11 @@ def _basis(
     by, weights = ("teacher", "the weights of both models") if teacher else ("model", "the weights")
     answers = f" {unanswered} samples are answered by the {by} first." if unanswered else ""
     dtype = str(model.dtype).removeprefix("torch.")
-    trained = recipe.heal.method != "none" or recipe.objective == "paper"
     return (
         f"Time: the FLOPs of {work}, at {EFFICIENCY:.0%} of the speed of a decoder layer in {dtype} on {model.device}, "
         f"measured just now.{answers}",
         f"Memory: {weights} and a batch of {recipe.batch_size} of the longest samples; libraries take 1 to 2 GB more.",
         "Disk: the measurements, an upper bound; they are removed when the calibration is done.",
-        *(["Training an adapter, and measuring again with it, comes in addition."] if trained else []),
+        *(["The training comes on top."] if recipe.objective == "paper" else []),
+        *(["Training an adapter, and measuring again with it, comes on top."] if recipe.heal.method == "lora" else []),
     )

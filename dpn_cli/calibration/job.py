@@ -79,7 +79,10 @@ def open_job(
     only: Only | None,
 ) -> tuple[Job, CalibrationData]:
     """Check the teacher and the data, then the state of an earlier run, then load the models."""
+    needed = 1 if only == "budgets" else MIN_SAMPLES
     with processes.as_one():
+        if recipe.samples < needed:
+            raise UsageError(f"--samples {recipe.samples} (calibration.samples): a calibration needs {needed} or more")
         validate_processes(recipe, processes.count)
         checkpoint, layout, pyramid = open_converted(folder)
         if pyramid.static_route is not None:
@@ -90,11 +93,12 @@ def open_job(
         if recipe.trains_adapter:
             require_peft()
         processor, other, read = read_samples(checkpoint, layout, data, recipe, teacher, reporter)
-        asked = [sample for sample in read.samples if sample.images]
-        needed = 1 if only == "budgets" else MIN_SAMPLES
-        if len(asked) < needed:
-            raise DataError(f"--data {data.name} has {len(asked)} samples with an image, calibration needs {needed}")
-        held = asked if only == "budgets" else [asked[i] for i in split_rows(len(asked), recipe)[0]]
+        asked = read.asked
+        if read.num_measured < needed:
+            raise DataError(
+                f"--data {data.name} has {read.num_measured} samples with an image, calibration needs {needed}"
+            )
+        held = asked if only == "budgets" else [asked[i] for i in split_rows(read, recipe)[0]]
         lengths = [
             (expected_grids(sample, layout), prompt_tokens(sample, processor, recipe.answer_tokens)) for sample in held
         ]
@@ -122,7 +126,7 @@ def open_job(
     if not only:
         start_afresh(model.text_model.routers)
     together = f"; {processes.count} processes" if processes.count > 1 else ""
-    reporter.note(f"{len(asked)} samples from {data.name}; computing on {in_words(model)}{together}")
+    reporter.note(f"{read.num_measured} samples from {data.name}; computing on {in_words(model)}{together}")
     return Job(model, layout, processor, taught_by, recipe, state, processes, reporter, lengths, surveyed, only), read
 
 
@@ -185,21 +189,21 @@ def _within_reach(recipe: CalibrationRecipe, cheapest: float, reporter: Reporter
     return recipe.model_copy(update={"budget": cheapest})
 
 
-def split_rows(count: int, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows that are held out, those that are measured to learn from, and the further ones.
+def split_rows(read: CalibrationData, recipe: CalibrationRecipe) -> tuple[list[int], list[int], list[int]]:
+    """Return which of `read.asked` are held out, which are measured to learn from, and the further ones.
 
     Raises:
         RecipeError: if so many are held out that too few are left to learn from.
     """
-    measured = min(count, recipe.samples)
+    measured = read.num_measured
     order = torch.randperm(measured, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    num_held = max(1, round(recipe.holdout * measured))
+    num_held = recipe.num_held(measured)
     if measured - num_held < MIN_FITTED:
         raise RecipeError(
             f"calibration.holdout: {recipe.holdout} holds {num_held} of {measured} samples out and leaves "
             f"{measured - num_held} to fit routers to, which need {MIN_FITTED}: lower it"
         )
-    return order[:num_held], order[num_held:], list(range(measured, count))
+    return order[:num_held], order[num_held:], list(range(measured, len(read.asked)))
 
 
 def start_afresh(modules: nn.Module) -> None:

@@ -84,12 +84,12 @@ class Policy:
         ]
         return torch.tensor(rows)
 
-    def chooser(self, trust: float = 1.0, mean_distortions: Sequence[float] = ()) -> Callable[[float], torch.Tensor]:
+    def chooser(self, trust: float = 1.0, mean_losses: Sequence[float] = ()) -> Callable[[float], torch.Tensor]:
         """Return `choose(trade_off) -> [N]`, the index of the route that every sample takes at λ; see `trusted`."""
         route, following, rows = self._route.clamp(min=0), self._next, torch.arange(len(self.logits))
         allowed = (self._route >= 0) & self.table.offered[:, route]
         allowed |= (self._route >= 0) & ~allowed.any(-1, keepdim=True)  # a prefix out of this sample's reach: any
-        scores = trusted(self.logits, mean_distortions, trust).gather(2, self._score.clamp(min=0).expand_as(allowed))
+        scores = trusted(self.logits, mean_losses, trust).gather(2, self._score.clamp(min=0).expand_as(allowed))
         scores, cost = scores.masked_fill(~allowed, -torch.inf), self.table.fraction[:, route]  # [N, P, C]
 
         def choose(trade_off: float) -> torch.Tensor:
@@ -101,16 +101,16 @@ class Policy:
 
         return choose
 
-    def choose(self, trade_off: float, trust: float = 1.0, mean_distortions: Sequence[float] = ()) -> torch.Tensor:
+    def choose(self, trade_off: float, trust: float = 1.0, mean_losses: Sequence[float] = ()) -> torch.Tensor:
         """Return the index of the route that every sample takes at λ, [N]; see `trusted` for the rest."""
-        return self.chooser(trust, mean_distortions)(trade_off)
+        return self.chooser(trust, mean_losses)(trade_off)
 
     def choose_as(self, pyramid: PyramidConfig, trade_off: float) -> torch.Tensor:
         """Return what a calibrated pyramid lets every sample take at λ, [N]."""
-        return self.choose(trade_off, pyramid.trust(trade_off), pyramid.mean_distortions)
+        return self.choose(trade_off, pyramid.trust(trade_off), pyramid.mean_losses)
 
     def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return predicted and measured distortions of all reduced routes, flat: at every prefix where they are.
+        """Return predicted and measured losses of all reduced routes, flat: at every prefix where they are.
 
         Where members were asked, what each predicts, [M, ...].
         """
@@ -145,7 +145,7 @@ class Outcome:
     """What a policy, or a fixed route, does on average.
 
     Attributes:
-        fraction: FLOPs of the prefill, as a fraction of the unpooled one's.
+        fraction: FLOPs of the prefill, as a fraction of the original's.
         distortion: KL from the teacher, nats per answer token.
         agreement: fraction of answer tokens on which the most likely token is the teacher's.
         shares: how often each route is taken.

@@ -107,7 +107,7 @@ def _forecast(
     recipe: CalibrationRecipe, reporter: Reporter, other: OtherTeacher | None,
 ) -> Forecast | None:  # fmt: skip
     """Estimate what a calibration costs on some samples; None of an export, or where no sample has an image."""
-    samples, further = ([each for each in some if each.images] for some in (read.measured.samples, read.further))
+    asked, samples = read.asked, read.asked[: read.num_measured]
     if not samples or not has_recipe(checkpoint.path):
         return None
     surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
@@ -119,11 +119,11 @@ def _forecast(
 
     own = reader(checkpoint, layout, processor)
     teacher = None if other is None else reader(other.checkpoint, other.layout, other.processor)
-    unanswered = sum(not sample.is_answered for sample in (*samples, *further))
-    fitted = len(further) + round((1 - recipe.holdout) * len(samples))
+    unanswered = sum(not sample.is_answered for sample in asked)
+    learned = len(asked) - recipe.num_held(len(samples))
     return forecast(
         own.model, surveyed or pyramid, recipe, own.lengths, unanswered, surveys=surveyed is not None, teacher=teacher,
-        watched=min(fitted, recipe.predictors.samples) if recipe.predictors else 0,
+        watched=min(learned, recipe.predictors.samples) if recipe.predictors else 0,
     )  # fmt: skip
 
 

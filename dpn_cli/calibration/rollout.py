@@ -68,7 +68,7 @@ class RouteTable:
         offered: [N, R] bool, whether the sample may take the route.
         distortion: [N, R] KL(teacher ‖ route) in nats, the mean over the answer tokens; NaN where not measured.
         agreement: [N, R] fraction of the answer tokens whose most likely token is the teacher's; NaN likewise.
-        fraction: [N, R] FLOPs of the whole prefill, as a fraction of the unpooled one's.
+        fraction: [N, R] FLOPs of the whole prefill, as a fraction of the original's.
     """
 
     tree: RouteTree

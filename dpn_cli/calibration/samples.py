@@ -30,6 +30,16 @@ class CalibrationData:
         """The samples to measure, and after them the further ones."""
         return [*self.measured.samples, *self.further]
 
+    @property
+    def asked(self) -> list[Sample]:
+        """Those of `samples` that have an image."""
+        return [sample for sample in self.samples if sample.images]
+
+    @property
+    def num_measured(self) -> int:
+        """How many of `asked` are to be measured; they come first."""
+        return sum(bool(sample.images) for sample in self.measured.samples)
+
 
 def load_samples(
     data: DataOptions,

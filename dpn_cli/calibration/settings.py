@@ -112,7 +112,7 @@ def healing_recipe(folder: Path, overrides: Sequence[str], options: dict[str, An
     known = [f"calibration.{key}={value}" for key, value in _recorded(open_converted(folder)[2]).items()]
     recipe = calibration_recipe(folder, ("calibration.heal.method=lora", *known, *overrides), options)
     if recipe.heal.method == "none":
-        raise UsageError("--heal-only heals: leave out --heal none (calibration.heal.method=none)")
+        raise UsageError("--heal-only and calibration.heal.method=none (--heal none) contradict each other")
     return recipe.model_copy(update={"predictors": None})
 
 
@@ -181,7 +181,7 @@ def candidates(folder: Path, pyramid: PyramidConfig, num_layers: int, survey: Su
     sites = [replace(site, experts=tuple(each for each in site.experts if each.kind in kinds)) for site in menu]
     sites = [site for site in sites if len(site.experts) > 1]
     if not sites:
-        raise RecipeError(f"no site of {folder} would have a choice: name some kind of experts besides keep")
+        raise RecipeError(f"no site of {folder} would have a choice: name at least one kind of expert besides keep")
     return replace(pyramid.with_all_routes(), sites=tuple(sites), budgets=(), trade_off=0.0)
 
 

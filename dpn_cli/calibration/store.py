@@ -69,35 +69,35 @@ def calibrating(folder: Path) -> Iterator[Claim]:
         yield Claim(folder, work, use)
 
 
-def save_calibration(
-    claim: Claim, model: PyramidGenerationMixin, routers: nn.ModuleList | None, pyramid: PyramidConfig, report: Report
-) -> None:
-    """Store fitted routers, the adapter that the model has, the pyramid's new settings and the report.
-
-    Where routers and weights stay, copies of the files that change are kept, so that they can be put back.
-
-    Args:
-        claim: the checkpoint.
-        model: the calibrated model.
-        routers: None where they stay as they are.
-        pyramid: Pyramid with the new settings.
-        report: Report on the calibration.
+def save_calibration(claim: Claim, model: PyramidGenerationMixin, report: Report) -> None:
+    """Store a model's routers, predictors and adapter, the settings of its pyramid, and the report.
 
     Raises:
         CheckpointError: if the folder has no DPE tensors.
     """
+    page, config, calibration = render(report), read_config(claim.folder), report.summary()
+    (claim.folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
+    generation = _write_generation(claim, config, model)
+    calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
+    config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
+    _commit(claim, config, replace(model.pyramid, calibration=calibration), report, page)
+
+
+def save_budgets(claim: Claim, model: PyramidGenerationMixin, report: Report) -> None:
+    """Store the settings of a model's pyramid, and the report; its weights stay.
+
+    Copies of the files that change are kept, so that they can be put back.
+    """
     folder, page = claim.folder, render(report)
-    config = read_config(folder)
-    calibration = report.summary()
-    (folder / GENERATIONS).mkdir(parents=True, exist_ok=True)
-    if routers is None:
-        replaced = (folder / name for name in ("config.json", REPORT_FILE, PAGE_FILE))
-        keep_earlier(replaced, folder / CALIBRATION, claim.work)
-    else:
-        generation = _write_generation(claim, config, model, routers)
-        calibration |= {ADAPTER_KEY: (generation / _ADAPTER).as_posix()} if model.is_adapted else {}
-        config |= {WEIGHTS_KEY: (generation / INDEX_FILE).as_posix()}
-    config |= {"pyramid": replace(pyramid, calibration=calibration).to_dict()}
+    (folder / CALIBRATION).mkdir(exist_ok=True)
+    replaced = (folder / name for name in ("config.json", REPORT_FILE, PAGE_FILE))
+    keep_earlier(replaced, folder / CALIBRATION, claim.work)
+    _commit(claim, read_config(folder), replace(model.pyramid, calibration=report.summary()), report, page)
+
+
+def _commit(claim: Claim, config: dict[str, Any], pyramid: PyramidConfig, report: Report, page: str) -> None:
+    """Replace config.json, and then the report."""
+    config |= {"pyramid": pyramid.to_dict()}
     _replace(claim, Path("config.json"), lambda path: write_json(path, config))
     _replace(claim, REPORT_FILE, lambda path: write_json(path, report.to_dict()))
     _replace(claim, PAGE_FILE, lambda path: path.write_text(page, encoding="utf-8"))
@@ -128,14 +128,12 @@ def _holds_only(folder: Path, files: set[str], adapter: str | None = None) -> bo
     return not others or (others == {adapter} and _holds_only(folder / _ADAPTER, _ADAPTER_FILES))
 
 
-def _write_generation(
-    claim: Claim, config: dict[str, Any], model: PyramidGenerationMixin, routers: nn.ModuleList
-) -> Path:
+def _write_generation(claim: Claim, config: dict[str, Any], model: PyramidGenerationMixin) -> Path:
     """Write routers, predictors, index and adapter; return where they are, inside the checkpoint's folder."""
     folder, stage = claim.folder, claim.work / "generation"
     source = Checkpoint.open(folder, config)
     stage.mkdir()
-    file, tensors = _with_fitted(source, routers, model.text_model.predictors)
+    file, tensors = _with_fitted(source, model.text_model.routers, model.text_model.predictors)
     (stage / DPE_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     if model.is_adapted:
         save_adapter(model, stage / _ADAPTER)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
-from dpn_cli.calibration.rollout import Batch, RouteTable, RouteTree, loss
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, loss
 from dpn_cli.inference.threads import one_thread
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
@@ -222,20 +222,6 @@ def _reduces(pyramid: PyramidConfig, route: Route, grids: Sequence[Grid]) -> boo
     return pyramid.can_walk(route, grids) and pyramid.takes(pyramid.walk(route, grids)[last])
 
 
-def batches_for(
-    tree: RouteTree, pyramid: PyramidConfig, grids: Sequence[tuple[Grid, ...]], batch_size: int
-) -> list[Batch]:
-    """Say which samples of a survey run together: those of the same grids, down all routes that they are offered."""
-    rows: dict[tuple[Grid, ...], list[int]] = {}
-    for i, each in enumerate(grids):
-        rows.setdefault(each, []).append(i)
-    return [
-        Batch(tuple(some[start : start + batch_size]), tree.offered(pyramid, each))
-        for each, some in rows.items()
-        for start in range(0, len(some), batch_size)
-    ]
-
-
 def pruned(pyramid: PyramidConfig, routes: Sequence[Route]) -> PyramidConfig:
     """Return a pyramid that offers some routes, without the sites and experts that none of them uses."""
     used = [sorted({0, *(route[site] for route in routes)}) for site in range(len(pyramid.sites))]
@@ -249,7 +235,7 @@ def pruned(pyramid: PyramidConfig, routes: Sequence[Route]) -> PyramidConfig:
         pyramid,
         sites=sites,
         routes=tuple(sorted(renamed)),
-        mean_distortions=(),
+        mean_losses=(),
         router=replace(pyramid.router, output="routes"),
     )
 

@@ -42,7 +42,7 @@ class RouteCost:
     Attributes:
         name: the route by its experts' names, or what it is called.
         route: the route.
-        fraction: fraction of the unpooled decoder's FLOPs, routers included.
+        fraction: fraction of the original decoder's FLOPs, routers included.
         layers: the cost of every layer.
         is_example: whether it is only one of the routes that are offered, neither at an end nor asked for.
     """

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the report as JSON; that of the earlier calibration where healing does not help.",
+    help="Print the report as JSON (the earlier calibration's, if healing does not help).",
 )
 def command(
     model: Path | None,

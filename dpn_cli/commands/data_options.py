@@ -96,7 +96,7 @@ def takes_data(command: Callable[..., Any]) -> Callable[..., Any]:
 
         about = {field.name: values.pop(field.name) for field in fields(DataOptions) if field.name in values}
         if data is None and (idle := given_options(about)):
-            raise UsageError(f"{', '.join(idle)} would do nothing without --data: pass that, too, or leave it out")
+            raise UsageError(f"{', '.join(idle)} has no effect without --data: pass --data as well, or leave it out")
         return command(*args, data=None if data is None else DataOptions(data, **about), **values)
 
     return with_data

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--uncalibrated", is_flag=True,
-    help="Export even if the routers are not calibrated; such a model pools nothing and answers as the original.",
+    help="Export even if the routers are not calibrated; such a model keeps all tokens and answers as the original.",
 )  # fmt: skip
 @click.option(
     "--drop-unused", is_flag=True,

@@ -102,7 +102,7 @@ def _show(found: "Inspection", wide: bool) -> None:
         "Visual tokens · GFLOPs · KV MB of every layer" if wide else "Visual tokens in the layers",
         ["route", *(f"{each.start}" if len(each) == 1 else f"{each.start}–{each.stop - 1}" for each in segments)],
         [_layer_row(cost, segments, wide) for cost in routes if wide or not cost.is_example],
-        legend="The heads are layers, numbered from 0." + ("" if wide else " --wide shows all routes and figures."),
+        legend="Column heads are layers, counted from 0." + ("" if wide else " --wide shows all routes and figures."),
     )
 
 
@@ -121,7 +121,7 @@ def _show_pyramid(pyramid: "PyramidConfig", wide: bool) -> None:
     if pyramid.budgets:
         budgets = some_budgets(pyramid.budgets, wide)
         console.table(
-            f"Budgets, {len(budgets)} of {len(pyramid.budgets)} that were measured; any other can be asked for",
+            f"Budgets, {len(budgets)} of {len(pyramid.budgets)} that were measured; any other can be requested",
             ["budget", "λ", "KL"],
             [(f"{b.fraction:.3f}", f"{b.trade_off:.4g}", nats(b.distortion)) for b in budgets],
             legend=f"budget: mean {MEANINGS['FLOPs']}; {meaning('KL')}."

@@ -39,11 +39,11 @@ set_option = click.option(
 )  # fmt: skip
 teacher_option = click.option(
     "--teacher", metavar="PATH|ID",
-    help="Another LLaVA with the same tokenizer, such as a larger one, to answer and to be measured against; default: "
-    "the model itself with its pyramid off.",
+    help="Another LLaVA with the same tokenizer, such as a larger one, that answers and that results are measured "
+    "against; default: the model itself with its pyramid off.",
 )  # fmt: skip
 SAMPLES, SEED = WholeNumber(1, MAX_SAMPLES), WholeNumber(0, MAX_SEED)
-CALIBRATION_SAMPLES = WholeNumber(2, MAX_SAMPLES)  # one to learn from and one to judge by
+CALIBRATION_SAMPLES = WholeNumber(2, MAX_SAMPLES)  # as in a recipe
 wide_option = click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit the terminal.")
 
 
@@ -143,6 +143,10 @@ class Size(click.ParamType[tuple[int, int]]):
     """Height and width in pixels, as 672x672."""
 
     name = "HxW"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Return what stands for it in the help, as it is written."""
+        return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Return both, or fail."""

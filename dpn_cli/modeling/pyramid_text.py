@@ -444,7 +444,7 @@ class PyramidTextMixin:
     def choose_among(self, offers: Sequence[Offer], state: PyramidState, site: int) -> Choice:
         """Let the router pick every sample's expert among some options; see `offers`."""
         logits = self.routers[site](self.router_features(state))
-        scores = trusted(logits, self.pyramid.mean_distortions, self.pyramid.trust(self.trade_off))
+        scores = trusted(logits, self.pyramid.mean_losses, self.pyramid.trust(self.trade_off))
         experts = [
             decide(row, options, costs, self.trade_off)
             for row, (options, costs) in zip(scores.tolist(), offers, strict=True)

@@ -149,24 +149,24 @@ def router_features(batch: Readable, config: RouterConfig) -> torch.Tensor:
     return torch.cat(found, dim=1)
 
 
-def trusted(logits: torch.Tensor, mean_distortions: Sequence[float], trust: float) -> torch.Tensor:
-    """Shrink predicted distortions towards their means: where routing does not pay, all take the best route for all.
+def trusted(logits: torch.Tensor, mean_losses: Sequence[float], trust: float) -> torch.Tensor:
+    """Shrink predicted losses towards their means: where routing does not pay, all take the best route for all.
 
     Args:
-        logits: [B, E] minus the predicted distortions.
-        mean_distortions: [E] as calibration has measured them; empty to leave the predictions as they are.
+        logits: [B, E] minus the predicted losses.
+        mean_losses: [E] as calibration has measured them; empty to leave the predictions as they are.
         trust: 1 for the predictions, 0 for the means.
     """
-    if trust == 1 or not mean_distortions:
+    if trust == 1 or not mean_losses:
         return logits
-    return trust * logits - (1 - trust) * logits.new_tensor(mean_distortions)
+    return trust * logits - (1 - trust) * logits.new_tensor(mean_losses)
 
 
 def decide(scores: Sequence[float], options: Sequence[Option], costs: Sequence[float], trade_off: float) -> int:
     """Return the expert of the option with the largest score - λ·cost; ties go to the first, which keeps all.
 
     Args:
-        scores: Scores of the router: minus the predicted distortions.
+        scores: Scores of the router: minus the predicted losses.
         options: Options that are offered.
         costs: FLOPs fractions of the options.
         trade_off: λ, in units of the scores per unit of FLOPs fraction.

@@ -39,8 +39,8 @@ from dpn_cli.pyramid.route import parse_route
 
 OURS = ("visual_coords", "salience", "prompt_length")  # what `generate` hands to a pyramid, and to no other model
 HEALED = (
-    "This checkpoint was healed, and its adapter is not loaded, so that routers choose for another model: load it with "
-    "dpn_cli.load, or load what `dpn export` makes of it."
+    "This checkpoint was healed, and its adapter is not loaded, so its routers would choose for another model: load it "
+    "with dpn_cli.load, or load what `dpn export` makes of it."
 )
 LOGGER = logging.get_logger("transformers.dpn")  # heeds the verbosity of transformers
 NO_CONTINUOUS_BATCHING = "continuous batching uses a paged cache with one length for all layers; use generate"
@@ -280,7 +280,7 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         A forced route takes precedence over a budget.
 
         Args:
-            budget: mean fraction of the unpooled LLM's prefill FLOPs, e.g. 0.44; None for no limit (λ = 0).
+            budget: mean fraction of the original LLM's prefill FLOPs, e.g. 0.44; None for no limit (λ = 0).
 
         Raises:
             ValueError: if the model is not calibrated or the budget is below what it can reach.

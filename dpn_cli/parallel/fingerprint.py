@@ -43,8 +43,7 @@ def fingerprint(
     settings = {key: value for key, value in pyramid.to_dict().items() if key not in _FITTED}
     heals = recipe.heal.method != "none"
     after = set() if heals else _OF_THE_FIT if surveys else {*_OF_THE_FIT, "budget"}  # healing measures once more
-    trains = heals or recipe.objective == "paper"
-    packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * trains]
+    packages = [*PACKAGES, *["bitsandbytes"] * (recipe.load_in is not None), *["peft"] * (recipe.training is not None)]
     return {
         **_surroundings(checkpoint.path, packages),
         **recipe.model_dump(mode="json", exclude=after),

@@ -133,7 +133,7 @@ class Budget:
     """One row of the budget table that calibration measures.
 
     Attributes:
-        fraction: mean fraction of the unpooled LLM's prefill FLOPs, over the held-out calibration samples.
+        fraction: mean fraction of the original LLM's prefill FLOPs, over the held-out calibration samples.
         trade_off: the λ that reaches it.
         distortion: mean KL divergence from the teacher, in nats, at that λ.
         trust: how far the routers' predictions count at that λ, from 0, where every sample takes what is best in the
@@ -153,7 +153,7 @@ class PyramidConfig:
     Attributes:
         sites: Sites, in the order of their layers.
         routes: Routes that are offered, the full one first; None for all that the sites allow.
-        mean_distortions: Mean loss of each route, as calibration measured it; empty before that.
+        mean_losses: Mean loss of each route, as calibration measured it; empty before that.
         pooling: `avg`, `max`, or `conv` (depthwise, initialised as avg).
         gate: `none`, or `probability`: pooled tokens are scaled by the chosen softmax(logits / 10) (paper, eq. 4).
         positions: `persistent` (a merged token takes the mean position of its cell; text keeps its own), or
@@ -176,7 +176,7 @@ class PyramidConfig:
 
     sites: tuple[Site, ...]
     routes: tuple[Route, ...] | None = None
-    mean_distortions: tuple[float, ...] = ()
+    mean_losses: tuple[float, ...] = ()
     pooling: Pooling = "avg"
     gate: Gate = "none"
     positions: Positions = "persistent"
@@ -204,7 +204,7 @@ class PyramidConfig:
         version = data.pop("version", None)
         if version not in (1, PYRAMID_VERSION):
             raise ValueError(f"pyramid config has version {version!r}, this dpn reads versions 1 and {PYRAMID_VERSION}")
-        known = {"lambda", "gated_route", *cls.__dataclass_fields__} - {"trade_off"}
+        known = {"lambda", "mean_distortions", "gated_route", *cls.__dataclass_fields__} - {"trade_off", "mean_losses"}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"pyramid config has unknown keys: {', '.join(unknown)}")
         sites = tuple(
@@ -221,7 +221,7 @@ class PyramidConfig:
         config = cls(
             sites=sites,
             routes=None if routes is None else tuple(tuple(map(int, each)) for each in routes),
-            mean_distortions=tuple(map(float, data.pop("mean_distortions", ()))),
+            mean_losses=tuple(map(float, data.pop("mean_distortions", ()))),
             router=RouterConfig(**data.pop("router", {})),
             trade_off=data.pop("lambda", 0.0),
             static_route=None if route is None else tuple(map(int, route)),
@@ -250,8 +250,8 @@ class PyramidConfig:
             self.routes[:1] != (self.full_route,) or len(set(self.routes)) < self.num_routes
         ):
             raise ValueError("the first route of a pyramid must be the full one, and all must differ")
-        if self.mean_distortions and len(self.mean_distortions) != self.num_routes:
-            raise ValueError("a pyramid needs a mean distortion for each of its routes, or none")
+        if self.mean_losses and len(self.mean_losses) != self.num_routes:
+            raise ValueError("a pyramid needs a mean loss for each of its routes, or none (mean_distortions)")
         if (self.router.output == "routes") != (self.routes is not None):
             raise ValueError("a pyramid lists its routes if, and only if, its routers score routes")
         if self.router.output == "routes" and self.gate != "none":
@@ -273,7 +273,7 @@ class PyramidConfig:
         data["lambda"] = data.pop("trade_off")
         data["sites"] = [{"after_layer": s.after_layer, "experts": list(map(str, s.experts))} for s in self.sites]
         data["routes"] = None if self.routes is None else [list(route) for route in self.routes]
-        data["mean_distortions"] = list(self.mean_distortions)
+        data["mean_distortions"] = list(data.pop("mean_losses"))
         data["static_route"] = None if self.static_route is None else list(self.static_route)
         if self.static_route is not None and self.has_routers:
             data["gated_route"] = data.pop("static_route")
@@ -301,7 +301,7 @@ class PyramidConfig:
 
     @property
     def full_route(self) -> Route:
-        """The route that pools nothing (the teacher's)."""
+        """The route that keeps all tokens (the teacher's)."""
         return (0,) * len(self.sites)
 
     @property
@@ -316,7 +316,7 @@ class PyramidConfig:
 
     def with_all_routes(self) -> "PyramidConfig":
         """Return it with all routes that its sites allow, as candidates: none of them is scored by a router."""
-        return replace(self, routes=None, mean_distortions=(), router=replace(self.router, output="distortion"))
+        return replace(self, routes=None, mean_losses=(), router=replace(self.router, output="distortion"))
 
     def num_scores(self, site: int) -> int:
         """Return the outputs of a site's router."""

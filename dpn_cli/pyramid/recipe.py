@@ -288,6 +288,17 @@ class CalibrationRecipe(_Section):
         enough = 1 + math.ceil((num_routes - 1) * SAMPLES_PER_ROUTE / samples)  # all take the full route
         return min(num_routes, max(self.routes, enough))
 
+    def num_held(self, measured: int) -> int:
+        """Return how many of the measured samples are held out."""
+        return max(1, round(self.holdout * measured))
+
+    @property
+    def training(self) -> TrainingRecipe | None:
+        """Settings of what is trained beside the routers or with them; None where a calibration only measures."""
+        if self.objective == "paper":
+            return self.paper
+        return self.heal if self.heal.method == "lora" else None
+
     @property
     def trains_adapter(self) -> bool:
         """Whether an adapter is trained, as `heal` describes it."""

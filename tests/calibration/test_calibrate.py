@@ -22,7 +22,7 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
 from tests.runs import FEW, digests, noise_pictures
@@ -230,9 +230,13 @@ def test_measurements_outlive_a_failure_and_go_when_all_is_done(
     assert not (folder / "calibration" / "state").exists()
 
 
-def test_too_few_samples(converted: Path, data: Path) -> None:
-    with pytest.raises(DataError, match="calibration needs 16"):
-        run(converted, data, RECIPE.model_copy(update={"samples": 8}))
+def test_too_few_samples(converted: Path, data: Path, tmp_path: Path) -> None:
+    predicted = RECIPE.model_copy(update={"predictors": PredictorRecipe(samples=64)})
+    for recipe in (RECIPE, predicted):
+        with pytest.raises(UsageError, match=r"--samples 8 .*: a calibration needs 16 or more"):
+            run(converted, data, recipe.model_copy(update={"samples": 8}))
+        with pytest.raises(DataError, match="has 8 samples with an image, calibration needs 16"):
+            run(converted, noise_pictures(tmp_path, 8), recipe)
 
 
 def test_interrupted_writing_leaves_the_old_files(
@@ -269,7 +273,7 @@ def test_the_report_names_the_routes_that_the_checkpoint_offers(calibrated: Path
 
     assert {in_full(route) for route in pyramid.routes} == chosen
     assert len(tried) > len(chosen) > 4
-    assert len(pyramid.mean_distortions) == len(pyramid.routes)
+    assert len(pyramid.mean_losses) == len(pyramid.routes)
 
 
 def test_the_kinds_of_experts_can_be_named(converted: Path, data: Path, tmp_path: Path) -> None:

@@ -82,7 +82,15 @@ def test_the_figures_say_what_they_come_from() -> None:
     assert "FLOPs of watching the attention on 9 samples and the measurement of 20" in " ".join(cost(watched=9).basis)
     assert "on 9 samples, a survey (" in " ".join(cost(watched=9, surveys=True).basis)
     healing = RECIPE.model_copy(update={"heal": RECIPE.heal.model_copy(update={"method": "lora"})})
-    assert "Training an adapter, and measuring again with it, comes in addition" in " ".join(cost(healing).basis)
+    assert "Training an adapter, and measuring again with it, comes on top" in " ".join(cost(healing).basis)
+
+
+def test_the_papers_training_measures_the_held_out_samples_alone() -> None:
+    found = cost(RECIPE.model_copy(update={"objective": "paper"}))
+    assert found.forward_flops == pytest.approx(cost().forward_flops / 4)
+    assert found.disk_bytes == cost().disk_bytes / 4
+    assert "the measurement of 5 samples on 4 routes" in " ".join(found.basis)
+    assert "The training comes on top." in found.basis
 
 
 def test_the_speed_of_a_layer_is_measured_on_a_whole_batch_if_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:

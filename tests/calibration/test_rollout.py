@@ -119,7 +119,7 @@ def test_routed_forward_takes_the_route_that_the_table_predicts(make_pair: Any, 
 def test_where_predictions_are_not_trusted_all_take_what_is_best_in_the_mean(make_pair: Any) -> None:
     means = (0.0, 0.5, 0.2, 0.3, 0.1, 0.4, 0.6, 0.9, 0.7)
     budgets = (Budget(0.8, 0.1, 0.01, 1.0), Budget(0.5, 1.0, 0.05, 0.0), Budget(0.3, 5.0, 0.5, 0.5))
-    _, model = make_pair(**LISTED, mean_distortions=means, budgets=budgets)
+    _, model = make_pair(**LISTED, mean_losses=means, budgets=budgets)
     samples = examples()
     table = measured(model, samples)
     policy = Policy.of(model.text_model.routers, table)

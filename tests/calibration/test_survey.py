@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpn_cli.calibration.rollout import RouteTable, RouteTree
-from dpn_cli.calibration.survey import Candidates, batches_for, pruned, survey
+from dpn_cli.calibration.rollout import RouteTable, RouteTree, plan_batches
+from dpn_cli.calibration.survey import Candidates, pruned, survey
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import KEEP, Expert
@@ -132,7 +132,7 @@ def test_a_pruned_pyramid_offers_the_same_routes_by_name(routes: list[Route]) ->
 def test_samples_run_together_only_down_routes_that_all_of_them_are_offered() -> None:
     tree = RouteTree(((0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0)), ())
     small = replace(PYRAMID, min_visual_tokens=20)
-    batches = batches_for(tree, small, [(GRID,), ((6, 6),), (GRID,), (GRID,)], batch_size=2)
+    batches = plan_batches(tree, small, [(GRID,), ((6, 6),), (GRID,), (GRID,)], batch_size=2, num_routes=None)
     assert [(batch.rows, len(batch.routes)) for batch in batches] == [((0, 2), 4), ((3,), 4), ((1,), 2)]
 
 

@@ -170,7 +170,7 @@ def test_the_teacher_is_on_record_by_its_name(
     assert report["full"]["distortion"] > 0.1 and report["full"]["agreement"] < 1
     assert report["budgets"][0]["distortion"] > 0.1, "distances from the teacher, not from the full route"
     pyramid = load_model(calibrated).pyramid
-    assert pyramid.mean_distortions[0] == 0 and max(pyramid.mean_distortions) > 0, "what routes add"
+    assert pyramid.mean_losses[0] == 0 and max(pyramid.mean_losses) > 0, "what routes add"
     exported = export(calibrated, tmp_path / "export").output
     card = (exported / "README.md").read_text()
     assert "against the teacher `other-llava`" in card

@@ -115,7 +115,7 @@ def test_a_method_that_cannot_spend_so_little_is_left_out(
         (["--plot", "picture.bmp"], ".png"),
         (["--plot", "x" * 5000 + ".png"], "File name too long"),
         (["--data", "demo", "--text-tokens", "4"], "--text-tokens"),
-        (["--ignore-fields", "x"], "--ignore-fields would do nothing without --data"),
+        (["--ignore-fields", "x"], "--ignore-fields has no effect without --data"),
         (["--text-tokens", "4,1000000000"], "but the model takes 2048"),
         (["--images", "250"], "but the model takes 2048"),
         (["--new-tokens", "1000000000"], "but the model takes 2048"),

@@ -194,8 +194,8 @@ def test_the_survey_says_what_it_tried(rows: list[Any], capsys: pytest.CaptureFi
         (["--set", "calibration.objective=paper", "--heal", "lora"], "so nothing is healed: leave out --heal"),
         (["--budgets-only", "--set", "calibration.epochs=3"], "leave out --set calibration.epochs; it takes calib"),
         (["--heal-only", "--budgets-only"], "leave one out"),
-        (["--heal-only", "--heal", "none"], "leave out --heal none"),
-        (["--heal-only", "--set", "calibration.heal.method=none"], "leave out --heal none"),
+        (["--heal-only", "--heal", "none"], "contradict each other"),
+        (["--heal-only", "--set", "calibration.heal.method=none"], "contradict each other"),
         (["--heal-only", "--experts", "pool"], "leave out --experts"),
         (["--heal-only", "--set", "calibration.survey.routes=4"], "leave out --set calibration.survey.routes"),
         (

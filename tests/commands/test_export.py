@@ -25,7 +25,7 @@ def test_the_current_checkpoint_is_exported_beside_it(
     capsys.readouterr()
     assert main(["export"]) == 2
     message = capsys.readouterr().err
-    assert "is not calibrated, so its export would pool nothing: run `dpn calibrate" in message
+    assert "is not calibrated, so its export would keep all tokens: run `dpn calibrate" in message
     assert not (here / "llava-dpn-export").exists()
     assert main(["export", "--uncalibrated"]) == 0
     captured = capsys.readouterr()

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dpn_cli.cli import COMMANDS, main
+from dpn_cli.cli import COMMANDS, cli, main
 from dpn_cli.commands.data_options import Columns, Names, data_options
 from dpn_cli.commands.numbers import Fraction, Percent
 from dpn_cli.commands.options import Choice, Size
@@ -55,6 +55,7 @@ def test_what_is_no_share_is_refused(value: str) -> None:
 
 def test_a_size_is_height_and_width() -> None:
     assert Size().convert("480x640", None, None) == (480, 640)
+    assert all("--image-size HxW" in CliRunner().invoke(cli, [name, "--help"]).output for name in ("bench", "inspect"))
 
 
 @pytest.mark.parametrize("value", ["", "480", "0x10", "480x", "-1x5", "480×640", "1e3x5", "480x640x3", "999999x1"])

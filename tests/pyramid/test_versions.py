@@ -89,7 +89,7 @@ def test_a_recipe_of_the_first_version_still_makes_the_papers_pyramid() -> None:
         ({"routes": [[1, 0]]}, "first route of a pyramid must be the full one"),
         ({"routes": [[0, 0], [0, 0]]}, "all must differ"),
         ({"routes": [[0, 0], [0, 9]]}, "does not fit the pyramid's sites"),
-        ({"routes": [[0, 0]], "mean_distortions": [0.0, 1.0]}, "a mean distortion for each"),
+        ({"routes": [[0, 0]], "mean_distortions": [0.0, 1.0]}, "a mean loss for each"),
         ({"routes": None}, "a pyramid lists its routes if"),
         ({"gate": "probability"}, "a gate needs routers that score experts"),
         ({"pooling": "conv"}, "with conv pooling all experts must pool"),

@@ -28,7 +28,7 @@ class Report:
         budget: Budget that was asked for.
         trade_off: the λ that it takes.
         routed: the calibrated model at that λ.
-        full: the model that pools nothing.
+        full: the model with all visual tokens.
         best_fixed: the best fixed route that spends no more than the routed model, as (route, its outcome).
         agreement_interval: 95%, of `routed.agreement`.
         budgets: the whole table.

@@ -13,21 +13,13 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
-from dpn_cli.pyramid.recipe import CalibrationRecipe, TrainingRecipe
+from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import Reporter
-
-
-def training_recipe(recipe: CalibrationRecipe) -> TrainingRecipe | None:
-    """Return how a calibration trains, or None if it only measures."""
-    if recipe.objective == "paper":
-        return recipe.paper
-    return recipe.heal if recipe.heal.method == "lora" else None
 
 
 def frozen_dtype(recipe: CalibrationRecipe) -> str:
     """Return the dtype to load the model in, in the recipe's words: the calibration's, else the training's."""
-    training = training_recipe(recipe)
-    return training.dtype if training and recipe.dtype == "auto" else recipe.dtype
+    return recipe.training.dtype if recipe.training and recipe.dtype == "auto" else recipe.dtype
 
 
 def validate_processes(recipe: CalibrationRecipe, count: int) -> None:
@@ -36,7 +28,7 @@ def validate_processes(recipe: CalibrationRecipe, count: int) -> None:
     Raises:
         UsageError: if there are more processes than that.
     """
-    training = training_recipe(recipe)
+    training = recipe.training
     if training and count > training.gradient_accumulation:
         raise UsageError(
             f"{count} processes cannot share the {training.gradient_accumulation} forward passes of a training step: "
@@ -67,7 +59,7 @@ def tune(
         reporter: Reporter of the progress.
         other: Teacher that is another model; None for the model itself.
     """
-    training = training_recipe(recipe)
+    training, as_paper = recipe.training, recipe.objective == "paper"
     if training is None:
         return None
     examples = Encoded([sample for sample, _ in samples], processor, recipe.answer_tokens)
@@ -78,8 +70,8 @@ def tune(
         "processes": processes,
         "other": other,
     }
-    with reporter.progress("healing" if recipe.objective != "paper" else "training", training.steps) as advance:
-        if recipe.objective == "paper":
+    with reporter.progress("training" if as_paper else "healing", training.steps) as advance:
+        if as_paper:
             return train_as_paper(model, examples, recipe, advance=advance, **options)
         has_labels = [labelled for _, labelled in samples]
         around = trade_offs_around(model.pyramid, recipe.budget, recipe.heal.budget_spread)
