@@ -35,7 +35,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from dpn_cli import console
-from dpn_cli.commands.tables import print_latency
+from dpn_cli.commands.tables.latency import print_latency
 from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed

@@ -134,7 +134,7 @@ def command(
     folder = checkpoint_folder(model)
 
     with console.waiting("starting"):
-        from dpn_cli.commands.tables import print_latency
+        from dpn_cli.commands.tables.latency import print_latency
         from dpn_cli.evaluation.bench import BenchOptions, SyntheticPrompts, bench_folder
         from dpn_cli.evaluation.drawing import plot_latency
 

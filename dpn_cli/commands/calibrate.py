@@ -161,7 +161,7 @@ def command(
 
 
 def _show(report: "Report", wide: bool, as_json: bool) -> None:
-    from dpn_cli.commands.tables import print_calibration
+    from dpn_cli.commands.tables.calibration import print_calibration
 
     if as_json:
         console.print_json(report.to_dict())

@@ -10,7 +10,7 @@ from dpn_cli.checkpoint.source import DEMO
 from dpn_cli.commands.completion import names, recipe_names
 from dpn_cli.commands.options import set_option
 from dpn_cli.commands.replaced import in_place_of
-from dpn_cli.commands.tables import show_sites
+from dpn_cli.commands.tables.experts import show_sites
 from dpn_cli.extras import extra
 from dpn_cli.families.family import ALIASES, CONVERTED
 

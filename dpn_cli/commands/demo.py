@@ -11,7 +11,8 @@ from dpn_cli import console, workspace
 from dpn_cli.commands.numbers import Fraction, WholeNumber
 from dpn_cli.commands.options import SAMPLES
 from dpn_cli.commands.replaced import in_place_of
-from dpn_cli.commands.tables import print_calibration, print_fidelity, print_routes
+from dpn_cli.commands.tables.calibration import print_calibration
+from dpn_cli.commands.tables.evaluation import print_fidelity, print_routes
 from dpn_cli.extras import extra
 from dpn_cli.limits import MAX_SAMPLES
 

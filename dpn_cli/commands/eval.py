@@ -133,7 +133,7 @@ def command(
         _run_benchmarks(folder, tasks or "", budgets, batch_size, dtype, samples, include_path, as_json)
         return
     with console.waiting("starting"):
-        from dpn_cli.commands.tables import print_evaluation
+        from dpn_cli.commands.tables.evaluation import print_evaluation
         from dpn_cli.evaluation.drawing import plot_evaluation
         from dpn_cli.evaluation.options import EvaluationOptions
         from dpn_cli.evaluation.run import evaluate_folder
@@ -219,6 +219,6 @@ def _run_benchmarks(
         }
         console.print_json(found)
         return
-    from dpn_cli.commands.tables import print_benchmarks
+    from dpn_cli.commands.tables.evaluation import print_benchmarks
 
     print_benchmarks(rows)

@@ -9,7 +9,8 @@ from dpn_cli import console
 from dpn_cli.checkpoint.layout import TEXT_TOKENS
 from dpn_cli.commands.numbers import WholeNumber
 from dpn_cli.commands.options import Size, checkpoint_folder, model_option, wide_option
-from dpn_cli.commands.tables import MEANINGS, meaning, show_sites, some_budgets
+from dpn_cli.commands.tables.columns import MEANINGS, meaning, some_budgets
+from dpn_cli.commands.tables.experts import show_sites
 from dpn_cli.errors import UsageError
 from dpn_cli.limits import MAX_ROW_IMAGES
 from dpn_cli.notation import nats
