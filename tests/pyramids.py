@@ -114,6 +114,30 @@ def collate(samples: list[dict[str, torch.Tensor]], side: str = "left") -> dict[
     return batch
 
 
+RAGGED_ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
+
+
+def check_batch_equals_one_by_one(
+    model: Any, samples: list[dict[str, torch.Tensor]], batch: dict[str, torch.Tensor], forced: bool
+) -> None:
+    """Let a model answer six samples one by one and as a batch, on `RAGGED_ROUTES` or as its routers choose."""
+    alone, routes = [], []
+    for sample, route in zip(samples, RAGGED_ROUTES, strict=True):
+        model.set_route(route if forced else None)
+        alone.append(generate(model, sample))
+        routes += model.last_routes
+    model.set_route(RAGGED_ROUTES if forced else None)
+    together = generate(model, batch)
+    assert model.last_routes == routes
+    assert len(set(routes)) >= 3, "the samples must take different routes for this test to mean something"
+    for i, (sample, one) in enumerate(zip(samples, alone, strict=True)):
+        assert torch.equal(
+            one.sequences[0, sample["input_ids"].shape[1] :], together.sequences[i, batch["input_ids"].shape[1] :]
+        )
+        for step_alone, step_together in zip(one.logits, together.logits, strict=True):
+            assert (step_alone[0] - step_together[i]).abs().max() < 1e-4
+
+
 def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 4, **kwargs: Any) -> Any:
     """Return what the model generates, the likeliest token each time, with the logits of every token."""
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3, **kwargs}

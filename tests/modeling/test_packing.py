@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from dpn_cli.modeling import packing
 from dpn_cli.modeling.packing import Packing, rounded, split_by_length
 from dpn_cli.modeling.renamed import CACHE
-from tests.pyramids import collate, prompt, ragged_batch
-
-ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
+from tests.pyramids import RAGGED_ROUTES, collate, prompt, ragged_batch
 
 
 def work(groups: list[list[int]], lengths: list[int], call_cost: int) -> int:
@@ -70,7 +68,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("settings", [{}, {"positions": "contiguous"}, {"attention": "sized"}], ids=str)
 def test_packed_or_padded_gives_the_same(make_pair: Any, packs: Any, side: str, settings: dict[str, str]) -> None:
     _, model = make_pair(**settings)
-    model.set_route(ROUTES)
+    model.set_route(RAGGED_ROUTES)
     inputs = collate(ragged_batch(), side)
     rows: list[int] = []
     counter = model.text_model.layers[-1].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
@@ -83,11 +81,11 @@ def test_packed_or_padded_gives_the_same(make_pair: Any, packs: Any, side: str, 
             cached = model(**inputs, use_cache=True)
         shown = inputs["attention_mask"].bool()
         assert torch.allclose(alone[shown], cached.logits[shown], atol=1e-5)
-        follow = torch.full((len(ROUTES), 1), 7)
+        follow = torch.full((len(RAGGED_ROUTES), 1), 7)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(follow)], 1)
         with torch.no_grad():
             after = model(input_ids=follow, attention_mask=mask, past_key_values=cached[CACHE]).logits
-        assert rows == ([len(ROUTES)] * 3 if cost is None else [1, 1, len(ROUTES)])
+        assert rows == ([len(RAGGED_ROUTES)] * 3 if cost is None else [1, 1, len(RAGGED_ROUTES)])
         found[cost] = (cached.logits[shown], after)
     counter.remove()
     for cost in (0, 10**6):
@@ -148,8 +146,8 @@ def test_gradients_are_the_same_packed(make_pair: Any, packs: Any) -> None:
 
 def test_the_hidden_states_of_a_layer_stay_one_tensor(make_pair: Any) -> None:
     _, model = make_pair()
-    model.set_route(ROUTES)
+    model.set_route(RAGGED_ROUTES)
     with torch.no_grad():
         states = model(**collate(ragged_batch()), output_hidden_states=True).hidden_states
     assert len(states) == 1 + model.config.text_config.num_hidden_layers
-    assert {len(state) for state in states} == {len(ROUTES)}
+    assert {len(state) for state in states} == {len(RAGGED_ROUTES)}

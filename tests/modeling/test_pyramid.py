@@ -8,9 +8,15 @@ import torch
 from transformers import DynamicCache
 
 from dpn_cli.families.text import TEXT_MODELS
-from tests.pyramids import collate, generate, prompt, pyramid, ragged_batch
-
-ROUTES = [(0, 0, 0), (1, 0, 1), (2, 1, 0), (0, 2, 0), (1, 1, 0), (2, 0, 1)]
+from tests.pyramids import (
+    RAGGED_ROUTES,
+    check_batch_equals_one_by_one,
+    collate,
+    generate,
+    prompt,
+    pyramid,
+    ragged_batch,
+)
 
 
 def share_weights(stock: Any, model: Any) -> None:
@@ -66,20 +72,7 @@ USUAL = {("mistral", "sdpa", False), ("qwen2", "sdpa", False), ("qwen3", "sdpa",
 def test_batch_equals_one_by_one(make_pair: Any, text: str, attn: str, forced: bool) -> None:
     _, model = make_pair(text, attn)
     samples = ragged_batch()
-    alone, routes = [], []
-    for sample, route in zip(samples, ROUTES, strict=True):
-        model.set_route(route if forced else None)
-        alone.append(generate(model, sample))
-        routes += model.last_routes
-    model.set_route(ROUTES if forced else None)
-    batch = collate(samples)
-    together = generate(model, batch)
-    assert model.last_routes == routes
-    assert len(set(routes)) >= 3, "the samples must take different routes for this test to mean something"
-    for i, (sample, one) in enumerate(zip(samples, alone, strict=True)):
-        assert torch.equal(new_tokens(one, sample)[0], new_tokens(together, batch)[i])
-        for step_alone, step_together in zip(one.logits, together.logits, strict=True):
-            assert (step_alone[0] - step_together[i]).abs().max() < 1e-4
+    check_batch_equals_one_by_one(model, samples, collate(samples), forced)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +238,7 @@ def test_routers_read_the_last_instruction_token(make_pair: Any) -> None:
 def test_gradients_are_the_same_with_checkpointing(make_pair: Any, checkpointing: dict[str, bool]) -> None:
     _, model = make_pair(gate="probability")
     model.train()
-    model.set_route(ROUTES[1])
+    model.set_route(RAGGED_ROUTES[1])
     sample = prompt(1, 3, 5, seed=0)
     sample["labels"] = sample["input_ids"].clone()
     sample["labels"][:, :-3] = -100
