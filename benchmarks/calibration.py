@@ -32,9 +32,9 @@ from dpn_cli.inference.generation import greedy_answers
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.intervals import Estimate, bootstrap_mean
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.calibration_recipe import SurveyRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import Grid
-from dpn_cli.pyramid.recipe import SurveyRecipe
 from dpn_cli.pyramid.route import format_route, parse_route
 
 BUDGETS = (0.65, 0.5, 0.36, 0.25, 0.2, 0.15)

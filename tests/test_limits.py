@@ -26,7 +26,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError, DataError, RecipeError, UsageError
-from dpn_cli.pyramid.recipe import available_recipes, load_recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 from dpn_cli.pyramid.strict_yaml import parse_yaml
 from tests.conftest import CHAT_TEMPLATE
 from tests.faults.limited import limited

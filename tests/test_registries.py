@@ -21,7 +21,7 @@ from dpn_cli.families.family import ALIASES
 from dpn_cli.modeling.routers import ROUTER_VECTORS, Readable, Router, router_features
 from dpn_cli.pyramid.config import ROUTER_INPUTS, PyramidConfig, RouterConfig
 from dpn_cli.pyramid.presets import PRESETS
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import pyramid
 

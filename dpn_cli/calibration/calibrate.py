@@ -28,10 +28,10 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.inference.provenance import provenance
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.reach import cheapest_route, length_record
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from dpn_cli.calibration.predictors import TOKENS
 from dpn_cli.calibration.survey import FINAL_SAMPLES, MOST_EXPERTS, SHORTLIST, children
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.experts import num_tokens
 from dpn_cli.pyramid.predictors import READ_TEXT
 from dpn_cli.pyramid.reach import Length
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.pyramid.shape import DecoderShape
 
 EFFICIENCY = 0.5  # of a calibration's forward passes, as a share of the speed of decoder layers alone

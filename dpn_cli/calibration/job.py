@@ -30,9 +30,9 @@ from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.fingerprint import fingerprint, model_fingerprint, served_digest, validate_same
 from dpn_cli.parallel.launch import on_this_machine
 from dpn_cli.parallel.processes import Processes
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.reach import Length, cheapest_fraction, validate_budget
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import Reporter
 
 MIN_SAMPLES = 16

@@ -24,8 +24,8 @@ from dpn_cli.families.family import Family, is_converted
 from dpn_cli.inference.loading import load_opened_processor, max_positions
 from dpn_cli.inference.quantised import load_frozen
 from dpn_cli.inference.trial import try_out
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import IMPORTED_USE, PyramidConfig
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 _ANSWER = "red"  # for samples that have none yet: so short that its end is labelled
 

@@ -27,10 +27,10 @@ from dpn_cli.modeling.experts.attention import attention_from
 from dpn_cli.modeling.predictors import Predictor, last_columns, last_text, new_predictors
 from dpn_cli.modeling.state import PyramidState, take_columns
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
+from dpn_cli.pyramid.calibration_recipe import PredictorRecipe
 from dpn_cli.pyramid.config import Site
 from dpn_cli.pyramid.experts import KEEP, num_tokens
 from dpn_cli.pyramid.predictors import READ_TEXT
-from dpn_cli.pyramid.recipe import PredictorRecipe
 
 TOKENS = 576  # visual tokens of a sample to learn from, at most: those of a picture of LLaVA-1.5
 LEARNING_RATE, BASE_SIZE = 6e-3, 128  # the rate for a hidden size; that of sums over it falls with one over the size

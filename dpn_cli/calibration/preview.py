@@ -24,8 +24,8 @@ from dpn_cli.data.rendering import chat_prompt
 from dpn_cli.data.samples import ImageSource, Sample, StoredImage
 from dpn_cli.inference.dtypes import AUTO, compute_dtype, loaded_size
 from dpn_cli.inference.loading import default_device
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 SHOWN = 3  # samples

@@ -7,7 +7,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.data.samples import Sample
 from dpn_cli.data.scan import Dataset
-from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.reporter import SILENT, Reporter
 
 

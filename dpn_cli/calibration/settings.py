@@ -10,9 +10,11 @@ from dpn_cli.checkpoint.layout import open_converted
 from dpn_cli.checkpoint.writer import RECIPE_FILE
 from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.families.family import DEFAULT_RECIPE
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, PredictorRecipe, SurveyRecipe
 from dpn_cli.pyramid.config import ADAPTER_KEY, IMPORTED_USE, PyramidConfig
 from dpn_cli.pyramid.experts import KINDS
-from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, Recipe, SurveyRecipe, apply_override, load_recipe
+from dpn_cli.pyramid.recipe import Recipe
+from dpn_cli.pyramid.recipe_files import apply_override, load_recipe
 
 STATE_FOLDER = Path("calibration", "state")  # of a calibration that goes on
 _MEASURING = {"samples", "batch_size", "answer_tokens", "seed"}  # settings of an earlier calibration that are kept

@@ -17,9 +17,9 @@ import torch
 from dpn_cli.calibration.fitting import NUM_TRADE_OFFS, spread_of_trade_offs
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, loss
 from dpn_cli.inference.threads import one_thread
+from dpn_cli.pyramid.calibration_recipe import SurveyRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.experts import Grid
-from dpn_cli.pyramid.recipe import SurveyRecipe
 from dpn_cli.pyramid.route import format_route
 
 MOST_EXPERTS = 3  # that reduce, on a route

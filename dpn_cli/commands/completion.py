@@ -43,7 +43,7 @@ def recipe_keys() -> list[str]:
 
 def recipe_names() -> tuple[str, ...]:
     """Return the names of the shipped recipes."""
-    from dpn_cli.pyramid.recipe import available_recipes
+    from dpn_cli.pyramid.recipe_files import available_recipes
 
     return available_recipes()
 

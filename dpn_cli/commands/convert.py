@@ -85,7 +85,7 @@ def command(
     from dpn_cli.checkpoint.source import resolve_source
     from dpn_cli.checkpoint.staging import check_target
     from dpn_cli.conversion.convert import IMPORTED, convert, default_output, default_recipe
-    from dpn_cli.pyramid.recipe import load_recipe
+    from dpn_cli.pyramid.recipe_files import load_recipe
 
     chosen = load_recipe(recipe, overrides) if recipe else None
     if output is not None:

@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Show what is read of some data."""
     from dpn_cli.calibration.settings import budgets_recipe, calibration_recipe, has_recipe
-    from dpn_cli.pyramid.recipe import CalibrationRecipe
+    from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 
     folder = _checkpoint(model)
     if folder is None and teacher is not None:

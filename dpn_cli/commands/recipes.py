@@ -5,7 +5,7 @@ from click.shell_completion import CompletionItem
 
 from dpn_cli import console
 from dpn_cli.commands.completion import names, recipe_keys, recipe_names
-from dpn_cli.pyramid.recipe import available_recipes, load_recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 
 YAML_WIDTH = 50  # a line ends with the first item beyond it, and fits 80 columns
 

@@ -32,7 +32,8 @@ from dpn_cli.conversion.tokenizer import IMAGE_TOKEN
 from dpn_cli.errors import DpnError, RecipeError, UsageError
 from dpn_cli.families.family import ALIASES, CONVERTED, DEFAULT_RECIPE, FAMILIES, Family
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe import Recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 from dpn_cli.reporter import SILENT, Reporter
 
 IMPORTED = "imported"  # in the place of a recipe's name

@@ -13,8 +13,8 @@ from dpn_cli.checkpoint.side_files import side_files
 from dpn_cli.checkpoint.streams import read_pieces
 from dpn_cli.errors import UsageError
 from dpn_cli.inference.loading import default_device
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import FITTED_PARTS, PyramidConfig
-from dpn_cli.pyramid.recipe import CalibrationRecipe
 
 PACKAGES = ("dpn-cli", "torch", "transformers", "tokenizers", "pillow", "torchvision")
 

@@ -7,10 +7,11 @@ from contextlib import suppress
 from typing import Any
 
 from dpn_cli.errors import RecipeError, UsageError
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import Grid
-from dpn_cli.pyramid.recipe import CalibrationRecipe, available_recipes, load_recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 from dpn_cli.pyramid.shape import DecoderShape
 
 Length = tuple[tuple[Grid, ...], int]  # a sample's visual grids, and the text tokens of its prompt

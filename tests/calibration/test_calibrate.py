@@ -22,7 +22,7 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe, SurveyRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, PredictorRecipe, SurveyRecipe
 from dpn_cli.reporter import Reporter
 from tests.pyramids import prompt
 from tests.runs import FEW, digests, noise_pictures

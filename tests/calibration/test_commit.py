@@ -30,7 +30,7 @@ from dpn_cli.exporting import export as exporting
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model
 from dpn_cli.parallel.processes import ALONE
-from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, HealRecipe
 from tests.forks import in_a_fork
 from tests.runs import FEW, digests, noise_pictures
 

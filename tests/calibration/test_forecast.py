@@ -7,9 +7,9 @@ import torch
 
 from dpn_cli.calibration import forecast as module
 from dpn_cli.calibration.forecast import EFFICIENCY, Forecast, Model, Reader, forecast, layer_speed
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, SurveyRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import pool
-from dpn_cli.pyramid.recipe import CalibrationRecipe, SurveyRecipe
 from tests.evaluation.naive import SHAPE
 
 MODEL = Model(SHAPE, nbytes=1000, vision_parameters=50, dtype=torch.float32, device="cpu")

@@ -25,7 +25,7 @@ from dpn_cli.inference.loading import load_model
 from dpn_cli.modeling.predictors import PREDICTORS, new_predictors
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP, KINDS, Expert
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from dpn_cli.reporter import Reporter
 from tests.calibration.test_rollout import examples
 from tests.elsewhere import run_elsewhere

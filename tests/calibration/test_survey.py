@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, plan_batches
 from dpn_cli.calibration.survey import Candidates, pruned, survey
+from dpn_cli.pyramid.calibration_recipe import SurveyRecipe
 from dpn_cli.pyramid.config import PyramidConfig, Route, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import KEEP, Expert
-from dpn_cli.pyramid.recipe import SurveyRecipe
 from dpn_cli.pyramid.route import format_route
 from dpn_cli.pyramid.shape import DecoderShape
 

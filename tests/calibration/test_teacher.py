@@ -28,7 +28,7 @@ from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.exporting.export import export
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.notation import nats, percent
-from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, HealRecipe
 from tests.conftest import VOCAB_SIZE, tiny_tokenizer
 from tests.originals import Original
 from tests.pyramids import pyramid

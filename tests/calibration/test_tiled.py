@@ -22,7 +22,7 @@ from dpn_cli.evaluation.judging import Evaluator
 from dpn_cli.evaluation.latency import prompts_of, synthetic_inputs
 from dpn_cli.inference.loading import load_model, load_processor
 from dpn_cli.pyramid.experts import num_tokens
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from dpn_cli.pyramid.route import format_route
 from tests.pyramids import POOLING
 

@@ -15,7 +15,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.families.tensors import llava_tensors
 from dpn_cli.families.text import TEXT_MODELS
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.conftest import CHAT_TEMPLATE
 from tests.pyramids import POOLING
 

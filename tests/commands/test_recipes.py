@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.cli import main
-from dpn_cli.pyramid.recipe import available_recipes, load_recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 
 
 def test_the_list_has_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:

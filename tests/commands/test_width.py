@@ -15,7 +15,8 @@ from dpn_cli.calibration.forecast import Forecast
 from dpn_cli.calibration.preview import Preview, Shown
 from dpn_cli.checkpoint.inspection import Inspection, inspect_checkpoint
 from dpn_cli.cli import main
-from dpn_cli.commands import convert, data, export, inspect, tables
+from dpn_cli.commands import convert, data, export, inspect
+from dpn_cli.commands.tables import calibration, evaluation, latency
 from dpn_cli.conversion.convert import Conversion
 from dpn_cli.conversion.convert import convert as convert_model
 from dpn_cli.data.findings import Scan
@@ -23,7 +24,7 @@ from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.harness import Benchmark
 from dpn_cli.exporting.export import Export
 from dpn_cli.pyramid.config import Budget, PyramidConfig
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.commands.test_tables import made_up_evaluation, made_up_latency
 from tests.reports import made_up_report
 
@@ -93,13 +94,13 @@ def report_samples() -> list[Sample]:
 
 
 PRINTED: dict[str, Callable[[Conversion], object]] = {
-    "tables.print_calibration": lambda _: tables.print_calibration(made_up_report(report_samples())),
-    "tables.print_fidelity": lambda _: tables.print_evaluation(made_up_evaluation()),
-    "tables.print_evaluation": lambda _: tables.print_evaluation(made_up_evaluation()),
-    "tables.print_routes": lambda _: tables.print_routes(made_up_evaluation(), lambda route: ROUTE),
-    "tables.print_benchmarks": lambda _: tables.print_benchmarks(benchmarks()),
-    "tables.print_latency": lambda _: [tables.print_latency(made_up_latency(), real) for real in (False, True)],
-    "tables.show_sites": lambda done: convert._show(done, link=False),
+    "calibration.print_calibration": lambda _: calibration.print_calibration(made_up_report(report_samples())),
+    "evaluation.print_fidelity": lambda _: evaluation.print_evaluation(made_up_evaluation()),
+    "evaluation.print_evaluation": lambda _: evaluation.print_evaluation(made_up_evaluation()),
+    "evaluation.print_routes": lambda _: evaluation.print_routes(made_up_evaluation(), lambda route: ROUTE),
+    "evaluation.print_benchmarks": lambda _: evaluation.print_benchmarks(benchmarks()),
+    "latency.print_latency": lambda _: [latency.print_latency(made_up_latency(), real) for real in (False, True)],
+    "experts.show_sites": lambda done: convert._show(done, link=False),
     "data._show": lambda _: data._show(large_preview()),
     "data._show_forecast": lambda _: data._show(large_preview()),
     "export._show": lambda done: export._show(large_export(done), budget=0.44),
@@ -111,7 +112,7 @@ PRINTED: dict[str, Callable[[Conversion], object]] = {
 
 def test_no_table_is_forgotten() -> None:
     found = set()
-    for path in Path(commands.__file__).parent.glob("*.py"):
+    for path in Path(commands.__file__).parent.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and function.name not in {"show", *SHOWN_WIDE}:
                 calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}

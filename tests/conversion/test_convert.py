@@ -18,7 +18,7 @@ from dpn_cli.errors import CheckpointError, DpnError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.families.family import ALIASES
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.converted import pretend_calibration
 from tests.heard import Heard
 from tests.originals import Original

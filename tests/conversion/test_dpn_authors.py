@@ -23,7 +23,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, RecipeError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.conftest import CHAT_TEMPLATE
 from tests.originals import Original
 

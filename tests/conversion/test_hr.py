@@ -24,8 +24,9 @@ from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import CheckpointError
 from dpn_cli.exporting.export import export
 from dpn_cli.families.tensors import llava_tensors
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import DPE_PARTS
-from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.conversion.test_dpn_authors import NEW_ROUTER, OLD_ROUTER, make_dpn, prompts
 from tests.conversion.test_tokenizer import reference_pixels
 from tests.converted import pretend_calibration

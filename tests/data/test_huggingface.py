@@ -12,7 +12,7 @@ from dpn_cli.calibration.samples import load_samples
 from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DataError, MissingExtraError, UsageError
-from dpn_cli.pyramid.recipe import CalibrationRecipe, PredictorRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, PredictorRecipe
 from tests.runs import png
 
 

@@ -18,7 +18,7 @@ from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.exporting.routes import exported_pyramid
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.cost import flops_fraction
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.exporting.test_export import in_fresh_process
 from tests.exports import question
 

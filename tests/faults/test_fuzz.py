@@ -26,7 +26,7 @@ from dpn_cli.data.loading import load_data
 from dpn_cli.data.options import DataOptions
 from dpn_cli.errors import DpnError
 from dpn_cli.exporting.export import export
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.converted import pretend_calibration
 from tests.faults.damage import CONFIG, INDEX, OTHER_SHARD, SHARD
 from tests.faults.limited import Hang, limited

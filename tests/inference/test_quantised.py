@@ -15,7 +15,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.inference.adapter import add_adapter
 from dpn_cli.inference.loading import load_model
 from dpn_cli.inference.quantised import load_frozen
-from dpn_cli.pyramid.recipe import HealRecipe
+from dpn_cli.pyramid.calibration_recipe import HealRecipe
 from tests.calibration.training.test_heal import PAD, examples
 from tests.calibration.training.test_tuning import RECIPE, base_weights, data, run
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpn_cli.errors import UsageError
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.reach import Length, cheapest_fraction, length_record, typical_length, validate_budget
-from dpn_cli.pyramid.recipe import CalibrationRecipe, load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from dpn_cli.pyramid.shape import DecoderShape
 
 LLAVA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32064)

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpn_cli.errors import RecipeError
-from dpn_cli.pyramid.recipe import CalibrationRecipe, Recipe, available_recipes, load_recipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
+from dpn_cli.pyramid.recipe import Recipe
+from dpn_cli.pyramid.recipe_files import available_recipes, load_recipe
 
 
 def test_shipped_recipes_parse_and_are_named_after_their_file() -> None:

@@ -14,7 +14,8 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.inference.loading import load_model
 from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
 from dpn_cli.pyramid.experts import KEEP, Expert, pool
-from dpn_cli.pyramid.recipe import Recipe, load_recipe
+from dpn_cli.pyramid.recipe import Recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.pyramids import POOLING, collate, ragged_batch, scramble_routers
 
 VERSION_1 = {

@@ -25,8 +25,8 @@ from dpn_cli.modeling.call import changed_call
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
+from dpn_cli.pyramid.calibration_recipe import HealRecipe
 from dpn_cli.pyramid.config import PyramidConfig
-from dpn_cli.pyramid.recipe import HealRecipe
 
 HELD_OUT = (8, 256)  # samples that judge, an eighth of all: none where that is fewer than the first, at most the second
 LOOKS_PER_HELD_OUT = 2

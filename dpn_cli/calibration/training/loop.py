@@ -20,7 +20,7 @@ from dpn_cli.checkpoint.writer import replace_file
 from dpn_cli.errors import DpnError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
-from dpn_cli.pyramid.recipe import TrainingRecipe
+from dpn_cli.pyramid.calibration_recipe import TrainingRecipe
 
 STATE_FILE = "training.pt"  # in the folder of the calibration's state
 WARM_UP = 0.05  # of the steps

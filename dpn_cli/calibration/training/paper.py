@@ -33,7 +33,7 @@ from dpn_cli.modeling.routers import GATE_TEMPERATURE
 from dpn_cli.modeling.state import Choice, PyramidState
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import ALONE, Processes
-from dpn_cli.pyramid.recipe import CalibrationRecipe, PaperRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, PaperRecipe
 
 
 def train_as_paper(

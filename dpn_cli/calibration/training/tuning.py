@@ -13,7 +13,7 @@ from dpn_cli.data.samples import Sample
 from dpn_cli.errors import UsageError
 from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.parallel.processes import Processes
-from dpn_cli.pyramid.recipe import CalibrationRecipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe
 from dpn_cli.reporter import Reporter
 
 

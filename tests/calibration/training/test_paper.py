@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from dpn_cli.calibration.passes import run_trunk, student_logits, teacher_logits
 from dpn_cli.calibration.training.paper import Sampler, paper_loss, routing_loss
 from dpn_cli.modeling.state import Choice
+from dpn_cli.pyramid.calibration_recipe import PaperRecipe
 from dpn_cli.pyramid.config import RouterConfig
-from dpn_cli.pyramid.recipe import PaperRecipe
 from tests.calibration.training.test_heal import PAD, examples
 
 __all__ = ["examples"]

@@ -33,7 +33,8 @@ from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
 from dpn_cli.inference import adapter
 from dpn_cli.inference.loading import load_model
-from dpn_cli.pyramid.recipe import CalibrationRecipe, HealRecipe, PaperRecipe, load_recipe
+from dpn_cli.pyramid.calibration_recipe import CalibrationRecipe, HealRecipe, PaperRecipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.runs import FEW, digests
 
 HEAL = HealRecipe(method="lora", rank=2, steps=3, batch_size=2, gradient_accumulation=1, learning_rate=2e-2)

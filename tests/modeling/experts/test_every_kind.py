@@ -12,7 +12,7 @@ from dpn_cli.modeling.experts.registry import ASSIGNMENTS, assign
 from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import KEEP, KINDS, Expert, examples, num_tokens
-from dpn_cli.pyramid.recipe import load_recipe
+from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.modeling.experts.states import state_of, tiny_text_model
 from tests.pyramids import VISUAL, collate, prompt, ragged_batch
 
