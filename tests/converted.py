@@ -13,7 +13,8 @@ from dpn_cli.calibration.survey import pruned
 from dpn_cli.checkpoint.headers import INDEX_FILE, read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.convert import convert
-from dpn_cli.pyramid.config import Budget, PyramidConfig
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe_files import load_recipe
 from dpn_cli.pyramid.route import parse_route
 

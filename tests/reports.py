@@ -11,7 +11,8 @@ from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.reporting.report import Report
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.data.samples import Sample
-from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import pool
 from dpn_cli.pyramid.shape import DecoderShape

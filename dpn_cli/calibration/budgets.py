@@ -8,7 +8,7 @@ from torch import nn
 from dpn_cli.calibration.policy import Policy, outcome
 from dpn_cli.calibration.rollout import RouteTable
 from dpn_cli.inference.threads import one_thread
-from dpn_cli.pyramid.config import BUDGET_STEP, Budget
+from dpn_cli.pyramid.budgets import BUDGET_STEP, Budget
 
 HIGHEST = 1e6  # λ, the loss that a whole prefill is worth: beyond any
 PRECISION = 1e-7  # of λ, relative: what it is multiplied by has no more

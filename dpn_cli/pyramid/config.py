@@ -15,6 +15,7 @@ from itertools import pairwise, product
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from dpn_cli.pyramid.budgets import Budget, fraction_at, trade_off_at, trust_at
 from dpn_cli.pyramid.experts import (
     KEEP,
     KINDS,
@@ -50,7 +51,6 @@ Gate = Literal["none", "probability"]
 Positions = Literal["persistent", "contiguous"]
 Attention = Literal["plain", "sized"]
 
-BUDGET_STEP = 0.02  # between the rows of a budget table, in fractions of the full prefill, where routes allow it
 IMPORTED_KEY = "imported"  # in `calibration`
 ADAPTER_KEY = "adapter"  # likewise: the adapter's folder inside the checkpoint's, where that is healed
 IMPORTED_USE = (
@@ -126,24 +126,6 @@ class RouterConfig:
             shapes = {"norm.weight": (inputs,), "norm.bias": (inputs,)}
             shapes |= {"hidden.weight": (width, inputs), "hidden.bias": (width,)}
         return shapes | {"head.weight": (num_outputs, width), "head.bias": (num_outputs,)}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One row of the budget table that calibration measures.
-
-    Attributes:
-        fraction: mean fraction of the original LLM's prefill FLOPs, over the held-out calibration samples.
-        trade_off: the λ that reaches it.
-        distortion: mean KL divergence from the teacher, in nats, at that λ.
-        trust: how far the routers' predictions count at that λ, from 0, where every sample takes what is best in the
-            mean, to 1; see `PyramidConfig.trust`.
-    """
-
-    fraction: float
-    trade_off: float
-    distortion: float
-    trust: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -411,19 +393,11 @@ class PyramidConfig:
         """The budget that λ stands for by the budget table; None where there is no table, or no limit (λ = 0)."""
         if not self.budgets or self.trade_off <= 0:
             return None
-        above = Budget(1.0, 0.0, 0.0)
-        for row in self.budgets:
-            if row.trade_off == self.trade_off:
-                return row.fraction
-            if row.trade_off > self.trade_off:
-                share = (self.trade_off - above.trade_off) / (row.trade_off - above.trade_off)
-                return round(above.fraction - share * _interpolated(above, row), 6)
-            above = row
-        return above.fraction
+        return fraction_at(self.budgets, self.trade_off)
 
     def trust(self, trade_off: float) -> float:
         """Return how far the routers' predictions count at λ: see `Budget.trust`."""
-        return next((row.trust for row in self.budgets if row.trade_off >= trade_off), 1.0)
+        return trust_at(self.budgets, trade_off)
 
     def trade_off_for(self, budget: float) -> float:
         """Return the λ that spends `budget` on average, interpolated in the budget table; 0 for a budget of 1.
@@ -444,15 +418,7 @@ class PyramidConfig:
             raise ValueError("the routers are not calibrated: run `dpn calibrate` first, or force a route")
         if budget == 1:  # the full route, though the routers' own FLOPs take it a little past 1
             return 0.0
-        above = Budget(1.0, 0.0, 0.0)
-        for row in self.budgets:
-            if row.fraction <= budget:
-                share = (above.fraction - budget) / max(_interpolated(above, row), 1e-12)
-                if share >= 1 or row.trust != above.trust:  # between two rules there is nothing to interpolate
-                    return row.trade_off
-                return above.trade_off + share * (row.trade_off - above.trade_off)
-            above = row
-        raise ValueError(f"budget {budget} is out of reach: this pyramid's cheapest is {above.fraction:.3f}")
+        return trade_off_at(self.budgets, budget)
 
     @property
     def predictors(self) -> dict[str, tuple[str, int]]:
@@ -507,14 +473,6 @@ def _check_fields(part: Any) -> None:
             good = get_origin(kind) is not dict or isinstance(value, dict)
         if not good:
             raise ValueError(f"pyramid config has an impossible {each.name}: {value!r}")
-
-
-def _interpolated(above: Budget, row: Budget) -> float:
-    """Return how far below a row of the budget table λ may be interpolated, in fractions of the full prefill.
-
-    The next row has the smallest λ that spends a step less. Where it spends less than that, smaller ones spend more.
-    """
-    return min(above.fraction - row.fraction, BUDGET_STEP)
 
 
 def predictor_name(kind: str, layer: int) -> str:

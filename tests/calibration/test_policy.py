@@ -15,7 +15,8 @@ from dpn_cli.calibration.fitting import fit_routers, held_out_objective
 from dpn_cli.calibration.policy import Policy, fixed_routes, outcome
 from dpn_cli.calibration.rollout import RouteTable, RouteTree
 from dpn_cli.modeling.routers import Router, decide
-from dpn_cli.pyramid.config import BUDGET_STEP, Budget, PyramidConfig, RouterConfig, Site
+from dpn_cli.pyramid.budgets import BUDGET_STEP, Budget
+from dpn_cli.pyramid.config import PyramidConfig, RouterConfig, Site
 from dpn_cli.pyramid.experts import pool
 
 RATES = ((1, 1), (1, 2), (2, 2))

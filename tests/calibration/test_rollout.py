@@ -14,7 +14,8 @@ from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_bat
 from dpn_cli.calibration.state import MeasurementState, drop_state
 from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import CheckpointError, DataError, UsageError
-from dpn_cli.pyramid.config import Budget, Route, RouterConfig, Site
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import Route, RouterConfig, Site
 from dpn_cli.pyramid.experts import Expert
 from tests.pyramids import prompt, pyramid
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dpn_cli.cli import main
-from dpn_cli.pyramid.config import Budget, PyramidConfig
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig
 from tests.pyramids import POOLING
 
 

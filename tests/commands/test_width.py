@@ -23,7 +23,8 @@ from dpn_cli.data.findings import Scan
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.evaluation.harness import Benchmark
 from dpn_cli.exporting.export import Export
-from dpn_cli.pyramid.config import Budget, PyramidConfig
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.recipe_files import load_recipe
 from tests.commands.test_tables import made_up_evaluation, made_up_latency
 from tests.reports import made_up_report

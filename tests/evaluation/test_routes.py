@@ -8,7 +8,7 @@ import torch
 from dpn_cli.evaluation.baselines.baseline import Prompt, full_flops
 from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed, routes_that_spend
 from dpn_cli.evaluation.latency import prompts_of
-from dpn_cli.pyramid.config import Budget
+from dpn_cli.pyramid.budgets import Budget
 from dpn_cli.pyramid.cost import flops_fraction
 from tests.evaluation.naive import SHAPE
 from tests.pyramids import collate, prompt, pyramid, ragged_batch

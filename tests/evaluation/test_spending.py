@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dpn_cli.data.options import DataOptions
 from dpn_cli.evaluation.spending import Spending, unmet
-from dpn_cli.pyramid.config import BUDGET_STEP, Budget, PyramidConfig
+from dpn_cli.pyramid.budgets import BUDGET_STEP, Budget
+from dpn_cli.pyramid.config import PyramidConfig
 
 TABLE = (Budget(1.003, 0.0, 0.0), Budget(0.983, 0.001, 0.0), Budget(0.35, 0.5, 0.1), Budget(0.33, 20.0, 0.9))
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpn_cli.pyramid.config import Budget, PyramidConfig, Site
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig, Site
 from dpn_cli.pyramid.experts import KEEP
 from tests.pyramids import collate, prompt, ragged_batch
 

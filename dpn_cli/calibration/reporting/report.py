@@ -12,7 +12,8 @@ from dpn_cli.calibration.reporting.losses import losses
 from dpn_cli.calibration.survey import Tried
 from dpn_cli.inference.provenance import versions
 from dpn_cli.intervals import wilson_interval
-from dpn_cli.pyramid.config import Budget, PyramidConfig, Route
+from dpn_cli.pyramid.budgets import Budget
+from dpn_cli.pyramid.config import PyramidConfig, Route
 from dpn_cli.pyramid.cost import tokens_per_layer
 from dpn_cli.pyramid.experts import Grid
 from dpn_cli.pyramid.shape import DecoderShape

@@ -17,8 +17,8 @@ from dpn_cli.data.encoding import IGNORED, Example
 from dpn_cli.errors import DpnError
 from dpn_cli.inference.adapter import adapter_parameters, add_adapter
 from dpn_cli.inference.scoring import divergence
+from dpn_cli.pyramid.budgets import Budget
 from dpn_cli.pyramid.calibration_recipe import HealRecipe
-from dpn_cli.pyramid.config import Budget
 from tests.pyramids import prompt, pyramid
 
 PAD = 3
