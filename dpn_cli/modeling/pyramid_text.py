@@ -2,12 +2,12 @@
 
 The forward is a loop, `run_segment` → `choose` → `apply`, over a `PyramidState`. Calibration walks the same three
 steps as a tree, so that routes with a common prefix share its work; what a site does to a batch is one method,
-`reduce`.
+`reduce`, in `decisions.py`.
 
 Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,40 +28,19 @@ from typing_extensions import override
 from dpn_cli.families.text import TEXT_MODELS, TextModel
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import change_call, current_call
-from dpn_cli.modeling.engine import compact
+from dpn_cli.modeling.decisions import DecisionsMixin
 from dpn_cli.modeling.experts.pool import Kernels
-from dpn_cli.modeling.experts.registry import assign
 from dpn_cli.modeling.packing import KERNEL, Group, Packing
 from dpn_cli.modeling.predictors import new_predictors
 from dpn_cli.modeling.renamed import CACHE, WITH_MASK
-from dpn_cli.modeling.routers import (
-    GATE_TEMPERATURE,
-    Readable,
-    RouterHead,
-    RouterLinear,
-    RouterNorm,
-    decide,
-    new_routers,
-    router_features,
-    trusted,
-)
+from dpn_cli.modeling.routers import RouterHead, RouterLinear, RouterNorm, new_routers
 from dpn_cli.modeling.sized import with_sizes
-from dpn_cli.modeling.state import (
-    HIDDEN_IN_PART,
-    PACKED,
-    Choice,
-    PyramidState,
-    put,
-    take_columns,
-    visible_tokens,
-)
+from dpn_cli.modeling.state import HIDDEN_IN_PART, PACKED, PyramidState, take_columns, visible_tokens
 from dpn_cli.pyramid.config import PyramidConfig, Route
-from dpn_cli.pyramid.cost import Offer, offer
-from dpn_cli.pyramid.experts import KEEP, KINDS, Kind
 from dpn_cli.pyramid.shape import DecoderShape
 
 
-class PyramidTextMixin:
+class PyramidTextMixin(DecisionsMixin):
     """Makes a text model of the Llama family a pyramid; with `pyramid.sites` empty it is the original."""
 
     # What the text model that stands beside the mixin brings.
@@ -85,30 +64,9 @@ class PyramidTextMixin:
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.experts) for site in pyramid.sites)
 
     @property
-    def pyramid(self) -> PyramidConfig:
-        """The pyramid that the model runs as: its own, but for the duration of `as_pyramid`."""
-        return current_call(self).pyramid or self.own_pyramid
-
-    @pyramid.setter
-    def pyramid(self, pyramid: PyramidConfig) -> None:
-        self.own_pyramid = pyramid
-
-    @property
     def segments(self) -> list[range]:
         """The decoder layers between sites."""
         return self.pyramid.segments(self.config.num_hidden_layers)
-
-    @property
-    def trade_off(self) -> float:
-        """The λ that routers choose with."""
-        chosen = current_call(self).trade_off
-        return self.pyramid.trade_off if chosen is None else chosen
-
-    @property
-    def forced_routes(self) -> tuple[Route, ...]:
-        """The route of all samples, or one for each; empty where the routers choose."""
-        chosen = current_call(self).routes
-        return self.default_routes if chosen is None else chosen
 
     @override
     def _init_weights(self, module: nn.Module) -> None:  # type: ignore[misc]  # of the text model beside the mixin
@@ -189,27 +147,6 @@ class PyramidTextMixin:
             )
         return BaseModelOutputWithPast(last_hidden_state=self.finish(state), **{CACHE: cache})
 
-    @property
-    def reads_instruction(self) -> bool:
-        """Whether a prefill has to know where the instruction ends: for its routers, or for an expert."""
-        return self.asks_routers or any(kind.reads_instruction for kind in self._kinds())
-
-    @property
-    def reads_salience(self) -> bool:
-        """Whether an expert looks at what the vision tower attends to."""
-        return any(kind.reads_salience for kind in self._kinds())
-
-    def _kinds(self) -> Iterator[Kind]:
-        """Yield the kinds of the experts that a prefill may take."""
-        sites = self.pyramid.sites if current_call(self).pools else ()
-        return (KINDS[expert.kind] for site in sites for expert in site.experts)
-
-    @property
-    def asks_routers(self) -> bool:
-        """Whether a prefill asks the routers: to choose experts, or for the gate of those that are forced."""
-        chooses = not self.forced_routes or self.pyramid.gate != "none"
-        return current_call(self).pools and self.pyramid.has_routers and chooses
-
     def rebuild(self, pyramid: PyramidConfig) -> None:
         """Take another pyramid, with fresh routers where it has any, and of the predictors those that it needs."""
         self.pyramid = pyramid
@@ -281,10 +218,6 @@ class PyramidTextMixin:
                 state = reduce(state, segment - 1)
             state = self.run_segment(state, segment, cache, attention_mask, **kwargs)
         return state
-
-    def reduce(self, state: PyramidState, site: int) -> PyramidState:
-        """Leave a batch with fewer visual tokens at a site: every sample by the expert that is chosen for it."""
-        return self.apply(state, site, self.choose(state, site))
 
     def run_segment(
         self,
@@ -421,117 +354,6 @@ class PyramidTextMixin:
             return (state.valid.cumsum(1) - 1).clamp(min=0) + past
         return torch.arange(state.hidden_states.shape[1], device=state.hidden_states.device)[None] + past
 
-    def router_features(self, state: PyramidState) -> torch.Tensor:
-        """Return what a router reads in this state, [B, num_inputs, D]."""
-        assert state.router_tokens is not None and state.coords is not None
-        is_visual = state.coords[..., 0] >= 0
-        columns = state.now_at(state.router_tokens.clamp(min=0))
-        is_read = torch.zeros_like(is_visual, dtype=torch.long).scatter_add(
-            1, columns, (state.router_tokens >= 0).long()
-        )
-        batch = Readable(state.hidden_states, is_read > 0, state.is_text, is_visual)
-        return router_features(batch, self.pyramid.router)
-
-    def choose(self, state: PyramidState, site: int) -> Choice:
-        """Let the forced route or the router pick every sample's expert at a site."""
-        if self.forced_routes:
-            return self.take(state, site, self._forced(self.forced_routes, state, site))
-        offers = self.offers(state)
-        if all(len(options) == 1 for options, _ in offers):
-            return self.take(state, site, [options[0].expert for options, _ in offers])
-        return self.choose_among(offers, state, site)
-
-    def choose_among(self, offers: Sequence[Offer], state: PyramidState, site: int) -> Choice:
-        """Let the router pick every sample's expert among some options; see `offers`."""
-        logits = self.routers[site](self.router_features(state))
-        scores = trusted(logits, self.pyramid.mean_losses, self.pyramid.trust(self.trade_off))
-        experts = [
-            decide(row, options, costs, self.trade_off)
-            for row, (options, costs) in zip(scores.tolist(), offers, strict=True)
-        ]
-        return Choice(experts, self._gate(state, logits, experts))
-
-    def take(self, state: PyramidState, site: int, experts: list[int]) -> Choice:
-        """Take given experts, gated as if the router had picked them."""
-        if self.pyramid.gate == "none":
-            return Choice(experts)
-        return Choice(experts, self._gate(state, self.routers[site](self.router_features(state)), experts))
-
-    def _forced(self, routes: Sequence[Route], state: PyramidState, site: int) -> list[int]:
-        """Return what forced routes take at a site, 1×1 where a sample is not pooled at all."""
-        spread = _spread(routes, len(state.grids))
-        for route, grids in set(zip(spread, state.image_grids, strict=True)):
-            self.pyramid.walk(route, grids)
-        return [
-            route[site] if grids and self.pyramid.takes(grids) else 0
-            for route, grids in zip(spread, state.grids, strict=True)
-        ]
-
-    def _gate(self, state: PyramidState, logits: torch.Tensor, experts: list[int]) -> torch.Tensor | None:
-        """Return the probability gate [B] of the chosen experts (paper, eq. 4), or None without a gate."""
-        if self.pyramid.gate == "none":
-            return None
-        index = put(experts, logits.device)[:, None]
-        probability = (logits / GATE_TEMPERATURE).softmax(-1).gather(1, index)[:, 0]
-        return torch.where(self._taken(state).to(probability.device), probability, 1)
-
-    def _taken(self, state: PyramidState) -> torch.Tensor:
-        """Say which samples are pooled at all, [B] bool."""
-        return put([self.pyramid.takes(grids) for grids in state.grids], state.hidden_states.device)
-
-    def offers(self, state: PyramidState) -> list[Offer]:
-        """Return, per sample, the options at the next site and the FLOPs fraction of each."""
-        samples = zip(state.grids, state.image_grids, state.text_tokens, state.routes, strict=True)
-        return [
-            offer(self.shape, self.pyramid, route, image if grids else (), text)
-            for grids, image, text, route in samples
-        ]
-
-    def apply(self, state: PyramidState, site: int, choice: Choice) -> PyramidState:
-        """Leave every sample with fewer visual tokens, by its own expert."""
-        pyramid = self.pyramid
-        routes = tuple((*route, k) for route, k in zip(state.routes, choice.experts, strict=True))
-        experts = [pyramid.sites[site].experts[k] for k in choice.experts]
-        untouched = set(experts) == {KEEP} and pyramid.pooling != "conv"
-        if untouched and choice.probability is None:
-            return replace(state, routes=routes)
-        assignment = assign(self, state, experts, pyramid.sites[site].after_layer + 1)
-        is_sized = pyramid.attention == "sized"
-        if pyramid.pooling == "conv":
-            reduced = compact(state, assignment, weights=self._conv_weights(state, site, choice), sized=is_sized)
-        else:
-            reduced = compact(state, assignment, pyramid.pooling, sized=is_sized)
-        assert reduced.coords is not None
-        hidden_states = reduced.hidden_states
-        if choice.probability is not None:
-            probability = choice.probability.to(hidden_states.device)
-            gate = torch.where(reduced.coords[..., 0] >= 0, probability[:, None], 1)
-            hidden_states = hidden_states * gate[..., None].to(hidden_states.dtype)
-        each = list(zip(experts, state.grids, state.coord_grids, strict=True))
-        return replace(
-            reduced,
-            hidden_states=hidden_states,
-            grids=tuple(expert.left(grids, pyramid.rounding) for expert, grids, _ in each),
-            coord_grids=tuple(
-                coords if expert.share else expert.left(coords, pyramid.rounding) for expert, _, coords in each
-            ),
-            routes=routes,
-        )
-
-    def _conv_weights(self, state: PyramidState, site: int, choice: Choice) -> torch.Tensor:
-        """Return every token's factors [B, S, D] in the depthwise convolution of its sample's expert.
-
-        They are relative to the mean of a complete cell; an incomplete one has fewer tokens, so each counts for more.
-        """
-        assert state.coords is not None
-        rows = []
-        for coords, k, taken in zip(state.coords, choice.experts, self._taken(state), strict=True):
-            kernel = self.poolers[site](k).float()  # [D, kernel_h, kernel_w]
-            kernel = kernel * kernel[0].numel()
-            factors = kernel[:, coords[:, 1] % kernel.shape[1], coords[:, 2] % kernel.shape[2]].T  # [S, D]
-            rows.append(torch.where((coords[:, :1] >= 0) & taken, factors, 1))
-        return torch.stack(rows)
-
     def finish(self, state: PyramidState) -> torch.Tensor:
         """Apply the final norm and lay the states out as the original tokens were: [B, L, D]."""
         state = state.after(self.norm(state.hidden_states))
@@ -559,13 +381,6 @@ def _is_compiled(layer: nn.Module) -> bool:
 def _starts_anew(position_ids: torch.Tensor | None) -> bool:
     """Say whether position ids [B, L] do not rise one by one: rows are packed."""
     return position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
-
-
-def _spread(routes: Sequence[Route], batch: int) -> list[Route]:
-    """Give every sample its route; several rows per route where generation has expanded the batch."""
-    if batch % len(routes):
-        raise ValueError(f"{len(routes)} routes were set, the batch has {batch} samples: give one, or one per sample")
-    return [route for route in routes for _ in range(batch // len(routes))]
 
 
 def _refuse_sliding_window(config: PreTrainedConfig) -> None:

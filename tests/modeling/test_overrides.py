@@ -57,7 +57,7 @@ def test_what_is_set_or_called_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("text", PYRAMID_TEXT_MODELS.values(), ids=lambda each: each.__name__)
 def test_layers_take_the_cache_by_the_name_that_masks_do(text: Any) -> None:
-    stock = text.mro()[2]
+    stock = stock_classes(text)[0]
     layer = getattr(inspect.getmodule(stock), stock.__name__.replace("Model", "DecoderLayer"))
     assert CACHE in inspect.signature(layer.forward).parameters
     assert CACHE in inspect.signature(transformers.masking_utils.create_causal_mask).parameters
