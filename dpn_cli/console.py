@@ -66,7 +66,7 @@ def log_to(path: str) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    _add_handler(logging.FileHandler(path, encoding="utf-8", delay=False))
+    _add_handler(_LogFile(path, encoding="utf-8"))
 
 
 def show_logs() -> None:
@@ -87,9 +87,13 @@ def _add_handler(handler: logging.Handler) -> None:
 def end_logs() -> None:
     """Close what `log_to` and `show_logs` have opened."""
     while _handlers:
-        handler = _handlers.pop()
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        _remove_handler(_handlers[-1])
+
+
+def _remove_handler(handler: logging.Handler) -> None:
+    _handlers.remove(handler)
+    logging.getLogger().removeHandler(handler)
+    handler.close()
 
 
 def hush() -> None:
@@ -126,6 +130,24 @@ def guard_libraries() -> None:
     sys.excepthook = lambda kind, error, trace: echo(
         "".join(traceback.format_exception(kind, error, trace)), nl=False, err=True
     )
+
+
+class _LogFile(logging.FileHandler):
+    """A file for messages; where it cannot be written, the work goes on without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say it once, and write no more."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif self in _handlers:
+            _remove_handler(self)
+            note(f"Note: the log file {self.baseFilename} cannot be written ({error.strerror}), so it ends here.")
+
+    def close(self) -> None:
+        """Close the file, even if what is left for it finds no room."""
+        with suppress(OSError):
+            super().close()
 
 
 class _Record(logging.LogRecord):

@@ -159,6 +159,20 @@ def test_what_is_said_is_logged_too(
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
+def test_a_log_file_that_cannot_be_written_any_more_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def command() -> None:
+        for step in ("one", "two"):
+            console.note(step)
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(command=command))
+    assert cli.main(["--log-file", "/dev/full", "demo"]) == 0
+    said = "Note: the log file /dev/full cannot be written (No space left on device), so it ends here."
+    assert sorted(capsys.readouterr().err.splitlines()) == [said, "one", "two"]
+
+
 def test_a_shell_completes_what_dpn_knows() -> None:
     def offered(line: str) -> set[str]:
         *words, incomplete = line.split(" ")
