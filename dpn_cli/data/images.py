@@ -159,7 +159,7 @@ def _opened(image: Path | bytes | Image.Image, name: str) -> Iterator[Image.Imag
     except MemoryError:
         raise RowError("image too large", f"{name} does not fit into memory") from None
     except _UNREADABLE as error:
-        reason = "a Git LFS pointer, run `git lfs pull`" if _is_pointer(image) else _reason(error)
+        reason = _known_reason(image) or _reason(error)
         raise RowError("image cannot be decoded", f"{name}: {reason}") from None
 
 
@@ -242,12 +242,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _is_pointer(image: Path | bytes | Image.Image) -> bool:
-    """Tell whether an image is what Git leaves in the place of a large file that was not fetched."""
+def _known_reason(image: Path | bytes | Image.Image) -> str:
+    """Say what stands in the place of an image, where that is easily told."""
     if isinstance(image, Path):
         with image.open("rb") as file:
             image = file.read(len(LFS_SIGNATURE))
-    return isinstance(image, bytes) and image.startswith(LFS_SIGNATURE)
+    if not isinstance(image, bytes):
+        return ""
+    if image.startswith(LFS_SIGNATURE):
+        return "a Git LFS pointer, run `git lfs pull`"
+    return "" if image else "an empty file"
 
 
 def _reason(error: BaseException) -> str:

@@ -127,10 +127,11 @@ def test_other_limits_and_what_git_leaves_behind_are_put_in_words(tmp_path: Path
     with pytest.raises(DataError, match=rf"a\.png has more than the {MAX_PIXELS} pixels that are decoded"):
         image_size(tmp_path / "a.png", "a.png")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (tmp_path / "b.png").write_bytes(pointer)
-    for image in (tmp_path / "b.png", pointer):
-        with pytest.raises(DataError, match=r"b\.png: a Git LFS pointer, run `git lfs pull`"):
-            image_size(image, "b.png")
+    for content, reason in ((pointer, "a Git LFS pointer, run `git lfs pull`"), (b"", "an empty file")):
+        (tmp_path / "b.png").write_bytes(content)
+        for image in (tmp_path / "b.png", content):
+            with pytest.raises(DataError, match=rf"b\.png: {reason}"):
+                image_size(image, "b.png")
 
 
 @pytest.mark.parametrize(("kind", "options"), [("WEBP", {}), ("JPEG", {"progressive": True}), ("TIFF", {})])
