@@ -5,6 +5,6 @@ import sys
 if not sys.flags.safe_path:
     del sys.path[0]  # the current folder, which may be a stranger's: no code of it is imported
 
-from dpn_cli.cli import run
+from dpn_cli.start import run
 
 run()

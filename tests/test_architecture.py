@@ -9,7 +9,7 @@ import dpn_cli
 ORDER = [
     "errors", "extras", "limits", "reporter", "intervals", "notation", "demo", "pyramid", "families", "modeling",
     "checkpoint", "workspace", "data", "pages", "inference", "conversion", "parallel", "calibration", "exporting",
-    "evaluation", "channels", "console", "commands", "cli",
+    "evaluation", "channels", "console", "commands", "cli", "start",
 ]  # fmt: skip
 """From the ground up. `modeling` goes along with exports: it needs nothing of `checkpoint` or above."""
 

@@ -346,6 +346,21 @@ def test_torchs_libraries_neither_spin_nor_hoard_unless_the_user_says_so(
     assert seen == [expected, "7"]
 
 
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback() -> None:
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "dpn_cli.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from dpn_cli.start import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, ""), "130, as a shell sees it"
+
+
 def test_no_line_of_a_help_ends_inside_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0
