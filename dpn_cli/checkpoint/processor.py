@@ -55,6 +55,8 @@ _STRATEGY = "vision_feature_select_strategy"
 
 Place = tuple[str, ...]  # a file, and the keys that lead to a value in it
 
+_AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that take tokenizer.json as it is
+
 IMAGES_PLACE: Place = (PROCESSOR_FILE, "image_processor")  # or a file of its own
 
 
@@ -65,10 +67,13 @@ class Completion:
     Attributes:
         settings: the values that config.json implies, by place.
         template: the chat template to write; None if the processor finds its own.
+        tokenizer_class: the class that transformers takes for the original, whatever class its folder names; empty if
+            it is the one that is named.
     """
 
     settings: Mapping[Place, Any] = field(default_factory=dict)
     template: ChatTemplate | None = None
+    tokenizer_class: str = ""
 
     def summary(self) -> str:
         """Return what is completed, for a message; empty if nothing is."""
@@ -89,11 +94,14 @@ class Completion:
             write_json(folder / file, data)
         if self.template is not None:
             self.template.write(folder)
+        if self.tokenizer_class:
+            data = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
+            write_json(folder / TOKENIZER_CONFIG_FILE, data | {"tokenizer_class": self.tokenizer_class})
 
     @contextmanager
     def applied(self, folder: Path) -> Iterator[Path]:
         """Yield a folder whose processor is complete: the very one, or a copy of its small files."""
-        if not self.summary():
+        if not self.summary() and not self.tokenizer_class:
             yield folder
             return
         with TemporaryDirectory() as name:
@@ -163,7 +171,10 @@ def _hold(
     if is_implied and files.processor.get("image_token", DEFAULT_IMAGE_TOKEN) != image_token:
         missing[PROCESSOR_FILE, "image_token"] = image_token
     missing |= tokens.missing(config, image_token)
-    return Completion(missing, None if template.is_found else template), image_token, tokens.special
+    named = files.data[TOKENIZER_CONFIG_FILE,].get("tokenizer_class")
+    tokenizer_class = _AS_IT_IS[0] if Family.of(config).plain_tokenizer and named not in _AS_IT_IS else ""
+    completion = Completion(missing, None if template.is_found else template, tokenizer_class)
+    return completion, image_token, tokens.special
 
 
 class _Files:

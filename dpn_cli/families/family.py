@@ -22,6 +22,8 @@ class Family:
             it.
         cuts_images: whether images are cut into tiles, with newline tokens; no other image processor does this.
         counts_tokens: whether the processor is told the number of tokens of a tile, in place of the size of a patch.
+        plain_tokenizer: whether transformers takes the tokenizer.json of the originals as it is, whatever class of
+            tokenizer they name (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`).
         recipe: name of the recipe for models that have none of their own.
         aliases: hub ids by short name.
     """
@@ -34,6 +36,7 @@ class Family:
     video_processor: str | None = None
     cuts_images: bool = False
     counts_tokens: bool = False
+    plain_tokenizer: bool = False
     recipe: str = DEFAULT_RECIPE
     aliases: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,6 +71,7 @@ FAMILIES = {
         Family(
             "llava",
             "DpnLlava",
+            plain_tokenizer=True,
             aliases={
                 "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
                 "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
@@ -82,6 +86,7 @@ FAMILIES = {
             "DpnLlavaNext",
             image_processor="LlavaNextImageProcessor",
             cuts_images=True,
+            plain_tokenizer=True,
             recipe="llava-next",
             aliases={
                 "llava-1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",

@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError, UsageError
 from dpn_cli.exporting.export import export
 from dpn_cli.exporting.options import ExportOptions
+from dpn_cli.families.family import FAMILIES
 from dpn_cli.inference.loading import load_processor
 from tests.conftest import CHAT_TEMPLATE
 from tests.faults.damage import Harm, both, edit
@@ -302,3 +304,26 @@ def test_a_template_that_does_not_show_what_is_asked_is_refused_and_can_be_given
     file.write_text(template)
     with pytest.raises(UsageError, match=rf"file\.jinja does not {fault}"):
         convert(str(source), output=tmp_path / "again", chat_template=file)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", pytest.param("llava_onevision", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "BertTokenizer", "PreTrainedTokenizerFast", None])
+def test_words_become_the_tokens_of_the_original_whatever_class_its_tokenizer_has(
+    make_source: Callable[[str], Path], tmp_path: Path, family: str, named: str | None
+) -> None:
+    """For some types of models transformers takes another class than the one that is named."""
+    taken = TOKENIZER_MAPPING_NAMES.get(family)
+    assert FAMILIES[family].plain_tokenizer == (taken == "TokenizersBackend")
+    source = make_source(family)
+    edit(TOKENIZER, "tokenizer_class", value=named)(source)
+    text = "USER: what  colour ?\nASSISTANT:"
+    expected = transformers.AutoProcessor.from_pretrained(source).tokenizer(text)["input_ids"]
+    converted = convert(str(source), output=tmp_path / "dpn").output
+    exported = export(converted, tmp_path / "exported", ExportOptions(uncalibrated=True)).output
+    earlier = Path(shutil.copytree(converted, tmp_path / "earlier"))  # a version before this one left the name
+    edit(TOKENIZER, "tokenizer_class", value=named)(earlier)
+    for processor in (
+        load_processor(converted), load_processor(earlier), load_processor(exported),
+        *(transformers.AutoProcessor.from_pretrained(folder) for folder in (converted, exported)),
+    ):  # fmt: skip
+        assert processor.tokenizer(text)["input_ids"] == expected

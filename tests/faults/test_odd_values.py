@@ -91,7 +91,6 @@ REFUSED = [
     (GENERATION_FILE, "temperature", "hot"),
     (GENERATION_FILE, "return_dict_in_generate", 3),
     (TOKENIZER_CONFIG_FILE, "padding_side", "middle"),
-    (TOKENIZER_CONFIG_FILE, "tokenizer_class", "BertTokenizer"),
 ]
 
 
