@@ -6,13 +6,13 @@ from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import Fields, is_blank, lettered
+from dpn_cli.data.fields import Fields, is_blank, is_image, lettered
 from dpn_cli.data.texts import name_images, read_text_alone, spelt_out
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
 
-_LETTERED = re.compile(r"^\(?([A-Z])(?:[).:]\s*|$)", re.IGNORECASE)
+_LETTERED = re.compile(r"^\(?([A-Z])(?:[):]\s*|\.(?:\s+|$)|$)", re.IGNORECASE)  # not that of "A.D." or "a.png"
 
 
 def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[str, ...]]:
@@ -36,6 +36,8 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
     if not isinstance(value, list) or len(value) > len(LETTERS):
         raise RowError("unknown choices", f"expected a list of choices or an object by letters, found {value!r:.80}")
     texts = [_text(choice) for choice in value]
+    if texts and all(map(is_image, texts)):
+        raise RowError("choices that are images", f"{texts[0]:.40} and so on; expected texts")
     bare = [_bare(text) for text in texts]
     if all(bare) and [_letter(text) for text in texts] == list(LETTERS[: len(texts)]):  # they bring their letters
         value = texts = bare

@@ -80,11 +80,13 @@ def _columns(is_chosen: torch.Tensor) -> list[int]:
 
 def _end(labelled: list[int], images: list[int], cue_ends: list[int], valid: list[int]) -> int:
     """Return the column of one row, from the columns that are labelled, image tokens, ends of cues and not padding."""
-    last_image = max(images, default=-1)
+    last, last_image = max(valid, default=0), max(images, default=-1)
     first_label = min((column for column in labelled if column > last_image), default=None)
-    if not images or first_label is None:
-        return max(valid, default=0)
     cue_ends = [column for column in cue_ends if column > last_image]
+    if not images:
+        return last
+    if first_label is None:  # as in `unlabelled_ends`
+        return last if last in cue_ends else min([*cue_ends, last])
     if cue_ends:
         return first_label - 1 if cue_ends[0] < first_label else cue_ends[0]
     if first_label - 1 > last_image or min(labelled) > last_image:

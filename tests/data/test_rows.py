@@ -147,6 +147,7 @@ def test_choices_that_the_question_lists_are_not_listed_again(question: str) -> 
         ({"choices": ["ball", "ball"], "answer": "ball"}, "ambiguous"),
         ({"choices": "ball or cube", "answer": "A"}, "unknown choices"),
         ({"choices": {"x": "ball", "y": "cube"}, "answer": "A"}, "unknown choices"),
+        ({"choices": ["one.png", "two.jpg"], "answer": "A"}, "choices that are images"),
         ({"choices": ["<image>", "cube"], "answer": "A"}, "<image> outside of a question"),
         ({"choices": ["<image 2>", "<image 3>"], "answer": "A"}, "images and their numbers"),
         ({"A": "ball", "B": "cube", "D": "cone", "answer": "A"}, "unknown choices"),
@@ -158,7 +159,7 @@ def test_choices_that_are_not_understood_are_refused(row: dict[str, Any], reason
     assert reason in refusal.value.reason
 
 
-@pytest.mark.parametrize("choices", [["1", "2", "3"], ["A", "B", "C"]])
+@pytest.mark.parametrize("choices", [["1", "2", "3"], ["A", "B", "C"], ["A.D.", "B.C.", "C.E."]])
 def test_choices_that_look_like_numbers_or_letters_keep_their_text(choices: list[str]) -> None:
     turn = read({"image": "a.png", "question": "what ?", "choices": choices, "answer": 2}).turns[0]
     assert f"\nC. {choices[2]}\n" in turn.question and turn.answer == "C"

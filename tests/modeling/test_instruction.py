@@ -42,7 +42,10 @@ def test_labels_of_the_whole_row_need_the_cue(hidden: tuple[int, ...]) -> None:
 def test_rows_without_images_or_labels_end_with_their_last_token() -> None:
     text = [PAD, PAD, BOS, WORD, *CUE, ANSWER, EOS]
     assert ends(text, [token != PAD for token in text]) == len(text) - 1
-    assert ends([*PROMPT, PAD, PAD], [False] * (len(PROMPT) + 2)) == len(PROMPT) - 1
+    for ids in ([*PROMPT, PAD, PAD], ROW, [PAD, *ROW], ROW[:-2]):  # and with images as without labels at all
+        row = torch.tensor([ids])
+        [expected] = unlabelled_ends(row, row == IMAGE, (row != PAD).long(), CUE).tolist()
+        assert ends(ids, [False] * len(ids)) == expected
 
 
 def test_without_labels_a_row_is_a_prompt_or_split_where_its_labels_would_split_it() -> None:
