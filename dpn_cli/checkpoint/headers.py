@@ -28,12 +28,15 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 _TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # what training leaves beside the weights
 _DEEPSPEED = "{folder} holds a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py . .` in it first"
+_FSDP = "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`"
 _BIN = "{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
 _OTHER_WEIGHTS = {
     "*.gguf": "{folder} holds a GGUF model, which is quantised for llama.cpp: start from the model in safetensors",
     "zero_to_fp32.py": _DEEPSPEED,
     "global_step*": _DEEPSPEED,
-    "**/*.distcp": "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`",
+    "mp_rank_*_model_states.pt": _DEEPSPEED,
+    "**/*.distcp": _FSDP,
+    "*/.metadata": _FSDP,
     BIN_FILE: _BIN,
     BIN_INDEX_FILE: _BIN,
     "mm_projector.bin": "{folder} holds a projector alone: start from a checkpoint with the whole model",

@@ -43,6 +43,8 @@ def test_headers_say_what_safetensors_says(tiny_llava_factory: Callable[..., Pat
         (["consolidated.safetensors"], "no model.safetensors, but consolidated.safetensors: if it holds all"),
         (["model-q4.gguf"], "holds a GGUF model, which is quantised"),
         (["global_step10/zero_pp_rank_0.pt"], "a DeepSpeed checkpoint in parts"),
+        (["mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint in parts"),
+        (["pytorch_model_fsdp_0/.metadata"], "an FSDP checkpoint in parts"),
         (["pytorch_model.bin"], "holds its weights as .bin, not as safetensors"),
         (["mm_projector.bin"], "holds a projector alone: start from a checkpoint with the whole model"),
         (["zero_to_fp32.py"], "a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py"),
