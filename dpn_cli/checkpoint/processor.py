@@ -67,13 +67,12 @@ class Completion:
     Attributes:
         settings: the values that config.json implies, by place.
         template: the chat template to write; None if the processor finds its own.
-        tokenizer_class: the class that transformers takes for the original, whatever class its folder names; empty if
-            it is the one that is named.
+        replaced: the values, by place, that transformers takes for the original in place of those in its folder.
     """
 
     settings: Mapping[Place, Any] = field(default_factory=dict)
     template: ChatTemplate | None = None
-    tokenizer_class: str = ""
+    replaced: Mapping[Place, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Return what is completed, for a message; empty if nothing is."""
@@ -86,7 +85,7 @@ class Completion:
 
     def write(self, folder: Path) -> None:
         """Complete the files of a folder, which must be our own."""
-        for (file, *keys), value in self.settings.items():
+        for (file, *keys), value in {**self.settings, **self.replaced}.items():
             data = inner = read_json_if_there(folder / file)
             for key in keys[:-1]:
                 inner = inner[key]
@@ -94,14 +93,11 @@ class Completion:
             write_json(folder / file, data)
         if self.template is not None:
             self.template.write(folder)
-        if self.tokenizer_class:
-            data = read_json_if_there(folder / TOKENIZER_CONFIG_FILE)
-            write_json(folder / TOKENIZER_CONFIG_FILE, data | {"tokenizer_class": self.tokenizer_class})
 
     @contextmanager
     def applied(self, folder: Path) -> Iterator[Path]:
         """Yield a folder whose processor is complete: the very one, or a copy of its small files."""
-        if not self.summary() and not self.tokenizer_class:
+        if not self.summary() and not self.replaced:
             yield folder
             return
         with TemporaryDirectory() as name:
@@ -171,10 +167,11 @@ def _hold(
     if is_implied and files.processor.get("image_token", DEFAULT_IMAGE_TOKEN) != image_token:
         missing[PROCESSOR_FILE, "image_token"] = image_token
     missing |= tokens.missing(config, image_token)
+    replaced: dict[Place, Any] = {}
     named = files.data[TOKENIZER_CONFIG_FILE,].get("tokenizer_class")
-    tokenizer_class = _AS_IT_IS[0] if Family.of(config).plain_tokenizer and named not in _AS_IT_IS else ""
-    completion = Completion(missing, None if template.is_found else template, tokenizer_class)
-    return completion, image_token, tokens.special
+    if Family.of(config).plain_tokenizer and named not in _AS_IT_IS:
+        replaced[TOKENIZER_CONFIG_FILE, "tokenizer_class"] = _AS_IT_IS[0]
+    return Completion(missing, None if template.is_found else template, replaced), image_token, tokens.special
 
 
 class _Files:
