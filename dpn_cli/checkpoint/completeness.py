@@ -13,6 +13,8 @@ from dpn_cli.families.tensors import COMPUTED, is_tied, llava_tensors, memory_na
 from dpn_cli.families.vision import VISION_TOWERS
 from dpn_cli.pyramid.shape import Shapes
 
+_NONE = "no such tensor"
+
 
 def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -> None:
     """Check the tensors of a LLaVA, in either of Hugging Face's layouts, against its architecture.
@@ -33,18 +35,25 @@ def check_complete(checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes) -
     says = f"asks for {wanted}, the weights have {stored}: {name!r}, in transformers' names"
     if stated := _to_blame(checkpoint, added, found):
         raise CheckpointError(f"{checkpoint.path / 'config.json'} has the {stated}, which {says}: correct it")
+    if wanted == _NONE:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {name!r}, which the model of its config.json does not have: save the model alone"
+        )
     raise CheckpointError(f"{checkpoint.path}: config.json {says}; config and weights do not belong together")
 
 
 def _first_wrong(
     checkpoint: Checkpoint, layout: LlavaLayout, added: Shapes, found: Shapes
 ) -> tuple[str, str, str] | None:
-    """Return the name of a tensor, the shape that config.json asks for and the stored one, where they differ."""
+    """Return a tensor's name, the shape that config.json asks for and the stored one, where they differ.
+
+    It is one that config.json does not ask for only where all others are right.
+    """
     config = checkpoint.config | {"text_config": layout.text_config, "vision_config": _vision(checkpoint)}
     expected = {memory_name(name) or name: shape for name, shape in (llava_tensors(config) | added).items()}
     tied = {"lm_head.weight"} if is_tied(config) else set()
-    for name in sorted((found.keys() - tied) | expected.keys()):
-        wanted, stored = (str(list(s[name])) if name in s else "no such tensor" for s in (expected, found))
+    for name in (*sorted(expected), *sorted(found.keys() - expected.keys() - tied)):
+        wanted, stored = (str(list(s[name])) if name in s else _NONE for s in (expected, found))
         if wanted != stored:
             return name, wanted, stored
     return None

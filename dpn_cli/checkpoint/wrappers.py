@@ -11,7 +11,7 @@ EMBEDDING = "embed_tokens.weight"
 # Of PyTorch's wrappers (DistributedDataParallel, torch.compile, FSDP, checkpointing), anywhere in a name.
 _PARTS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EMBEDDINGS = tuple(f"{prefix}{EMBEDDING}" for prefix in (*TEXT_PREFIXES, "model."))  # the last is LLaVA's own layout
-_LORA = {"lora_A", "lora_B", "base_layer"}
+_ADAPTERS = {"lora_A", "lora_B", "base_layer", "modules_to_save", "original_module"}  # peft's
 
 
 def unwrap(names: Iterable[str]) -> tuple[dict[str, str], str]:
@@ -28,14 +28,14 @@ def unwrap(names: Iterable[str]) -> tuple[dict[str, str], str]:
 
 
 def refuse_unmerged(names: Iterable[str], folder: Path) -> None:
-    """Refuse a checkpoint that was saved with a LoRA adapter in the model.
+    """Refuse a checkpoint that was saved with an adapter in the model.
 
     Raises:
         CheckpointError: if a tensor's name says so.
     """
-    if name := next((name for name in names if not _LORA.isdisjoint(name.split("."))), None):
+    if name := next((name for name in names if not _ADAPTERS.isdisjoint(name.split("."))), None):
         raise CheckpointError(
-            f"{folder} was saved with an unmerged LoRA adapter in it ({name}): merge it first, with peft's "
+            f"{folder} was saved with an unmerged adapter in it ({name}): merge it first, with peft's "
             "`merge_and_unload()`, and save the model again"
         )
 

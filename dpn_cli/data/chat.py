@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from dpn_cli.data.faults import RowError
-from dpn_cli.data.fields import assign, is_blank, validate_object
+from dpn_cli.data.fields import assign, is_blank, present, validate_object
 from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import Turn
 from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
@@ -58,18 +58,38 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
     return "\n".join(filter(None, system)), turns, inline
 
 
+def take_image(messages: Any) -> tuple[Any, dict[str, Any]]:
+    """Return pairs of a question and its answer without the image that all of them name, and that field.
+
+    Source: Visual Genome's questions, https://homes.cs.washington.edu/~ranjay/visualgenome/api.html.
+
+    Raises:
+        RowError: if they name several.
+    """
+    pairs = records(messages)
+    if not isinstance(pairs, list) or not all(isinstance(p, dict) and p.keys().isdisjoint(_NAMES) for p in pairs):
+        return messages, {}
+    name = next((name for pair in pairs if (name := assign(present(pair)).get("image"))), None)
+    if name is None:
+        return messages, {}
+    if any(pair.get(name) != pairs[0].get(name) for pair in pairs):
+        raise RowError("questions about several images", f"their `{name}` differ: expected rows of one image each")
+    return [{key: value for key, value in pair.items() if key != name} for pair in pairs], {name: pairs[0][name]}
+
+
 def _split(message: Any) -> list[Any]:
     """Return a question and its answer that stand in one object, under any of their names, as two messages."""
     if not isinstance(message, dict) or message.keys() & set(_NAMES):
         return [message]
     others = assign(message)
     plain = {"system": "system", "user": "question", "assistant": "answer"}
-    names = {role: role if message.get(role) is not None else others.get(other, role) for role, other in plain.items()}
+    own = {role: name for name, role in _ROLES.items() if message.get(name) is not None}
+    names = {role: own.get(role) or others.get(other, role) for role, other in plain.items()}
     said = {role: message[name] for role, name in names.items() if message.get(name) is not None}
     if "user" not in said:
         return [message]
     validate_object(message, tuple(names.values()), "a message")
-    if names["assistant"] != "assistant" and "assistant" in said:
+    if "assistant" not in own and "assistant" in said:
         said["assistant"] = read_answer(said["assistant"])
     return [{"role": role, "content": content} for role, content in said.items()]
 

@@ -51,6 +51,7 @@ def ask_for_letter(question: str, choices: Sequence[Any]) -> str:
     texts = {letter: _text(choice) for letter, choice in zip(LETTERS, choices, strict=False)}
     is_listed = all(re.search(rf"(?<!\w){letter}[).:]\s*{re.escape(text)}", question) for letter, text in texts.items())
     lines = [] if is_listed else [f"{letter}. {text}" for letter, text in texts.items()]
+    question = question.removesuffix(INSTRUCTION).rstrip() if question.endswith(INSTRUCTION) else question
     return "\n".join([question, *lines, INSTRUCTION])
 
 

@@ -17,6 +17,7 @@ from dpn_cli.limits import MAX_IMAGE_BYTES
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OTHER_DELIMITERS = ";\t|"  # of a .csv, as spreadsheets write it where the comma is the decimal mark
+_LONGEST_INDEX = 64  # characters
 
 
 class CsvFile(RowSource):
@@ -40,6 +41,7 @@ class CsvFile(RowSource):
         self.header = header = [name.strip() for name in header]
         if twice := next((name for name, count in Counter(header).items() if count > 1), None):
             raise DataError(f"{path}: the column {twice!r} appears twice in the header {', '.join(header)}")
+        self._images = self._encoded()
         super().__init__(str(path), path.suffix[1:].upper(), places, reading)
         validate_readable(header, reading, self.name)
 
@@ -63,7 +65,20 @@ class CsvFile(RowSource):
                 f"{len(cells)} cells for the {len(self.header)} columns {', '.join(self.header)}; quote a cell that "
                 "holds a delimiter",
             )
-        return {name: cell or None for name, cell in zip(self.header, cells, strict=True)}
+        row = {name: cell or None for name, cell in zip(self.header, cells, strict=True)}
+        image = row.get("image")
+        return row | {"image": self._images[image]} if image in self._images else row
+
+    def _encoded(self) -> dict[str | None, str]:
+        """Return the cells that hold an image by the index of their rows: other rows name that instead.
+
+        Source: VLMEvalKit's files, https://github.com/open-compass/VLMEvalKit/blob/main/vlmeval/dataset/image_base.py.
+        """
+        if not {"index", "image"} <= set(self.header):
+            return {}
+        index, image = map(self.header.index, ("index", "image"))
+        pairs = ((cells[index], cells[image]) for cells in self.records if len(cells) == len(self.header))
+        return {row: cell for row, cell in pairs if len(row) <= _LONGEST_INDEX < len(cell)}
 
 
 def _records(path: Path, lines: list[str]) -> list[list[str]]:

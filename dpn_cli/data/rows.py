@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dpn_cli.data.chat import read_chat
+from dpn_cli.data.chat import read_chat, take_image
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import (
@@ -107,6 +107,9 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     validate_media(fields)
     roles = assign(fields, reading.columns)
     image_names = image_fields(fields, reading.columns)
+    if not image_names and "conversation" in roles:
+        pairs, image = take_image(_unpacked(fields[roles["conversation"]]))
+        fields, image_names = {**fields, roles["conversation"]: pairs, **image}, list(image)
     images = _open_all([image for name in image_names for image in _images(fields[name])], open_image)
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
     if text.inline and images:

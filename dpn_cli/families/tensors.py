@@ -9,7 +9,10 @@ from dpn_cli.pyramid.shape import Shapes
 
 # Where the decoder's tensors are: files of the hub, and files named as transformers 5 does in memory.
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
-COMPUTED = (".rotary_emb.inv_freq", ".position_ids")  # the ends of buffers that old versions stored
+
+# The ends of the names of what is stored but is no weight: buffers of old versions, and the counter of torch's
+# AveragedModel.
+COMPUTED = (".rotary_emb.inv_freq", ".position_ids", "n_averaged")
 
 # Tensor names of checkpoints on the hub → those of transformers 5 in memory; the first match counts.
 RENAMES = (

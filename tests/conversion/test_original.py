@@ -311,6 +311,16 @@ def test_what_wrappers_add_to_names_is_taken_off(
     assert digests(source) == before
 
 
+def test_weights_that_torch_has_averaged_are_converted(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    source = write_hugging_face(make_original(), tmp_path / "in", "hub")
+    plain = convert(str(source), output=tmp_path / "plain").output
+    path = source / "model.safetensors"
+    averaged = {f"module.{name}": tensor for name, tensor in load_file(path).items()} | {"n_averaged": torch.tensor(3)}
+    save_file(averaged, path, metadata={"format": "pt"})
+    done = convert(str(source), output=tmp_path / "out", verify=True).output
+    assert Checkpoint.open(done).tensors.keys() == Checkpoint.open(plain).tensors.keys()
+
+
 @pytest.mark.parametrize(
     ("layout", "files", "prefix"),
     [
@@ -345,11 +355,15 @@ def test_names_that_lead_nowhere_are_named(make_original: Callable[..., Original
     save_file(behind | {"step": torch.zeros(1)}, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"has no tensor .* but ema\.language_model\.model\.embed_tokens\.weight"):
         convert(str(source), output=tmp_path / "out")
+    save_file(stored | {"v_head.summary.weight": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"v_head\.summary\.weight', which the model of its config\.json"):
+        convert(str(source), output=tmp_path / "out")
     unmerged = {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in stored.items()}
-    for names in (unmerged, {f"base_model.model.{name}": tensor for name, tensor in unmerged.items()}):
+    trained = {name.replace("lm_head.", "lm_head.modules_to_save.default."): tensor for name, tensor in stored.items()}
+    for names in (unmerged, {f"base_model.model.{name}": tensor for name, tensor in unmerged.items()}, trained):
         save_file(names, path, metadata={"format": "pt"})
         for act in (lambda: convert(str(source), output=tmp_path / "out"), lambda: inspect_checkpoint(source)):
-            with pytest.raises(CheckpointError, match=r"unmerged LoRA adapter .*q_proj\.base_layer.*: merge it first"):
+            with pytest.raises(CheckpointError, match=r"unmerged adapter .*(base_|modules_to_).*: merge it first"):
                 act()
 
 

@@ -70,6 +70,17 @@ def test_bad_csv_files_are_named(tmp_path: Path, text: str, message: str) -> Non
         load_data(DataOptions(str(tmp_path)))
 
 
+def test_a_cell_names_the_row_that_holds_its_image(tmp_path: Path) -> None:
+    table = tmp_path / "table.tsv"
+    rows = [(0, "1", "what ?"), (1, base64.b64encode(png()).decode(), "what ?")]
+    table.write_text("\n".join(["index\timage\tquestion", *("\t".join(map(str, row)) for row in rows)]))
+    first, second = (sample.open_images()[0] for sample in load_data(DataOptions(str(table))).samples)
+    assert first.tobytes() == second.tobytes()
+    table.write_text(table.read_text().replace("0\t1", "0\t2"))
+    with pytest.raises(DataError, match="row 1: missing image file"):
+        load_data(DataOptions(str(table)))
+
+
 def test_images_in_base64_cells_of_any_length(tmp_path: Path) -> None:
     cell = base64.b64encode(png()).decode()
     assert len(cell) > 1 << 17  # the limit that Python's csv has by default

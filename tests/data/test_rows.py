@@ -130,9 +130,10 @@ def test_choices_stand_in_the_question_and_the_answer_is_a_letter(row: dict[str,
 
 
 @pytest.mark.parametrize("question", ["what ?\nA. ball\nB. cube", "what ? Options: (A) ball (B) cube"])
-def test_choices_that_the_question_lists_are_not_listed_again(question: str) -> None:
-    [turn] = read({"image": "a.png", "question": question, "choices": ["ball", "cube"], "answer": "cube"}).turns
-    assert turn == Turn(f"{question}\n{INSTRUCTION}", "B", 1)
+def test_what_the_question_says_of_its_choices_is_not_said_again(question: str) -> None:
+    for asked in (question, f"{question}\n{INSTRUCTION}"):
+        [turn] = read({"image": "a.png", "question": asked, "choices": ["ball", "cube"], "answer": "cube"}).turns
+        assert turn == Turn(f"{question}\n{INSTRUCTION}", "B", 1)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,17 @@ TWO_TURNS = (Turn("what ?", "red", 1), Turn("where ?", "left"))
 )
 def test_conversations_as_columns_and_in_pairs(row: dict[str, Any]) -> None:
     assert read({"image": {"bytes": [None], "path": ["a.png"]}, **row}).turns == TWO_TURNS
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("user", "assistant"), ("human", "gpt")])
+def test_pairs_name_their_image(names: tuple[str, str]) -> None:
+    pairs = [dict(zip(names, pair, strict=True)) for pair in (("what ?", "red"), ("where ?", "left"))]
+    named = [{"image_id": "a.png", "qa_id": number, **pair} for number, pair in enumerate(pairs)]
+    for row in ({"image": "a.png", "qas": pairs}, {"id": 7, "qas": named}, {"conversations": json.dumps(named)}):
+        sample = read(row)
+        assert (sample.images, sample.turns) == ((A,), TWO_TURNS)
+    with pytest.raises(RowError, match="their `image_id` differ"):
+        read({"qas": [named[0], named[1] | {"image_id": "b.png"}]})
 
 
 def test_a_system_prompt_beside_the_messages_is_kept() -> None:

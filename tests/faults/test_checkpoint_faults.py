@@ -118,9 +118,9 @@ TENSORS: dict[str, tuple[Harm, str]] = {
     "fp8": (set_dtype(NORM, "F8_E4M3", 8), "as F8_E4M3, expected floating-point numbers"),
     "tensor named as a path": (
         both(set_tensor("../../x", np.ones(1, np.float32), SHARD), place("../../x", SHARD)),
-        "have [1]: '../../x'",
+        "holds '../../x', which",
     ),
-    "tensor outside the index": (set_tensor("../../x", np.ones(1, np.float32), SHARD), "have [1]: '../../x'"),
+    "tensor outside the index": (set_tensor("../../x", np.ones(1, np.float32), SHARD), "holds '../../x', which"),
     "tensor of no LLaVA": (
         both(set_tensor("extra_row", np.ones(64, np.float32), SHARD), place("extra_row", SHARD)),
         "'extra_row'",
