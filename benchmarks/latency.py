@@ -44,7 +44,7 @@ from dpn_cli.evaluation.latency import Latency, measure_latency, synthetic_input
 from dpn_cli.evaluation.timing import Clock, done_at
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
-from dpn_cli.pyramid.config import PyramidConfig, Route, Site
+from dpn_cli.pyramid.config import PyramidConfig, Route, RouterConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import KEEP, Expert, Grid, num_tokens
 from dpn_cli.pyramid.shape import DecoderShape
@@ -55,6 +55,7 @@ MENUS = {  # by the depth of the site
     0.5: "keep attended:0.5",
     0.75: "keep exit",
 }
+ROUTER = RouterConfig(input="instruction")  # as in the recipes
 CHOICES = ("pool:2x2", "guided:0.25", "diverse:0.25", "covering:0.25", "attended:0.25", "divprune:0.25")
 PATCH = 14
 IMAGE_TOKEN = 32000
@@ -105,7 +106,8 @@ def random_llava(layers: int, device: str, dtype: torch.dtype, side: int) -> Dpn
     )  # fmt: skip
     config = DpnLlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, dtype=dtype)
     menus = {round(depth * layers) - 1: tuple(map(Expert.parse, menu.split())) for depth, menu in MENUS.items()}
-    config.pyramid = PyramidConfig(sites=tuple(Site(layer, menu) for layer, menu in menus.items())).to_dict()
+    sites = tuple(Site(layer, menu) for layer, menu in menus.items())
+    config.pyramid = PyramidConfig(sites=sites, router=ROUTER).to_dict()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
