@@ -14,7 +14,8 @@ from dpn_cli.pyramid.cost import Offer, flops_fraction, tokens_per_layer
 from dpn_cli.pyramid.route import format_route
 from dpn_cli.pyramid.shape import DecoderShape
 
-ROUTES_WITHIN = 0.02  # of the FLOPs fraction of the cheapest route that spends a budget
+MOST_TRIED = 5  # routes, where a calibration has measured how much they lose
+DEAREST = 0.02  # of a FLOPs fraction: routes that cost so much less than the dearest within a budget are tried, too
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ class FixedRoute(Fitted):
         return sorted(routes, key=lambda each: each.mean_fraction(shape, prompts))
 
     def candidates(self, shape: DecoderShape, prompts: Collection[Prompt], budget: float) -> list[Self]:
-        """Return the cheapest routes that spend the budget: the first one, and those that spend hardly more."""
+        """Return the routes within the budget that lose least, as calibration measured them; else the dearest ones."""
         self.fit(shape, prompts, budget)  # refuses what is out of reach
         prompts = with_images(prompts)
-        routes = self.settings(shape, prompts)
-        costs = [route.mean_fraction(shape, prompts) for route in routes]
-        least = min((cost for cost in costs if cost >= budget - TOLERANCE), default=costs[-1])
-        return [route for route, cost in zip(routes, costs, strict=True) if least <= cost <= least + ROUTES_WITHIN]
+        costs = [(each, each.mean_fraction(shape, prompts)) for each in self.settings(shape, prompts)]
+        within = [(each, cost) for each, cost in costs if cost <= budget + TOLERANCE]
+        if self.pyramid.routes is not None and self.pyramid.mean_losses:
+            losses = dict(zip(self.pyramid.routes, self.pyramid.mean_losses, strict=True))
+            return sorted((each for each, _ in within), key=lambda each: losses[each.route])[:MOST_TRIED]
+        return [each for each, cost in within if cost >= within[-1][1] - DEAREST]
 
     @contextmanager
     def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
