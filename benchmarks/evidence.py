@@ -3,10 +3,10 @@
     make evidence
     python benchmarks/evidence.py --small --output somewhere
 
-The first takes hours on two cores and writes `docs/evidence/`, its checkpoints into `work/` there; the second runs the
-same steps on a handful of samples, for figures that mean nothing. A step is one command. What it prints goes into a
-file of its own, below the command, the date, the machine and the versions; a step whose file is there is not run again,
-so that a stopped run goes on.
+The first takes hours on two cores and writes `evidence/`, with its checkpoints in `work/` there; `docs/evidence/` has
+what such runs have shown. The second runs the same steps on a handful of samples, for figures that mean nothing. A step
+is one command. What it prints goes into a file of its own, below the command, the date, the machine and the versions; a
+step whose file is there is not run again, so that a stopped run goes on.
 """
 
 import os
@@ -197,7 +197,7 @@ def children_seconds() -> float:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=HERE.parent / "docs" / "evidence")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("evidence"), show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([step.name for step in STEPS]), help="Repeatable.")
 @click.option("--small", is_flag=True, help="A handful of samples: to see that every step runs.")
 def main(output: Path, only: tuple[str, ...], small: bool) -> None:

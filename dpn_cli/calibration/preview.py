@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dpn_cli.calibration.forecast import Forecast, Model, Reader, forecast
-from dpn_cli.calibration.job import read_samples
+from dpn_cli.calibration.job import MIN_SAMPLES, read_samples
 from dpn_cli.calibration.other_teacher import OtherTeacher
 from dpn_cli.calibration.samples import CalibrationData, load_samples
 from dpn_cli.calibration.settings import candidates, has_recipe
@@ -56,7 +56,7 @@ class Preview:
         scan: Counts of what was read.
         columns: Roles of the columns, empty for those that are not read.
         asked: First samples, as they are asked.
-        forecast: Cost of the calibration; None without a checkpoint to calibrate, or without an image.
+        forecast: Cost of the calibration; None without a checkpoint to calibrate, or with too few samples for it.
     """
 
     scan: Scan
@@ -106,9 +106,9 @@ def _forecast(
     read: CalibrationData, processor: Any, checkpoint: Checkpoint, layout: LlavaLayout, pyramid: PyramidConfig,
     recipe: CalibrationRecipe, reporter: Reporter, other: OtherTeacher | None,
 ) -> Forecast | None:  # fmt: skip
-    """Estimate what a calibration costs on some samples; None of an export, or where no sample has an image."""
+    """Estimate what a calibration costs on some samples; None of an export, or where they are too few."""
     asked, samples = read.asked, read.asked[: read.num_measured]
-    if not samples or not has_recipe(checkpoint.path):
+    if len(samples) < MIN_SAMPLES or not has_recipe(checkpoint.path):
         return None
     surveyed = candidates(checkpoint.path, pyramid, layout.shape.num_layers, recipe.survey)
 

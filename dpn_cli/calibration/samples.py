@@ -55,7 +55,10 @@ def load_samples(
     measured = load(recipe.samples, reporter)
     if recipe.samples_read == recipe.samples:
         return CalibrationData(measured, (), measured.digest)
-    unsaid = replace(reporter, note=SILENT.note)  # what was found was said of the first ones
+    # What was found was said of the first ones.
+    unsaid = replace(
+        reporter, note=SILENT.note, progress=lambda _, total: reporter.progress("reading more data", total)
+    )
     more, known = load(recipe.samples_read, unsaid), set(measured.contents)  # a stream numbers its rows anew
     pairs = zip(more.samples, more.contents, strict=True)
     further = [sample for sample, content in pairs if content not in known]

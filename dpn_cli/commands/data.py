@@ -56,6 +56,7 @@ def command(
     if folder is not None:
         recipe = (calibration_recipe if has_recipe(folder) else budgets_recipe)(folder, (), given)
     with console.waiting("starting"):
+        from dpn_cli.calibration.job import MIN_SAMPLES
         from dpn_cli.calibration.preview import preview
     found = preview(data, folder, recipe, Reporter(progress=console.progress, waiting=console.waiting), teacher)
     if as_json:
@@ -70,6 +71,8 @@ def command(
             f"{folder} is an export, or its pyramid was trained with the model, so no calibration is estimated. "
             "To estimate one, pass --model with a folder that `dpn convert` wrote."
         )
+    elif found.forecast is None:
+        console.note(f"A calibration needs {MIN_SAMPLES} samples with an image or more, so none is estimated.")
 
 
 def _checkpoint(model: Path | None) -> Path | None:

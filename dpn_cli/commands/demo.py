@@ -91,6 +91,10 @@ def command(output: Path, budget: float, samples: int | None, questions: int, fo
         print_fidelity(f"The demo teacher at budget {budget:g}, on held-out pictures", groups)
         print_routes(result, report.experts)
     _sum_up(pyramid.figures, timed, time.monotonic() - started)
+    console.note(
+        f"{converted / 'calibration' / 'report.html'} shows which experts were chosen and why, "
+        f"{exported / 'evaluation' / 'report.html'} which answers changed."
+    )
 
 
 def _calibrated(folder: Path, budget: float, samples: int | None) -> "Report":

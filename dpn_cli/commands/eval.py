@@ -170,7 +170,8 @@ def _check_request(data: "DataOptions | None", tasks: str | None, others: Sequen
         UsageError: if they do not.
     """
     if (data is None) == (tasks is None):
-        raise UsageError("say what to ask, with --data for questions of your own or --tasks for public benchmarks")
+        given = "not both" if data else "of which neither is given"
+        raise UsageError(f"pass --data for questions of your own, or --tasks for public benchmarks, {given}")
     if tasks is not None and others:
         raise UsageError("--tasks compares the pyramid with its teacher alone: leave out --against and --route")
     if tasks is not None and by is not None:

@@ -22,7 +22,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    noise_pictures(folder, 5)
+    noise_pictures(folder, 16)
     names = sorted(path.name for path in folder.iterdir())
     rows = [{"picture": f"pictures/{name}", "question": f"what {i} ?", "answer": "red"} for i, name in enumerate(names)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -35,7 +35,7 @@ def test_the_data_alone_are_shown_where_there_is_no_checkpoint(
     monkeypatch.chdir(rows.parent)
     assert main(["data", "rows.json", "--samples", "2"]) == 0
     shown = capsys.readouterr()
-    assert "Data: LLaVA JSON (`picture`, `question` and `answer`); 2 of 5 rows read" in shown.out
+    assert "Data: LLaVA JSON (`picture`, `question` and `answer`); 2 of 16 rows read" in shown.out
     assert "dpn convert MODEL" in shown.err
     assert main(["data", "rows.json", "--columns", "question=answer", "--ignore-fields", "question", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -57,7 +57,7 @@ def test_samples_are_shown_as_the_checkpoint_asks_them(
     assert "<image>" in found["asked"][0]["prompt"] and "what 0 ?" in found["asked"][0]["prompt"]
     cost = found["forecast"]
     assert cost["seconds"] > 0 and cost["memory_bytes"] > 0 < cost["disk_bytes"]
-    assert found["scan"]["with_image"] == 5 and len(found["asked"]) == 3
+    assert found["scan"]["with_image"] == 16 and len(found["asked"]) == 3
     assert main(line) == 0
     shown = capsys.readouterr().out
     assert (
@@ -66,6 +66,9 @@ def test_samples_are_shown_as_the_checkpoint_asks_them(
         and "estimated" in shown
         and "measured just now" in " ".join(shown.split())
     )
+    assert main([*line, "--samples", "15"]) == 0
+    few = capsys.readouterr()
+    assert "estimated" not in few.out and "calibration needs 16 samples" in " ".join(few.err.split())
 
 
 def test_an_export_shows_the_data_without_an_estimate(
@@ -106,7 +109,7 @@ def test_bad_rows_end_it_as_they_end_a_calibration(
     rows.write_text(json.dumps([*json.loads(rows.read_text()), {"picture": "gone.png", "question": "what ?"}]))
     line = ["data", str(rows), "--model", str(make_converted())]
     assert main(line) == 4
-    assert "row 6: missing image file" in capsys.readouterr().err
+    assert "row 17: missing image file" in capsys.readouterr().err
     assert main([*line, "--on-bad-row", "skip", "--max-bad", "20%"]) == 0
-    assert "bad rows: 1 (16.7%)" in capsys.readouterr().out
+    assert "bad rows: 1 (5.9%)" in capsys.readouterr().out
     assert main(["data", str(rows), "--model", str(rows.parent / "nowhere")]) == 3

@@ -22,7 +22,8 @@ def print_latency(result: "Latency", has_data: bool, wide: bool = False) -> None
     threads = f", {result.threads} thread{'s' * (result.threads > 1)}" if result.device == "CPU" else ""
     title = (
         f"Batch of {result.batch_size}, prompts of up to {result.prompt_tokens} tokens, {result.new_tokens} new ones; "
-        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; {result.rounds} rounds"
+        f"{result.device}{threads}, {result.dtype}, {result.attention} attention; "
+        f"{result.rounds} round{'s' * (result.rounds > 1)}"
     )
     if wide:
         _print_phases(title, result)
@@ -48,6 +49,7 @@ def print_latency(result: "Latency", has_data: bool, wide: bool = False) -> None
         ],
         result.measurements,
         wide,
+        more="--wide shows the vision tower and decoding, the KV cache and the attention kernels, too.",
     )
 
 
