@@ -30,5 +30,5 @@ def with_sizes(causal: torch.Tensor | None, sizes: torch.Tensor, queries: int, d
         causal = torch.ones(queries, keys, dtype=torch.bool, device=sizes.device).tril(keys - queries)[None, None]
     bias = log_sizes(sizes).to(dtype)[:, None, None]
     if causal.dtype == torch.bool:
-        return torch.where(causal, bias, torch.finfo(dtype).min)
+        return torch.where(causal, bias, -torch.inf)
     return causal + bias

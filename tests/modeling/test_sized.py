@@ -57,6 +57,17 @@ def test_kernels_are_the_same(make_pair: Any) -> None:
     assert (logits[0] - logits[1])[shown].abs().max() < 1e-4
 
 
+def test_gradients_through_padding_do_not_explode(make_pair: Any) -> None:
+    """A label of the first token of a left-padded row reads the padding before it."""
+    norms = []
+    for attn in ("eager", "sdpa"):
+        _, model = make_pair(attn=attn, **settings("sized", "2x2", layer=-1))
+        model.requires_grad_(True)
+        model(**collate(ragged_batch())).logits.square().mean().backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+    assert norms[1] < 2 * norms[0], "what padding computes differs, but its size does not"
+
+
 def test_kernels_without_a_mask_are_refused(make_pair: Any) -> None:
     _, model = make_pair(**settings("sized", "2x2", layer=-1))
     model.text_model.config._attn_implementation = "flash_attention_2"
