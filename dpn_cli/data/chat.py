@@ -108,7 +108,7 @@ def _read_message(message: Any) -> tuple[str, str, int, list[Any]]:
     if not isinstance(message, dict):
         raise RowError("not a message", f"expected a message with from and value, found {type(message).__name__}")
     name = next((message[key] for key in _NAMES if message.get(key)), None)
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = _ROLES.get(name.casefold()) if isinstance(name, str) else None
     if role is None:
         hint = did_you_mean(name, _ROLES) if isinstance(name, str) else ""
         known = ", ".join(_ROLES) + (f".{hint}" if hint else "")

@@ -47,12 +47,24 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
 
 
 def ask_for_letter(question: str, choices: Sequence[Any]) -> str:
-    """Return a question with its choices as lettered lines, if it does not list them itself."""
+    """Return a question with its choices as lettered lines, if it does not list them itself.
+
+    Raises:
+        RowError: if it lists them in another order.
+    """
     texts = {letter: _text(choice) for letter, choice in zip(LETTERS, choices, strict=False)}
-    is_listed = all(re.search(rf"(?<!\w){letter}[).:]\s*{re.escape(text)}", question) for letter, text in texts.items())
+    listed = {letter: _letters_before(text, question) for letter, text in texts.items()}
+    is_listed = all(letter in found for letter, found in listed.items())
+    if not is_listed and all(listed.values()):
+        raise RowError("choices in another order", "the question lists them with other letters than their own")
     lines = [] if is_listed else [f"{letter}. {text}" for letter, text in texts.items()]
     question = question.removesuffix(INSTRUCTION).rstrip() if question.endswith(INSTRUCTION) else question
     return "\n".join([question, *lines, INSTRUCTION])
+
+
+def _letters_before(text: str, question: str) -> list[str]:
+    """Return the letters that a question lists a choice under."""
+    return re.findall(rf"(?<!\w)([A-Z])[).:]\s*{re.escape(text)}(?!\w)", question)
 
 
 def answer_letter(answer: Any, choices: Sequence[Any]) -> str:

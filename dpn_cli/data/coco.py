@@ -46,6 +46,8 @@ class CocoFile(RowSource):
                     )
         self.split = split_of(path)
         super().__init__(str(path), "COCO annotations", places, reading)
+        if not self.fullest:
+            raise DataError(f"{path}: no annotation has the id of one of its images as image_id")
         if self.images_alone:
             raise DataError(
                 f"{path} has annotations without text (they have {', '.join(self.fullest)}): expected captions, or "

@@ -18,6 +18,7 @@ from dpn_cli.limits import MAX_IMAGE_BYTES
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OTHER_DELIMITERS = ";\t|"  # of a .csv, as spreadsheets write it where the comma is the decimal mark
 _LONGEST_INDEX = 64  # characters
+_EMPTY = ("", "nan")  # the last as pandas writes it, where it writes texts
 
 
 class CsvFile(RowSource):
@@ -65,7 +66,7 @@ class CsvFile(RowSource):
                 f"{len(cells)} cells for the {len(self.header)} columns {', '.join(self.header)}; quote a cell that "
                 "holds a delimiter",
             )
-        row = {name: cell or None for name, cell in zip(self.header, cells, strict=True)}
+        row = {name: None if cell in _EMPTY else cell for name, cell in zip(self.header, cells, strict=True)}
         image = row.get("image")
         return row | {"image": self._images[image]} if image in self._images else row
 

@@ -31,9 +31,9 @@ Columns = Sequence[tuple[str, str]]
 _PAIRS = ("qa", "qas", "qa_pairs")  # a conversation, but beside a question
 ROLES: dict[str, tuple[str, ...]] = {
     "image": (
-        "decoded_image", "images", "image", "file_name", "image_path", "image_paths", "image_file", "img", "img_path",
-        "picture", "photo", "filename", "image_local_name", "imagename", "image_url", "image_name", "imgname",
-        "img_name", "image_id",
+        "decoded_image", "images", "image", "file_path", "file_name", "image_path", "image_paths", "image_file", "img",
+        "img_path", "picture", "photo", "filename", "image_local_name", "imagename", "image_url", "image_name",
+        "imgname", "img_name", "image_id",
     ),
     "conversation": ("conversations", "messages", "conversation", "texts", *_PAIRS),
     "question": ("question", "query", "prompt", "instruction", "problem", "input"),
@@ -99,7 +99,7 @@ def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
         columns: Roles given by the user. One of conversation, question and caption leaves no field to the others.
     """
     names, given = list(names), dict(columns)
-    known = {_normalise(name): name for name in names if name not in given.values()}
+    known = {normalise(name): name for name in names if name not in given.values()}
     settled = given.keys() | (_ASKED if given.keys() & _ASKED else ())
     roles = {}
     for role, aliases in ROLES.items():
@@ -108,7 +108,7 @@ def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
             roles[role] = known[alias]
     if roles.get("input") == roles.get("question"):
         roles.pop("input", None)
-    if "question" in roles and _normalise(roles.get("conversation", "")) in _PAIRS:
+    if "question" in roles and normalise(roles.get("conversation", "")) in _PAIRS:
         del roles["conversation"]
     is_caption = roles.keys().isdisjoint({"conversation", "question"}) and roles.get("caption") == known.get("text")
     if "caption" in roles and is_caption and not known.keys().isdisjoint(_MAKES_TEXT_A_QUESTION):
@@ -118,14 +118,14 @@ def assign(names: Iterable[str], columns: Columns = ()) -> dict[str, str]:
 
 def lettered(names: Iterable[str]) -> dict[str, str]:
     """Return the fields that hold one choice each, by their letters: `A`, `B` or `option_a`, `choice_b`."""
-    matches = ((re.fullmatch(r"(?:(?:choice|option)_?)?([a-j])", _normalise(name)), name) for name in names)
+    matches = ((re.fullmatch(r"(?:(?:choice|option)_?)?([a-j])", normalise(name)), name) for name in names)
     found = {match[1].upper(): name for match, name in matches if match}
     return found if {"A", "B"} <= found.keys() else {}
 
 
 def numbered(names: Iterable[str]) -> list[str]:
     """Return the fields that hold one image each, `image_1`, `image_2` and so on, in the order of their numbers."""
-    matches = ((re.fullmatch(r"(?:image|img)_?([1-9]\d?)", _normalise(name)), name) for name in names)
+    matches = ((re.fullmatch(r"(?:image|img)_?([1-9]\d?)", normalise(name)), name) for name in names)
     found = {int(match[1]): name for match, name in matches if match}
     return [found[number] for number in sorted(found)]
 
@@ -199,7 +199,7 @@ def validate_media(fields: Fields) -> None:
         RowError: if a field has a video or a sound; names it.
     """
     for name, value in fields.items():
-        if _normalise(name) in _OTHER_MEDIA and any(True for _ in _leaves(value)):
+        if normalise(name) in _OTHER_MEDIA and any(True for _ in leaves(value)):
             raise RowError("neither image nor text", f"`{name}` is not empty: only images and text are read")
 
 
@@ -244,14 +244,14 @@ def _unread(
     """
     told = _SPARE["answer" if has_question else "caption"] if has_answer else ()
     spare = {*(_SPARE["image"] if has_image else ()), *told}
-    seen = [leaf for name in read for leaf in _leaves(fields.get(name))]
+    seen = [leaf for name in read for leaf in leaves(fields.get(name))]
     paths = [leaf for leaf in seen if isinstance(leaf, str) and is_image(leaf)]
 
     def counts(name: str, value: Any) -> bool:
-        leaves = list(_leaves(value))
-        if not all(isinstance(leaf, str) for leaf in leaves):  # bytes: an encoded image
+        held = list(leaves(value))
+        if not all(isinstance(leaf, str) for leaf in held):  # bytes: an encoded image
             return True
-        texts = [str(leaf) for leaf in leaves if not any(_is_same_file(str(leaf), path) for path in paths)]
+        texts = [str(leaf) for leaf in held if not any(_is_same_file(str(leaf), path) for path in paths)]
         other_images = [text for text in texts if is_image(text)]
         if other_images and not has_image:
             return True
@@ -266,7 +266,7 @@ def _unread(
         is_telling = not has_answer or name in _TEXTS or _TELLING.fullmatch(name) or _holds_objects(value)
         return bool(other_images) or any(is_telling or not _SINGLE_WORD.fullmatch(text) for text in texts)
 
-    return [name for name, value in fields.items() if name not in read and counts(_normalise(name), value)]
+    return [name for name, value in fields.items() if name not in read and counts(normalise(name), value)]
 
 
 def is_blank(value: Any) -> bool:
@@ -274,7 +274,7 @@ def is_blank(value: Any) -> bool:
     return _is_missing(value) or (isinstance(value, str) and value.strip().casefold() in ("", "nan"))
 
 
-def _leaves(value: Any) -> Iterator[str | bytes]:
+def leaves(value: Any) -> Iterator[str | bytes]:
     """Yield the texts and bytes in a value, at any depth, without blank ones."""
     stack = [value]
     while stack:
@@ -307,6 +307,6 @@ def _is_missing(value: Any) -> bool:
     return value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
 
 
-def _normalise(name: str) -> str:
+def normalise(name: str) -> str:
     """Return a name in lower case with underscores, as `question_id` for `questionId`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name).casefold()

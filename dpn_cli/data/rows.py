@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dpn_cli.data.answers import settle_answer
 from dpn_cli.data.chat import read_chat, take_image
 from dpn_cli.data.choices import answer_letter, ask_for_letter, read_choices
 from dpn_cli.data.faults import RowError
@@ -106,6 +107,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     fields = present(row, reading.ignored)
     validate_media(fields)
     roles = assign(fields, reading.columns)
+    roles = roles if "answer" in dict(reading.columns) else settle_answer(fields, roles)
     image_names = image_fields(fields, reading.columns)
     if not image_names and "conversation" in roles:
         pairs, image = take_image(_unpacked(fields[roles["conversation"]]))

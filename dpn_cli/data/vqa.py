@@ -17,7 +17,7 @@ from dpn_cli.data.rowsource import RowSource
 from dpn_cli.errors import DataError
 
 _QUESTIONS, _ANNOTATIONS = "questions", "annotations"  # keys of the lists in the two files
-_SHOWN = 50  # characters
+_SHOWN, _BEGINNING = 50, 1 << 16  # characters
 
 
 class VqaFiles(RowSource):
@@ -52,7 +52,10 @@ class VqaFiles(RowSource):
         if self.annotations is not None:
             if (number := _number(row)) not in self.annotation_of:
                 raise RowError("a question without an annotation", f"no annotation has its question_id, {number}")
-            row = self.annotations.row(self.annotation_of[number]) | row
+            annotation = self.annotations.row(self.annotation_of[number])
+            if differ := [key for key in annotation.keys() & row.keys() if annotation[key] != row[key]]:
+                raise RowError("a question and its annotation", f"their {', '.join(sorted(differ))} differ")
+            row = annotation | row
         if not image_fields(present(row), self.reading.columns):
             raise RowError(
                 "no image path",
@@ -72,6 +75,8 @@ def open_vqa(request: Request) -> VqaFiles | None:
     keys = {each: key_of_rows(each) for each in (sorted(path.glob("*.json")) if path.is_dir() else given)}
     questions = [each for each, key in keys.items() if key == _QUESTIONS]
     if not questions:
+        if keys.get(path) == _ANNOTATIONS and _annotates(path):
+            raise DataError(f"{path} has VQAv2's annotations alone: give its file of questions, or the folder of both")
         return None
     if len(questions) > 1:
         names = ", ".join(each.name for each in questions)
@@ -84,6 +89,13 @@ def open_vqa(request: Request) -> VqaFiles | None:
             f"{questions[0].parent} holds several files of annotations ({names}): leave one beside the questions"
         )
     return VqaFiles(questions[0], annotations[0] if annotations else None, request.places, request.reading)
+
+
+def _annotates(path: Path) -> bool:
+    """Tell by its beginning whether a file has annotations of questions."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        beginning = file.read(_BEGINNING)
+    return '"question_id"' in beginning and '"question"' not in beginning
 
 
 def _number(row: Fields) -> str:

@@ -28,6 +28,7 @@ _SUFFIX = ".tar"
 _IMAGE = ROLES["image"][0]  # goes before what the JSON may say of the image
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _TEXTS = {"txt", "text", "caption"}
+_MAPS = {"seg", "segmentation", "mask", "depth", "label", "labels", "normal", "normals"}  # as in `0001.seg.png`
 _FIELDS = {name for role, names in ROLES.items() if role != "image" for name in names} - _TEXTS
 
 
@@ -110,10 +111,13 @@ def row_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     images = []
     for extension, value in parts.items():
         kind = _kind(extension)
-        if kind == "image":
+        before = extension.rpartition(".")[0]
+        if kind == "image" and before.lower() in _MAPS:
+            row[extension] = extension.encode()  # an image that is not shown
+        elif kind == "image":
             images.append(value)
         elif kind in ("json", "text"):
-            stated = _object(value) if kind == "json" else {extension.rpartition(".")[0] or "caption": value}
+            stated = _object(value) if kind == "json" else {before or "caption": value}
             for field, text in stated.items():
                 if said.get(field, text) != text:
                     raise RowError(

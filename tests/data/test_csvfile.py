@@ -89,6 +89,13 @@ def test_images_in_base64_cells_of_any_length(tmp_path: Path) -> None:
     assert sample.open_images()[0].size == (400, 400) and sample.turns[0].answer == "B"
 
 
+def test_a_cell_that_pandas_has_written_for_nothing_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,what ?,nan\n")
+    [sample] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples
+    assert sample.turns == (Turn("what ?", None, 1),)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_a_csv_may_have_another_delimiter(tmp_path: Path, picture: Path, delimiter: str) -> None:
     cells = [["\ufefffile_name", "question", "answer"], [str(picture), '"one, two\nor ""three""?"', "two"]]

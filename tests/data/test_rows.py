@@ -308,6 +308,31 @@ def test_text_beside_the_path_of_an_image_is_refused() -> None:
         read({"images": [{"path": "a.png", "caption": "a cat"}], "question": "what ?"})
 
 
+ASKED = {"image": "a.png", "question": "what ?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**ASKED, "response": "a dog", "ground_truth": "a cat"}, "two answers"),
+        ({**ASKED, "output": "a dog", "label": 1}, "two answers"),
+        ({"image": "a.png", "prompt": "what ?", "completion": "a cat", "label": False}, "marked as bad"),
+        ({"image": "a.png", "messages": [say("user", "?"), say("assistant", "x")], "kto_tag": False}, "marked as bad"),
+        ({**ASKED, "question": "what ?\nA. cube\nB. ball", "choices": ["ball", "cube"]}, "another order"),
+    ],
+)
+def test_what_may_be_wrong_is_no_answer(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        read(row)
+
+
+def test_of_several_answers_one_is_read() -> None:
+    for more in ({"completion": "red", "label": True}, {"response": "red", "answers": ["red", "pink"]}):
+        assert read({**ASKED, **more}).turns == (Turn("what ?", "red", 1),)
+    given = Reading(("stock ?",), columns=(("answer", "target"),))
+    assert read({**ASKED, "response": "a dog", "target": "red"}, given).turns[0].answer == "red"
+
+
 def test_a_system_text_beside_question_and_answer_is_kept() -> None:
     pairs = [{"system": "Be brief.", "user": "what ?", "assistant": "red"}, {"user": "where ?", "assistant": "left"}]
     sample = read({"image": "a.png", "texts": pairs})

@@ -78,8 +78,7 @@ def test_several_splits_are_told_apart(tmp_path: Path) -> None:
     [
         ({"question_id": 9}, "row 2: a question without an annotation .no annotation has its question_id, 9"),
         ({"question_id": [9]}, "row 2: a question without an annotation"),
-        ({"image_id": 8}, r"row 2: missing image file .*/COCO_val2014_000000000008\)"),
-        ({"image_id": "x"}, r"row 2: missing image file .*/x\)"),
+        ({"image_id": 8}, r"row 2: a question and its annotation \(their image_id differ\)"),
     ],
 )
 def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -90,6 +89,25 @@ def test_faults_are_named_by_row(tmp_path: Path, change: dict[str, Any], message
     with pytest.raises(DataError, match=message):
         load(questions)
     assert load(questions, on_bad_row="skip", max_bad=0.5).scan.with_image == 1
+
+
+@pytest.mark.parametrize(("number", "file"), [(8, "COCO_val2014_000000000008"), ("x", "x")])
+def test_pictures_that_are_missing_are_named(tmp_path: Path, number: int | str, file: str) -> None:
+    questions = write(tmp_path)
+    second = json.loads(questions.read_text())["questions"][1]["question_id"]
+    for path in (questions, tmp_path / ANNOTATIONS.format("val2014")):
+        data = json.loads(path.read_text())
+        [row] = [row for row in (data.get("questions") or data["annotations"]) if row["question_id"] == second]
+        row["image_id"] = number
+        path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=rf"row 2: missing image file .*/{file}\)"):
+        load(questions)
+
+
+def test_annotations_alone_are_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(DataError, match="VQAv2's annotations alone: give its file of questions"):
+        load(tmp_path / ANNOTATIONS.format("val2014"))
 
 
 def test_two_annotations_of_a_question_are_refused(tmp_path: Path) -> None:

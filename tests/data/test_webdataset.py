@@ -60,6 +60,14 @@ def test_captions_and_several_images(tmp_path: Path) -> None:
     assert second.turns[0] == Turn("stock ?", "one", 1)
 
 
+def test_a_map_of_the_picture_is_not_shown(tmp_path: Path) -> None:
+    archive = write(tmp_path / "0.tar", {"1.jpg": png(), "1.seg.png": png("blue"), "1.txt": b"one"})
+    with pytest.raises(DataError, match=r"text or images that are not read .`seg\.png`"):
+        load(archive)
+    [sample] = load_data(DataOptions(str(archive), ignored=("seg.png",)), ("stock ?",)).samples
+    assert sample.turns[0] == Turn("stock ?", "one", 1)
+
+
 def test_texts_go_by_the_names_before_their_ends(tmp_path: Path) -> None:
     files = {"1.png": png(), "1.question.txt": b"what ?", "1.answer.txt": b"red"}
     assert load(write(tmp_path / "0.tar", files)).samples[0].turns == (Turn("what ?", "red", 1),)
