@@ -125,7 +125,7 @@ def open_llava(folder: Path) -> tuple[Checkpoint, LlavaLayout]:
         CheckpointError: if it is missing, damaged, or not a LLaVA that can have a pyramid.
     """
     with in_use(folder):
-        return _open(folder, read_config(folder))
+        return _open(folder, completed(read_config(folder)))
 
 
 def open_converted(folder: Path) -> tuple[Checkpoint, LlavaLayout, PyramidConfig]:
@@ -223,6 +223,16 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where} is quantised: start from the unquantised model")
     _validate_text(config["text_config"], where)
     _validate_vision(config, where)
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config as transformers reads it: quantised by null is not at all, and a vision tower has a type."""
+    if config.get("quantization_config", {}) is None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    vision, family = config.get("vision_config"), FAMILIES.get(str(config.get("model_type")))
+    if family is None or not isinstance(vision, dict) or "model_type" in vision:
+        return config
+    return config | {"vision_config": {"model_type": family.vision_tower, **vision}}
 
 
 def without_window(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from dpn_cli.checkpoint.headers import (
     read_config,
     read_header,
 )
-from dpn_cli.checkpoint.layout import DPE_FILE, validate_llava, without_window
+from dpn_cli.checkpoint.layout import DPE_FILE, completed, validate_llava, without_window
 from dpn_cli.checkpoint.side_files import copy_side_files
 from dpn_cli.checkpoint.streams import Piece, read_pieces
 from dpn_cli.checkpoint.wrappers import unwrap
@@ -122,7 +122,7 @@ def open_source(folder: Path, vision_tower: str | None = None) -> Opened:
         CheckpointError: if it is missing, damaged, or of a kind that cannot be converted.
         UsageError: if a vision tower is given to a checkpoint that has its own.
     """
-    original = read_config(folder)
+    original = completed(read_config(folder))
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(adapter_refusal(folder))
     if is_converted(original):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import Fields, is_blank, is_image, lettered
-from dpn_cli.data.texts import name_images, read_text_alone, spelt_out
+from dpn_cli.data.texts import name_images, read_text_alone, records, spelt_out
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """The words that LLaVA-1.5 was trained with. Source: Liu et al. 2023, https://arxiv.org/abs/2310.03744."""
@@ -28,6 +28,9 @@ def read_choices(fields: Fields, field: str | None) -> tuple[list[Any], tuple[st
     """
     names = (field,) if field is not None else tuple(lettered(fields).values())
     value = spelt_out(fields[field]) if field is not None else {k: fields[v] for k, v in lettered(fields).items()}
+    value = records(value)
+    if isinstance(value, list) and all(isinstance(each, dict) and each.keys() == {"label", "text"} for each in value):
+        value = {each["label"]: each["text"] for each in value}  # as in ARC
     if isinstance(value, dict):
         given = {str(letter).upper(): choice for letter, choice in value.items() if not is_blank(choice)}
         if sorted(given) != list(LETTERS[: len(given)]):
@@ -86,8 +89,9 @@ def answer_letter(answer: Any, choices: Sequence[Any]) -> str:
     for i, choice in enumerate(choices):
         is_choice = choice == answer or (_text(choice) == text and not is_place)
         is_letter = LETTERS[i] == _letter(text) and _bare(text) in ("", _text(choice))
-        if is_choice or is_letter or text == str(i):
+        if is_choice or is_letter or text in (str(i), f"{i}.0"):
             named.add(i)
+    named = named or {i for i, choice in enumerate(choices) if _text(choice).casefold() == text.casefold()}
     if len(named) != 1:
         reason = "an ambiguous answer" if named else "an answer that is none of the choices"
         shown = ", ".join(f"{letter}. {_text(each):.20}" for letter, each in zip(LETTERS, choices, strict=False))

@@ -17,6 +17,7 @@ class Family:
         stem: how the names of our classes for it begin.
         select_strategy: the `vision_feature_select_strategy` of configs that do not state it.
         feature_layer: the `vision_feature_layer` of configs that do not state it.
+        vision_tower: the model type of a vision tower that names none.
         image_processor: the class that prepares images if nothing says which.
         video_processor: the class that its processors have for videos, or None; stock processors do not load without
             it.
@@ -32,6 +33,7 @@ class Family:
     stem: str
     select_strategy: str = "default"
     feature_layer: int = -2
+    vision_tower: str = "clip_vision_model"
     image_processor: str = "LlavaImageProcessor"
     video_processor: str | None = None
     cuts_images: bool = False
@@ -98,6 +100,7 @@ FAMILIES = {
             "DpnLlavaOnevision",
             select_strategy="full",
             feature_layer=-1,
+            vision_tower="siglip_vision_model",
             image_processor="LlavaOnevisionImageProcessor",
             video_processor="LlavaOnevisionVideoProcessor",
             cuts_images=True,

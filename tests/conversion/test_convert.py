@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpn_cli.checkpoint.headers import Checkpoint
+from dpn_cli.checkpoint.inspection import inspect_checkpoint
 from dpn_cli.checkpoint.source import Source
 from dpn_cli.checkpoint.writer import copy_file
 from dpn_cli.conversion import opening
@@ -96,6 +97,19 @@ def test_the_index_and_config_are_complete(tiny_llava: Path, tmp_path: Path) -> 
     index = json.loads((done.output / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == after.nbytes
     assert json.loads((done.output / "dpn_recipe.json").read_text())["name"] == done.recipe
+
+
+def test_a_config_is_read_as_transformers_reads_it(tiny_llava: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llava, tmp_path / "in"))
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": None}
+    del config["vision_config"]["model_type"]
+    (source / "config.json").write_text(json.dumps(config))
+    plain, done = (
+        convert(str(each), output=tmp_path / name).output for name, each in (("a", tiny_llava), ("b", source))
+    )
+    assert inspect_checkpoint(source).parts
+    before, after = (Checkpoint.open(folder).config | {"base_model": ""} for folder in (plain, done))
+    assert after == before
 
 
 def test_new_tensors_start_lossless(tiny_llava: Path, tmp_path: Path) -> None:
