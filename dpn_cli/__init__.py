@@ -1,5 +1,6 @@
 """Dynamic pyramids for LLaVA: convert, calibrate, export. Importing this package imports no torch."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,21 @@ def load(model: str | Path, **kwargs: Any) -> "PyramidGenerationMixin":
     from dpn_cli.inference.loading import load_model
 
     if refused := [name for name in _REFUSED if name in kwargs]:
-        raise TypeError(
-            f"dpn_cli.load takes no {', '.join(refused)}: it loads a checkpoint as it is; "
-            "AutoModelForImageTextToText.from_pretrained takes them, with trust_remote_code=True for an export"
-        )
+        raise _not_taken(", ".join(refused))
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     hub = {name: value for name in _OF_THE_HUB if (value := kwargs.pop(name, None)) is not None}
-    return load_model(resolve_source(str(model), **hub).path, **kwargs)
+    try:
+        return load_model(resolve_source(str(model), **hub).path, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise _not_taken(unknown[1]) from None
+
+
+def _not_taken(names: str) -> TypeError:
+    return TypeError(
+        f"dpn_cli.load takes no {names}: it loads a checkpoint as it is; AutoModelForImageTextToText.from_pretrained "
+        "takes what changes its config.json, with trust_remote_code=True for an export"
+    )

@@ -121,6 +121,8 @@ def test_a_revision_of_a_model_of_the_hub_is_that_one(
     assert dpn_cli.load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match=r"takes no config, variant: it loads a checkpoint as it is"):
         dpn_cli.load(folder, variant="x", config=None)
+    with pytest.raises(TypeError, match=r"takes no use_cash: it loads a checkpoint as it is"):
+        dpn_cli.load(folder, use_cash=False)
 
 
 # What the text_config of each model on the hub says beside the sizes; None stands for what it leaves out.
