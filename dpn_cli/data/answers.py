@@ -26,7 +26,10 @@ def settle_answer(fields: Fields, roles: dict[str, str]) -> dict[str, str]:
     said = next((answers[name] for name in _SAID if name in answers), None)
     for name, value in fields.items():
         if normalise(name) in _VERDICTS and value is False and (said or "conversation" in roles):
-            raise RowError("an answer that is marked as bad", f"`{name}` is false; --ignore-fields {name} reads it")
+            raise RowError(
+                "an answer that is marked as bad",
+                f"`{name}` is false; --on-bad-row skip leaves such rows out, --ignore-fields {name} reads them",
+            )
     if said is None or "conversation" in roles:
         return roles
     others = [name for alias, name in answers.items() if alias not in (*_SAID, *_EXPLAINED)]

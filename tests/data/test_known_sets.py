@@ -180,6 +180,7 @@ def test_a_request_that_is_no_row_stays_what_it_is(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
+        ([{"image_id": 9, "id": 1, "caption": "red"}], "no annotation has the id of one of its images as image_id"),
         ([{"image_id": 17, "id": 1, **OTHER}], "annotations without text .*bbox.*expected captions, or questions"),
         (
             [{"image_id": 17, "caption": "red"}, {"image_id": 9, "caption": "x"}],
