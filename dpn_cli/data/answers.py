@@ -4,6 +4,8 @@ Sources: preferences of TRL, https://huggingface.co/docs/trl/dataset_formats, an
 as a good or a bad one; files of results, which have the truth beside what a model has said.
 """
 
+from typing import Any
+
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import ROLES, Fields, leaves, normalise
 
@@ -35,8 +37,13 @@ def settle_answer(fields: Fields, roles: dict[str, str]) -> dict[str, str]:
     others = [name for alias, name in answers.items() if alias not in (*_SAID, *_EXPLAINED)]
     others = [name for name in others if not isinstance(fields[name], bool)]
     for other in others:
-        if {*map(str, leaves(fields[other]))}.isdisjoint(map(str, leaves(fields[said]))):
+        if _said_in(fields[other]).isdisjoint(_said_in(fields[said])):
             raise RowError(
                 "two answers", f"`{other}` and `{said}` differ: --columns answer={other} (or {said}) says which to read"
             )
     return roles if others else roles | {"answer": said}
+
+
+def _said_in(value: Any) -> set[str]:
+    """Return the texts in a value, or what it is as a text."""
+    return {str(each).strip().casefold() for each in [*leaves(value)] or [value]}

@@ -332,6 +332,7 @@ def test_what_may_be_wrong_is_no_answer(row: dict[str, Any], reason: str) -> Non
 def test_of_several_answers_one_is_read() -> None:
     for more in ({"completion": "red", "label": True}, {"response": "red", "answers": ["red", "pink"]}):
         assert read({**ASKED, **more}).turns == (Turn("what ?", "red", 1),)
+    assert read({**ASKED, "output": "3", "answer": 3}).turns[0].answer == "3"
     given = Reading(("stock ?",), columns=(("answer", "target"),))
     assert read({**ASKED, "response": "a dog", "target": "red"}, given).turns[0].answer == "red"
 
