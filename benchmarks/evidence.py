@@ -28,6 +28,7 @@ from dpn_cli import console
 from dpn_cli.errors import DpnError
 
 HERE = Path(__file__).parent
+LAST_LINES = 5  # of stderr
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -184,10 +185,11 @@ def run(step: Step, output: Path, is_small: bool) -> None:
         env={**os.environ, "PYTHONPATH": str(HERE.parent)},
     )  # fmt: skip
     if ended.returncode:
-        last = "\n".join(ended.stderr.strip().splitlines()[-5:])
+        last = "\n".join(ended.stderr.strip().splitlines()[-LAST_LINES:])
         raise DpnError(f"step {step.name} ended with exit code {ended.returncode}: {last}")
     text = header(step, is_small, time.perf_counter() - start, children_seconds() - cpu_start)
-    (output / f"{step.name}.txt").write_text(f"{text}\n\n{ended.stdout}", encoding="utf-8")
+    said = ended.stdout or "\n".join(ended.stderr.splitlines()[-LAST_LINES:])  # a calibration that changes nothing
+    (output / f"{step.name}.txt").write_text(f"{text}\n\n{said}", encoding="utf-8")
 
 
 def children_seconds() -> float:
