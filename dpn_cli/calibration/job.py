@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import nn
 
 from dpn_cli.calibration.other_teacher import OtherTeacher
@@ -169,11 +170,11 @@ def _dtypes(
         )  # fmt: skip
         sizes[i] = loaded_size(*each, dtypes[i], recipe.load_in)
     if other:
-        own, theirs = (f"{size / 1e9:.3g} GB" for size in sizes)
+        own, theirs = map(decimal, sizes)
         everywhere = " in every process" if on_this_machine() > 1 else ""
         reporter.note(
             f"The weights take {own} of memory for the model and {theirs} for the teacher {other.name}, together "
-            f"{sum(sizes) / 1e9:.3g} GB{everywhere}."
+            f"{decimal(sum(sizes))}{everywhere}."
         )
     return dtypes
 

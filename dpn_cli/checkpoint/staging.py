@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from dpn_cli.checkpoint.headers import read_config
 from dpn_cli.checkpoint.links import is_text
 from dpn_cli.checkpoint.locks import to_be_replaced
@@ -81,8 +83,8 @@ def check_space(target: Path, needed_bytes: int) -> None:
     free, needed = shutil.disk_usage(folder).free, needed_bytes + MARGIN_BYTES
     if free < needed:
         raise DpnError(
-            f"{folder} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB: free some "
-            "space or choose another --output"
+            f"{folder} has {decimal(free)} free, {target.name} needs {decimal(needed)}: free some space or choose "
+            "another --output"
         )
 
 

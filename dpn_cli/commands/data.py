@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.filesize import decimal
 
 from dpn_cli import console
 from dpn_cli.commands.data_options import bad_row_options, reading_options, takes_data
@@ -105,7 +106,7 @@ def _show_forecast(cost: "Forecast") -> None:
     console.table(
         "A calibration on these data, estimated",
         ["time", "memory", "disk"],
-        [(_duration(cost.seconds), _size(cost.memory_bytes), _size(cost.disk_bytes))],
+        [(_duration(cost.seconds), decimal(cost.memory_bytes), decimal(cost.disk_bytes))],
         legend=" ".join(cost.basis),
     )
 
@@ -114,7 +115,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"about {max(1, round(seconds))} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{max(1, round(nbytes / 1e6))} MB"

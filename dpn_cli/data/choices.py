@@ -61,8 +61,7 @@ def ask_for_letter(question: str, choices: Sequence[Any]) -> str:
     if not is_listed and all(listed.values()):
         raise RowError("choices in another order", "the question lists them with other letters than their own")
     lines = [] if is_listed else [f"{letter}. {text}" for letter, text in texts.items()]
-    question = question.removesuffix(INSTRUCTION).rstrip() if question.endswith(INSTRUCTION) else question
-    return "\n".join([question, *lines, INSTRUCTION])
+    return "\n".join([question.removesuffix(INSTRUCTION).rstrip(), *lines, INSTRUCTION])
 
 
 def _letters_before(text: str, question: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.filesize import decimal
 from torch.nn import functional as F
 
 from dpn_cli.checkpoint.headers import BITS, DTYPES, FLOATS, TORCH_DTYPES, Checkpoint, TensorInfo
@@ -60,13 +61,13 @@ def compute_dtype(
     emulated = f"This CPU emulates {stored}, which takes {slowdown(stored):.1f} times as long as float32"
     if wide * HEADROOM > (free := available_memory() - beside * copies):
         say(
-            f"{emulated}, but in float32 the weights take {wide / 1e9:.3g} GB in place of {own / 1e9:.3g} GB and "
-            f"{free / 1e9:.3g} GB are free: computing in {stored}."
+            f"{emulated}, but in float32 the weights take {decimal(wide)} in place of {decimal(own)} and "
+            f"{decimal(free)} are free: computing in {stored}."
         )
         return AUTO
     say(
-        f"{emulated}: computing in float32, with {wide / 1e9:.3g} GB of weights in memory in place of {own / 1e9:.3g} "
-        f"GB; --dtype {HALVES[stored]} keeps the checkpoint's."
+        f"{emulated}: computing in float32, with {decimal(wide)} of weights in memory in place of {decimal(own)}; "
+        f"--dtype {HALVES[stored]} keeps the checkpoint's."
     )
     return TORCH_DTYPES["F32"]
 

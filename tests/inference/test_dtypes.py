@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.filesize import decimal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -89,14 +90,14 @@ def test_an_emulated_dtype_is_widened_where_memory_allows(
     dtype, [said] = ask(folder)
     assert dtype == "float32"
     keeping = {"bfloat16": "bf16", "float16": "fp16"}[stored]
-    for part in (stored, "9.5 times", f"{own / 1e9:.3g} GB", f"{wide / 1e9:.3g} GB", f"--dtype {keeping}"):
+    for part in (stored, "9.5 times", decimal(own), decimal(wide), f"--dtype {keeping}"):
         assert part in said
     machine(1.1)
     assert ask(folder) == ("auto", [])
     machine(9.5, free=wide)
     dtype, [said] = ask(folder)
     assert dtype == "auto"
-    assert f"{wide / 1e9:.3g} GB are free: computing in {stored}" in said
+    assert f"{decimal(wide)} are free: computing in {stored}" in said
     machine(9.5, free=3 * wide)
     assert ask(folder)[0] == "float32" and ask(folder, copies=3)[0] == "auto", "three processes load three models"
 
@@ -122,7 +123,7 @@ def test_a_model_that_is_quantised_on_loading_counts_as_small_as_it_is(
         machine(9.5)
         [said] = ask(folder, load_in=load_in)[1]
         for size, stored in ((own, 2), (wide, 4)):
-            assert f"{(size - decoder * stored + decoder * bits // 8) / 1e9:.3g} GB" in said
+            assert decimal(size - decoder * stored + decoder * bits // 8) in said
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "bench", pytest.param("calibrate", marks=pytest.mark.slow)])
