@@ -47,8 +47,8 @@ _PROJECTORS = {
 # What the text model's config takes over; all else is LLaVA's, or belongs to one version of transformers.
 _TEXT_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
-    "sliding_window",
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "hidden_act", "initializer_range", "sliding_window",
 )  # fmt: skip
 # Values of LLaVA's own config keys that LLaVA-1.5 and LLaVA-HR have; None stands for a missing key.
 _ONLY: dict[str, tuple[Any, ...]] = {

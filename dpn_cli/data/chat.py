@@ -7,7 +7,15 @@ from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import assign, is_blank, present, validate_object
 from dpn_cli.data.places import HOLDERS, holder
 from dpn_cli.data.samples import Turn
-from dpn_cli.data.texts import PLACEHOLDER, count_images, read_answer, read_text, records, without_images
+from dpn_cli.data.texts import (
+    PLACEHOLDER,
+    count_images,
+    read_answer,
+    read_plain_answer,
+    read_text,
+    records,
+    without_images,
+)
 from dpn_cli.errors import did_you_mean
 
 _ROLES = {
@@ -48,7 +56,7 @@ def read_chat(messages: Any) -> tuple[str, list[Turn], list[Any]]:
         elif role == "assistant":
             if not turns or turns[-1].answer is not None:
                 raise RowError("an answer without a question", "an answer comes before its question")
-            turns[-1] = Turn(turns[-1].question, read_answer(text), turns[-1].images)
+            turns[-1] = Turn(turns[-1].question, read_plain_answer(text), turns[-1].images)
         elif turns:
             raise RowError("a late system message", "a system message comes after the first question")
         else:

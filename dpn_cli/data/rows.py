@@ -1,8 +1,6 @@
 """One row of any table as a sample: conversations, questions with answers, or captions, and their images."""
 
-import json
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +33,7 @@ from dpn_cli.data.texts import (
     read_text,
     read_text_alone,
     records,
+    spelt_out,
     without_images,
 )
 from dpn_cli.limits import MAX_ROW_CHARACTERS, MAX_ROW_IMAGES, MAX_ROW_TURNS
@@ -110,7 +109,7 @@ def read_row(row: Any, number: int, open_image: OpenImage, reading: Reading, *, 
     roles = roles if "answer" in dict(reading.columns) else settle_answer(fields, roles)
     image_names = image_fields(fields, reading.columns)
     if not image_names and "conversation" in roles:
-        pairs, image = take_image(_unpacked(fields[roles["conversation"]]))
+        pairs, image = take_image(spelt_out(fields[roles["conversation"]]))
         fields, image_names = {**fields, roles["conversation"]: pairs, **image}, list(image)
     images = _open_all([image for name in image_names for image in _images(fields[name])], open_image)
     text = _read_text(fields, roles, reading.prompts[(number - 1) % len(reading.prompts)])
@@ -193,7 +192,7 @@ def _identity(value: Any, number: int) -> str:
 def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
     """Read a conversation, else a question, else a caption, else ask a stock prompt."""
     if "conversation" in roles:
-        system, turns, inline = read_chat(_unpacked(fields[roles["conversation"]]))
+        system, turns, inline = read_chat(spelt_out(fields[roles["conversation"]]))
         return _Text((roles["conversation"],), turns, system, inline)
     if "question" in roles:
         return _read_question(fields, roles)
@@ -205,17 +204,9 @@ def _read_text(fields: Fields, roles: dict[str, str], prompt: str) -> _Text:
     return _Text((), [Turn(prompt)], has_question=False)
 
 
-def _unpacked(value: Any) -> Any:
-    """Return what a text holds as JSON, a list or an object; other values as they are."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
 def _validate_plain(caption: Any) -> None:
     """Check that a caption is not a row of its own, packed into text."""
-    packed = _unpacked(caption)
+    packed = spelt_out(caption)
     if isinstance(packed, dict) and isinstance(caption, str):
         raise RowError("JSON in a caption", f"expected text, found an object of {', '.join(packed)} as text: unpack it")
 

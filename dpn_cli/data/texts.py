@@ -1,8 +1,13 @@
 """Texts as rows hold them: checked, stripped, and with their image placeholders counted."""
 
 import ast
+import json
 import re
+import tokenize
 from collections import Counter
+from contextlib import suppress
+from io import StringIO
+from itertools import pairwise
 from typing import Any
 
 from dpn_cli.data.faults import RowError
@@ -11,7 +16,7 @@ PLACEHOLDER = "<image>"
 _NUMBERED = re.compile(r"<image (\d{1,2})>")  # as in MMMU
 _ALONE = re.compile(rf"^{_NUMBERED.pattern}\s*|\s*{_NUMBERED.pattern}$")
 _BESIDE = re.compile(rf"^(?:{_NUMBERED.pattern}\s*)+(?=[A-Z])|(?<=[.?!:])\s*(?:{_NUMBERED.pattern}\s*)+$")
-_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)  # of quoted texts, in Python's or JSON's way
+_LIST = re.compile(r"""\s*\[\s*(['"].*['"]|\{.*\})\s*\]\s*""", re.DOTALL)  # of quoted texts, or of objects
 _OTHER_MEDIA = ("<video>", "<audio>")
 _OTHER_MARKERS = re.compile(  # of images, such as <image 1>, <|image_pad|>, <ImageHere>, <img> and [IMG]
     rf"(?!(?-i:{PLACEHOLDER}))<\|?/?(?:image|img|im_patch|vision_|start_of_image)[\w -]*\|?/?>|\[img[\w -]*\]",
@@ -92,14 +97,25 @@ def read_answer(value: Any) -> str:
     Raises:
         RowError: if there is none, or several numbers are rather one answer, a box, than what several people counted.
     """
-    value = read_list(value)
-    if isinstance(value, list) and value:
-        answers = [_plain(each.get("answer", each.get("text")) if isinstance(each, dict) else each) for each in value]
-        [(agreed, votes)] = Counter(map(str.casefold, answers)).most_common(1)
-        [(answer, _)] = Counter(each for each in answers if each.casefold() == agreed).most_common(1)
-        if all(isinstance(each, int | float) for each in value) and 2 * votes <= len(value):
-            raise RowError("an answer of several numbers", f"{value}: if they are one answer, write it as text")
-        return read_answer(answer)
+    found = read_list(value)
+    if not isinstance(found, list) or not found:
+        return read_plain_answer(value)
+    if isinstance(value, str) and any(isinstance(each, dict) and "answer" not in each for each in found):
+        return read_plain_answer(value)  # these objects are the answer, such as boxes and their labels
+    answers = [_plain(each.get("answer", each.get("text")) if isinstance(each, dict) else each) for each in found]
+    [(agreed, votes)] = Counter(map(str.casefold, answers)).most_common(1)
+    [(answer, _)] = Counter(each for each in answers if each.casefold() == agreed).most_common(1)
+    if all(isinstance(each, int | float) for each in found) and 2 * votes <= len(found):
+        raise RowError("an answer of several numbers", f"{found}: if they are one answer, write it as text")
+    return read_plain_answer(answer)
+
+
+def read_plain_answer(value: Any) -> str:
+    """Return the answer that a text or a number is.
+
+    Raises:
+        RowError: if it is neither, or empty.
+    """
     text = _plain(value)
     if not text:
         raise RowError("an empty answer")
@@ -107,7 +123,7 @@ def read_answer(value: Any) -> str:
 
 
 def read_list(value: Any) -> Any:
-    """Return the list that a value is, or spells out as pandas writes lists into cells; other values as they are.
+    """Return the list that a value is, or of texts or objects spells out, as cells hold it; other values as they are.
 
     Raises:
         RowError: as `records`.
@@ -116,11 +132,30 @@ def read_list(value: Any) -> Any:
 
 
 def spelt_out(value: Any) -> Any:
-    """Return the list that a text spells out, as MMMU stores options and answers; other values as they are."""
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return value
+    """Return the list or object that a text spells out; other values as they are.
+
+    It may be written in JSON, in Python, as MMMU stores options and answers, or as numpy prints arrays, without commas.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "("):
+        for read in (json.loads, _literal):
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+                return read(value)
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Return the value that a text is in Python, or would be with commas between its items."""
+    tokens = [token for token in tokenize.generate_tokens(StringIO(text.strip()).readline) if token.string.strip()]
+    words = [tokens[0].string]
+    for before, after in pairwise(tokens):
+        words += [","] if _is_item(before, "]}") and _is_item(after, "[{") else []
+        words.append(after.string)
+    return ast.literal_eval(" ".join(words))
+
+
+def _is_item(token: tokenize.TokenInfo, brackets: str) -> bool:
+    """Say whether a token is an item of a list, or the bracket on one side of it."""
+    return token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in brackets
 
 
 def records(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,30 @@ def test_its_variants_are_read(make_original: Callable[..., Original], tmp_path:
     assert model.dtype == original.config.dtype
     assert torch.equal(logits(model, original.rows), logits(original.reference(), original.rows))
     assert digests(original.folder) == before
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_parameters": {"rope_theta": 500_000.0, **LINEAR}},
+        {"rope_parameters": None, "rope_theta": 500_000.0, "rope_scaling": LINEAR},
+    ],
+    ids=["transformers 5", "transformers 4"],
+)
+def test_positions_are_those_of_the_original(
+    make_original: Callable[..., Original], tmp_path: Path, written: dict[str, Any]
+) -> None:
+    original = make_original()
+    original.edit(**written)
+    original = replace(original, config=deepcopy(original.config))  # other tests have the same one
+    plain = logits(original.reference(), original.rows)
+    original.config.text_config.rope_parameters = {"rope_theta": 500_000.0, **LINEAR}
+    expected = logits(original.reference(), original.rows)
+    assert not torch.allclose(plain, expected)
+    assert torch.equal(logits(dpn_cli.load(converted(original, tmp_path / "out")), original.rows), expected)
 
 
 @pytest.mark.parametrize(("layout", "files"), [("hub", "safetensors"), ("new", "bin")])

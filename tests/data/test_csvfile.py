@@ -1,6 +1,7 @@
 """CSV and TSV files: cells as they are, and faults by row and column."""
 
 import base64
+import csv
 import io
 from pathlib import Path
 
@@ -102,3 +103,39 @@ def test_a_csv_may_have_another_delimiter(tmp_path: Path, picture: Path, delimit
     (tmp_path / "data.csv").write_text("\r\n".join(map(delimiter.join, cells)))
     [sample] = load_data(DataOptions(str(tmp_path / "data.csv"))).samples
     assert sample.turns == (Turn('one, two\nor "three"?', "two", 1),)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "answer"),
+    [
+        ("answers", "['blue' 'red' 'red']", "red"),
+        ("answers", "['it is blue' \"it's red\"\n \"it's red\"]", "it's red"),
+        ("answers", "[{'answer': 'blue', 'answer_id': 1}\n {'answer': 'red'}\n {'answer': 'red'}]", "red"),
+        ("answers", '[{"answer": "net", "is_sure": true}, {"answer": "net", "is_sure": null}]', "net"),
+        ("answer", "[{'label': 'cat', 'box': [1, 2, 3, 4]}]", "[{'label': 'cat', 'box': [1, 2, 3, 4]}]"),
+    ],
+)  # fmt: skip
+def test_a_cell_holds_a_list_as_pandas_or_numpy_prints_it(tmp_path: Path, column: str, cell: str, answer: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with (tmp_path / "rows.csv").open("w") as file:
+        csv.writer(file).writerows([["image", "question", column], ["a.png", "what ?", cell]])
+    [sample] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples
+    assert sample.turns == (Turn("what ?", answer, 1),)
+
+
+@pytest.mark.parametrize("choices", ["['ball' 'cube']", "['ball', 'cube']", '["ball", "cube"]'])
+def test_a_cell_holds_choices_as_pandas_or_numpy_prints_them(tmp_path: Path, choices: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with (tmp_path / "rows.csv").open("w") as file:
+        csv.writer(file).writerows([["image", "question", "choices", "answer"], ["a.png", "what ?", choices, "cube"]])
+    [turn] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples[0].turns
+    assert "A. ball\nB. cube\n" in turn.question and turn.answer == "B"
+
+
+def test_a_cell_holds_a_conversation_as_pandas_prints_it(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    said = [{"from": "human", "value": "which ?"}, {"from": "gpt", "value": '["red", "blue"]'}]
+    with (tmp_path / "rows.csv").open("w") as file:
+        csv.writer(file).writerows([["image", "conversations"], ["a.png", str(said)]])
+    [sample] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples
+    assert sample.turns == (Turn("which ?", '["red", "blue"]', 1),), "what a message says is no list of answers"
