@@ -14,6 +14,7 @@ from dpn_cli.checkpoint.links import WEIGHTS_SUFFIXES
 from dpn_cli.checkpoint.writer import RECIPE_FILE, copy_file, write_json
 from dpn_cli.errors import CheckpointError
 from dpn_cli.limits import MAX_SIDE_FILE_BYTES
+from dpn_cli.notation import some
 
 _PATTERNS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -24,7 +25,6 @@ _LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 _TEXT_SUFFIXES = {"", ".txt", ".md", ".rst", ".html", ".pdf"}
 _WRITTEN_ANEW = {"config.json", INDEX_FILE, BIN_INDEX_FILE, RECIPE_FILE, "README.md"}
 _SHOWN = {".md", ".png", ".jpg", ".jpeg", ".gif", ".webp"}  # on a model's page
-_NAMED = 5  # of the files that stay behind
 
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
 
@@ -86,8 +86,7 @@ def left_behind(folder: Path, written: Collection[str] = ()) -> tuple[str, ...]:
     names = [path.name for path in _files(folder) if path.name not in written and _is_unknown(path)]
     if not names:
         return ()
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return (f"Left behind, since dpn does not know them as parts of a model: {', '.join(names[:_NAMED])}{more}.",)
+    return (f"Left behind, since dpn does not know them as parts of a model: {some(names)}.",)
 
 
 def _files(folder: Path) -> list[Path]:

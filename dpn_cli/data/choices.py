@@ -80,8 +80,6 @@ def answer_letter(answer: Any, choices: Sequence[Any]) -> str:
         RowError: if that names none of them, or one in one way and another in another.
     """
     [answer] = answer if isinstance(answer, list) and len(answer) == 1 else [answer]
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
     is_place = isinstance(answer, int) and not isinstance(answer, bool)
     text = str(answer).strip()
     named = set()

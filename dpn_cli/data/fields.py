@@ -33,7 +33,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "image": (
         "decoded_image", "images", "image", "file_path", "file_name", "image_path", "image_paths", "image_file", "img",
         "img_path", "picture", "photo", "filename", "image_local_name", "imagename", "image_url", "image_name",
-        "imgname", "img_name", "image_id",
+        "imgname", "img_name", "image_id", "img_id", "cocoid", "coco_image_id",
     ),
     "conversation": ("conversations", "messages", "conversation", "texts", *_PAIRS),
     "question": ("question", "query", "prompt", "instruction", "problem", "input"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
+from dpn_cli.data.formats import IMAGE_SUFFIXES, Request, files_below
 from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import DataError
 
@@ -21,7 +21,7 @@ class ImageFolder:
         """
         self.name = str(folder)
         self.folder = folder
-        files = sorted(path for path in folder.rglob("*") if not (path.is_dir() or _is_hidden(path, folder)))
+        files = [path for path in files_below(folder) if not _is_hidden(path, folder)]
         self.files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         self.prompts = prompts
         self.format = f"folder of images ({len(prompts)} stock prompts in turn)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpn_cli.errors import DataError
+from dpn_cli.notation import some
 
 if TYPE_CHECKING:
     from dpn_cli.data.places import Places
@@ -107,9 +108,22 @@ def only_file(request: Request, suffixes: Collection[str], holds_rows: Callable[
         return path if path.is_file() and path.suffix.lower() in suffixes else None
     files = sorted(each for each in path.iterdir() if each.suffix.lower() in suffixes and holds_rows(each))
     if len(files) > 1:
-        names = ", ".join(each.name for each in files)
+        names = some([each.name for each in files])
         raise DataError(f"{path} holds several data files ({names}): give one of them as --data")
     return files[0] if files else None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and below, in the order of their paths; what links lead to is listed once."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(path, name) for name in names]
+    return sorted(files)
 
 
 def describe_formats() -> str:

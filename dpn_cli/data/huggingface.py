@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from dpn_cli.data.fields import Fields
-from dpn_cli.data.formats import Request
+from dpn_cli.data.formats import Request, files_below
 from dpn_cli.data.rowsource import RowSource, validate_readable
-from dpn_cli.data.webdataset import KEY, row_of
+from dpn_cli.data.webdataset import ARCHIVE, KEY, row_of
 from dpn_cli.errors import DataError, MissingExtraError
 from dpn_cli.notation import counted
 
 STREAMED = "streamed"  # begins the descriptions of such tables
 SPARE = 2  # rows of a stream that are kept for each that is wanted
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)[-_.]")  # how the names of files begin
+_SPLIT = re.compile(r"(?:.*?[-_.])?(train(?:ing)?|val(?:id(?:ation)?)?|dev|test(?:ing)?|eval(?:uation)?)(?:[-_.\d].*)?")
+_SHARD = re.compile(r"(.+?)-\d+-of-\d+")  # how the names of the hub's files begin
+_CACHED = "cache-"  # begins the names of what `datasets` has computed from a table, beside it
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
@@ -144,13 +146,22 @@ def _load_saved(datasets: Any, request: Request) -> tuple[str, Any]:
 def _load_files(files: Sequence[Path], datasets: Any, request: Request) -> tuple[str, Any]:
     """Load those of one split."""
     kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-    splits = _splits(files)
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_split(file, request.path), []).append(str(file))
+    if "" in splits and len(splits) > 1:
+        named, other = ", ".join(sorted(splits.keys() - {""})), Path(splits[""][0]).name
+        raise DataError(
+            f"{request.data} holds files of {named} and others, such as {other}: give a file, or a folder of one kind"
+        )
     split = _main_split(splits)
+    others = ", ".join(sorted(splits.keys() - {split}))
     chosen = [file for file in splits[split] if kind != "parquet" or _num_rows(file)]  # `datasets` takes no others
     if not chosen:
         raise DataError(f"{request.data} holds no rows")
     loaded = datasets.load_dataset(kind, data_files=chosen, split="train", streaming=request.stream)
-    return f"{kind} of {counted(len(chosen), 'file')}{f', split {split}' if split else ''}", loaded
+    which = f", split {split}" if others or _SPLIT.fullmatch(split) else ""
+    return f"{kind} of {counted(len(chosen), 'file')}{which}{others and f', not {others}'}", loaded
 
 
 def _load_hub(datasets: Any, request: Request) -> tuple[str, Any]:
@@ -163,8 +174,11 @@ def _table_files(path: Path) -> list[Path]:
     """Return a file itself, or the parquet files, or else the arrow files, in a folder and below."""
     if path.is_file():
         return [path] if path.suffix.lower() in TABLE_SUFFIXES else []
+    below = files_below(path)
+    beside = {file.with_suffix("") for file in below if file.suffix.lower() == ARCHIVE}  # as img2dataset writes both
     for suffix in TABLE_SUFFIXES:
-        if files := sorted(path.rglob(f"*{suffix}")):
+        files = [file for file in below if file.suffix.lower() == suffix and not file.name.startswith(_CACHED)]
+        if files and not {file.with_suffix("") for file in files} <= beside:
             return files
     return []
 
@@ -176,13 +190,15 @@ def _num_rows(file: str) -> int:
     return int(parquet.read_metadata(file).num_rows)
 
 
-def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
-    """Return table files by the split that their names begin with, as the hub's do; by "" where not all do."""
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        match = _SPLIT.match(file.name)
-        splits.setdefault(match[1] if match else "", []).append(str(file))
-    return {"": [str(file) for file in files]} if "" in splits else splits
+def _split(file: Path, root: Path) -> str:
+    """Return the split that the name of a table's file tells, or that of a folder below the root; "" if none does."""
+    shard, named = _SHARD.match(file.stem), _SPLIT.fullmatch(file.stem)
+    if named:
+        return shard[1] if shard else named[1]
+    folders = [folder.name for folder in file.parents if folder != root and folder.is_relative_to(root)]
+    for found in filter(None, map(_SPLIT.fullmatch, folders)):
+        return found[1]
+    return shard[1] if shard else ""
 
 
 def _drawn(datasets: Any, stream: Any, request: Request) -> Any:
@@ -206,5 +222,6 @@ def _one_split(loaded: Any, kind: str) -> tuple[str, Any]:
 
 
 def _main_split(splits: Mapping[str, Any]) -> str:
-    """Return the name of the split to read."""
-    return "train" if "train" in splits else next(iter(splits))
+    """Return the name of the split to read: `train`, or another one for training, or else the first."""
+    named = [name for name in splits if (match := _SPLIT.fullmatch(name)) and match[1].startswith("train")]
+    return "train" if "train" in splits else next(iter(named or splits))

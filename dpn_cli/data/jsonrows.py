@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dpn_cli.data.faults import RowError, unreadable
-from dpn_cli.data.fields import assign, is_blank, is_image
+from dpn_cli.data.fields import asks, assign, image_fields, is_blank, is_image
 from dpn_cli.data.spans import Spans
 from dpn_cli.errors import DataError
+from dpn_cli.notation import some
 
 SUFFIXES = {".json", ".jsonl"}
 _DECODER = json.JSONDecoder()
@@ -156,8 +157,8 @@ class JsonRows:
         self.about = before | after
         lists = [keys[-1], *(key for key, value in after.items() if isinstance(value, list))]
         if len(lists) > 1:
-            raise DataError(f"{self.name} holds several lists ({', '.join(lists)}): expected one, of rows")
-        if _is_row(self.about):
+            raise DataError(f"{self.name} holds several lists ({some(lists)}): expected one, of rows")
+        if _is_row(self.about) and not _begins_with_row(self.text, start):
             raise DataError(f"{self.name} holds one row, {_EXPECTED}")
         return spans
 
@@ -218,7 +219,8 @@ def _wrapped_list(text: str, start: int) -> tuple[list[str], int] | None:
             keys.append(key)
             position = _skip_space(text, _skip_space(text, position) + 1)
             if _LIST_OF_OBJECTS.match(text, position):
-                return None if _is_row(keys) or is_image(key) else (keys, position)
+                is_row = is_image(key) or (_is_row(keys) and not _begins_with_row(text, position))
+                return None if is_row else (keys, position)
             _, position = _DECODER.raw_decode(text, position)
             position = _skip_space(text, position)
     except (ValueError, IndexError, RecursionError):
@@ -256,6 +258,15 @@ def _keyed(text: str, start: int) -> tuple[list[str], Spans] | None:
     except (ValueError, IndexError, RecursionError):
         return None
     return (keys, spans) if keys and is_whole and not _is_row(keys) else None
+
+
+def _begins_with_row(text: str, start: int) -> bool:
+    """Tell whether the first object of the list at `start` is a row by itself: an image, and what is asked or said."""
+    try:
+        first, _ = _DECODER.raw_decode(text, _skip_space(text, start + 1))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and bool(image_fields(first)) and asks(first)
 
 
 def _is_row(keys: Iterable[str]) -> bool:

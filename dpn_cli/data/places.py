@@ -21,6 +21,7 @@ from dpn_cli.data.samples import ImageSource, StoredImage
 HOLDERS = ("bytes", "base64", "data", "path", "image", "image_url", "url", "source")
 """The keys under which an object holds an image, the first one with something in it being read."""
 
+_DIGITS = re.compile(r"(\d{1,18})(?:\.0)?")  # a number, as tables write it that hold missing ones too
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:([^,]*),", re.IGNORECASE)
 _WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -63,8 +64,11 @@ class Places:
         held = _held(value)
         if isinstance(held, bytes) or (isinstance(held, str) and _is_encoded(held)):
             return StoredImage(name, lambda: _decode(_held(again()), name))
-        if isinstance(held, int) and not isinstance(held, bool):
-            return self._file(names_of(held, split), [*folders_of(split, row), "images"])
+        folders = [*folders_of(split, row), "images"]
+        if isinstance(held, int | float) and not isinstance(held, bool) and held == held // 1:
+            return self._file(names_of(int(held), split), folders)
+        if isinstance(held, str) and (digits := _DIGITS.fullmatch(held)):
+            return self._file([held, *names_of(int(digits[1]), split)], folders)
         if not isinstance(held, str) or not held:
             keys = f" with {', '.join(map(repr, value))}" if isinstance(value, dict) and value else ""
             expected = f"expected the path of an image, or an object with one as {', '.join(HOLDERS)}"
@@ -77,8 +81,7 @@ class Places:
             raise RowError("image not in a file", f"{held!r:.{_SHOWN}} is not a file: expected a path or a file:// URI")
         path = unquote(_FILE_URI.sub("", held)) if _FILE_URI.match(held) else held
         return self._file(
-            [path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/")],
-            [*folders_of(split, row)],
+            [path if "\\" not in path or is_file(self.root / path) else path.replace("\\", "/")], folders[:-1]
         )
 
     def _file(self, names: Iterable[str], folders: Sequence[str]) -> Path:

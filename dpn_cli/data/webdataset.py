@@ -14,7 +14,7 @@ from typing import Any
 
 from dpn_cli.data.faults import RowError
 from dpn_cli.data.fields import ROLES
-from dpn_cli.data.formats import IMAGE_SUFFIXES, Request
+from dpn_cli.data.formats import IMAGE_SUFFIXES, Request, files_below
 from dpn_cli.data.places import Places
 from dpn_cli.data.rows import Reading
 from dpn_cli.data.rowsource import RowSource
@@ -24,7 +24,7 @@ from dpn_cli.limits import MAX_IMAGE_BYTES
 from dpn_cli.notation import counted
 
 KEY = "__key__"  # the name of a sample, as `datasets` calls it too
-_SUFFIX = ".tar"
+ARCHIVE = ".tar"
 _IMAGE = ROLES["image"][0]  # goes before what the JSON may say of the image
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _TEXTS = {"txt", "text", "caption"}
@@ -191,6 +191,6 @@ def _validate_end(archive: Path, end: int) -> None:
 def open_tars(request: Request) -> TarSamples | None:
     """Open an archive, or a folder of them."""
     path = request.path
-    archives = sorted(path.rglob(f"*{_SUFFIX}")) if path.is_dir() else [path] if path.suffix.lower() == _SUFFIX else []
-    archives = [archive for archive in archives if archive.is_file()]
+    files = files_below(path) if path.is_dir() else [path]
+    archives = [file for file in files if file.suffix.lower() == ARCHIVE and file.is_file()]
     return TarSamples(request.data, archives, request.places, request.reading) if archives else None

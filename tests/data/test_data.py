@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import shutil
 import struct
 import zlib
 from dataclasses import fields
@@ -86,6 +87,28 @@ def test_rows_under_a_key_keep_their_numbers_and_faults(tmp_path: Path, picture:
         scan = load(data, on_bad_row="skip", max_bad=0.5).scan
         assert (scan.with_image, [fault.row for fault in scan.faults]) == (2, [2])
         assert "LLaVA JSON, key 'rows'" in scan.format
+
+
+@pytest.mark.parametrize("key", ["data", "qa_pairs", "images"])
+def test_rows_under_a_key_are_known_by_what_they_are(tmp_path: Path, picture: Path, key: str) -> None:
+    rows = [{"image": str(picture), "question": "what ?", "answer": "red"}]
+    data = load(write(tmp_path / "data.json", {"description": "mine", key: rows, "text": "by me"}))
+    assert data.samples[0].turns == (Turn("what ?", "red", 1),)
+
+
+def test_a_list_of_thousands_of_names_is_not_written_out(tmp_path: Path) -> None:
+    lists = {f"list{number}": [{"question": "what ?"}] for number in range(3000)}
+    with pytest.raises(DataError, match=r"several lists \(list0, .*, list4 and 2995 more\)"):
+        load(write(tmp_path / "data.json", lists))
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path, picture: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(picture, tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    assert [sample.id for sample in load(tmp_path / "data").samples] == ["more/a.png"]
 
 
 def test_a_folder_with_one_file_of_rows_is_no_folder_of_images(tmp_path: Path, picture: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables that the `datasets` package reads."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,40 @@ def test_files_that_are_named_after_splits_are_no_one_table(datasets: Any, tmp_p
     assert [sample.turns[0].question for sample in data.samples] == ["what ?"]
     assert data.scan.format.startswith("parquet of 1 file, split train")
     (tmp_path / "data" / "more.parquet").write_bytes((tmp_path / "data" / "test-00000-of-00001.parquet").read_bytes())
-    assert len(load_data(DataOptions(str(tmp_path))).samples) == 4
+    with pytest.raises(DataError, match=r"files of test, train, validation and others, such as more.parquet: give a"):
+        load_data(DataOptions(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "left"),
+    [
+        (("test/0000", "train/0000", "train/0001"), 2, "split train, not test"),
+        (("test-00000-of-00001", "testmini-00000-of-00001"), 1, "split test, not testmini"),
+        (("testA-00000-of-00001", "val-00000-of-00001"), 1, "split testA, not val"),
+        (("validation/data-00000-of-00001", "training/data-00000-of-00001"), 1, "split training, not validation"),
+        (("mine-test", "mine-train"), 1, "split train, not test"),
+        (("some-00000-of-00002", "some-00001-of-00002"), 2, "parquet of 2 files ("),
+        (("contest", "latest/1"), 2, "parquet of 2 files ("),
+    ],
+)
+def test_splits_are_told_by_the_names_of_files_and_folders(
+    datasets: Any, tmp_path: Path, names: tuple[str, ...], read: int, left: str
+) -> None:
+    for name in names:
+        file = tmp_path / "data" / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        questions(datasets).to_parquet(file)
+    data = load_data(DataOptions(str(tmp_path / "data")))
+    assert len(data.samples) == read * len(questions(datasets)) and left in data.scan.format
+
+
+def test_what_datasets_has_computed_from_a_table_is_no_part_of_it(datasets: Any, tmp_path: Path) -> None:
+    questions(datasets).save_to_disk(tmp_path / "saved")
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    for name in ("mine-train.arrow", "cache-0123456789abcdef.arrow"):
+        shutil.copy(file, tmp_path / name)
+    shutil.rmtree(tmp_path / "saved")
+    assert load_data(DataOptions(str(tmp_path))).scan.format.startswith("arrow of 1 file, split train")
 
 
 def test_conversations_with_lists_of_images(datasets: Any, tmp_path: Path) -> None:

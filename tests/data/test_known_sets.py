@@ -273,6 +273,14 @@ def test_a_text_beside_a_question_is_no_conversation(pictures: Path) -> None:
         load(pictures, [{"image": "a.png", **ROW, "qa": "open"}])
 
 
+@pytest.mark.parametrize("number", ["17", "17.0"])
+@pytest.mark.parametrize("column", ["image_id", "img_id"])
+def test_a_cell_may_hold_the_number_of_a_picture(pictures: Path, column: str, number: str) -> None:
+    (pictures / "data.csv").write_text(f"{column},question,answer\n{number},{ASKED},red\n")
+    [sample] = load_data(DataOptions(str(pictures / "data.csv"))).samples
+    assert sample.images == (pictures / "17.jpg",)
+
+
 def test_a_cell_may_spell_out_a_list_of_images(pictures: Path) -> None:
     (pictures / "data.csv").write_text(f"images,question,answer\n\"['a.png', '17.jpg']\",{ASKED},red\n")
     [sample] = load_data(DataOptions(str(pictures / "data.csv"))).samples

@@ -147,6 +147,7 @@ def test_what_the_question_says_of_its_choices_is_not_said_again(question: str) 
         ({"choices": ["ball", "cube"], "answer": "C"}, "none of the choices"),
         ({"choices": ["ball", "cube"], "answer": ["A", "B"]}, "none of the choices"),
         ({"choices": ["1", "2", "3"], "answer": "2"}, "ambiguous"),
+        ({"choices": ["1.0", "2.5"], "answer": 1.0}, "ambiguous"),
         ({"choices": ["B", "A"], "answer": "B"}, "ambiguous"),
         ({"choices": ["ball", "ball"], "answer": "ball"}, "ambiguous"),
         ({"choices": "ball or cube", "answer": "A"}, "unknown choices"),

@@ -46,6 +46,13 @@ def test_the_files_of_a_sample_need_not_stand_together(tmp_path: Path) -> None:
     assert [s.open_images()[0].getpixel((0, 0)) for s in data.samples] == [(255, 0, 0), (0, 0, 255)]
 
 
+def test_a_table_beside_each_archive_is_no_data_set_of_its_own(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"url": "https://x/a.jpg", "caption": "red"}]).to_parquet(tmp_path / "00000.parquet")
+    write(tmp_path / "00000.tar", {"0.png": png(), "0.txt": "red"})
+    assert load(tmp_path).scan.format.startswith("WebDataset")
+
+
 def test_captions_and_several_images(tmp_path: Path) -> None:
     files = {
         "1.left.png": png(),
