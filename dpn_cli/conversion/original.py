@@ -6,6 +6,7 @@ transformers expects: the second is the identity, which changes no value.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dpn_cli.checkpoint.headers import TORCH_DTYPES
 from dpn_cli.checkpoint.layout import without_window
 from dpn_cli.checkpoint.side_files import copy_side_file, is_licence, side_files
+from dpn_cli.checkpoint.template import ChatTemplate
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.conversion.hr import HrTower
 from dpn_cli.conversion.rewriting import Planned, Rewritten
@@ -61,6 +63,16 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+_OTHER_TOWER = (
+    "config.json says that the vision tower was trained (unfreeze_mm_vision_tower), but the checkpoint lacks it. "
+    "It is read from {}; if the trained one is elsewhere, give it as --vision-tower."
+)
+_OTHER_TEMPLATE = (
+    "The chat template in {} is not taken: prompts are written as LLaVA-1.5 was trained (USER: … ASSISTANT:), unless "
+    "--chat-template gives another."
+)
+
+
 def is_original(config: Mapping[str, Any]) -> bool:
     """Say whether a config.json is one of the original layout; its model type is no sign."""
     return "mm_vision_tower" in config or _architecture(config) in ORIGINALS
@@ -105,6 +117,10 @@ def rewrite_original(
     planned = _plan(weights, config, vocabulary, tower, {*apart, *unused}, projector)
     if not any(name.startswith("vision_tower.") for name in planned):
         planned |= tower.planned()
+        if original.get("unfreeze_mm_vision_tower") and vision_tower is None:
+            notes = (*notes, _OTHER_TOWER.format(original["mm_vision_tower"]))
+    with suppress(CheckpointError):  # of there being none
+        notes = (*notes, _OTHER_TEMPLATE.format(ChatTemplate.find(folder).path.name))
 
     def write_side_files(stage: Path) -> None:
         for file in side_files(folder):

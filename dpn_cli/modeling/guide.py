@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpn_cli.modeling.routers import RouterLinear, full_precision
+from dpn_cli.modeling.routers import RouterLinear
+from dpn_cli.modeling.state import full_precision
 from dpn_cli.pyramid.predictors import GUIDE_BLOCKS, GUIDE_HEADS, GUIDE_MLP, GUIDE_WAVES, guide_width
 
 GRID_STEP = 64  # rows and columns from one grid to the next: the two longest waves tell them apart
@@ -87,6 +88,6 @@ def normal(x: torch.Tensor) -> torch.Tensor:
 
 def waves(places: torch.Tensor) -> torch.Tensor:
     """Return sines and cosines [..., 2 · GUIDE_WAVES] of places [...], as the original transformer's encoding."""
-    frequencies = torch.pi / 2 ** torch.arange(GUIDE_WAVES, device=places.device)
+    frequencies = torch.pi / 2 ** torch.arange(GUIDE_WAVES, device=places.device, dtype=torch.float32)
     angles = places[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

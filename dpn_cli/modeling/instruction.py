@@ -16,9 +16,8 @@ IGNORED = -100  # the label of a token that is not to be predicted
 def instruction_ends(
     labels: torch.Tensor,
     is_image: torch.Tensor,
-    input_ids: torch.Tensor | None = None,
+    is_cue_end: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    cue: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return the column of every row's last instruction token, [B].
 
@@ -29,46 +28,48 @@ def instruction_ends(
     Args:
         labels: [B, L], -100 where a token is not to be predicted.
         is_image: [B, L] bool, the image tokens.
-        input_ids: [B, L], where the cue is looked for.
+        is_cue_end: [B, L] bool, the tokens that end what the chat template writes between a question and its answer.
         attention_mask: [B, L], or None when no row is padded.
-        cue: Token ids that the chat template writes between a question and its answer.
 
     Raises:
         ValueError: if the labels of a row do not show where its instruction ends, and there is no cue.
     """
     valid = torch.ones_like(labels) if attention_mask is None else attention_mask
-    is_cue_end = torch.zeros_like(is_image) if input_ids is None else _ends_cue(input_ids, cue)
     rows = zip(labels, is_image, is_cue_end, valid, strict=True)
     return torch.tensor([_end(*map(_columns, (row != IGNORED, *rest))) for row, *rest in rows], device=labels.device)
 
 
 def unlabelled_ends(
-    input_ids: torch.Tensor, is_image: torch.Tensor, attention_mask: torch.Tensor | None, cue: Sequence[int]
+    is_image: torch.Tensor, is_cue_end: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the column of every row's last instruction token, [B], where there are no labels; see `instruction_ends`.
 
     It is the last token of a row that ends with the cue, as prompts do. A row that goes on after cues holds answers,
     too: then it ends the first cue after the last image, as it does with labels.
     """
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    columns = torch.arange(is_image.shape[1], device=is_image.device).expand(is_image.shape)
     valid = torch.ones_like(is_image)
     if attention_mask is not None and attention_mask.ndim == 2:
-        valid = attention_mask[:, -input_ids.shape[1] :].bool()
+        valid = attention_mask[:, -is_image.shape[1] :].bool()
     last = columns.masked_fill(~valid, 0).amax(1)
     last_image = columns.masked_fill(~is_image, -1).amax(1, keepdim=True)
-    is_end = _ends_cue(input_ids, cue) & valid & (columns > last_image)
-    first = columns.masked_fill(~is_end, input_ids.shape[1]).amin(1)
+    is_end = is_cue_end & valid & (columns > last_image)
+    first = columns.masked_fill(~is_end, is_image.shape[1]).amin(1)
     ends_with_cue = is_end.gather(1, last[:, None])[:, 0]
     return torch.where(ends_with_cue, last, torch.minimum(first, last))
 
 
-def _ends_cue(input_ids: torch.Tensor, cue: Sequence[int]) -> torch.Tensor:
-    """Return which tokens end the cue, [B, L] bool."""
-    is_end = torch.zeros_like(input_ids, dtype=torch.bool)
-    if cue and input_ids.shape[1] >= len(cue):
-        starts = input_ids.shape[1] - len(cue) + 1
-        found = [input_ids[:, i : i + starts] == token for i, token in enumerate(cue)]  # nothing waits for the device
-        is_end[:, len(cue) - 1 :] = torch.stack(found).all(0)
+def cue_ends(is_image: torch.Tensor, is_token: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return which tokens end the cue, [B, L] bool, given where each token of the cue stands; no cue ends anywhere.
+
+    Args:
+        is_image: [B, L] bool.
+        is_token: [B, L] bool for every token of the cue, in their order.
+    """
+    is_end, starts = torch.zeros_like(is_image), is_image.shape[1] - len(is_token) + 1
+    if is_token and starts > 0:
+        found = [each[:, i : i + starts] for i, each in enumerate(is_token)]  # nothing waits for the device
+        is_end[:, len(is_token) - 1 :] = torch.stack(found).all(0)
     return is_end
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpn_cli.modeling.guide import normal
-from dpn_cli.modeling.routers import RouterLinear, full_precision
+from dpn_cli.modeling.routers import RouterLinear
+from dpn_cli.modeling.state import full_precision
 from dpn_cli.pyramid.predictors import MATCHER_HEADS, MATCHER_HIDDEN, MATCHER_WIDTH
 
 ABSENT = -1e4  # the logit of what is no token of the instruction

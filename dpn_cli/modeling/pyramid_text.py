@@ -62,6 +62,7 @@ class PyramidTextMixin(DecisionsMixin):
         self.predictors = new_predictors(config.hidden_size, pyramid)
         if pyramid.pooling == "conv":
             self.poolers = nn.ModuleList(Kernels(config.hidden_size, site.experts) for site in pyramid.sites)
+        self.freeze_choices()
 
     @property
     def segments(self) -> list[range]:
@@ -155,6 +156,13 @@ class PyramidTextMixin(DecisionsMixin):
             self.routers = new_routers(self.config.hidden_size, pyramid).to(self.norm.get_parameter("weight").device)
             self.routers.apply(self._init_weights)
         self.predictors = nn.ModuleDict({name: self.predictors[name] for name in pyramid.predictors})
+        self.freeze_choices()
+
+    def freeze_choices(self) -> None:
+        """Keep from training what no loss reaches, since it only chooses: predictors, and routers without a gate."""
+        self.predictors.requires_grad_(False)
+        if self.pyramid.has_routers:
+            self.routers.requires_grad_(self.pyramid.gate != "none")
 
     def new_cache(self, offloading: bool = False) -> DynamicCache:
         """Return an empty cache that fits this pyramid."""

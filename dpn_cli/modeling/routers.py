@@ -4,7 +4,6 @@ Shapes: B batch, S sequence, D hidden, E scores (experts of the site, or routes 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dpn_cli.modeling.state import full_precision
 from dpn_cli.pyramid.config import ROUTER_INPUTS, Option, PyramidConfig, RouterConfig
 
 GATE_TEMPERATURE = 10.0  # of the authors' probability gate
@@ -51,11 +51,6 @@ class RouterNorm(nn.Module):
         """Map [B, n, D] to [B, n·D]."""
         x = F.layer_norm(x, x.shape[-1:]).flatten(1)
         return x * self.weight.float() + self.bias.float()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Leave autocast out, where there is any; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Router(nn.Module):
@@ -120,8 +115,9 @@ class Readable:
 
 def _means(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the means [B, n, D] of some tokens, [B, n, S] bool, of states [B, S, D]; zero where there is none."""
-    weights = tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
-    return (weights @ hidden_states.float()).to(hidden_states.dtype)
+    weights = tokens.float() / tokens.sum(-1, keepdim=True).clamp(min=1)
+    with full_precision(weights.device):
+        return (weights @ hidden_states.float()).to(hidden_states.dtype)
 
 
 def _maxima(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

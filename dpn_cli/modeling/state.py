@@ -4,6 +4,7 @@ Shapes: B batch, L original sequence, S current sequence, D hidden.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -113,6 +114,11 @@ def on_device(record: Any, device: torch.device, **changes: Any) -> Any:
         if each.name not in changes and isinstance(value := getattr(record, each.name), torch.Tensor)
     }
     return replace(record, **moved, **changes)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Leave autocast out, where there is any; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def precise(values: torch.Tensor) -> torch.Tensor:

@@ -219,7 +219,7 @@ class PyramidModelMixin(PreTrainedModel):
 
     def is_image(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Return the image placeholders, [B, L] bool."""
-        return self._is_token(self.config.image_token_id, input_ids, inputs_embeds)
+        return self.is_token(self.config.image_token_id, input_ids, inputs_embeds)
 
     def _router_tokens(
         self, has_image: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -234,7 +234,7 @@ class PyramidModelMixin(PreTrainedModel):
         token_id = self.language_model.pyramid.router.token_id
         if token_id is None:
             return None
-        is_read = self._is_token(token_id, input_ids, inputs_embeds)
+        is_read = self.is_token(token_id, input_ids, inputs_embeds)
         count = is_read.sum(1)
         if not count[has_image].all():
             raise ValueError(
@@ -244,10 +244,10 @@ class PyramidModelMixin(PreTrainedModel):
         columns = is_read.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
         return torch.where(torch.arange(columns.shape[1], device=columns.device) < count[:, None], columns, -1)
 
-    def _is_token(
+    def is_token(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Say where a token stands, [B, L] bool."""
+        """Say where a token stands, [B, L] bool; in embeddings, where its embedding does."""
         if input_ids is not None:
             return input_ids == token_id
         assert inputs_embeds is not None

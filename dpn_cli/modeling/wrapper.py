@@ -28,7 +28,7 @@ from typing_extensions import override
 from dpn_cli.modeling.adapters import adapted_layers, make_switchable
 from dpn_cli.modeling.cache import PyramidCache
 from dpn_cli.modeling.call import changed_call, current_call
-from dpn_cli.modeling.instruction import instruction_ends, unlabelled_ends
+from dpn_cli.modeling.instruction import cue_ends, instruction_ends, unlabelled_ends
 from dpn_cli.modeling.pyramid_text import PyramidTextMixin
 from dpn_cli.modeling.renamed import CACHE
 from dpn_cli.modeling.state import PyramidState
@@ -97,16 +97,14 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             prompt_length: columns before the first generated token, cached ones included; by default all of them.
             instruction: [B] the columns of the last instruction tokens, where the caller knows them.
         """
-        cache, cue = past_key_values if cache is None else cache, self.pyramid.answer_cue
-        if instruction is None and labels is not None and self.text_model.reads_instruction:
-            is_image = self.model.is_image(input_ids, inputs_embeds)
-            instruction = instruction_ends(labels, is_image, input_ids, attention_mask, cue)
-        elif instruction is None and prompt_length is not None:
+        cache = past_key_values if cache is None else cache
+        if instruction is None and labels is None and prompt_length is not None:
             past = 0 if cache is None else cache.get_seq_length()
             instruction = torch.tensor([prompt_length - 1 - past])
-        elif instruction is None and input_ids is not None and self.text_model.reads_instruction and cue:
-            is_image = self.model.is_image(input_ids, inputs_embeds)
-            instruction = unlabelled_ends(input_ids, is_image, attention_mask, cue)
+        elif (
+            instruction is None and self.text_model.reads_instruction and (visual_coords is None or labels is not None)
+        ):
+            instruction = self._instruction(input_ids, inputs_embeds, attention_mask, labels)
         if batch_num_images is not None:  # one family's alone
             kwargs["batch_num_images"] = batch_num_images
         return super().forward(
@@ -128,6 +126,21 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def _instruction(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the columns of the last instruction tokens, [B]."""
+        is_image = self.model.is_image(input_ids, inputs_embeds)
+        cue = [self.model.is_token(token, input_ids, inputs_embeds) for token in self.pyramid.answer_cue]
+        is_cue_end = cue_ends(is_image, cue)
+        if labels is None:
+            return unlabelled_ends(is_image, is_cue_end, attention_mask)
+        return instruction_ends(labels, is_image, is_cue_end, attention_mask)
+
     @staticmethod
     @override
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +151,9 @@ class PyramidGenerationMixin(PreTrainedModel, GenerationMixin):
         if model.pyramid.calibration.get(ADAPTER_KEY):
             LOGGER.warning(HEALED)  # what loads the adapter, too, keeps transformers quiet meanwhile
         files = checkpoint_files and sorted(checkpoint_files, key=lambda file: len(Path(file).parts))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, files, *args, **kwargs)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, files, *args, **kwargs)
+        model.text_model.freeze_choices()
+        return loaded
 
     @override
     def _maybe_prepare_encoder_kwargs_for_generation(

@@ -18,6 +18,7 @@ from dpn_cli.conversion.convert import convert
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.tensors import COMPUTED, llava_tensors
 from dpn_cli.pyramid.config import DPE_PARTS
+from tests.faults.damage import put
 from tests.originals import Original, write_hugging_face
 from tests.runs import digests
 
@@ -95,6 +96,16 @@ def test_positions_are_those_of_the_original(
     expected = logits(original.reference(), original.rows)
     assert not torch.allclose(plain, expected)
     assert torch.equal(logits(dpn_cli.load(converted(original, tmp_path / "out")), original.rows), expected)
+
+
+def test_what_is_not_taken_over_is_said(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    original = make_original()
+    original.edit(unfreeze_mm_vision_tower=True, mm_vision_tower=str(original.clip))
+    put(original.folder / "tokenizer_config.json", "chat_template", value="{{ messages }}")
+    tower, template = convert(str(original.folder), output=tmp_path / "a").notes
+    assert "was trained" in tower and f"read from {original.clip};" in tower
+    assert "in tokenizer_config.json is not taken" in template
+    assert convert(str(original.folder), output=tmp_path / "b", vision_tower=str(original.clip)).notes == (template,)
 
 
 @pytest.mark.parametrize(("layout", "files"), [("hub", "safetensors"), ("new", "bin")])

@@ -113,3 +113,14 @@ def test_autocast_leaves_the_routers_in_float32(make_pair: Any) -> None:
     expected = router(features)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(router(features), expected)
+
+
+def test_what_only_chooses_is_not_trained(make_converted: Callable[..., Path]) -> None:
+    """Processes that share a training would wait for its gradients, which no loss gives."""
+    model = load_model(make_converted())
+    sample = prompt(1, 3, 5, seed=0)
+    labels = torch.where(torch.arange(sample["input_ids"].shape[1]) > 150, sample["input_ids"], -100)
+    model(**sample, labels=labels).loss.backward()
+    without = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
+    assert not [name for name in without if "language_model" in name]
+    assert not any(each.requires_grad for each in model.text_model.routers.parameters())

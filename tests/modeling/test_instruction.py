@@ -5,17 +5,21 @@ import random
 import pytest
 import torch
 
-from dpn_cli.modeling.instruction import IGNORED, instruction_ends, unlabelled_ends
+from dpn_cli.modeling.instruction import IGNORED, cue_ends, instruction_ends, unlabelled_ends
 
 BOS, IMAGE, WORD, CUE, ANSWER, EOS, PAD = 1, 4, 5, (6, 7), 8, 2, 0
 PROMPT = [BOS, WORD, *[IMAGE] * 3, WORD, WORD, *CUE]
 ROW = [*PROMPT, ANSWER, ANSWER, EOS, WORD, *CUE, ANSWER, EOS]
 
 
+def cue_in(row: torch.Tensor, cue: tuple[int, ...] = CUE) -> torch.Tensor:
+    return cue_ends(row == IMAGE, [row == token for token in cue])
+
+
 def ends(ids: list[int], is_labelled: list[bool], cue: tuple[int, ...] = CUE) -> int:
     row = torch.tensor([ids])
     labels = torch.where(torch.tensor([is_labelled]), row, IGNORED)
-    [end] = instruction_ends(labels, row == IMAGE, row, (row != PAD).long(), cue).tolist()
+    [end] = instruction_ends(labels, row == IMAGE, cue_in(row, cue), (row != PAD).long()).tolist()
     return end
 
 
@@ -44,7 +48,7 @@ def test_rows_without_images_or_labels_end_with_their_last_token() -> None:
     assert ends(text, [token != PAD for token in text]) == len(text) - 1
     for ids in ([*PROMPT, PAD, PAD], ROW, [PAD, *ROW], ROW[:-2]):  # and with images as without labels at all
         row = torch.tensor([ids])
-        [expected] = unlabelled_ends(row, row == IMAGE, (row != PAD).long(), CUE).tolist()
+        [expected] = unlabelled_ends(row == IMAGE, cue_in(row), (row != PAD).long()).tolist()
         assert ends(ids, [False] * len(ids)) == expected
 
 
@@ -54,9 +58,11 @@ def test_without_labels_a_row_is_a_prompt_or_split_where_its_labels_would_split_
     for before, after in ((0, 0), (3, 0), (0, 2)):
         for ids, expected in ((PROMPT, len(PROMPT) - 1), (two_turns, len(two_turns) - 1), (ROW, ends(ROW, is_answer))):
             row = torch.tensor([[PAD] * before + ids + [PAD] * after])
-            assert unlabelled_ends(row, row == IMAGE, (row != PAD).long(), CUE).tolist() == [expected + before]
+            assert unlabelled_ends(row == IMAGE, cue_in(row), (row != PAD).long()).tolist() == [expected + before]
             if not after:
-                assert unlabelled_ends(row, row == IMAGE, None, ()).tolist() == [len(ids) + before - 1], "no cue"
+                assert unlabelled_ends(row == IMAGE, cue_in(row, ()), None).tolist() == [len(ids) + before - 1], (
+                    "no cue"
+                )
 
 
 def test_it_is_never_before_the_last_image_nor_in_the_padding() -> None:

@@ -234,6 +234,36 @@ def test_routers_read_the_last_instruction_token(make_pair: Any) -> None:
     assert model.last_routes == route
 
 
+def test_the_cue_is_found_in_embeddings_as_in_tokens(make_pair: Any) -> None:
+    _, model = make_pair(answer_cue=(301, 302))
+    inputs = prompt(1, 3, 5, seed=0)
+    pixels, cue = inputs["pixel_values"], torch.tensor([[301, 302]])
+    answer = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(9))
+    asked = torch.cat([inputs["input_ids"], cue], dim=1)
+    ids = torch.cat([asked, answer], dim=1)
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        model(input_ids=asked, pixel_values=pixels)
+        route, logits = model.last_routes, model(input_ids=ids, pixel_values=pixels).logits
+        assert torch.equal(model(inputs_embeds=embeds, pixel_values=pixels).logits, logits)
+        assert model.last_routes == route
+        whole = model(inputs_embeds=embeds, pixel_values=pixels, labels=ids)
+        assert torch.equal(whole.logits, logits) and model.last_routes == route
+
+
+def test_the_default_dtype_changes_no_route(make_pair: Any) -> None:
+    _, model = make_pair()
+    batch = collate(ragged_batch())
+    with torch.no_grad():
+        expected, routes = model(**batch).logits, model.last_routes
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = model(**batch).logits
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert model.last_routes == routes and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_gradients_are_the_same_with_checkpointing(make_pair: Any, checkpointing: dict[str, bool]) -> None:
     _, model = make_pair(gate="probability")

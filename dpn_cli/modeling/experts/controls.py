@@ -35,11 +35,11 @@ def random_tokens(batch: Reducible) -> Assignment:
 
     The random seed is made of the sizes of a sample, so that an answer depends neither on the batch nor on the run.
     """
-    scores = torch.zeros(batch.is_visual.shape)
+    scores = torch.zeros(batch.is_visual.shape, dtype=torch.float32)
     sizes = zip(batch.state.image_grids, batch.state.text_tokens, batch.state.grids, strict=True)
     for row, size in enumerate(sizes):
         generator = torch.Generator().manual_seed(zlib.crc32(repr(size).encode()))
         count = num_tokens(batch.state.grids[row])
-        scores[row, -count:] = torch.rand(count, generator=generator)
+        scores[row, -count:] = torch.rand(count, generator=generator, dtype=torch.float32)
     order = (batch.is_visual.sum(1, keepdim=True) - batch.is_visual.long().cumsum(1)).to(scores.device)
     return select(batch, scores.flip(1).gather(1, order).to(batch.coords.device))

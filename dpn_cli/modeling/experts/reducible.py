@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dpn_cli.modeling.engine import Assignment, keep_tokens
-from dpn_cli.modeling.state import PyramidState, precise, put
+from dpn_cli.modeling.state import PyramidState, full_precision, precise, put
 from dpn_cli.pyramid.config import PyramidConfig
 from dpn_cli.pyramid.experts import Expert, Grid, num_tokens
 
@@ -102,7 +102,8 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     So tokens that are alike tie in whatever batch they are, and the first one is taken; and sums of cosines are exact.
     """
-    return (a @ b.transpose(-1, -2) * 4096).round() / 4096
+    with full_precision(a.device):
+        return (a @ b.transpose(-1, -2) * 4096).round() / 4096
 
 
 def ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,28 @@ def reduced(text_model: Any, state: Any, experts: list[Expert]) -> Any:
     )
 
 
+@kinds
+def test_neither_autocast_nor_the_default_dtype_changes_which_tokens_stay(expert: Expert) -> None:
+    coords = torch.tensor([[[-1] * 3, *([0, row, column] for row in range(8) for column in range(8)), *[[-1] * 3] * 4]])
+    text_model = tiny_text_model()
+    hidden = torch.randn(1, coords.shape[1], text_model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    state = state_of(hidden, coords, (((8, 8),),))
+
+    def target() -> torch.Tensor:
+        with torch.no_grad():
+            return assign(text_model, state, [expert], next_layer=1).target
+
+    expected = target()
+    with torch.autocast("cpu", torch.bfloat16):
+        if expert.kind != "attended":  # whose attention is the model's, and as coarse
+            assert torch.equal(target(), expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(target(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("expert", "side"),
     [pytest.param(expert, "left", marks=[] if expert in USUAL else pytest.mark.slow) for expert in EXPERTS]
