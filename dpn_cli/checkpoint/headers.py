@@ -21,6 +21,7 @@ from dpn_cli.limits import (
     MAX_SIDE_FILE_BYTES,
     MAX_TOKENIZER_CONFIG_BYTES,
 )
+from dpn_cli.notation import some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,6 +30,10 @@ BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 _TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # what training leaves beside the weights
 _DEEPSPEED = "{folder} holds a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py . .` in it first"
 _FSDP = "{folder} holds an FSDP checkpoint in parts: merge them first, with `accelerate merge-weights`"
+QUANTISED = (
+    "{folder} is quantised: start from the unquantised model; or, if only its config.json says so, remove "
+    "quantization_config from that"
+)
 _BIN = "{folder} holds its weights as .bin, not as safetensors: convert it with `dpn convert {folder}`"
 _OTHER_WEIGHTS = {
     "*.gguf": "{folder} holds a GGUF model, which is quantised for llama.cpp: start from the model in safetensors",
@@ -42,6 +47,7 @@ _OTHER_WEIGHTS = {
     "mm_projector.bin": "{folder} holds a projector alone: start from a checkpoint with the whole model",
 }
 """What weights are that are not in safetensors, by the files that tell, and what to do."""
+_ELSEWHERE = ("*/*.safetensors", "*/*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the index or the file to load in the place of those above
 PROCESSOR_FILE, IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
 VIDEOS_FILE = "video_preprocessor_config.json"
@@ -397,7 +403,10 @@ def why_no_weights(folder: Path) -> str:
         if parts:
             there = f"{folder} has {len(parts)} {suffix} files, but no {index}, which says what is in which"
             return f"{there}: copy it, or download the checkpoint again"
-    return f"{folder} has no weights, neither {SINGLE_FILE} nor {INDEX_FILE}: download the checkpoint again"
+    there = f"{folder} has no weights, neither {SINGLE_FILE} nor {INDEX_FILE}"
+    others = sorted(str(path.relative_to(folder)) for pattern in _ELSEWHERE for path in folder.glob(pattern))
+    todo = f", but {some(others)}: give the folder of the model, or save it with `save_pretrained`"
+    return f"{there}{todo if others else ': download the checkpoint again'}"
 
 
 def _lfs_hint(path: Path) -> str:

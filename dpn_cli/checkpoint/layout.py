@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from dpn_cli.checkpoint.headers import TORCH_DTYPES, Checkpoint, adapter_refusal, read_config
+from dpn_cli.checkpoint.headers import QUANTISED, TORCH_DTYPES, Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.quantisation import has_shape
 from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unmerged, unwrap
@@ -220,7 +220,7 @@ def validate_llava(config: dict[str, Any], where: Path) -> None:
                 f"{where}: config.json has the num_labels {labels!r}, expected at most {MAX_LABELS:,}: leave it out"
             )
     if "quantization_config" in config and not is_converted(config):
-        raise CheckpointError(f"{where} is quantised: start from the unquantised model")
+        raise CheckpointError(QUANTISED.format(folder=where))
     _validate_text(config["text_config"], where)
     _validate_vision(config, where)
 

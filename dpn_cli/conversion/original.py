@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpn_cli.checkpoint.headers import TORCH_DTYPES
+from dpn_cli.checkpoint.headers import QUANTISED, TORCH_DTYPES
 from dpn_cli.checkpoint.layout import without_window
 from dpn_cli.checkpoint.side_files import copy_side_file, is_licence, side_files
 from dpn_cli.checkpoint.template import ChatTemplate
@@ -169,7 +169,7 @@ def validate_original(config: Mapping[str, Any], folder: Path) -> None:
                 f"{expected}"
             )
     if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantised: start from the unquantised model")
+        raise CheckpointError(QUANTISED.format(folder=folder))
     for key in (*REQUIRED_SIZES, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(

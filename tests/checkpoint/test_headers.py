@@ -49,7 +49,11 @@ def test_headers_say_what_safetensors_says(tiny_llava_factory: Callable[..., Pat
         (["mm_projector.bin"], "holds a projector alone: start from a checkpoint with the whole model"),
         (["zero_to_fp32.py"], "a DeepSpeed checkpoint in parts: run `python zero_to_fp32.py"),
         (["pytorch_model_fsdp_0/__0_0.distcp"], "an FSDP checkpoint in parts: merge them first"),
-        (["original/pytorch_model.bin"], "neither model.safetensors nor model.safetensors.index.json"),
+        (
+            ["original/pytorch_model.bin"],
+            r"neither model.safetensors nor model.safetensors.index.json, but original/pytorch_model.bin: give",
+        ),
+        (["consolidated.00.pth"], r"neither .*, but consolidated\.00\.pth: .* save it with `save_pretrained`"),
         ([], "neither model.safetensors nor model.safetensors.index.json: download the checkpoint again"),
     ],
 )
