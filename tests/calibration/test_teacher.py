@@ -192,7 +192,7 @@ def test_memory_of_both_is_stated_before_either_is_loaded(
     assert cli.main(arguments(folder, data, other_llava)) == 130
     said = " ".join(capsys.readouterr().err.split())
     size = (other_llava / "model.safetensors").stat().st_size / 1e9
-    assert "GB of memory for the model and" in said
+    assert "MB of memory for the model and" in said
     assert f"and {size:.1g}"[:9] in said and "GB for the teacher other-llava, together" in said
 
 
@@ -268,7 +268,7 @@ def test_healing_and_two_processes_go_on_with_the_teacher_and_end_as_one_does(
     process = start(arguments(folder, data, other_llava, *further, "--num-processes", "2"))
     errors = process.communicate(timeout=DEADLOCK_S)[1]
     assert process.returncode == 0, errors
-    assert "GB in every process" in errors
+    assert "MB in every process" in errors
     assert digests(folder) == digests(plain)
 
 
