@@ -22,7 +22,7 @@ from dpn_cli.calibration.passes import run_trunk, teacher_logits
 from dpn_cli.calibration.rollout import RouteTable, RouteTree, measure, plan_batches
 from dpn_cli.calibration.teacher import Teacher
 from dpn_cli.calibration.training.heal import heal
-from dpn_cli.checkpoint.headers import read_json
+from dpn_cli.checkpoint.headers import Checkpoint, read_json
 from dpn_cli.conversion.convert import convert
 from dpn_cli.data.encoding import IGNORED, VISUAL, Encoded
 from dpn_cli.data.samples import Sample, Turn
