@@ -90,6 +90,13 @@ def test_images_in_base64_cells_of_any_length(tmp_path: Path) -> None:
     assert sample.open_images()[0].size == (400, 400) and sample.turns[0].answer == "B"
 
 
+def write_row(folder: Path, *lines: list[str]) -> None:
+    """Write `rows.csv`, and the picture that its row names."""
+    (folder / "a.png").write_bytes(png())
+    with (folder / "rows.csv").open("w") as file:
+        csv.writer(file).writerows(lines)
+
+
 def test_a_cell_that_pandas_has_written_for_nothing_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "rows.csv").write_text("image,question,answer\na.png,what ?,nan\n")
@@ -116,26 +123,20 @@ def test_a_csv_may_have_another_delimiter(tmp_path: Path, picture: Path, delimit
     ],
 )  # fmt: skip
 def test_a_cell_holds_a_list_as_pandas_or_numpy_prints_it(tmp_path: Path, column: str, cell: str, answer: str) -> None:
-    (tmp_path / "a.png").write_bytes(png())
-    with (tmp_path / "rows.csv").open("w") as file:
-        csv.writer(file).writerows([["image", "question", column], ["a.png", "what ?", cell]])
+    write_row(tmp_path, ["image", "question", column], ["a.png", "what ?", cell])
     [sample] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples
     assert sample.turns == (Turn("what ?", answer, 1),)
 
 
 @pytest.mark.parametrize("choices", ["['ball' 'cube']", "['ball', 'cube']", '["ball", "cube"]'])
 def test_a_cell_holds_choices_as_pandas_or_numpy_prints_them(tmp_path: Path, choices: str) -> None:
-    (tmp_path / "a.png").write_bytes(png())
-    with (tmp_path / "rows.csv").open("w") as file:
-        csv.writer(file).writerows([["image", "question", "choices", "answer"], ["a.png", "what ?", choices, "cube"]])
+    write_row(tmp_path, ["image", "question", "choices", "answer"], ["a.png", "what ?", choices, "cube"])
     [turn] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples[0].turns
     assert "A. ball\nB. cube\n" in turn.question and turn.answer == "B"
 
 
 def test_a_cell_holds_a_conversation_as_pandas_prints_it(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png())
     said = [{"from": "human", "value": "which ?"}, {"from": "gpt", "value": '["red", "blue"]'}]
-    with (tmp_path / "rows.csv").open("w") as file:
-        csv.writer(file).writerows([["image", "conversations"], ["a.png", str(said)]])
+    write_row(tmp_path, ["image", "conversations"], ["a.png", str(said)])
     [sample] = load_data(DataOptions(str(tmp_path / "rows.csv"))).samples
     assert sample.turns == (Turn("which ?", '["red", "blue"]', 1),), "what a message says is no list of answers"
