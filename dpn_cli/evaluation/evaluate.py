@@ -177,14 +177,12 @@ def evaluate(
     pyramids, refused = at_budgets(evaluator.model.pyramid, budgets)
     sizes, pyramid = evaluator.sizes(samples), evaluator.model.pyramid
     fixed = walked_by_all(pyramid, [parse_route(route, pyramid.sites) for route in options.routes], sizes)
-    with reporter.progress("original answers", len(samples)) as advance:
-        teacher = evaluator.ask(Original(), samples, advance)
-    comparison = _Comparison(evaluator, samples, sizes, teacher, options.metric, reporter)
-    routed = comparison.measure("dpn answers + KL", pyramids)
+    comparison = _Comparison(evaluator, samples, sizes, options.metric, reporter)
+    routed = comparison.measure("both models answer", pyramids)
     spent = {result.budget: result for result in routed}
     asked: list[float | None] = [*budgets] or list(spent)
     entries, out_of_reach = _baselines(evaluator.model, sizes, options.against, asked, spent)
-    others = comparison.measure("others answer + KL", [*entries, *((None, route) for route in fixed)], spent)
+    others = comparison.measure("others answer", [*entries, *((None, route) for route in fixed)], spent)
     baselines, on_routes = _best(others[: len(entries)]), others[len(entries) :]
     order = [result for budget in asked for result in (*routed, *baselines) if result.budget == budget]
     return Evaluation(comparison.questions, (comparison.original(), *order, *on_routes), (*refused, *out_of_reach))
@@ -211,22 +209,21 @@ class _Comparison:
     evaluator: Evaluator
     samples: Sequence[Sample]
     sizes: Sequence[Prompt]
-    teacher: Sequence[str]
     metric: str
     reporter: Reporter
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
-        """What was asked, and what the data and the teacher answer."""
+        """What was asked, and what the data and the teacher answer, once a method was measured."""
         without = "without" if any(sample.kind for sample in self.samples) else "all"
         return tuple(
             Question(sample.kind or without, sample.turns[sample.asked].answer, answer)
-            for sample, answer in zip(self.samples, self.teacher, strict=True)
+            for sample, answer in zip(self.samples, self.evaluator.teacher_answers, strict=True)
         )
 
     def original(self) -> Result:
         """Return the teacher's result, which loses nothing and need not be asked again."""
-        pairs = zip(self.teacher, self.sizes, strict=True)
+        pairs = zip(self.evaluator.teacher_answers, self.sizes, strict=True)
         samples = [SampleResult(answer, 0.0, 1.0, 1.0, size.visual_tokens) for answer, size in pairs]
         return Result.of((None, Original()), samples, self.questions, self.metric)
 
@@ -238,7 +235,7 @@ class _Comparison:
             return []
         with self.reporter.progress(what, len(self.samples)) as advance:
             methods = [method for _, method in entries]
-            judged = self.evaluator.judge(methods, self.samples, self.sizes, self.teacher, advance)
+            judged = self.evaluator.judge(methods, self.samples, self.sizes, advance)
         return [
             Result.of(entry, samples, self.questions, self.metric, (dpn or {}).get(entry[0]))
             for entry, samples in zip(entries, judged, strict=True)

@@ -5,24 +5,17 @@ Shapes: B batch, A answer tokens, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 
-from dpn_cli.data.encoding import (
-    Example,
-    collate,
-    collate_prompts,
-    encode,
-    encode_prompt,
-    prompts,
-)
+from dpn_cli.data.encoding import collate, encode
 from dpn_cli.data.rendering import chat_prompt, prompt_ids
 from dpn_cli.data.samples import Sample
+from dpn_cli.evaluation.asking import AskedBatch
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
+from dpn_cli.evaluation.baselines.routes import Original
 from dpn_cli.evaluation.kept import KeptResults
-from dpn_cli.inference.generation import forced_texts, generate_texts
 from dpn_cli.inference.scoring import (
     answer_log_probs,
     answer_positions,
@@ -36,6 +29,7 @@ from dpn_cli.parallel.processes import ALONE, Processes
 
 Advance = Callable[[int], None]
 Known = dict[str, list[Any]]  # one plain value per sample, by what was asked of whom
+TEACHER = f"answers of {Original()}"  # what they are known by
 
 
 @dataclass(frozen=True)
@@ -97,112 +91,85 @@ class Evaluator:
         sizes = {"image_sizes": torch.tensor(shown), "batch_num_images": torch.tensor([len(shown)])}
         return Prompt(self.model.model.image_grids(len(shown), **sizes), tokens - len(shown))
 
-    def ask(self, method: Baseline, samples: Sequence[Sample], advance: Advance) -> list[str]:
-        """Return a method's greedy answer to what every sample asks."""
-
-        def ask_batch(batch: Sequence[Sample]) -> list[str]:
-            inputs = prompts(batch, self.processor, self.model.device)
-            with method.applied(self.model):
-                return generate_texts(self.model, self.processor, inputs, self.answer_tokens)
-
-        what = f"answers of {method}"
-        if what in self.known:
-            advance(len(samples))
-        else:
-            batches = self._each_batch(what, samples, ask_batch, advance)
-            self.known[what] = [answer for answers in batches for answer in answers]
-        return self.known[what]
+    @property
+    def teacher_answers(self) -> list[str]:
+        """The original's greedy answers to what the samples ask that were judged."""
+        return self.known[TEACHER]
 
     def judge(
-        self,
-        methods: Sequence[Baseline],
-        samples: Sequence[Sample],
-        sizes: Sequence[Prompt],
-        teacher: Sequence[str],
-        advance: Advance,
+        self, methods: Sequence[Baseline], samples: Sequence[Sample], sizes: Sequence[Prompt], advance: Advance
     ) -> list[list[SampleResult]]:
-        """Return what every method makes of every sample.
+        """Return what every method makes of every sample, and have `teacher_answers`.
 
         Args:
             methods: the methods, fitted to what they may spend.
             samples: the samples, each with at least one image.
             sizes: what `sizes` returns of them.
-            teacher: the teacher's answers, which are the target where the data has none.
             advance: called with the number of samples done after each batch.
 
         Raises:
             UsageError: if a method cannot handle this model.
         """
-
-        def judge_batch(rows: Sequence[tuple[Sample, Prompt, str]]) -> list[list[dict[str, Any]]]:
-            judged = self._judge_batch(new, *zip(*rows, strict=True))
-            return [[asdict(result) for result in results] for results in judged]
-
         new = [method for method in methods if str(method) not in self.known]
-        rows = list(zip(samples, sizes, teacher, strict=True))
-        if new:
-            batches = self._each_batch(f"results of {new}", rows, judge_batch, advance)
-            self.known.update({str(x): [each for batch in batches for each in batch[i]] for i, x in enumerate(new)})
-        else:
+        names = [TEACHER, *map(str, new)]
+
+        def judge_batch(rows: Sequence[tuple[Sample, Prompt, str | None]]) -> list[list[Any]]:
+            answers, *judged = self._judge_batch(new, *zip(*rows, strict=True))
+            return [answers, *([asdict(result) for result in results] for results in judged)]
+
+        if all(name in self.known for name in names):
             advance(len(samples))
+        else:
+            answers = self.known.get(TEACHER, [None] * len(samples))
+            rows = list(zip(samples, sizes, answers, strict=True))
+            batches = self._each_batch(f"{TEACHER}, results of {new}", rows, judge_batch, advance)
+            self.known.update({x: [each for batch in batches for each in batch[i]] for i, x in enumerate(names)})
         return [[SampleResult.from_dict(each) for each in self.known[str(method)]] for method in methods]
 
     def _judge_batch(
-        self, methods: Sequence[Baseline], samples: Sequence[Sample], sizes: Sequence[Prompt], teacher: Sequence[str]
-    ) -> Iterator[list[SampleResult]]:
-        """Yield every method's results on one batch; the teacher runs once for all."""
-        complete = [s if s.is_answered else s.answered(answer) for s, answer in zip(samples, teacher, strict=True)]
-        examples = [encode(sample, self.processor, self.answer_tokens) for sample in complete]
-        batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
+        self,
+        methods: Sequence[Baseline],
+        samples: Sequence[Sample],
+        sizes: Sequence[Prompt],
+        answers: Sequence[str | None],
+    ) -> Iterator[list[Any]]:
+        """Yield the teacher's answers to a batch, then every method's results on it; the teacher runs once for all.
+
+        Its answers, of which some may be known, are the target where the data has none.
+        """
+        asked = AskedBatch(self.model, self.processor, samples, self.answer_tokens)
+        known = {row: answer for row, answer in enumerate(answers) if answer is not None}
         with torch.inference_mode(), self.model.teacher():
-            theirs = answer_log_probs(self.model, batch)
-        rows, _ = answer_positions(batch["labels"])
-        for i in is_broken(theirs, rows, len(examples)).nonzero():
-            raise broken(examples[i].name, self.model)
-        prompt_of = cache(lambda i: encode_prompt(samples[i], self.processor))
+            known |= asked.generated([i for i, x in enumerate(samples) if not x.is_answered and i not in known])
+            complete = [x if x.is_answered else x.answered(known[i]) for i, x in enumerate(samples)]
+            batch, theirs = self._pass_along(complete)
+            labels, expected = batch["labels"], theirs.argmax(-1)
+            taught = asked.completed(asked.shown(labels, expected) | known)
+        yield taught
+        rows, _ = answer_positions(labels)
         for method in methods:
             with torch.inference_mode(), method.applied(self.model):
                 ours = answer_log_probs(self.model, batch)
                 likely = ours.argmax(-1)
-                answers, spent = self._answer(method, samples, sizes, prompt_of, batch["labels"], likely)
-            columns = (
-                answers,
-                mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), rows, len(samples)).tolist(),
-                mean_by_row((likely == theirs.argmax(-1)).float(), rows, len(samples)).tolist(),
-                *spent,
-            )
+                shown = asked.shown(labels, likely)
+                spent = self._spent(method, sizes) if shown else None
+                columns = (
+                    asked.completed(shown),
+                    mean_by_row(divergence(ours, theirs, temperature=1).clamp(min=0), rows, len(samples)).tolist(),
+                    mean_by_row((likely == expected).float(), rows, len(samples)).tolist(),
+                    *(spent or self._spent(method, sizes)),
+                )
             yield [SampleResult(*values) for values in zip(*columns, strict=True)]
 
-    def _answer(
-        self,
-        method: Baseline,
-        samples: Sequence[Sample],
-        sizes: Sequence[Prompt],
-        prompt_of: Callable[[int], Example],
-        labels: torch.Tensor,
-        likely: torch.Tensor,
-    ) -> tuple[list[str], tuple[Sequence[Any], ...]]:
-        """Return the greedy answers of a method that is applied, and what it spends on the prompts.
-
-        Answers that a forward pass along the labels [B, L] has shown are not generated, which halves the work. Where
-        samples have several turns, the labels may be of others than what is asked.
-
-        Args:
-            method: the method.
-            samples: the samples.
-            sizes: what the prefill of each depends on.
-            prompt_of: encodes what one of them asks.
-            labels: [B, L], those that the last forward pass went along.
-            likely: [A], the most likely tokens that it found.
-        """
-        is_single = all(len(sample.turns) == 1 for sample in samples)
-        tokenizer, most = self.processor.tokenizer, self.answer_tokens
-        texts = forced_texts(self.model, tokenizer, labels, likely, most) if is_single else {}
-        spent = self._spent(method, sizes) if texts else None
-        if rest := [i for i in range(len(samples)) if i not in texts]:
-            inputs = collate_prompts(list(map(prompt_of, rest)), self.processor, self.model.device)
-            texts |= dict(zip(rest, generate_texts(self.model, self.processor, inputs, most), strict=True))
-        return [texts[i] for i in range(len(samples))], spent or self._spent(method, sizes)
+    def _pass_along(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a batch of answered samples, and the log-probabilities [A, V] of the answers as the model is set."""
+        examples = [encode(sample, self.processor, self.answer_tokens) for sample in samples]
+        batch = collate(examples, self.processor.tokenizer.pad_token_id, self.model.device)
+        log_probs = answer_log_probs(self.model, batch)
+        rows, _ = answer_positions(batch["labels"])
+        for i in is_broken(log_probs, rows, len(examples)).nonzero():
+            raise broken(examples[i].name, self.model)
+        return batch, log_probs
 
     def _spent(self, method: Baseline, sizes: Sequence[Prompt]) -> tuple[Sequence[Any], ...]:
         """Return the FLOPs fractions, visual tokens and routes of a method's last prefill, sample by sample."""

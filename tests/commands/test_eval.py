@@ -21,6 +21,7 @@ from dpn_cli.checkpoint.headers import read_json
 from dpn_cli.checkpoint.writer import write_json
 from dpn_cli.cli import main
 from dpn_cli.evaluation.baselines import BASELINES
+from dpn_cli.evaluation.evaluate import Result
 from dpn_cli.evaluation.judging import Evaluator
 from tests.runs import digests
 from tests.test_channels import Full
@@ -93,7 +94,7 @@ def test_an_evaluation_is_added_to_without_asking_again(
     assert lost and f"<b>{lost} of 8</b> answers changed" in page and page.count("<article>") == lost
     assert "stride" in page and "http:" not in page and "https:" not in page
     with monkeypatch.context() as patch:
-        patch.setattr("dpn_cli.evaluation.judging.generate_texts", None)  # nobody answers
+        patch.setattr("dpn_cli.evaluation.asking.generate_texts", None)  # nobody answers
         assert results("--budget", "0.8", "--against", "stride", "--by", "level") and asked == []
     more = results("--budget", "0.8", "--against", "random,stride")
     assert asked == ["random"] and first.items() <= more.items()
@@ -127,7 +128,7 @@ def test_a_route_that_cannot_be_taken_is_refused(
 ) -> None:
     assert evaluate("--route", route) == 2
     captured = capsys.readouterr()
-    assert complaint in captured.err and "original answers" not in captured.err
+    assert complaint in captured.err and "both models answer" not in captured.err
 
 
 def test_what_was_asked_and_what_was_spent(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +271,7 @@ def test_what_was_found_with_other_files_is_not_used(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "judge", raise_interrupt)
+        patch.setattr(Result, "of", raise_interrupt)
         assert evaluate("--json") == 130
     assert list(data.glob(".dpn/evaluation/*/*.json"))
     (data / "tiny-dpn" / file).open("a").write(" ")
@@ -282,7 +283,7 @@ def test_what_was_found_with_other_files_is_not_used(
     assert evaluate("--json") == 0
     error = capsys.readouterr().err
     assert re.search(rf"Starting over: the unfinished evaluation in \S+ had other values of {file}", error), error
-    assert "original answers: 8/8" in error
+    assert "both models answer: 8/8" in error
 
 
 def raise_interrupt(*args: Any) -> None:
@@ -450,7 +451,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
     shutil.rmtree("tiny-dpn/evaluation")  # what is known is not asked for again
     line = ["eval", "--model", "tiny-dpn", "--data", "data.json", "--max-new-tokens", "2"]
     command = [sys.executable, "-m", "dpn_cli", *line, "--json", "--batch-size", "1", "--against", "random,fastv"]
-    for wanted in (3, 11, 17):  # while the teacher, the pyramid and the other methods are asked
+    for wanted in (3, 11):  # while the teacher and the pyramid are asked, and while the other methods are
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list(Path(".dpn", "evaluation").glob("*/*.json"))) < wanted:
             assert process.poll() is None, "it ended before it could be killed"
@@ -459,7 +460,7 @@ def test_a_killed_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) ->
         process.wait()
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == undisturbed
-    assert "original answers: 8/8" in found.stderr
+    assert "both models answer: 8/8" in found.stderr
     assert not (data / ".dpn" / "evaluation").exists()
 
 

@@ -16,7 +16,7 @@ from dpn_cli.data.samples import Sample, Turn
 from dpn_cli.errors import CheckpointError
 from dpn_cli.evaluation.baselines.routes import FixedRoute, Original, Routed
 from dpn_cli.evaluation.baselines.static import StaticPyramid
-from dpn_cli.evaluation.judging import Evaluator, SampleResult
+from dpn_cli.evaluation.judging import TEACHER, Evaluator, SampleResult
 from dpn_cli.evaluation.kept import KeptResults
 from dpn_cli.inference.generation import forced_texts, greedy_answers
 from dpn_cli.inference.loading import load_model
@@ -45,8 +45,7 @@ def evaluator(folder: Path, batch_size: int = 2, kept: KeptResults | None = None
 
 
 def judge(asked: Evaluator, methods: Any, samples: list[Sample]) -> list[list[SampleResult]]:
-    teacher = asked.ask(Original(), samples, lambda done: None)
-    return asked.judge(methods, samples, asked.sizes(samples), teacher, lambda done: None)
+    return asked.judge(methods, samples, asked.sizes(samples), lambda done: None)
 
 
 def test_results_are_those_of_stock_transformers(folder: Path, tiny_llava: Path) -> None:
@@ -78,7 +77,7 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
     asked = evaluator(folder)
     [results] = judge(asked, [Original()], questions())
     assert [(r.distortion, r.agreement, r.fraction) for r in results] == [(0.0, 1.0, 1.0)] * 5
-    assert [r.answer for r in results] == asked.ask(Original(), questions(), lambda done: None)
+    assert [r.answer for r in results] == asked.teacher_answers
 
 
 def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(folder: Path) -> None:
@@ -118,7 +117,8 @@ def test_answers_are_what_would_be_generated(
     labelled = [
         sample if answer is None else sample.answered(answer) for sample, answer in zip(samples, known, strict=True)
     ]
-    [results] = asked.judge([method], labelled, asked.sizes(labelled), expected[::-1], lambda done: None)
+    asked.known[TEACHER] = expected[::-1]
+    [results] = judge(asked, [method], labelled)
     assert [result.answer for result in results] == expected
     assert sum(generated) == (5 if settings else 2)
 
@@ -149,17 +149,18 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     kept = KeptResults({"a": 1}, print)
 
+    finished: list[int] = []
+
     def interrupt(done: int) -> None:
-        raise KeyboardInterrupt
+        finished.append(done)
+        if len(finished) == 2:
+            raise KeyboardInterrupt
 
     first = evaluator(folder, kept=kept)
-    teacher = first.ask(Original(), samples, lambda done: None)
     with pytest.raises(KeyboardInterrupt):
-        first.judge(methods, samples, first.sizes(samples), teacher, interrupt)
-    files = sorted(kept.folder.iterdir())
-    assert len(files) == 3 + 1, "three batches of the teacher, one of the methods"
-    first_answers = min(path for path in files if json.loads(path.read_text())["results"][0].__class__ is str)
-    first_answers.write_text("{")  # a damaged one
+        first.judge(methods, samples, first.sizes(samples), interrupt)
+    damaged, _ = sorted(kept.folder.iterdir())
+    damaged.write_text("{")
 
     second = evaluator(folder, kept=kept)
     asked: list[int] = []
@@ -169,7 +170,7 @@ def test_results_are_kept_batch_by_batch(folder: Path, tmp_path: Path, monkeypat
     )
     resumed = judge(second, methods, samples)
     assert resumed == undisturbed
-    assert sum(asked) == 3 * 2 + 2, "what was kept is not asked again, but for the damaged batch"
+    assert sum(asked) == 3 * (2 + 1), "the teacher and two methods answer the damaged batch and the last sample"
     assert judge(evaluator(folder, kept=KeptResults({"a": 2}, print)), methods[:1], samples)
     assert all(json.loads(path.read_text())["results"] for path in kept.folder.iterdir())
     kept.drop()
