@@ -16,13 +16,14 @@ paired speedup of the prefill, held against the one that its FLOPs promise:
 The last table is of the choice alone: what an expert takes to choose and compact the tokens before the first layer,
 beside the prefill of 32 layers, which is extrapolated from the measured time of a layer.
 
-On a machine with other work, `--shared` takes the CPU time of one thread for the clock.
+On a machine with other work, `--shared` takes the CPU time of one thread for the clock. With `--compile`, all methods
+run compiled by `torch.compile` as well, beside the original that is not.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import cycle
@@ -40,10 +41,11 @@ from dpn_cli.evaluation.baselines import make_baseline
 from dpn_cli.evaluation.baselines.baseline import Baseline, Prompt
 from dpn_cli.evaluation.baselines.routes import FixedRoute, GivenRoutes, Original, Routed
 from dpn_cli.evaluation.drawing import plot_latency
-from dpn_cli.evaluation.latency import Latency, measure_latency, synthetic_inputs
-from dpn_cli.evaluation.timing import Clock, done_at
+from dpn_cli.evaluation.latency import Inputs, Latency, measure_latency, synthetic_inputs
+from dpn_cli.evaluation.timing import Clock, done_at, time_generation
 from dpn_cli.modeling.configuration import DpnLlavaConfig
 from dpn_cli.modeling.llava import DpnLlavaForConditionalGeneration
+from dpn_cli.modeling.wrapper import PyramidGenerationMixin
 from dpn_cli.pyramid.config import PyramidConfig, Route, RouterConfig, Site
 from dpn_cli.pyramid.cost import flops_fraction
 from dpn_cli.pyramid.experts import KEEP, Expert, Grid, num_tokens
@@ -155,8 +157,9 @@ def measure(
     rounds: int,
     new_tokens: int,
     clock: Clock,
+    compiles: bool,
 ) -> Latency:
-    """Measure all methods on one batch."""
+    """Measure all methods on one batch, if asked also compiled."""
     case = CASES[name]
     images = {"input_ids": torch.full((1, num_tokens(case.grids)), IMAGE_TOKEN)}
     images["pixel_values"] = torch.randn(case.images, 3, *[case.side * PATCH] * 2, dtype=model.dtype)
@@ -164,8 +167,35 @@ def measure(
     methods: dict[str, Baseline] = {Original.name: Original()}
     for budget in budgets:
         methods |= dict(methods_at(model, case, budget, against))
-    with console.progress(name, (rounds + 1) * len(methods)) as advance:
+    if compiles:
+        methods |= compiled(model, methods, batch, new_tokens)
+    with torch.compiler.set_stance("force_eager"), console.progress(name, (rounds + 1) * len(methods)) as advance:
         return measure_latency(model, methods, [batch] * rounds, new_tokens, advance=advance, clock=clock)
+
+
+def compiled(
+    model: DpnLlavaForConditionalGeneration, methods: dict[str, Baseline], batch: Inputs, new_tokens: int
+) -> dict[str, Baseline]:
+    """Have a model compiled, but run so by none but the methods that are returned: the given ones once more."""
+    model.compile(dynamic=True)
+    again = {f"{name}, compiled": _compiled(method) for name, method in methods.items()}
+    for name, method in again.items():
+        with console.waiting(name), method.applied(model):
+            time_generation(model, batch, new_tokens)
+    return again
+
+
+def _compiled(method: Baseline) -> Baseline:
+    """Return a method that runs what is compiled, whatever the stance is."""
+    kind: Any = type(method)
+
+    class Compiled(kind):
+        @contextmanager
+        def applied(self, model: PyramidGenerationMixin) -> Iterator[None]:
+            with super().applied(model), torch.compiler.set_stance("default"):
+                yield
+
+    return Compiled(**vars(method))
 
 
 @dataclass(frozen=True)
@@ -251,6 +281,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 @click.option("--budget", "budgets", type=float, multiple=True, default=(0.44, 0.25, 0.15), show_default=True)
 @click.option("--against", multiple=True, default=("pyramiddrop", "divprune"), show_default=True)
 @click.option("--shared", is_flag=True, help="Count the CPU seconds of one thread: other programs run here, too.")
+@click.option("--compile", "compiles", is_flag=True, help="Run all methods compiled, too.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw them, .png or .svg.")
 def main(
@@ -262,6 +293,7 @@ def main(
     budgets: tuple[float, ...],
     against: tuple[str, ...],
     shared: bool,
+    compiles: bool,
     path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -274,7 +306,7 @@ def main(
     console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {dtype} on {device}")
     for name in sorted(cases, key=lambda name: CASES[name].side):
         model, case = random_llava(layers, device, dtype, CASES[name].side), CASES[name]
-        results[name] = measure(model, name, budgets, against, rounds, new_tokens, clock)
+        results[name] = measure(model, name, budgets, against, rounds, new_tokens, clock, compiles)
         choices += measure_choices(model, case, rounds, clock) if len(case.text_tokens) == 1 else ()
     for result in results.values():
         print_latency(result, has_data=False)
