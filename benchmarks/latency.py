@@ -13,8 +13,9 @@ paired speedup of the prefill, held against the one that its FLOPs promise:
 - `static`: the same route for all samples, without routers.
 - Baselines that can spend what the static route spends, and do.
 
-The last table is of the choice alone: what an expert takes to choose and compact the tokens before the first layer,
-beside the prefill of 32 layers, which is extrapolated from the measured time of a layer.
+One more table is of the choice alone: what an expert takes to choose and compact the tokens before the first layer,
+beside the prefill of 32 layers, which is extrapolated from the measured time of a layer. The last is of matrix products
+alone: on fewer tokens they are slower by themselves, whatever the method, as weights have to be read all the same.
 
 On a machine with other work, `--shared` takes the CPU time of one thread for the clock. With `--compile`, all methods
 run compiled by `torch.compile` as well, beside the original that is not.
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
@@ -229,16 +230,7 @@ def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds:
     width = text_model.config.hidden_size
     embedded = torch.randn(1, coords.shape[1], width, dtype=model.dtype, device=device)
     positions = torch.arange(coords.shape[1], device=device)[None]
-
-    def seconds(action: Callable[..., Any], *args: Any) -> float:
-        times = []
-        for _ in range(rounds + 1):
-            start = done_at(device, clock)
-            action(*args)
-            times.append(done_at(device, clock) - start)
-        return median(times[1:])
-
-    layer_s = 0.0
+    seconds, layer_s = partial(median_seconds, device, rounds, clock), 0.0
     for name in CHOICES:
         site = Site(-1, (KEEP, Expert.parse(name)))
         with model.as_pyramid(PyramidConfig(sites=(site,), static_route=(1,))):
@@ -246,6 +238,44 @@ def measure_choices(model: DpnLlavaForConditionalGeneration, case: Case, rounds:
             layer_s = layer_s or seconds(text_model.run_segment, state, 1) / len(text_model.layers)
             choice_s = seconds(text_model.reduce, state, 0)
         yield Choice(num_tokens(case.grids), name, choice_s, layer_s)
+
+
+def median_seconds(device: torch.device, rounds: int, clock: Clock, action: Callable[..., Any], *args: Any) -> float:
+    """Return what an action takes, the median of some rounds after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = done_at(device, clock)
+        action(*args)
+        times.append(done_at(device, clock) - start)
+    return median(times[1:])
+
+
+@dataclass(frozen=True)
+class Product:
+    """How fast the matrix products of a layer are.
+
+    Attributes:
+        budget: share of the tokens of a sample.
+        tokens: their number.
+        flops_per_s: FLOPs per second.
+    """
+
+    budget: float
+    tokens: int
+    flops_per_s: float
+
+
+@torch.inference_mode()
+def measure_products(
+    model: DpnLlavaForConditionalGeneration, case: Case, budgets: Sequence[float], rounds: int, clock: Clock
+) -> Iterator[Product]:
+    """Measure the matrix products of a layer's MLP on all tokens of one sample, and on as many as budgets leave."""
+    mlp, all_tokens = model.text_model.layers[0].mlp, num_tokens(case.grids) + case.text_tokens[0]
+    for budget in (1.0, *budgets):
+        tokens = round(budget * all_tokens)
+        states = torch.randn(1, tokens, model.text_model.config.hidden_size, dtype=model.dtype, device=model.device)
+        flops = 2 * tokens * sum(weight.numel() for weight in mlp.parameters())
+        yield Product(budget, tokens, flops / median_seconds(model.device, rounds, clock, mlp, states))
 
 
 def print_efficiencies(results: dict[str, Latency]) -> None:
@@ -270,6 +300,18 @@ def print_choices(choices: Sequence[Choice]) -> None:
     ]
     columns = ["visual tokens", "expert", "choice, ms", "a layer, ms", f"share of {LAYERS} layers (extrapolated)"]
     console.table("Choosing tokens before the first layer", columns, rows, texts=["expert"])
+
+
+def print_products(products: dict[str, list[Product]]) -> None:
+    """Print how fast matrix products are, on all tokens and on those that are left."""
+    rows = [
+        (name, f"{each.budget:g}", each.tokens, f"{each.flops_per_s / 1e9:.1f}", f"{each.flops_per_s / whole:.0%}")
+        for name, found in products.items()
+        for whole in [found[0].flops_per_s]
+        for each in found
+    ]
+    columns = ["batch", "tokens left", "tokens", "GFLOP/s", "of the rate on all"]
+    console.table("Matrix products of a layer, on as many tokens as a budget leaves", columns, rows)
 
 
 @click.command()
@@ -302,20 +344,24 @@ def main(
     if shared:
         torch.set_num_threads(1)
     clock = time.process_time if shared else time.perf_counter
-    dtype, results, choices = torch.bfloat16 if device == "cuda" else torch.float32, {}, []
+    dtype, results, choices, products = torch.bfloat16 if device == "cuda" else torch.float32, {}, [], {}
     console.note(f"{layers} decoder layers of LLaVA-1.5-7B, random weights, {dtype} on {device}")
     for name in sorted(cases, key=lambda name: CASES[name].side):
         model, case = random_llava(layers, device, dtype, CASES[name].side), CASES[name]
         results[name] = measure(model, name, budgets, against, rounds, new_tokens, clock, compiles)
-        choices += measure_choices(model, case, rounds, clock) if len(case.text_tokens) == 1 else ()
+        if len(case.text_tokens) == 1:
+            choices += measure_choices(model, case, rounds, clock)
+            products[name] = list(measure_products(model, case, budgets, rounds, clock))
     for result in results.values():
         print_latency(result, has_data=False)
     print_efficiencies(results)
     print_choices(choices)
+    print_products(products)
     if path is not None:
         found = {
             "latency": {name: result.to_dict() for name, result in results.items()},
             "choices": [asdict(each) | {"share_of_prefill": each.share} for each in choices],
+            "products": {name: list(map(asdict, found)) for name, found in products.items()},
         }
         path.write_text(json.dumps(found, indent=2), encoding="utf-8")
     if plot is not None:
