@@ -9,7 +9,7 @@ from typing import Any
 from dpn_cli.checkpoint.headers import QUANTISED, TORCH_DTYPES, Checkpoint, adapter_refusal, read_config
 from dpn_cli.checkpoint.locks import in_use
 from dpn_cli.checkpoint.quantisation import has_shape
-from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unmerged, unwrap
+from dpn_cli.checkpoint.wrappers import EMBEDDING, refuse_unfinished, unwrap
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.family import CONVERTED, FAMILIES, Family, is_converted
 from dpn_cli.families.tensors import TEXT_PREFIXES
@@ -58,7 +58,7 @@ class LlavaLayout:
             CheckpointError: if config and tensors do not belong together.
         """
         config, where = checkpoint.config, checkpoint.path
-        refuse_unmerged(checkpoint.tensors, where)
+        refuse_unfinished(checkpoint.tensors, where)
         text_config = TEXT_MODELS[config["text_config"].get("model_type", "llama")].completed(config["text_config"])
         pixels, patch = _pixels(config["vision_config"], _prepooling(config), where)
         grid = (pixels // patch, pixels // patch)

@@ -1,8 +1,9 @@
-"""What training puts into the names of tensors, and what the model itself calls them. No torch."""
+"""What training leaves in tensors and their names, and what the model itself calls them. No torch."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from dpn_cli.checkpoint.headers import TensorInfo
 from dpn_cli.errors import CheckpointError
 from dpn_cli.families.tensors import TEXT_PREFIXES
 
@@ -27,13 +28,18 @@ def unwrap(names: Iterable[str]) -> tuple[dict[str, str], str]:
     return own, ", ".join(found)
 
 
-def refuse_unmerged(names: Iterable[str], folder: Path) -> None:
-    """Refuse a checkpoint that was saved with an adapter in the model.
+def refuse_unfinished(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Refuse a checkpoint that was saved with an adapter in the model, or without the parts of other processes.
 
     Raises:
-        CheckpointError: if a tensor's name says so.
+        CheckpointError: if a tensor's name, or that it is empty, says so.
     """
-    if name := next((name for name in names if not _ADAPTERS.isdisjoint(name.split("."))), None):
+    if name := next((name for name, tensor in tensors.items() if not tensor.num_values), None):
+        raise CheckpointError(
+            f"{folder} holds {name!r} without its values, which DeepSpeed's ZeRO-3 had not gathered: save the model "
+            "again, with stage3_gather_16bit_weights_on_model_save or by zero_to_fp32.py"
+        )
+    if name := next((name for name in tensors if not _ADAPTERS.isdisjoint(name.split("."))), None):
         raise CheckpointError(
             f"{folder} was saved with an unmerged adapter in it ({name}): merge it first, with peft's "
             "`merge_and_unload()`, and save the model again"

@@ -14,7 +14,7 @@ from dpn_cli.checkpoint.headers import (
     TensorInfo,
     why_no_weights,
 )
-from dpn_cli.checkpoint.wrappers import refuse_unmerged, unwrap
+from dpn_cli.checkpoint.wrappers import refuse_unfinished, unwrap
 from dpn_cli.conversion.bins import BinWeights
 from dpn_cli.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class Weights:
     def __init__(self, shards: Shards) -> None:
         self.folder = shards.folder
         self._shards = shards
-        refuse_unmerged(shards.tensors, self.folder)
+        refuse_unfinished(shards.tensors, self.folder)
         own, found = unwrap(shards.tensors)
         self._stored = {new: name for name, new in own.items()}
         self.tensors: Mapping[str, TensorInfo] = {new: shards.tensors[name] for new, name in self._stored.items()}

@@ -404,6 +404,16 @@ def test_names_that_lead_nowhere_are_named(make_original: Callable[..., Original
                 act()
 
 
+def test_weights_that_were_not_gathered_are_named(make_original: Callable[..., Original], tmp_path: Path) -> None:
+    original = make_original(files="safetensors")
+    for folder in (original.folder, write_hugging_face(original, tmp_path / "in", "hub")):
+        for path in folder.glob("*.safetensors"):
+            stored = {name: each[:0].clone() if each.ndim > 1 else each for name, each in load_file(path).items()}
+            save_file(stored, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"without its values, which DeepSpeed's ZeRO-3 had not gathered"):
+            convert(str(folder), output=tmp_path / "out")
+
+
 def test_wrappers_names_are_named_where_they_cannot_be_taken_off(
     make_original: Callable[..., Original], tmp_path: Path
 ) -> None:
