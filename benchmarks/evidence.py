@@ -61,8 +61,9 @@ class Step:
 
 
 DEMO, SECOND = "work/routed", "work/second"
+BATCHES = "--set calibration.batch_size=32"
 CHOSEN = (
-    "--budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64 "
+    f"{BATCHES} --budget 0.25 --set calibration.survey.samples=48 --set calibration.survey.routes=64 "
     "--set calibration.survey.width=20"
 )
 FITTED = "--num-processes 2 --set calibration.holdout=0.07 --set calibration.epochs=80"
@@ -70,7 +71,7 @@ ON_DEMO, ON_SECOND = f"--data demo --samples 8192 {FITTED}", f"--data work/secon
 WATCHED = "--set calibration.predictors.samples=24576 --set calibration.predictors.epochs=6"  # generators are endless
 SHORT = "--samples 32 --set calibration.predictors.samples=64"
 HEAL = (
-    "--heal-only --force --budget 0.2 --set calibration.heal.steps=300 "
+    f"{BATCHES} --heal-only --force --budget 0.2 --set calibration.heal.steps=300 "
     "--set calibration.heal.gradient_accumulation=4 --set calibration.heal.learning_rate=5e-4 "
     "--set calibration.heal.samples=24576"
 )
@@ -115,7 +116,8 @@ STEPS = (
     Step("second-convert", f"dpn convert work/{SECOND_TEACHER.name} --recipe demo --output {SECOND}"),
     Step(
         "second-calibrate",
-        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} --set calibration.predictors.samples=4096",
+        f"dpn calibrate --model {SECOND} {ON_SECOND} {CHOSEN} "
+        "--set calibration.predictors.samples=4096 --set calibration.predictors.epochs=12",
         SHORT,
     ),
     Step(
