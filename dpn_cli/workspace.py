@@ -9,6 +9,7 @@ from dpn_cli.errors import UsageError
 
 FOLDER = Path(".dpn")  # of the current directory
 STATE_FILE = FOLDER / "current.json"
+PATIENCE_S = 10.0  # with another run, which needs milliseconds
 
 
 def check_current_folder() -> None:
@@ -36,9 +37,10 @@ def check_state_folder() -> None:
 
 
 def remember(path: Path) -> None:
-    """Make `path` the current checkpoint of this directory."""
+    """Make `path` the current checkpoint of this directory, after another run that is doing so."""
     FOLDER.mkdir(exist_ok=True)
-    with workplace(STATE_FILE, f"{STATE_FILE} is being written by {{holder}}", "pass --model DIR") as work:
+    refusal = f"{STATE_FILE} is being written by {{holder}}"
+    with workplace(STATE_FILE, refusal, "pass --model DIR", PATIENCE_S) as work:
         replace_file(STATE_FILE, lambda stage: write_json(stage, {"checkpoint": str(path.resolve())}), work)
 
 

@@ -1,3 +1,5 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ def test_the_last_one_remembered_is_current(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         workspace.remember(Path(name))
     assert workspace.current(None) == (tmp_path / "sécond model").resolve()
+    assert [path.name for path in (tmp_path / ".dpn").iterdir()] == ["current.json"]
+
+
+def test_two_that_remember_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    names = [str(i) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: workspace.remember(Path(name)), names))
+    remembered = json.loads((tmp_path / ".dpn" / "current.json").read_text())["checkpoint"]
+    assert Path(remembered).name in names
     assert [path.name for path in (tmp_path / ".dpn").iterdir()] == ["current.json"]
 
 

@@ -15,6 +15,7 @@ from dpn_cli.errors import UsageError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks say
 _PROGRAMS = {"dpn", "dpn_cli"}
+_PAUSE_S = 0.02
 
 
 class Use:
@@ -76,7 +77,7 @@ def _holding(folder: Path, kind: int, refusal: str) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str) -> int:
+def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str, patience_s: float = 0.0) -> int:
     """Open and lock what is at a path.
 
     Args:
@@ -84,6 +85,7 @@ def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str)
         open_it: opens it, or makes it.
         kind: Kind of lock, as in flock(2).
         refusal: the sentence for a second run, in which `{holder}` stands for the first one.
+        patience_s: seconds to wait for another run that holds the lock.
 
     Returns:
         The descriptor; when it is closed, the lock is gone.
@@ -91,6 +93,7 @@ def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str)
     Raises:
         UsageError: if another run holds the lock.
     """
+    until = time.monotonic() + patience_s
     while True:
         descriptor = open_it(path)
         try:
@@ -99,9 +102,12 @@ def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str)
                 return descriptor
             os.close(descriptor)  # the run that held the lock ended in between, and what was opened is gone
         except BlockingIOError:
-            holder = _holder(descriptor)
+            is_over = time.monotonic() >= until
+            holder = _holder(descriptor) if is_over else ""
             os.close(descriptor)
-            raise UsageError(refusal.replace("{holder}", holder)) from None
+            if is_over:
+                raise UsageError(refusal.replace("{holder}", holder)) from None
+            time.sleep(_PAUSE_S)
         except BaseException:
             os.close(descriptor)
             raise

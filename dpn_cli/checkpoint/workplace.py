@@ -25,7 +25,7 @@ class NotWritableError(DpnError):
 
 
 @contextmanager
-def workplace(target: Path, refusal: str, advice: str) -> Iterator[Path]:
+def workplace(target: Path, refusal: str, advice: str, patience_s: float = 0.0) -> Iterator[Path]:
     """Keep other runs from writing something, and yield a folder for what is unfinished, on the same disk.
 
     It is empty but for the lock, is called `.NAME.dpn`, and is there for as long as the lock is held. A target that a
@@ -35,6 +35,7 @@ def workplace(target: Path, refusal: str, advice: str) -> Iterator[Path]:
         target: File or folder to be written; its parents are made.
         refusal: the sentence for a second run, in which `{holder}` stands for the first one.
         advice: Advice for the user if nothing can be written.
+        patience_s: seconds to wait for another run.
 
     Raises:
         UsageError: if another run holds the lock.
@@ -43,7 +44,7 @@ def workplace(target: Path, refusal: str, advice: str) -> Iterator[Path]:
     """
     folder = target.with_name(f".{target.name}.dpn")
     try:
-        descriptor = acquire(folder / _LOCK, _open_lock, fcntl.LOCK_EX, refusal)
+        descriptor = acquire(folder / _LOCK, _open_lock, fcntl.LOCK_EX, refusal, patience_s)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
