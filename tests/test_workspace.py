@@ -23,8 +23,8 @@ def test_the_last_one_remembered_is_current(tmp_path: Path) -> None:
 
 
 def test_two_that_remember_at_once_wait_for_each_other(tmp_path: Path) -> None:
-    names = [str(i) for i in range(24)]
-    with ThreadPoolExecutor(8) as pool:
+    names = [str(i) for i in range(32)]
+    with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: workspace.remember(Path(name)), names))
     remembered = json.loads((tmp_path / ".dpn" / "current.json").read_text())["checkpoint"]
     assert Path(remembered).name in names

@@ -17,6 +17,7 @@ from dpn_cli.errors import DpnError
 
 OLD = "old"  # the target, while another one takes its place
 _LOCK = "lock"
+_TRIES = 100
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
 
 
@@ -78,10 +79,10 @@ def _tidy(folder: Path, target: Path) -> None:
 
 def _open_lock(path: Path) -> int:
     """Open the lock file of a workplace, or make both."""
-    try:
-        return _open(path)
-    except FileNotFoundError:  # the run that held it has left in between
-        return _open(path)
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):  # a run that held it has left in between
+            return _open(path)
+    return _open(path)
 
 
 def _open(path: Path) -> int:
@@ -93,7 +94,11 @@ def _open(path: Path) -> int:
     for each in (folder, path):
         if each.is_symlink():
             raise DpnError(f"{each} is a symbolic link, through which dpn does not write: remove it")
-    if not folder.is_dir() or (any(folder.iterdir()) and not path.exists()):
+    try:
+        names = {each.name for each in folder.iterdir()}
+    except NotADirectoryError:
+        raise _not_ours(folder) from None
+    if names and path.name not in names:
         raise _not_ours(folder)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
