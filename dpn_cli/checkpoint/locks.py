@@ -102,12 +102,13 @@ def acquire(path: Path, open_it: Callable[[Path], int], kind: int, refusal: str,
                 return descriptor
             os.close(descriptor)  # the run that held the lock ended in between, and what was opened is gone
         except BlockingIOError:
-            is_over = time.monotonic() >= until
-            holder = _holder(descriptor) if is_over else ""
+            if time.monotonic() < until:
+                os.close(descriptor)
+                time.sleep(_PAUSE_S)
+                continue
+            holder = _holder(descriptor)
             os.close(descriptor)
-            if is_over:
-                raise UsageError(refusal.replace("{holder}", holder)) from None
-            time.sleep(_PAUSE_S)
+            raise UsageError(refusal.replace("{holder}", holder)) from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -32,9 +32,9 @@ def refuse_unfinished(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Refuse a checkpoint that was saved with an adapter in the model, or without the parts of other processes.
 
     Raises:
-        CheckpointError: if a tensor's name, or that it is empty, says so.
+        CheckpointError: if a tensor's name, or that the embedding is empty, says so.
     """
-    if name := next((name for name, tensor in tensors.items() if not tensor.num_values), None):
+    if name := next((name for name, each in tensors.items() if name.endswith(EMBEDDING) and not each.num_values), None):
         raise CheckpointError(
             f"{folder} holds {name!r} without its values, which DeepSpeed's ZeRO-3 had not gathered: save the model "
             "again, with stage3_gather_16bit_weights_on_model_save or by zero_to_fp32.py"

@@ -77,7 +77,23 @@ def test_the_teacher_loses_nothing(folder: Path) -> None:
     asked = evaluator(folder)
     [results] = judge(asked, [Original()], questions())
     assert [(r.distortion, r.agreement, r.fraction) for r in results] == [(0.0, 1.0, 1.0)] * 5
-    assert [r.answer for r in results] == asked.teacher_answers
+    with asked.model.teacher():
+        expected = greedy_answers(asked.model, asked.processor, questions(), 2, answer_tokens=4)
+    assert [r.answer for r in results] == asked.teacher_answers == expected
+
+
+def test_the_teacher_generates_only_what_the_labels_have_not_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, samples = evaluator(folder), [sample for sample in questions() if len(sample.turns) == 1]
+    with asked.model.teacher():
+        expected = greedy_answers(asked.model, asked.processor, samples, 2, answer_tokens=4)
+    labelled = [
+        replace(sample, turns=(replace(sample.turns[0], answer=answer),))
+        for sample, answer in zip(samples, expected, strict=True)
+    ]
+    monkeypatch.setattr(asked.model, "generate", None)
+    assert judge(asked, [], labelled) == [] and asked.teacher_answers == expected
 
 
 def test_a_model_whose_weights_are_no_numbers_is_a_bad_checkpoint(folder: Path) -> None:

@@ -113,7 +113,7 @@ TENSORS: dict[str, tuple[Harm, str]] = {
     "part of the tower missing": (both(set_tensor(PART_OF_CLIP, None), place(PART_OF_CLIP)), "no such tensor"),
     "tensor of another shape": (set_tensor(LAST_LAYER, np.ones((128, 63), np.float32)), "asks for [128, 64]"),
     "scalar": (set_tensor(NORM, np.float32(1)[None].reshape(())), "asks for [64], the weights have []"),
-    "empty tensor": (set_tensor(NORM, np.ones(0, np.float32)), "norm.weight' without its values"),
+    "empty tensor": (set_tensor(NORM, np.ones(0, np.float32)), "asks for [64], the weights have [0]"),
     "integers": (set_dtype(NORM, "I8", 8), "as I8, expected floating-point numbers"),
     "fp8": (set_dtype(NORM, "F8_E4M3", 8), "as F8_E4M3, expected floating-point numbers"),
     "tensor named as a path": (
